@@ -1,0 +1,91 @@
+"""Who may attend to whom: the one place that knows.
+
+Each token carries four integers, its *visibility metadata* ``[..., tokens, 4]`` (int32):
+
+===============  =====================================================================================
+``DOCUMENT``     the document the token belongs to; nothing crosses documents
+``INDEX``        the token's place in its document
+``HORIZON``      clean tokens with ``INDEX < HORIZON`` are visible: ``index + 1`` for a clean token (causal),
+                 the index where its block starts for a mask token
+``MASK_BLOCK``   the block of a mask token, ``-1`` for a clean token
+===============  =====================================================================================
+
+and one predicate over two tokens' metadata (:func:`may_attend`) decides. It commutes with any permutation of the
+tokens, so the training mask, packed documents, shards of a sequence and every decode step use it as it is: they
+differ only in the *layout*, the function that writes the metadata. Attention backends derive everything from it.
+
+Source: TiDAR, arXiv 2511.08923, sections 3.1 (training mask) and 3.3 (decode mask).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+DOCUMENT, INDEX, HORIZON, MASK_BLOCK = range(4)
+CLEAN = -1  # MASK_BLOCK of a clean token
+
+
+def may_attend(query: Tensor, key: Tensor) -> Tensor:
+    """The rule. ``query [..., q, 4]``, ``key [..., k, 4]`` -> bool ``[..., q, k]``, True where q may attend to k.
+
+    Same document, and either the key is a clean token before the query's horizon, or both are mask tokens of the
+    same block (both directions).
+    """
+    q, k = query.unsqueeze(-2), key.unsqueeze(-3)
+    key_is_clean = k[..., MASK_BLOCK] == CLEAN
+    clean_before_horizon = key_is_clean & (k[..., INDEX] < q[..., HORIZON])
+    same_mask_block = ~key_is_clean & (k[..., MASK_BLOCK] == q[..., MASK_BLOCK])
+    return (q[..., DOCUMENT] == k[..., DOCUMENT]) & (clean_before_horizon | same_mask_block)
+
+
+def clean_tokens(document: Tensor, index: Tensor) -> Tensor:
+    """Metadata of clean tokens. ``document``, ``index`` ``[..., s]`` -> int32 ``[..., s, 4]``."""
+    return torch.stack([document, index, index + 1, torch.full_like(index, CLEAN)], dim=-1).int()
+
+
+def mask_tokens(document: Tensor, index: Tensor, horizon: Tensor, block: Tensor) -> Tensor:
+    """Metadata of mask tokens, each argument ``[..., s]`` -> int32 ``[..., s, 4]``."""
+    return torch.stack([document, index, horizon, block], dim=-1).int()
+
+
+def training_layout(document: Tensor, index: Tensor, block_size: int) -> Tensor:
+    """The doubled sequence: S clean tokens, then one mask token for each of them.
+
+    Args:
+        document: int ``[..., S]``, the document of each clean token; fill tokens belong to the document they follow.
+        index: int ``[..., S]``, each token's place in its document.
+        block_size: B; block b of a document holds the mask tokens of its places b*B .. b*B + B - 1.
+
+    Returns:
+        int32 ``[..., 2S, 4]``.
+    """
+    block = index // block_size
+    masks = mask_tokens(document, index, horizon=block * block_size, block=block)
+    return torch.cat([clean_tokens(document, index), masks], dim=-2)
+
+
+def decode_layout(prefix_length: int, num_drafts: int, branches: Sequence[int], draft_length: int) -> Tensor:
+    """One draft/verify forward: the tokens after ``prefix_length`` committed ones whose K/V are cached.
+
+    First ``num_drafts`` draft tokens at places P .. P + num_drafts - 1, causal. Then, for each r in ``branches``
+    (1 <= r <= num_drafts), ``draft_length`` mask tokens at places P + r .. P + r + draft_length - 1: the pre-draft for
+    "exactly r drafts accepted", which sees the prefix, the first r drafts and itself. A prefill is this layout with
+    an empty prefix, the prompt as the drafts and one branch after the last; a plain AR step has one draft and no branch.
+
+    Returns:
+        int32 ``[num_drafts + len(branches) * draft_length, 4]``; its ``INDEX`` column is the position ids.
+    """
+    places = torch.arange(prefix_length, prefix_length + num_drafts)
+    parts = [clean_tokens(torch.zeros_like(places), places)]
+    for block, r in enumerate(branches):
+        horizon = torch.full((draft_length,), prefix_length + r)
+        index = horizon + torch.arange(draft_length)
+        parts.append(mask_tokens(torch.zeros_like(index), index, horizon, torch.full_like(index, block)))
+    return torch.cat(parts)
+
+
+def prefix_layout(prefix_length: int) -> Tensor:
+    """Metadata of the ``prefix_length`` committed tokens in the cache: int32 ``[P, 4]``, the keys beside a decode layout."""
+    places = torch.arange(prefix_length)
+    return clean_tokens(torch.zeros_like(places), places)
