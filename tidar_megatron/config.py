@@ -59,6 +59,7 @@ class ModelConfig:
     norm_epsilon: float = described("RMSNorm's epsilon", 1e-6)
     rotary_base: float = described("base of the rotary frequencies", 10000.0)
     init_method_std: float = described("standard deviation of the initial weights", 0.02)
+    vocab_size: Count | None = described("ids in use, mask token included; default: from the tokenizer", None)
     make_vocab_size_divisible_by: Count = described("pad the vocabulary to a multiple of this times TP", 128)
     max_position_embeddings: Count | None = described("context limit written on export; default: seq-length", None)
     transformer_impl: Literal["local", "transformer_engine"] = described("megatron-core's layers to build on", "local")

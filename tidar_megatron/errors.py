@@ -1,6 +1,7 @@
 """Errors a user can cause and mend. Every program in ``tools/`` prints them as one line and exits with 2."""
 
 import sys
+import warnings
 from collections.abc import Callable
 
 
@@ -14,6 +15,8 @@ def run_tool(main: Callable[[], None], rank: int = 0) -> None:
     Under torchrun every rank fails alike, so only ``rank`` 0 speaks. Any other exception is a defect of ours and
     keeps its traceback.
     """
+    # megatron-core says at import, once per module and process, which optional packages it does without
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
     try:
         main()
     except UserError as error:

@@ -1,0 +1,107 @@
+"""megatron-core's distributed checkpoints (``torch_dist``), in Megatron-LM's folder layout.
+
+``FOLDER/iter_0000100/`` holds one checkpoint, ``FOLDER/latest_checkpointed_iteration.txt`` names the newest. A
+checkpoint knows no layout: it can be loaded under another tensor- or pipeline-parallel size. The data has no state
+beyond the number of packed sequences consumed, because packed sequence n is a pure function of (seed, epoch, n).
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from tidar_megatron.errors import UserError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def checkpoint_folder(folder: str | Path, iteration: int) -> Path:
+    """Where the checkpoint of ``iteration`` lives."""
+    return Path(folder) / f"iter_{iteration:07d}"
+
+
+def latest_iteration(folder: str | Path) -> int | None:
+    """The iteration the tracker names; None where nothing was saved yet.
+
+    Raises:
+        UserError: the tracker is garbled, or names a checkpoint that is not there.
+    """
+    tracker = Path(folder) / TRACKER
+    if not tracker.exists():
+        return None
+    text = tracker.read_text(errors="replace").strip()
+    if not text.isdigit():
+        raise UserError(f"{tracker}: holds {text[:40]!r}, not an iteration; write the newest good iteration into it")
+    if not checkpoint_folder(folder, int(text)).is_dir():
+        raise UserError(f"{tracker}: names iteration {text}, but {checkpoint_folder(folder, int(text))} is missing")
+    return int(text)
+
+
+def save_checkpoint(
+    folder: str | Path,
+    iteration: int,
+    consumed_sequences: int,
+    model: GPTModel,
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+) -> Path:
+    """Write a checkpoint; collective over all ranks. The tracker names it only once it is whole."""
+    target = checkpoint_folder(folder, iteration)
+    partial = target.with_name(target.name + ".partial")
+    is_main = dist.get_rank() == 0
+    if is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    state = _state(model, optimizer, scheduler, loading=False)
+    state |= {"iteration": iteration, "consumed_sequences": consumed_sequences}
+    dist_checkpointing.save(state, str(partial))
+    dist.barrier()
+    if is_main:
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+        tracker = Path(folder) / TRACKER
+        tracker.with_suffix(".tmp").write_text(str(iteration))
+        os.replace(tracker.with_suffix(".tmp"), tracker)
+    dist.barrier()
+    return target
+
+
+def load_checkpoint(
+    folder: str | Path,
+    iteration: int,
+    model: GPTModel,
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+) -> int:
+    """Fill model, optimizer and schedule from a checkpoint; collective. Returns the sequences consumed so far."""
+    state = _state(model, optimizer, scheduler, loading=True)
+    loaded = dist_checkpointing.load(state, str(checkpoint_folder(folder, iteration)))
+    model.load_state_dict(loaded["model"])
+    optimizer.load_state_dict(loaded["optimizer"])
+    scheduler.load_state_dict(loaded["opt_param_scheduler"])
+    return int(loaded["consumed_sequences"])
+
+
+def load_weights(folder: str | Path, iteration: int, model: GPTModel) -> None:
+    """Fill the model alone, whatever layout it was trained in."""
+    loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(checkpoint_folder(folder, iteration)))
+    model.load_state_dict(loaded["model"])
+
+
+def _state(
+    model: GPTModel, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, *, loading: bool
+) -> dict[str, Any]:
+    weights = model.sharded_state_dict()
+    return {
+        "model": weights,
+        "optimizer": optimizer.sharded_state_dict({"model": weights}, is_loading=loading),
+        "opt_param_scheduler": scheduler.state_dict(),
+    }

@@ -1,0 +1,334 @@
+"""Hugging Face folders: one name-mapping table, read in both directions.
+
+A TiDAR model is an ordinary Qwen3, Llama or Qwen2 checkpoint: the mask token is one more vocabulary id, so whatever
+loads those loads it. What is TiDAR's own stands in the ``tidar`` section of ``config.json``.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from safetensors import safe_open
+from torch import Tensor
+
+from tidar_megatron.config import Config, ModelConfig
+from tidar_megatron.errors import UserError
+
+# --- the table ---------------------------------------------------------------------------------------------------
+# A megatron-core parameter, the Hugging Face tensors it is made of, how they are joined, and how tensor parallelism
+# cuts the result. "*" is the layer. Both spellings of a norm are megatron-core's: its own layers', and
+# transformer-engine's, which fuse the norm into the projection behind it.
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the table."""
+
+    megatron: tuple[str, ...]
+    huggingface: tuple[str, ...]
+    join: str = "same"  # same | qkv (interleaved by query group) | glu (gate above up)
+    shard: str = "replicated"  # replicated | rows | columns
+
+
+TABLE = (
+    Entry(("embedding.word_embeddings.weight",), ("model.embed_tokens.weight",), shard="rows"),
+    Entry(
+        ("decoder.layers.*.input_layernorm.weight", "decoder.layers.*.self_attention.linear_qkv.layer_norm_weight"),
+        ("model.layers.*.input_layernorm.weight",),
+    ),
+    Entry(
+        ("decoder.layers.*.self_attention.linear_qkv.weight",),
+        tuple(f"model.layers.*.self_attn.{p}_proj.weight" for p in "qkv"),
+        join="qkv",
+        shard="rows",
+    ),
+    Entry(
+        ("decoder.layers.*.self_attention.linear_qkv.bias",),
+        tuple(f"model.layers.*.self_attn.{p}_proj.bias" for p in "qkv"),
+        join="qkv",
+        shard="rows",
+    ),
+    Entry(("decoder.layers.*.self_attention.q_layernorm.weight",), ("model.layers.*.self_attn.q_norm.weight",)),
+    Entry(("decoder.layers.*.self_attention.k_layernorm.weight",), ("model.layers.*.self_attn.k_norm.weight",)),
+    Entry(
+        ("decoder.layers.*.self_attention.linear_proj.weight",),
+        ("model.layers.*.self_attn.o_proj.weight",),
+        shard="columns",
+    ),
+    Entry(
+        ("decoder.layers.*.pre_mlp_layernorm.weight", "decoder.layers.*.mlp.linear_fc1.layer_norm_weight"),
+        ("model.layers.*.post_attention_layernorm.weight",),
+    ),
+    Entry(
+        ("decoder.layers.*.mlp.linear_fc1.weight",),
+        ("model.layers.*.mlp.gate_proj.weight", "model.layers.*.mlp.up_proj.weight"),
+        join="glu",
+        shard="rows",
+    ),
+    Entry(("decoder.layers.*.mlp.linear_fc2.weight",), ("model.layers.*.mlp.down_proj.weight",), shard="columns"),
+    Entry(("decoder.final_layernorm.weight",), ("model.norm.weight",)),
+    Entry(("output_layer.weight",), ("lm_head.weight",), shard="rows"),
+)
+
+
+def entry_of(parameter: str) -> tuple[Entry, str]:
+    """The table's row for a megatron-core parameter, and its layer ("" outside the layers)."""
+    parts = parameter.split(".")
+    layer = parts[2] if parameter.startswith("decoder.layers.") else ""
+    pattern = ".".join("*" if layer and i == 2 else part for i, part in enumerate(parts))
+    for entry in TABLE:
+        if pattern in entry.megatron:
+            return entry, layer
+    raise KeyError(f"no Hugging Face name is known for {parameter}")
+
+
+def join(entry: Entry, tensors: list[Tensor], groups: int) -> Tensor:
+    """Hugging Face tensors -> the whole megatron-core parameter (before tensor parallelism cuts it)."""
+    if entry.join == "qkv":  # [group][query heads of the group, its key head, its value head]
+        return torch.cat([t.reshape(groups, -1, *t.shape[1:]) for t in tensors], dim=1).flatten(0, 1)
+    return torch.cat(tensors) if entry.join == "glu" else tensors[0]
+
+
+def split(entry: Entry, whole: Tensor, groups: int, heads: int) -> list[Tensor]:
+    """The inverse of :func:`join`."""
+    if entry.join == "qkv":
+        per_head = whole.shape[0] // (heads + 2 * groups)
+        by_group = whole.reshape(groups, -1, *whole.shape[1:])
+        parts = by_group.split([heads // groups * per_head, per_head, per_head], dim=1)
+        return [part.flatten(0, 1).contiguous() for part in parts]
+    return [part.contiguous() for part in whole.chunk(2)] if entry.join == "glu" else [whole]
+
+
+def cut(entry: Entry, whole: Tensor, tp_rank: int, tp_size: int) -> Tensor:
+    """The part of a whole parameter that one tensor-parallel rank holds."""
+    if entry.shard == "replicated":
+        return whole
+    if entry.join == "glu":  # every rank has its part of gate above its part of up
+        return torch.cat([half.chunk(tp_size)[tp_rank] for half in whole.chunk(2)])
+    return whole.chunk(tp_size, dim=0 if entry.shard == "rows" else 1)[tp_rank]
+
+
+# --- configurations ----------------------------------------------------------------------------------------------
+CLASSES = {  # (qk_layernorm, add_qkv_bias) -> Hugging Face model type
+    (True, False): "qwen3",
+    (False, False): "llama",
+    (False, True): "qwen2",
+}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A folder's JSON file.
+
+    Raises:
+        UserError: it is missing or no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"{path}: not found; give a Hugging Face model folder") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds no JSON object")
+    return content
+
+
+def model_from_huggingface(folder: str | Path, ours: ModelConfig) -> ModelConfig:
+    """``ours`` with everything that a Hugging Face ``config.json`` decides.
+
+    Raises:
+        UserError: a model we would not compute as Hugging Face does, named.
+    """
+    path = Path(folder) / "config.json"
+    hf = read_json(path)
+    model_type = hf.get("model_type")
+    if model_type not in CLASSES.values():
+        raise UserError(f"{path}: model_type {model_type!r} is not one of {', '.join(CLASSES.values())}")
+    qk_layernorm, qkv_bias = next(key for key, name in CLASSES.items() if name == model_type)
+    rope = hf.get("rope_parameters") or {}
+    rope_scaling = hf.get("rope_scaling") or rope
+    kind = rope_scaling.get("rope_type", rope_scaling.get("type", "default"))
+    refused = {
+        f"rope type {kind!r}": kind != "default",
+        "attention_bias": hf.get("attention_bias"),
+        "mlp_bias": hf.get("mlp_bias"),
+        "sliding windows": hf.get("use_sliding_window"),
+        f"hidden_act {hf.get('hidden_act')!r}": hf.get("hidden_act", "silu") != "silu",
+    }
+    for name, present in refused.items():
+        if present:
+            raise UserError(f"{path}: {name} is not supported yet; start from a model without it")
+    heads = hf["num_attention_heads"]
+    return dataclasses.replace(
+        ours,
+        num_layers=hf["num_hidden_layers"],
+        hidden_size=hf["hidden_size"],
+        ffn_hidden_size=hf["intermediate_size"],
+        num_attention_heads=heads,
+        num_query_groups=hf.get("num_key_value_heads") or heads,
+        kv_channels=hf.get("head_dim") or hf["hidden_size"] // heads,
+        qk_layernorm=qk_layernorm,
+        add_qkv_bias=qkv_bias,
+        untie_embeddings_and_output_weights=not hf.get("tie_word_embeddings", False),
+        norm_epsilon=hf["rms_norm_eps"],
+        rotary_base=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
+        max_position_embeddings=ours.max_position_embeddings or hf.get("max_position_embeddings"),
+        vocab_size=hf["vocab_size"],
+    )
+
+
+def huggingface_config(config: Config, eos_token_id: int | None) -> Any:
+    """The transformers configuration of a trained model, with its ``tidar`` section."""
+    from transformers import AutoConfig
+
+    model, kind = config.model, (config.model.qk_layernorm, config.model.add_qkv_bias)
+    if kind not in CLASSES:
+        raise UserError("no Hugging Face class has both --qk-layernorm and --add-qkv-bias: the model cannot be exported")
+    kv_channels = model.kv_channels or model.hidden_size // model.num_attention_heads
+    settings: dict[str, Any] = {}
+    if CLASSES[kind] != "qwen2":
+        settings["head_dim"] = kv_channels
+    elif kv_channels * model.num_attention_heads != model.hidden_size:
+        raise UserError("Qwen2's heads are hidden-size / num-attention-heads wide: other --kv-channels cannot be exported")
+    return AutoConfig.for_model(
+        CLASSES[kind],
+        num_hidden_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_key_value_heads=model.num_query_groups or model.num_attention_heads,
+        tie_word_embeddings=not model.untie_embeddings_and_output_weights,
+        rms_norm_eps=model.norm_epsilon,
+        rope_parameters={"rope_type": "default", "rope_theta": model.rotary_base},
+        max_position_embeddings=model.max_position_embeddings or config.data.seq_length,
+        vocab_size=model.vocab_size,
+        bos_token_id=None,
+        eos_token_id=eos_token_id,
+        initializer_range=model.init_method_std,
+        tidar={
+            "block_size": config.tidar.block_size,
+            "mask_token_id": config.tidar.mask_token_id,
+            "ar_loss_weight": config.tidar.ar_loss_weight,
+            "seq_length": config.data.seq_length,
+        },
+        **settings,
+    )
+
+
+# --- weights -----------------------------------------------------------------------------------------------------
+def open_safetensors(folder: str | Path) -> Callable[[str], Tensor]:
+    """A function from a tensor's name to the tensor, read when asked for, from one file or an indexed set.
+
+    Raises:
+        UserError: there are no safetensors in the folder, or (when asked) no such tensor.
+    """
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    files = sorted({folder / name for name in read_json(index)["weight_map"].values()} if index.exists() else folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder}: holds no *.safetensors; save the model with safe serialization")
+    where = {}
+    for file in files:
+        if not file.exists():
+            raise UserError(f"{file}: named in {index.name} but missing; copy the whole folder again")
+        handle = safe_open(str(file), framework="pt")
+        where |= dict.fromkeys(handle.keys(), handle)
+
+    def read(name: str) -> Tensor:
+        if name not in where:
+            raise UserError(f"{folder}: tensor {name} is missing from the safetensors")
+        return where[name].get_tensor(name)
+
+    return read
+
+
+def _own_parameters(model: GPTModel) -> Mapping[str, Tensor]:
+    """This rank's parameters under the names of the whole model: layers counted over all pipeline stages."""
+    named = {}
+    offset = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        if name.startswith("decoder.layers."):
+            parts[2] = str(int(parts[2]) + offset)
+        named[".".join(parts)] = parameter
+    return named
+
+
+@torch.no_grad()
+def load_huggingface_weights(model: GPTModel, folder: str | Path, vocab_size: int) -> None:
+    """Fill this rank's part of the model, tensor by tensor, from a Hugging Face folder.
+
+    Rows of the vocabulary that the folder does not have and that are in use (a mask token beyond it, up to
+    ``vocab_size``) start as the mean of the others; rows of padding as zeros.
+    """
+    read = open_safetensors(folder)
+    transformer, group = model.config, model.pg_collection.tp
+    for name, parameter in _own_parameters(model).items():
+        if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
+            name = "embedding.word_embeddings.weight"  # the last stage's copy of the tied embedding
+        entry, layer = entry_of(name)
+        tensors = [read(hf.replace("*", layer)).to(parameter.dtype) for hf in entry.huggingface]
+        whole = join(entry, tensors, transformer.num_query_groups)
+        if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+            grown = whole.new_zeros(parameter.shape[0] * group.size(), whole.shape[1])
+            grown[: whole.shape[0]] = whole
+            grown[whole.shape[0] : vocab_size] = whole.mean(0)
+            whole = grown
+        part = cut(entry, whole, group.rank(), group.size())
+        if part.shape != parameter.shape:
+            raise UserError(
+                f"{folder}: {entry.huggingface[0].replace('*', layer)} does not fit: "
+                f"{tuple(part.shape)} instead of {tuple(parameter.shape)}; is config.json of the same model?"
+            )
+        parameter.copy_(part)
+
+
+def export_huggingface(model: GPTModel, config: Config, tokenizer: Any, folder: str | Path) -> None:
+    """Write a whole model (TP = PP = 1) as a Hugging Face folder: config, safetensors, tokenizer.
+
+    Args:
+        model: the trained model.
+        config: its resolved configuration.
+        tokenizer: the transformers tokenizer it was trained with, or None.
+        folder: where to write; must not exist yet, or be empty.
+    """
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder}: exists and is not empty; choose another folder or remove it")
+    eos_token_id = tokenizer.eos_token_id if tokenizer is not None else None
+    hf_config = huggingface_config(config, eos_token_id)
+    vocab_size, groups = hf_config.vocab_size, model.config.num_query_groups
+    weights = {}
+    for name, parameter in model.named_parameters():
+        entry, layer = entry_of(name)
+        whole = parameter.detach()[:vocab_size] if entry.shard == "rows" and entry.join == "same" else parameter.detach()
+        for hf, tensor in zip(
+            entry.huggingface, split(entry, whole, groups, model.config.num_attention_heads), strict=True
+        ):
+            weights[hf.replace("*", layer)] = tensor.clone()
+    with torch.device("meta"):
+        hf_model = AutoModelForCausalLM.from_config(hf_config, dtype=model.config.params_dtype)
+    missing, unexpected = hf_model.load_state_dict(weights, strict=False, assign=True)
+    tied = {"lm_head.weight"} if hf_config.tie_word_embeddings else set()
+    assert not unexpected and set(missing) <= tied, (missing, unexpected)
+    hf_model.tie_weights()
+    hf_model.generation_config = GenerationConfig(eos_token_id=eos_token_id, do_sample=False)
+
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    hf_model.save_pretrained(partial)
+    if tokenizer is not None:
+        if len(tokenizer) == config.tidar.mask_token_id:  # the next free id: the mask token gets its name
+            tokenizer.add_tokens(["<|mask|>"], special_tokens=True)
+        tokenizer.save_pretrained(partial)
+    if folder.exists():
+        folder.rmdir()
+    partial.rename(folder)

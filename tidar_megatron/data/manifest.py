@@ -1,0 +1,108 @@
+"""What a folder of shards promises, as ``manifest.json``: written last, checked first.
+
+A tar cut on a member boundary still reads without an error, and a flipped byte is still a token; only the counts,
+sizes and hashes written beside the shards tell.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tidar_megatron.errors import UserError
+
+FILE_NAME = "manifest.json"
+TOKENIZER_FOLDER = "tokenizer"  # beside the manifest, a Hugging Face tokenizer folder
+FORMAT: Final = "tidar-shards-1"
+
+Count = Annotated[int, Field(ge=0)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+# A plain name: what the manifest says is joined to the folder's path, so it must not lead anywhere else.
+ShardName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*\.tar$")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ShardEntry(_Strict):
+    """One tar of documents."""
+
+    name: ShardName
+    bytes: Count
+    sha256: Sha256
+    documents: Count
+    tokens: Count
+
+
+class TokenizerEntry(_Strict):
+    """The tokenizer the shards were written with; itself saved in ``TOKENIZER_FOLDER`` beside them."""
+
+    spec: str
+    fingerprint: Sha256
+    vocab_size: Count
+    eos_token_id: Count
+
+
+class Manifest(_Strict):
+    """A folder of shards. ``source`` says where the text came from; nothing depends on it."""
+
+    format: Literal["tidar-shards-1"]
+    dtype: Literal["uint16", "uint32"]
+    documents: Count
+    tokens: Count
+    tokenizer: TokenizerEntry
+    source: dict[str, Any]
+    shards: list[ShardEntry]
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write ``manifest.json`` into ``folder``."""
+    (folder / FILE_NAME).write_text(json.dumps(manifest.model_dump(), indent=2) + "\n", encoding="utf-8")
+
+
+def local_folder(folder: str | Path) -> Path:
+    """``folder`` as a path; a URL or a webdataset ``pipe:`` (which would run a shell) is refused.
+
+    Raises:
+        UserError: not a local path.
+    """
+    if str(folder).startswith("pipe:") or "://" in str(folder):
+        raise UserError(f"data {folder}: shards are read from local folders only; copy them to this machine first")
+    return Path(folder)
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """The manifest of a folder of shards, its totals agreeing with its shards.
+
+    Raises:
+        UserError: no local folder, no manifest, or one that is not whole.
+    """
+    path = local_folder(folder) / FILE_NAME
+    remedy = "write the data again with tools/prepare_data.py"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"data {folder}: has no {FILE_NAME}, so is no complete folder of shards; {remedy}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); {remedy}") from error
+    try:
+        manifest = Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise UserError(f"{path}: {where}: {first['msg']}; {remedy}") from error
+    totals = (sum(shard.documents for shard in manifest.shards), sum(shard.tokens for shard in manifest.shards))
+    if totals != (manifest.documents, manifest.tokens):
+        raise UserError(f"{path}: its totals differ from the sums over its shards; {remedy}")
+    if len({shard.name for shard in manifest.shards}) != len(manifest.shards):
+        raise UserError(f"{path}: names a shard twice; {remedy}")
+    return manifest
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,131 @@
+"""Text -> shards, training and held-out (launched by ``tools/prepare_data.py``)."""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tidar_megatron.data.manifest import Manifest
+from tidar_megatron.data.packing import permutation
+from tidar_megatron.data.shard_writer import check_output, write_shards
+from tidar_megatron.data.texts import Texts, find_texts, printable
+from tidar_megatron.data.tokenizer import encode_documents, make_tokenizer
+from tidar_megatron.errors import UserError
+
+_NAMES_KEPT, _NAMES_SHOWN = 20, 3  # of the files skipped: in the manifest, on the console
+
+
+def prepare(
+    inputs: Sequence[str | Path],
+    output: str | Path,
+    tokenizer_spec: str,
+    text_key: str = "text",
+    held_out_fraction: float = 0.0,
+    held_out_output: str | Path | None = None,
+    seed: int = 0,
+    shard_size_mb: float = 64.0,
+    overwrite: bool = False,
+) -> list[Manifest]:
+    """Write the documents of ``inputs`` as shards in ``output``, some of them in ``held_out_output`` instead.
+
+    Held-out documents are ``held_out_fraction`` of all (at least one), chosen by ``seed``. A BPE is trained on the
+    others alone; both folders carry the same tokenizer.
+
+    Returns:
+        The manifest of the training shards, and that of the held-out ones if there are any.
+
+    Raises:
+        UserError: anything wrong with the inputs, the outputs or the options. A folder is written whole or not at all.
+    """
+    _check_options(inputs, output, held_out_fraction, held_out_output, seed, shard_size_mb)
+    outputs = [output] if held_out_output is None else [output, held_out_output]
+    for folder in outputs:
+        check_output(folder, overwrite)
+    texts = find_texts(inputs, text_key)
+    count = sum(1 for _ in texts)  # reads everything once: a broken line is found before the work is done
+    held_out = _choose(count, held_out_fraction, seed)
+    if count <= len(held_out):
+        raise UserError(f"the inputs hold {count} documents, of which {len(held_out)} held out: none left to train on")
+    tokenizer = make_tokenizer(tokenizer_spec, _part(texts, held_out, chosen=False))
+    spec = tokenizer_spec if not Path(tokenizer_spec).is_dir() else Path(tokenizer_spec).resolve().name
+    source = _describe(inputs, texts, count, held_out_fraction, seed)
+    shard_bytes = math.ceil(shard_size_mb * 2**20)
+    manifests = []
+    for folder, chosen in zip(outputs, (False, True), strict=False):
+        documents = encode_documents(tokenizer, _part(texts, held_out, chosen))
+        part = source | {"part": "held-out" if chosen else "training"}
+        manifests.append(write_shards(folder, documents, tokenizer, spec, part, shard_bytes, overwrite))
+    return manifests
+
+
+def summary(outputs: Sequence[str | Path], manifests: Sequence[Manifest]) -> str:
+    """A few lines on what was written where."""
+    lines = []
+    for output, manifest in zip(outputs, manifests, strict=True):
+        size = sum(shard.bytes for shard in manifest.shards) / 2**20
+        lines.append(
+            f"{output}: {manifest.source['part']} data: {manifest.documents:,} documents, {manifest.tokens:,} tokens, "
+            f"{size:.1f} MiB (shards: {len(manifest.shards)})"
+        )
+    tokenizer, source = manifests[0].tokenizer, manifests[0].source
+    lines.append(f"tokenizer {tokenizer.spec}: {tokenizer.vocab_size:,} ids, fingerprint {tokenizer.fingerprint[:12]}")
+    if empty := source["empty_documents_skipped"]:
+        lines.append(f"skipped, no text in them: {empty:,} documents")
+    if undecodable := source["undecodable_files_skipped"]:
+        names = source["undecodable_files"][:_NAMES_SHOWN]
+        more = ", ..." if undecodable > len(names) else ""
+        lines.append(f"skipped, not UTF-8: {undecodable:,} files: {', '.join(names)}{more}")
+    return "\n".join(lines)
+
+
+def _check_options(
+    inputs: Sequence[str | Path],
+    output: str | Path,
+    held_out_fraction: float,
+    held_out_output: str | Path | None,
+    seed: int,
+    shard_size_mb: float,
+) -> None:
+    if not 0 <= held_out_fraction < 1:
+        raise UserError(f"--held-out-fraction {held_out_fraction}: must be at least 0 and less than 1")
+    if (held_out_fraction > 0) != (held_out_output is not None):
+        raise UserError("--held-out-fraction and --held-out-output go together: give both or neither")
+    if seed < 0:
+        raise UserError(f"--seed {seed}: must not be negative")
+    if not 0 < shard_size_mb < math.inf:
+        raise UserError(f"--shard-size-mb {shard_size_mb}: must be more than 0")
+    folders = [Path(folder).resolve() for folder in (output, held_out_output) if folder is not None]
+    if len(set(folders)) < len(folders):
+        raise UserError(f"--held-out-output {held_out_output}: is the same folder as --output; choose another")
+    for given in (Path(given).resolve() for given in inputs):
+        for folder in folders:
+            if given == folder or given in folder.parents or folder in given.parents:
+                raise UserError(f"output {folder} and input {given} lie in one another; choose an output elsewhere")
+
+
+def _choose(count: int, fraction: float, seed: int) -> frozenset[int]:
+    """The numbers of the held-out documents."""
+    if fraction == 0:
+        return frozenset()
+    chosen = permutation(count, seed)[: max(round(fraction * count), 1)]
+    return frozenset(chosen.tolist())
+
+
+def _part(texts: Texts, held_out: frozenset[int], chosen: bool) -> Iterator[str]:
+    return (text for number, text in enumerate(texts) if (number in held_out) == chosen)
+
+
+def _describe(
+    inputs: Sequence[str | Path], texts: Texts, count: int, held_out_fraction: float, seed: int
+) -> dict[str, Any]:
+    """Names only, no paths: a manifest may be published."""
+    return {
+        "inputs": [printable(Path(given).resolve().name) for given in inputs],
+        "text_key": texts.text_key,
+        "documents_of_inputs": count,
+        "held_out_fraction": held_out_fraction,
+        "seed": seed,
+        "empty_documents_skipped": texts.empty,
+        "undecodable_files_skipped": len(texts.undecodable),
+        "undecodable_files": texts.undecodable[:_NAMES_KEPT],
+    }

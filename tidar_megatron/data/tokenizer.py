@@ -1,0 +1,147 @@
+"""One kind of tokenizer: a transformers *fast* tokenizer, whatever it was made from.
+
+=========  ===============================================================================================
+``byte``   byte-level BPE without merges: the id of a byte is its value, end of text is 256
+``bpe:N``  byte-level BPE of N ids (bytes and end of text included), trained on the training documents
+FOLDER     a Hugging Face tokenizer on this disk; nothing is downloaded, no code of the folder is run
+=========  ===============================================================================================
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from tidar_megatron.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+_BATCH_CHARACTERS = 1 << 20  # a tokenizer's call costs about 100 bytes of memory per token
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """The 256 bytes with ``id == byte value``, and end of text at 256."""
+    # GPT-2's byte alphabet: a printable byte stands for itself, the others for the characters from 256 on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    vocabulary = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    # Without merges, splitting into words first would change nothing but the time it takes.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return _wrap(tokenizer)
+
+
+def train_bpe(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of ``size`` ids trained on ``texts``; end of text is the last id.
+
+    Raises:
+        UserError: fewer than 257 ids asked for, or the texts are too small to learn that many.
+    """
+    if size < 257:
+        raise UserError(f"tokenizer bpe:{size}: 256 bytes and an end of text are the least; use bpe:257 or more")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size - 1, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    learnt = tokenizer.get_vocab_size() + 1
+    if learnt != size:
+        raise UserError(f"tokenizer bpe:{size}: the text yields only {learnt} ids; use bpe:{learnt} or more text")
+    return _wrap(tokenizer)
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a local Hugging Face folder.
+
+    Raises:
+        UserError: no such folder, no fast tokenizer in it, or one without an end-of-text (EOS) token.
+    """
+    if not Path(folder).is_dir():
+        raise UserError(f"tokenizer {folder}: expected byte, bpe:N, or the path of a Hugging Face tokenizer folder")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exception for a file it cannot parse
+        raise UserError(f"tokenizer {folder}: cannot be loaded: {_first_line(error)}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(f"tokenizer {folder}: {type(tokenizer).__name__} is not a fast tokenizer (tokenizer.json)")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer {folder}: has no EOS token; set eos_token in its tokenizer_config.json")
+    return tokenizer
+
+
+def make_tokenizer(spec: str, training_texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """The tokenizer of a specification (see the table above); ``training_texts`` is read for ``bpe:N`` only.
+
+    Raises:
+        UserError: an unknown specification, or as :func:`train_bpe` and :func:`load_tokenizer`.
+    """
+    if spec == "byte":
+        return byte_tokenizer()
+    if bpe := re.fullmatch(r"bpe:(\d{1,9})", spec):
+        return train_bpe(training_texts, int(bpe[1]))
+    return load_tokenizer(spec)
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """SHA-256 (hex) of the tokenizer's definition, which decides the ids of every text."""
+    definition = json.loads(tokenizer.backend_tokenizer.to_str())
+    for leftover_of_the_last_call in ("truncation", "padding"):
+        definition.pop(leftover_of_the_last_call, None)
+    return hashlib.sha256(json.dumps(definition, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
+    """One more than the highest id in use: ``len(tokenizer)``, unless the folder's ids have holes."""
+    return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+
+
+def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> Iterator[list[int]]:
+    """The ids of each text in order, end of text appended.
+
+    A text is only text: neither a special token's name in it ("<|endoftext|>") nor the tokenizer's own template
+    (a leading BOS) gives a special id, so the one EOS of a document is its last token.
+    """
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if characters >= _BATCH_CHARACTERS:
+            yield from _encode_batch(tokenizer, batch)
+            batch, characters = [], 0
+    if batch:
+        yield from _encode_batch(tokenizer, batch)
+
+
+def encode_document(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """:func:`encode_documents` of one text."""
+    return next(encode_documents(tokenizer, [text]))
+
+
+def _encode_batch(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Iterator[list[int]]:
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    for ids in encoded["input_ids"]:
+        if tokenizer.eos_token_id in ids:
+            raise UserError("this tokenizer gives its EOS id for plain text; use one whose EOS is a special token")
+        yield [*ids, tokenizer.eos_token_id]
+
+
+def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,118 @@
+"""Process groups and seeds: the only place that initialises torch.distributed and reads ``parallel_state``."""
+
+import os
+import random
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from tidar_megatron.config import ParallelConfig
+from tidar_megatron.distributed import platform
+from tidar_megatron.errors import UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands in the layout."""
+
+    groups: ProcessGroupCollection
+    device: torch.device
+    rank: int
+    world_size: int
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Holds the embedding."""
+        return self.groups.pp.rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Holds the output layer and sees the loss."""
+        return self.groups.pp.rank() == self.groups.pp.size() - 1
+
+    @property
+    def is_main(self) -> bool:
+        """The one process that writes files and prints."""
+        return self.rank == 0
+
+    def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks that hold different tokens (data and context parallel), in place."""
+        dist.all_reduce(values, group=self.groups.dp_cp)
+        return values
+
+    def from_last_stage(self, values: torch.Tensor) -> torch.Tensor:
+        """Give every pipeline stage the last stage's values, in place."""
+        group = self.groups.pp
+        if group.size() > 1:
+            dist.broadcast(values, src=dist.get_process_group_ranks(group)[-1], group=group)
+        return values
+
+
+def world_size_from_environment() -> int:
+    """The number of processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_world_size(parallel: ParallelConfig, world_size: int) -> None:
+    """Refuse a layout that the processes at hand cannot fill.
+
+    Raises:
+        UserError: names the layout, the processes there are, and the number that works.
+    """
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if world_size % (tp * pp):
+        needed = max(tp * pp, world_size // (tp * pp) * tp * pp)
+        raise UserError(
+            f"--tensor-model-parallel-size {tp} x --pipeline-model-parallel-size {pp} needs a multiple of {tp * pp} "
+            f"processes, but there are {world_size}; try torchrun --nproc-per-node {needed}"
+        )
+
+
+def initialize(parallel: ParallelConfig, seed: int) -> Ranks:
+    """Join the job that torchrun describes in the environment (one process without it), and lay out the groups.
+
+    May be called again with another layout in the same process: the old groups are destroyed first.
+    """
+    world_size = world_size_from_environment()
+    check_world_size(parallel, world_size)
+    platform.make_cpu_first_class()
+    timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
+    device = platform.device(int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        if "RANK" in os.environ:
+            dist.init_process_group(platform.backend(), timeout=timeout)
+        else:  # no launcher: a job of one, without a port that could be taken
+            dist.init_process_group(platform.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    seed_everything(seed, groups.pp.rank())
+    return Ranks(groups=groups, device=device, rank=dist.get_rank(), world_size=world_size)
+
+
+def seed_everything(seed: int, pipeline_rank: int) -> None:
+    """Seed every generator; stages differ, so that their layers do, and data-parallel ranks agree (as in Megatron-LM)."""
+    seed = seed + 100 * pipeline_rank
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def shut_down() -> None:
+    """Leave the job."""
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

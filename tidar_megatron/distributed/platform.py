@@ -1,0 +1,110 @@
+"""The only place that knows a GPU may be missing.
+
+megatron-core assumes CUDA in a handful of calls. Where there is none, :func:`make_cpu_first_class` puts CPU
+equivalents in their place, so the same training code runs under gloo on a laptop and under NCCL on a cluster. With a
+GPU it does nothing. It changes process-wide state: call it once, before building anything of megatron-core.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+# megatron-core's optimizer tells dtypes apart by the CUDA spelling that Tensor.type() gives on a GPU
+_CUDA_TYPE_NAMES = {
+    torch.float32: "torch.cuda.FloatTensor",
+    torch.float16: "torch.cuda.HalfTensor",
+    torch.bfloat16: "torch.cuda.BFloat16Tensor",
+}
+
+
+def has_gpu() -> bool:
+    """Whether this process computes on a CUDA device."""
+    return torch.cuda.is_available()
+
+
+def device(local_rank: int = 0) -> torch.device:
+    """The device of this process."""
+    return torch.device("cuda", local_rank) if has_gpu() else torch.device("cpu")
+
+
+def backend() -> str:
+    """The torch.distributed backend of that device."""
+    return "nccl" if has_gpu() else "gloo"
+
+
+class _CudaLiteralsToCpu(TorchFunctionMode):
+    """``device="cuda"`` -> cpu, ``Tensor.cuda()`` -> itself, ``Tensor.type()`` -> the CUDA spelling."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs = {**kwargs, "device": "cpu"}
+        if "pin_memory" in kwargs:
+            kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return _CUDA_TYPE_NAMES.get(args[0].dtype) or func(*args)
+        return func(*args, **kwargs)
+
+
+_installed: _CudaLiteralsToCpu | None = None
+
+
+def make_cpu_first_class() -> None:
+    """Let megatron-core (0.16.1 to 0.19.x) run without CUDA; nothing happens where CUDA is available."""
+    global _installed
+    if has_gpu() or _installed is not None:
+        return
+    cpu = torch.device("cpu")
+    torch.cuda.current_device = lambda: cpu  # type: ignore[assignment,return-value]  # always used as device=...
+    torch.cuda.synchronize = lambda *args, **kwargs: None
+    torch.cuda.current_stream = lambda *args, **kwargs: None  # type: ignore[assignment,return-value]  # from 0.19 on
+    _install_cpu_rng_tracker()
+    _installed = _CudaLiteralsToCpu()
+    _installed.__enter__()
+
+
+def _install_cpu_rng_tracker() -> None:
+    """megatron-core's named random streams on the CPU generator."""
+    from megatron.core.tensor_parallel import random as mcore_random
+
+    class CpuRNGStatesTracker(mcore_random.CudaRNGStatesTracker):
+        def add(self, name: str, seed: int) -> None:
+            self._is_initialized = True
+            if seed in self.seeds_ or name in self.states_:
+                raise ValueError(f"random stream {name!r} or seed {seed} exists already")
+            self.seeds_.add(seed)
+            self.states_[name] = torch.Generator().manual_seed(seed).get_state()
+
+        @contextlib.contextmanager
+        def fork(self, name: str = mcore_random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
+            outer_state, outer_name = torch.get_rng_state(), self._current_state_name
+            if outer_name != "default-rng":
+                self.states_[outer_name] = outer_state
+            torch.set_rng_state(self.states_[name])
+            self._current_state_name = name
+            try:
+                yield
+            finally:
+                self.states_[name] = torch.get_rng_state()
+                # a nested fork of the outer stream has moved it on
+                torch.set_rng_state(self.states_.get(outer_name, outer_state))
+                self._current_state_name = outer_name
+
+    def get_state(device: Any = "cpu", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(new_state)
+
+    mcore_random.CudaRNGStatesTracker = CpuRNGStatesTracker
+    mcore_random._get_cuda_rng_state = get_state
+    mcore_random._set_cuda_rng_state = set_state
+    mcore_random._CUDA_RNG_STATE_TRACKER = None
+    mcore_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False

@@ -1,0 +1,210 @@
+"""A Hugging Face causal LM as the decode step needs it: hidden states for a plan, logits for the rows that matter.
+
+An exported TiDAR checkpoint is an ordinary Llama/Qwen folder whose ``config.json`` has a ``tidar`` section
+(``mask_token_id``, ``block_size``). Any other folder serves plain autoregression. What our attention does not
+compute, or what would make the output depend on mask positions, is refused by name.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from tidar_megatron.errors import UserError
+from tidar_megatron.inference.attention import ATTENTION_NAME, Plan, decode_mask, position_offsets
+from tidar_megatron.inference.cache import PreallocatedCache
+
+
+@dataclass
+class DecodeModel:
+    """The model, its tokenizer (None when the folder has none) and what decoding must know about it.
+
+    ``mask_token_id`` and ``block_size`` are None without a ``tidar`` section. No forward may hold a position at or
+    beyond ``context_limit``.
+    """
+
+    causal_lm: PreTrainedModel
+    tokenizer: Any
+    mask_token_id: int | None
+    block_size: int | None
+    context_limit: int
+    eos_token_ids: frozenset[int]
+
+    def __post_init__(self) -> None:
+        self._base: nn.Module = self.causal_lm.base_model
+        self._head: nn.Module = self.causal_lm.get_output_embeddings()
+        config = self.causal_lm.config
+        heads = config.num_attention_heads
+        self._groups = heads // (getattr(config, "num_key_value_heads", None) or heads)
+        self.dtype: torch.dtype = self.causal_lm.dtype
+        self.device: torch.device = self.causal_lm.device
+        self.vocab_size: int = config.vocab_size
+
+    def forward(self, drafts: list[int], plan: Plan, cache: PreallocatedCache) -> Tensor:
+        """Run the drafts and the plan's mask tokens behind the committed prefix.
+
+        Their K/V are written to the cache; the caller commits the ones to keep.
+
+        Args:
+            drafts: ``plan.num_drafts`` token ids.
+
+        Returns:
+            Final hidden states ``[T, hidden]``, in the order of the plan's layout.
+        """
+        assert len(drafts) == plan.num_drafts
+        masks = [self.mask_token_id] * plan.num_masks
+        return self._base(
+            input_ids=torch.tensor([drafts + masks], device=self.device),
+            attention_mask=decode_mask(plan, cache.length, self._groups, self.dtype, self.device),
+            position_ids=position_offsets(plan, self.device) + cache.length,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits ``[rows, vocabulary]`` of hidden states ``[rows, hidden]``. The mask token can never be emitted."""
+        logits = self._head(hidden)
+        if self.mask_token_id is not None:
+            logits[:, self.mask_token_id] = -torch.inf
+        return logits
+
+
+def load_model(path: str | Path, device: str | None = None, dtype: str | torch.dtype | None = None) -> DecodeModel:
+    """Load a Hugging Face folder for decoding; no code of the folder is run.
+
+    Args:
+        path: a local folder with ``config.json`` and safetensors.
+        device: as torch names it; default: ``cuda`` when there is one, else ``cpu``.
+        dtype: a floating dtype or its name; default: float32 on the CPU (bfloat16 is slow there), else bfloat16.
+
+    Raises:
+        UserError: no such folder, not a causal LM of transformers, or an architecture detail that is refused.
+    """
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"{path}: no config.json there; give a Hugging Face folder (tools/convert_checkpoint.py exports one)"
+        )
+    torch_device = _device(device)
+    torch_dtype = _dtype(dtype, torch_device)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        refuse_unsupported(config)
+        causal_lm = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=torch_dtype, attn_implementation=ATTENTION_NAME, trust_remote_code=False
+        )
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{path}: transformers cannot load it as a causal LM ({reason}); export the checkpoint again"
+        ) from error
+    return wrap_model(causal_lm.to(torch_device), _load_tokenizer(path))
+
+
+def wrap_model(causal_lm: PreTrainedModel, tokenizer: Any = None) -> DecodeModel:
+    """Wrap a model that is already in memory; it is switched to evaluation and to our attention, in place.
+
+    Raises:
+        UserError: an architecture detail that is refused, or a broken ``tidar`` section.
+    """
+    config = causal_lm.config
+    refuse_unsupported(config)
+    causal_lm.eval().requires_grad_(False)
+    causal_lm.set_attn_implementation(ATTENTION_NAME)
+    if causal_lm.config._attn_implementation != ATTENTION_NAME:
+        raise UserError(f"{type(causal_lm).__name__} fixes its own attention; use a Llama, Qwen or Mistral checkpoint")
+    mask_token_id, block_size = _tidar_section(config)
+    return DecodeModel(
+        causal_lm=causal_lm,
+        tokenizer=tokenizer,
+        mask_token_id=mask_token_id,
+        block_size=block_size,
+        context_limit=config.max_position_embeddings,
+        eos_token_ids=_eos_token_ids(causal_lm),
+    )
+
+
+def refuse_unsupported(config: PretrainedConfig) -> None:
+    """Raise a UserError that names the first architecture detail that would make decoding silently wrong."""
+
+    def refuse(what: str, why: str) -> None:
+        raise UserError(f"{what} is not supported: {why}; use a checkpoint without it")
+
+    layer_types = getattr(config, "layer_types", None) or []
+    for layer_type in layer_types:
+        if layer_type != "full_attention":
+            refuse(f"layer type {layer_type!r} in config.layer_types", "every layer must attend to the whole prefix")
+    window = getattr(config, "sliding_window", None)
+    # Qwen2 keeps a window it does not use; where no switch exists (Mistral) a window is a used one.
+    if getattr(config, "use_sliding_window", not layer_types and window is not None):
+        refuse(f"sliding_window={window}", "every layer must attend to the whole prefix")
+    for name in ("final_logit_softcapping", "attn_logit_softcapping"):
+        if getattr(config, name, None):
+            refuse(name, "the engine does not soft-cap logits")
+    for name in ("logit_scale", "logits_scaling"):
+        if getattr(config, name, None) not in (None, 1.0):
+            refuse(name, "the engine reads logits straight from the output embedding")
+    rope: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):  # transformers 4 and 5
+        rope |= getattr(config, name, None) or {}
+    rope_type = rope.get("rope_type", rope.get("type"))
+    if rope_type in ("dynamic", "longrope"):
+        refuse(
+            f"rope type {rope_type!r}", "its frequencies depend on the largest position, which mask tokens would move"
+        )
+    if not isinstance(getattr(config, "max_position_embeddings", None), int):
+        refuse("a config without max_position_embeddings", "the context limit must be known")
+
+
+def _tidar_section(config: PretrainedConfig) -> tuple[int | None, int | None]:
+    section = getattr(config, "tidar", None)
+    if section is None:
+        return None, None
+    try:
+        mask_token_id, block_size = section["mask_token_id"], section["block_size"]
+    except (KeyError, TypeError):
+        raise UserError("config.json: tidar needs mask_token_id and block_size; export the checkpoint again") from None
+    if not (isinstance(mask_token_id, int) and 0 <= mask_token_id < config.vocab_size):
+        raise UserError(f"config.json: tidar.mask_token_id {mask_token_id!r} is not an id below {config.vocab_size}")
+    if not (isinstance(block_size, int) and block_size >= 1):
+        raise UserError(f"config.json: tidar.block_size {block_size!r} is not a positive integer")
+    return mask_token_id, block_size
+
+
+def _eos_token_ids(causal_lm: PreTrainedModel) -> frozenset[int]:
+    ids = getattr(causal_lm.generation_config, "eos_token_id", None)
+    if ids is None:
+        ids = getattr(causal_lm.config, "eos_token_id", None)
+    return frozenset() if ids is None else frozenset([ids] if isinstance(ids, int) else ids)
+
+
+def _load_tokenizer(path: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError):  # token ids still work; the program that needs text says so
+        return None
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r} cannot be used here; use --device cpu") from error
+    return torch.device(name)
+
+
+def _dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    if name is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = name if isinstance(name, torch.dtype) else getattr(torch, name, None)
+    if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise UserError(f"dtype {name!r}: use float32, bfloat16, float16 or float64")
+    return dtype

@@ -1,0 +1,151 @@
+"""What is asked of generation and what comes back: options, the checks on them, steps, and the result with its figures.
+
+Counting. The prefill emits the first token. A decode forward emits as many tokens as it accepted drafts, so plain
+autoregression is exactly 1 token per forward. Seconds are those of the forwards with what belongs to them, never of
+what the caller does between two steps.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from tidar_megatron.errors import UserError
+from tidar_megatron.inference.model import DecodeModel
+
+Mode = Literal["tidar", "ar", "lookup"]
+StopReason = Literal["eos", "length", "context"]
+
+LOOKUP_DRAFT_LENGTH = 8  # for a model without a block size
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """How to generate.
+
+    ``draft_length`` K counts the certain token (None: the model's block size); ``branches`` is ``"all"`` or how many
+    of the likeliest outcomes get a branch (mode ``tidar`` only). Generation ends with the first end-of-sequence token
+    (unless ``ignore_eos``), after ``max_new_tokens``, or when prompt and output fill the model's context.
+    """
+
+    mode: Mode = "tidar"
+    draft_length: int | None = None
+    branches: int | Literal["all"] = "all"
+    max_new_tokens: int = 128
+    ignore_eos: bool = False
+
+    def check(self, model: DecodeModel) -> None:
+        """Raises UserError for options that ``model`` cannot serve."""
+        if self.mode not in get_args(Mode):
+            raise UserError(f"mode {self.mode!r}: use one of {', '.join(get_args(Mode))}")
+        if self.mode == "tidar" and model.mask_token_id is None:
+            raise UserError(
+                "the model's config.json has no tidar section, so it cannot draft: "
+                "use --mode ar, or export a TiDAR checkpoint with tools/convert_checkpoint.py"
+            )
+        if self.draft_length is not None and not _positive(self.draft_length):
+            raise UserError(f"draft length {self.draft_length!r}: use a positive integer, such as the block size")
+        if self.branches != "all" and not _positive(self.branches):
+            raise UserError(f"branches {self.branches!r}: use all or a positive integer")
+        if not _positive(self.max_new_tokens):
+            raise UserError(f"max new tokens {self.max_new_tokens!r}: use a positive integer")
+
+    def resolved_draft_length(self, model: DecodeModel) -> int | None:
+        """K: as asked, else the model's block size; None where nothing is drafted."""
+        if self.mode == "ar":
+            return None
+        return min(self.draft_length or model.block_size or LOOKUP_DRAFT_LENGTH, model.context_limit)
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def check_prompt(model: DecodeModel, prompt: Sequence[int]) -> None:
+    """Raises UserError for token ids that ``model`` cannot continue."""
+    if not prompt:
+        raise UserError("the prompt is empty: give at least one token to continue")
+    if len(prompt) >= model.context_limit:
+        raise UserError(
+            f"the prompt has {len(prompt)} tokens and the model's context holds {model.context_limit}: "
+            f"shorten it to at most {model.context_limit - 1}"
+        )
+    if model.mask_token_id in prompt:
+        raise UserError(
+            f"the prompt holds the mask token (id {model.mask_token_id}), which only the engine may use: remove it"
+        )
+    for token in prompt:
+        if not 0 <= token < model.vocab_size:
+            raise UserError(
+                f"token id {token} is outside the model's vocabulary of {model.vocab_size}: "
+                "use the tokenizer of the same folder"
+            )
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one forward added: the tokens that became final, its seconds, and why generation ended, if it did."""
+
+    tokens: list[int]
+    seconds: float
+    stop: StopReason | None
+    is_prefill: bool = False
+
+
+@dataclass
+class Generation:
+    """The outcome. ``emitted`` has one entry for each decode forward; the prefill's one token is not among them."""
+
+    mode: Mode
+    draft_length: int | None
+    branches: int | Literal["all"] | None
+    token_ids: list[int] = field(default_factory=list)
+    emitted: list[int] = field(default_factory=list)
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    stop: StopReason | None = None
+
+    def add(self, step: Step) -> None:
+        self.token_ids += step.tokens
+        self.stop = step.stop
+        if step.is_prefill:
+            self.prefill_seconds += step.seconds
+        else:
+            self.emitted.append(len(step.tokens))
+            self.decode_seconds += step.seconds
+
+    @property
+    def forwards(self) -> int:
+        """Decode forwards, without the prefill."""
+        return len(self.emitted)
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Tokens emitted by decode forwards / decode forwards; 0 when the prefill's token was the only one."""
+        return sum(self.emitted) / len(self.emitted) if self.emitted else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens emitted by decode forwards / their seconds; 0 when there were none."""
+        return sum(self.emitted) / self.decode_seconds if self.emitted else 0.0
+
+    @property
+    def distinct_4grams(self) -> float:
+        """Distinct / all 4-grams of the output: 1 says nothing repeats, near 0 that it loops and flatters the rest."""
+        grams = list(zip(*(self.token_ids[i:] for i in range(4)), strict=False))
+        return len(set(grams)) / len(grams) if grams else 1.0
+
+    def summary(self) -> dict[str, Any]:
+        """The figures, ready for JSON. ``draft_length`` and ``branches`` are null where the mode has none."""
+        return {
+            "mode": self.mode,
+            "draft_length": self.draft_length,
+            "branches": self.branches,
+            "token_ids": self.token_ids,
+            "forwards": self.forwards,
+            "tokens_per_forward": self.tokens_per_forward,
+            "tokens_per_second": self.tokens_per_second,
+            "distinct_4grams": self.distinct_4grams,
+            "prefill_seconds": self.prefill_seconds,
+            "decode_seconds": self.decode_seconds,
+            "stop": self.stop,
+        }

@@ -1,0 +1,62 @@
+"""Tokens to text and back, as a stream that never shows half a character."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from tidar_megatron.errors import UserError
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for bytes that are no character (yet)
+
+
+def encode_prompt(tokenizer: Any, text: str) -> list[int]:
+    """The prompt's token ids, special tokens added as the tokenizer does by default.
+
+    Raises:
+        UserError: no tokenizer, or an empty prompt (also where the tokenizer would add a special token).
+    """
+    if tokenizer is None:
+        raise UserError("the model's folder has no tokenizer: export the checkpoint with its tokenizer")
+    if not text:
+        raise UserError("the prompt is empty: give at least one character to continue")
+    return list(tokenizer(text)["input_ids"])
+
+
+class TextStream:
+    """Incremental detokenisation.
+
+    A byte-level token may end inside a UTF-8 character and a sentencepiece token may mean another text at the start
+    than within, so tokens cannot be decoded one by one. Each :meth:`push` decodes a short window that begins at a
+    place known to be whole, and returns what is new and settled; an unfinished character waits. The pieces together
+    are ``tokenizer.decode`` of all tokens.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._window: list[int] = []
+        self._read = 0  # tokens of the window whose text is out
+        self._shown = 0  # characters of the window's text that are out
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """New tokens; returns the text that became settled, perhaps none."""
+        self._window += tokens
+        text = self._decode()
+        settled = len(text.rstrip(REPLACEMENT))
+        if settled < len(text):
+            piece = text[self._shown : settled]
+            self._shown = max(self._shown, settled)
+            return piece
+        piece = text[self._shown :]
+        # What was just read stays as the context of what comes next.
+        self._window = self._window[self._read :]
+        self._read = len(self._window)
+        self._shown = len(self._decode())
+        return piece
+
+    def flush(self) -> str:
+        """The end: whatever is still held back, as the replacement characters it decodes to."""
+        text = self._decode()
+        piece, self._shown = text[self._shown :], len(text)
+        return piece
+
+    def _decode(self) -> str:
+        return self._tokenizer.decode(self._window, skip_special_tokens=True)

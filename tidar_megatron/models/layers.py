@@ -1,0 +1,94 @@
+"""The modules that TiDAR plugs into megatron-core's GPTModel: core attention, rotary positions, RMSNorm."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor, nn
+
+from tidar_megatron.models.attention import hybrid_attention
+
+
+class HybridCoreAttention(MegatronModule):
+    """Core attention of the layer spec. Its ``attention_mask`` is the visibility metadata, not a mask.
+
+    megatron-core hands ``attention_mask`` from the model's forward to every layer, through pipeline stages and
+    activation recomputation alike, as long as it is a tensor; so the metadata travels that way.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        *,
+        backend: str,
+        chunk_size: int,
+        **unused: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self.backend, self.chunk_size = backend, chunk_size
+        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *args: Any, **unused: Any
+    ) -> Tensor:
+        """``query [t, b, h, d]``, ``key``/``value [t, b, g, d]``, metadata ``[b, t, 4]`` -> ``[t, b, h*d]``."""
+        q_bhtd, k_bgtd, v_bgtd = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        out_bhtd = hybrid_attention(
+            q_bhtd,
+            k_bgtd,
+            v_bgtd,
+            attention_mask,
+            backend=self.backend,
+            chunk_size=self.chunk_size,
+            scale=self.softmax_scale,
+        )
+        return out_bhtd.permute(2, 0, 1, 3).flatten(2)
+
+
+class PositionRotaryEmbedding(nn.Module):
+    """Rotary angles of the positions that the batch names: 0..S-1 for the clean half, and again for the masks.
+
+    Built on megatron-core's RotaryEmbedding for the frequencies. It takes the place of the module that GPTModel calls
+    with ``position_ids`` (its "mrope" path), so no method of GPTModel needs an override.
+    """
+
+    def __init__(self, config: TransformerConfig, rotary_base: float) -> None:
+        super().__init__()
+        rotary = RotaryEmbedding(
+            config.kv_channels, rotary_percent=1.0, rotary_base=rotary_base, use_cpu_initialization=True
+        )
+        self.inv_freq = rotary.inv_freq  # no buffer: it must stay float32 in a bfloat16 model
+
+    def forward(self, position_ids: Tensor, mrope_section: Any = None, cp_group: Any = None) -> Tensor:
+        """``position_ids`` int64 ``[b, t]`` -> angles float32 ``[t, b, 1, d]`` (``[t, 1, 1, d]`` when all rows agree)."""
+        if position_ids.stride(0) == 0:  # one row, expanded over the batch: the angles need not be repeated
+            position_ids = position_ids[:1]
+        self.inv_freq = self.inv_freq.to(position_ids.device)
+        angles_tbf = position_ids.t().float().unsqueeze(-1) * self.inv_freq
+        return torch.cat([angles_tbf, angles_tbf], dim=-1).unsqueeze(2)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm whose weight's gradient is summed over tensor-parallel ranks under sequence parallelism.
+
+    megatron-core's wrapper of torch's norms refuses sequence parallelism; this one marks its weight as
+    ``finalize_model_grads`` expects.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **unused: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., hidden_size]`` -> the same shape and dtype."""
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)

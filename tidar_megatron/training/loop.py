@@ -1,0 +1,261 @@
+"""The loop: data, model, optimizer; step, evaluate, save; first plain AR (the warm-up), then the joint objective."""
+
+import dataclasses
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from tidar_megatron.checkpoint.distributed import latest_iteration, load_checkpoint, save_checkpoint
+from tidar_megatron.checkpoint.huggingface import load_huggingface_weights, model_from_huggingface
+from tidar_megatron.config import Config
+from tidar_megatron.data.loader import TrainingData, check_batch_sizes
+from tidar_megatron.data.manifest import TOKENIZER_FOLDER, TokenizerEntry, read_manifest
+from tidar_megatron.distributed.groups import Ranks, check_world_size, initialize, shut_down, world_size_from_environment
+from tidar_megatron.errors import UserError
+from tidar_megatron.models.gpt import build_model
+from tidar_megatron.training.metrics import MetricsLogger
+from tidar_megatron.training.optimizer import build_optimizer, wrap_model
+from tidar_megatron.training.step import evaluate, train_step
+
+CONFIG_FILE = "config.yaml"
+
+
+def resolve(config: Config, tokenizer: TokenizerEntry) -> Config:
+    """Fill in what the tokenizer and ``--init-from`` decide: the model, its vocabulary, the mask token.
+
+    Raises:
+        UserError: a mask token that the tokenizer uses, or a vocabulary too small for the data.
+    """
+    model, mask = config.model, config.tidar.mask_token_id
+    if config.training.init_from:
+        model = model_from_huggingface(config.training.init_from, model)
+        if model.vocab_size is not None and tokenizer.vocab_size > model.vocab_size:
+            raise UserError(
+                f"--init-from {config.training.init_from}: its vocabulary has {model.vocab_size} ids, the data's "
+                f"tokenizer {tokenizer.vocab_size}; prepare the data with --tokenizer {config.training.init_from}"
+            )
+    if mask is None:
+        mask = tokenizer.vocab_size
+    if mask < tokenizer.vocab_size:
+        raise UserError(
+            f"--mask-token-id {mask}: the tokenizer uses the ids 0 to {tokenizer.vocab_size - 1}; "
+            f"leave it out to take {tokenizer.vocab_size}"
+        )
+    resolved = dataclasses.replace(
+        config,
+        model=dataclasses.replace(model, vocab_size=max(model.vocab_size or 0, mask + 1)),
+        tidar=dataclasses.replace(config.tidar, mask_token_id=mask),
+    )
+    resolved.check()
+    return resolved
+
+
+def starting_point(config: Config) -> int | None:
+    """The iteration to continue from; None to start anew.
+
+    Raises:
+        UserError: ``--load`` names a folder without a checkpoint, or ``--save`` one that holds another run.
+    """
+    load, save = config.checkpoint.load, config.checkpoint.save
+    iteration = latest_iteration(load) if load else None
+    same = bool(load and save and Path(load).resolve() == Path(save).resolve())
+    if load and iteration is None and not same:
+        raise UserError(f"--load {load}: holds no checkpoint; leave the flag out to start anew")
+    if save and not same and latest_iteration(save) is not None:
+        raise UserError(f"--save {save}: holds a run already; continue it with --load {save}, or choose another folder")
+    return iteration
+
+
+@dataclass
+class Trainer:
+    """Everything a run holds on this rank."""
+
+    config: Config
+    ranks: Ranks
+    train_data: TrainingData
+    valid_data: TrainingData | None
+    model: GPTModel
+    ddp: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    iteration: int = 0
+    consumed_sequences: int = 0
+
+    @classmethod
+    def build(cls, config: Config) -> "Trainer":
+        """Everything up to the first step; bad input is refused before any process group exists."""
+        if config.data.train_data is None:
+            raise UserError("--train-data is missing: give a folder made by tools/prepare_data.py")
+        check_world_size(config.parallel, world_size_from_environment())
+        config = resolve(config, read_manifest(config.data.train_data).tokenizer)
+        start = starting_point(config)
+        assert config.tidar.mask_token_id is not None and config.model.vocab_size is not None
+
+        def data(folder: str) -> TrainingData:
+            return TrainingData(
+                folder,
+                config.data.seq_length,
+                config.tidar.block_size,
+                config.tidar.mask_token_id or 0,
+                config.training.seed,
+            )
+
+        train_data = data(config.data.train_data or "")
+        valid_data = data(config.data.valid_data) if config.data.valid_data else None
+        if valid_data is not None:
+            train_data.check_same_tokenizer(valid_data)
+        model_parallel = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
+        check_batch_sizes(
+            config.training.global_batch_size,
+            config.training.micro_batch_size,
+            world_size_from_environment() // model_parallel,
+        )
+        ranks = initialize(config.parallel, config.training.seed)
+        model = build_model(config, config.model.vocab_size, ranks)
+        if config.training.init_from and start is None:
+            load_huggingface_weights(model, config.training.init_from, config.model.vocab_size)
+        ddp = wrap_model(model, config)
+        optimizer, scheduler = build_optimizer(ddp, config)
+        trainer = cls(config, ranks, train_data, valid_data, model, ddp, optimizer, scheduler)
+        if start is not None:
+            assert config.checkpoint.load is not None
+            trainer.iteration = start
+            trainer.consumed_sequences = load_checkpoint(config.checkpoint.load, start, model, optimizer, scheduler)
+        return trainer
+
+    @property
+    def doubled(self) -> bool:
+        """Whether the next step trains the joint objective (else plain AR)."""
+        return self.iteration >= self.config.ar_warmup_iters
+
+    def step(self) -> dict:
+        """One optimizer step; what of it is logged."""
+        training, groups = self.config.training, self.ranks.groups
+        phase = "joint" if self.doubled else "AR"
+        batches = self.train_data.step_batches(
+            self.consumed_sequences,
+            training.global_batch_size,
+            training.micro_batch_size,
+            groups.dp.rank(),
+            groups.dp.size(),
+            self.doubled,
+        )
+        alpha = self.config.tidar.ar_loss_weight
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        result = train_step(self.ddp, self.optimizer, self.scheduler, batches, alpha, self.ranks)
+        self.iteration += 1
+        self.consumed_sequences += training.global_batch_size
+        diffusion = result.diffusion_loss
+        loss = result.ar_loss if diffusion is None else (alpha * result.ar_loss + diffusion) / (1 + alpha)
+        return {
+            "phase": phase,
+            "loss": loss,
+            "ar_loss": result.ar_loss,
+            "diffusion_loss": diffusion,
+            "learning_rate": learning_rate,
+            "grad_norm": result.grad_norm,
+            "consumed_sequences": self.consumed_sequences,
+        }
+
+    def evaluate(self) -> dict | None:
+        """Losses and draft metrics on the held-out data; None without any."""
+        if self.valid_data is None:
+            return None
+        training, groups = self.config.training, self.ranks.groups
+        batches = self.valid_data.evaluation_batches(
+            training.eval_sequences, training.micro_batch_size, groups.dp.rank(), groups.dp.size()
+        )
+        return evaluate(self.ddp, batches, self.config.tidar.block_size, self.ranks)
+
+    def save(self) -> None:
+        """A checkpoint of this moment, if the run has a folder."""
+        if self.config.checkpoint.save:
+            save_checkpoint(
+                self.config.checkpoint.save,
+                self.iteration,
+                self.consumed_sequences,
+                self.model,
+                self.optimizer,
+                self.scheduler,
+            )
+
+    def write_run_folder(self) -> None:
+        """What makes the run's folder complete in itself: the resolved configuration and the tokenizer."""
+        if self.config.checkpoint.save and self.ranks.is_main:
+            folder = Path(self.config.checkpoint.save)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / CONFIG_FILE).write_text(self.config.to_yaml(), encoding="utf-8")
+            tokenizer = Path(self.config.data.train_data or "") / TOKENIZER_FOLDER
+            shutil.copytree(tokenizer, folder / TOKENIZER_FOLDER, dirs_exist_ok=True)
+
+
+def pretrain(config: Config) -> None:
+    """Train to ``train_iters``, or to the first iteration that ``exit_interval`` divides."""
+    trainer = Trainer.build(config)
+    config = trainer.config
+    try:
+        trainer.write_run_folder()
+        dist.barrier()
+        logger = MetricsLogger(config, trainer.ranks.is_main, trainer.iteration)
+        describe(trainer, logger)
+        _loop(trainer, logger)
+        logger.close()
+    finally:
+        shut_down()
+
+
+def _loop(trainer: Trainer, logger: MetricsLogger) -> None:
+    config = trainer.config
+    training, clean_tokens = config.training, config.training.global_batch_size * config.data.seq_length
+    evaluated = saved = None
+    started, since = time.perf_counter(), trainer.iteration
+    while trainer.iteration < training.train_iters:
+        values = trainer.step()
+        i = trainer.iteration
+        if i % config.logging.log_interval == 0 or i == training.train_iters:
+            seconds = (time.perf_counter() - started) / (i - since)
+            logger.training(
+                i, {**values, "step_seconds": seconds, "clean_tokens_per_second": clean_tokens / seconds}
+            )
+            started, since = time.perf_counter(), i
+        paused = time.perf_counter()
+        if i % training.eval_interval == 0 or i == training.train_iters:
+            evaluation = trainer.evaluate()
+            if evaluation is not None:
+                logger.evaluation(i, evaluation)
+            evaluated = i
+        leaving = training.exit_interval is not None and i % training.exit_interval == 0
+        if leaving or i == training.train_iters or (config.checkpoint.save_interval and i % config.checkpoint.save_interval == 0):
+            trainer.save()
+            saved = i
+        if i in (evaluated, saved):  # neither belongs to the time of a step
+            started += time.perf_counter() - paused
+        if leaving and i < training.train_iters:
+            logger.say(f"leaving after iteration {i} (--exit-interval {training.exit_interval})")
+            return
+
+
+def describe(trainer: Trainer, logger: MetricsLogger) -> None:
+    """The run in four lines."""
+    config, groups = trainer.config, trainer.ranks.groups
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    layout = f"TP {groups.tp.size()} x PP {groups.pp.size()} x DP {groups.dp.size()}"
+    logger.say(f"{layout} on {trainer.ranks.device.type}, {parameters:,} parameters on this rank")
+    data = trainer.train_data.documents.manifest
+    logger.say(
+        f"{data.documents:,} documents, {data.tokens:,} tokens; {trainer.train_data.sequences_per_epoch:,} packed "
+        f"sequences of {config.data.seq_length} an epoch, {config.training.global_batch_size} a step"
+    )
+    logger.say(
+        f"{config.ar_warmup_iters} steps of AR warm-up, then the joint objective to step {config.training.train_iters}: "
+        f"blocks of {config.tidar.block_size}, alpha {config.tidar.ar_loss_weight}, mask token {config.tidar.mask_token_id}"
+    )
+    if trainer.iteration:
+        logger.say(f"continuing {config.checkpoint.load} from iteration {trainer.iteration}")

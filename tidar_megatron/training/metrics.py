@@ -1,0 +1,165 @@
+"""What a run tells: the console, ``metrics.jsonl`` (the record), W&B and TensorBoard (for looking at).
+
+Only the main process writes. W&B and TensorBoard never stop a run: without a key W&B keeps it offline, and whatever
+else goes wrong there costs one line.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+
+from tidar_megatron.config import Config
+
+Values = dict[str, Any]
+
+
+class Sink(Protocol):
+    """A place that takes numbers."""
+
+    def write(self, iteration: int, values: Values) -> None:
+        """Take ``values`` of ``iteration``; nested names are joined by ``/``."""
+
+    def close(self) -> None:
+        """Flush and leave."""
+
+
+class JsonLines:
+    """``metrics.jsonl`` in the run's folder: one object a line, in order of iterations, also over resumes."""
+
+    def __init__(self, path: Path, resume_from: int) -> None:
+        kept = []
+        if path.exists():  # what an interrupted run logged after its last checkpoint happens again now
+            kept = [line for line in path.read_text().splitlines() if json.loads(line)["iteration"] <= resume_from]
+        path.write_text("".join(line + "\n" for line in kept))
+        self.file = path.open("a", encoding="utf-8")
+
+    def write(self, iteration: int, values: Values) -> None:
+        self.file.write(json.dumps({"iteration": iteration, **values}) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class WandB:
+    """A Weights & Biases run, online where a key is at hand, else offline."""
+
+    def __init__(self, config: Config, folder: Path, console: Console) -> None:
+        import wandb
+
+        mode = os.environ.get("WANDB_MODE")
+        if mode is None and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+            mode = "offline"
+            console.print("W&B: no API key, so this run is kept offline; 'wandb login', then 'wandb sync' uploads it")
+        self.run = wandb.init(
+            project=config.logging.wandb_project,
+            name=config.logging.wandb_exp_name or folder.name,
+            dir=str(folder),
+            mode=mode,  # type: ignore[arg-type]
+            config=json.loads(json.dumps(config, default=vars)),
+            settings=wandb.Settings(silent=True),
+        )
+
+    def write(self, iteration: int, values: Values) -> None:
+        self.run.log(flatten(values), step=iteration)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class TensorBoard:
+    """TensorBoard event files."""
+
+    def __init__(self, folder: str) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(folder)
+
+    def write(self, iteration: int, values: Values) -> None:
+        for name, value in flatten(values).items():
+            if isinstance(value, int | float):
+                self.writer.add_scalar(name, value, iteration)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def flatten(values: Values, prefix: str = "") -> Values:
+    """``{"eval": {"acceptance_by_offset": [..]}}`` -> ``{"eval/acceptance_by_offset/1": ..}``."""
+    flat: Values = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}/")
+        elif isinstance(value, list):
+            flat |= {f"{prefix}{name}/{i}": item for i, item in enumerate(value, start=1)}
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+class MetricsLogger:
+    """All sinks of a run behind two calls. On other processes than the main one it does nothing."""
+
+    def __init__(self, config: Config, is_main: bool, resume_from: int = 0) -> None:
+        self.console = Console(quiet=not is_main, highlight=False, soft_wrap=True)
+        self.train_iters = config.training.train_iters
+        self.sinks: list[Sink] = []
+        if not is_main:
+            return
+        folder = Path(config.checkpoint.save) if config.checkpoint.save else None
+        if folder is not None:
+            self.sinks.append(JsonLines(folder / "metrics.jsonl", resume_from))
+        if config.logging.tensorboard_dir:
+            self._try("TensorBoard", lambda: TensorBoard(config.logging.tensorboard_dir or ""))
+        if config.logging.wandb_project:
+            self._try("W&B", lambda: WandB(config, folder or Path("."), self.console))
+
+    def _try(self, name: str, make: Any) -> None:
+        try:
+            self.sinks.append(make())
+        except Exception as error:  # a dashboard is never worth a run
+            self.console.print(f"{name} is left out: {type(error).__name__}: {' '.join(str(error).split())}")
+
+    def say(self, text: str) -> None:
+        """A line on the console."""
+        self.console.print(text, markup=False)
+
+    def training(self, iteration: int, values: Values) -> None:
+        """One logged step."""
+        diffusion = values["diffusion_loss"]
+        self.say(
+            f"step {iteration:>{len(str(self.train_iters))}}/{self.train_iters}"
+            f" | {values['phase']:<5} | AR {values['ar_loss']:.4f}"
+            + (f" | diffusion {diffusion:.4f}" if diffusion is not None else "")
+            + f" | lr {values['learning_rate']:.2e} | grad norm {values['grad_norm']:.3f}"
+            f" | {values['clean_tokens_per_second']:,.0f} clean tokens/s | {values['step_seconds'] * 1e3:.0f} ms/step"
+        )
+        self._write(iteration, values)
+
+    def evaluation(self, iteration: int, values: Values) -> None:
+        """One evaluation on held-out data."""
+        offsets = " ".join(f"{a:.2f}" for a in values["acceptance_by_offset"])
+        self.say(
+            f"evaluation at {iteration} | AR {values['ar_loss']:.4f} | diffusion {values['diffusion_loss']:.4f}"
+            f" | expected tokens/forward {values['tokens_per_forward']:.2f}"
+            f" (greedy {values['greedy_tokens_per_forward']:.2f}) | acceptance by offset {offsets}"
+        )
+        self._write(iteration, {"eval": values})
+
+    def _write(self, iteration: int, values: Values) -> None:
+        for sink in list(self.sinks):
+            try:
+                sink.write(iteration, values)
+            except Exception as error:
+                if isinstance(sink, JsonLines):
+                    raise
+                self.sinks.remove(sink)
+                self.say(f"{type(sink).__name__} is left out from here on: {type(error).__name__}: {error}")
+
+    def close(self) -> None:
+        """Flush every sink."""
+        for sink in self.sinks:
+            sink.close()

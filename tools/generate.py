@@ -1,0 +1,96 @@
+"""Continue a prompt with an exported checkpoint, as it streams.
+
+    python tools/generate.py --model DIR --prompt TEXT [--mode tidar|ar|lookup] [--draft-length K] [--branches all|N]
+
+In a terminal each colour is what one forward committed. Ends with tokens per forward, tokens per second and the
+share of distinct 4-grams (1.0: nothing repeats). ``--json`` prints one JSON object instead and nothing else.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Callable
+
+from tidar_megatron.errors import run_tool
+
+COLOURS = ("green", "cyan", "yellow")
+
+
+def parse_branches(text: str) -> int | str:
+    """``all`` or a number; whether it makes sense is the engine's to say."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Continue a prompt, drafting and verifying in one forward (TiDAR).")
+    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder of an exported checkpoint")
+    parser.add_argument("--prompt", required=True, metavar="TEXT")
+    parser.add_argument("--mode", default="tidar", choices=["tidar", "ar", "lookup"], help="default: tidar")
+    parser.add_argument("--draft-length", type=int, metavar="K", help="default: the model's block size")
+    parser.add_argument(
+        "--branches", type=parse_branches, default="all", metavar="all|N", help="N: the N likeliest; default: all"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
+    parser.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-sequence token")
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument("--dtype", help="default: float32 on a CPU, else bfloat16")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    # After parsing, so that --help does not wait for torch.
+    from transformers.utils import logging
+
+    from tidar_megatron.inference.decoding import generate
+    from tidar_megatron.inference.model import load_model
+    from tidar_megatron.inference.request import DecodeOptions
+    from tidar_megatron.inference.text import TextStream, encode_prompt
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    model = load_model(args.model, args.device, args.dtype)
+    prompt = encode_prompt(model.tokenizer, args.prompt)
+    options = DecodeOptions(args.mode, args.draft_length, args.branches, args.max_new_tokens, args.ignore_eos)
+    if args.json:
+        generation = generate(model, prompt, options)
+        text = model.tokenizer.decode(generation.token_ids, skip_special_tokens=True)
+        print(json.dumps({"text": text} | generation.summary()))
+        return
+
+    write = make_writer()
+    pieces = TextStream(model.tokenizer)
+    generation = generate(model, prompt, options, on_step=lambda step: write(pieces.push(step.tokens)))
+    write(pieces.flush())
+    if generation.stop == "context":
+        print(f"\nstopped: prompt and output fill the model's context of {model.context_limit} tokens", file=sys.stderr)
+    print(
+        f"\n\n{generation.tokens_per_forward:.2f} tokens per forward, {generation.tokens_per_second:.1f} tokens/s, "
+        f"distinct 4-grams {generation.distinct_4grams:.2f}"
+    )
+
+
+def make_writer() -> Callable[[str], None]:
+    """Writes a piece of text at once; in a terminal the colour changes with every piece, so with every forward."""
+    if not sys.stdout.isatty():
+        return lambda piece: print(piece, end="", flush=True)
+
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    colours = itertools.cycle(COLOURS)
+
+    def write(piece: str) -> None:
+        console.print(Text(piece, style=next(colours)), end="", soft_wrap=True)
+
+    return write
+
+
+if __name__ == "__main__":
+    run_tool(main)

@@ -1,0 +1,47 @@
+"""Turn text into training shards.
+
+    python tools/prepare_data.py --input PATH [PATH ...] --output DIR --tokenizer byte|bpe:N|FOLDER
+
+Inputs are text files (one document each), ``.jsonl`` files (one document a line: an object with --text-key, or a
+string), and folders of such files. The output holds webdataset shards of token ids, a manifest and the tokenizer.
+"""
+
+import argparse
+
+from tidar_megatron.data.prepare import prepare, summary
+from tidar_megatron.errors import run_tool
+
+
+def main() -> None:
+    """Parse, build, call."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files or folders of text")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the training shards")
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="SPEC", help="byte, bpe:N (trained, N ids), or a Hugging Face folder"
+    )
+    parser.add_argument("--text-key", default="text", metavar="KEY", help="key of the text in a JSON object [text]")
+    parser.add_argument("--held-out-fraction", type=float, default=0.0, metavar="F", help="documents kept apart [0]")
+    parser.add_argument("--held-out-output", metavar="DIR", help="folder of the held-out shards")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="chooses the held-out documents [0]")
+    parser.add_argument("--shard-size-mb", type=float, default=64.0, metavar="X", help="MiB a shard, about [64]")
+    parser.add_argument("--overwrite", action="store_true", help="replace shards that are already there")
+    args = parser.parse_args()
+    manifests = prepare(
+        inputs=args.input,
+        output=args.output,
+        tokenizer_spec=args.tokenizer,
+        text_key=args.text_key,
+        held_out_fraction=args.held_out_fraction,
+        held_out_output=args.held_out_output,
+        seed=args.seed,
+        shard_size_mb=args.shard_size_mb,
+        overwrite=args.overwrite,
+    )
+    print(summary([args.output, args.held_out_output][: len(manifests)], manifests))
+
+
+if __name__ == "__main__":
+    run_tool(main)

@@ -1,0 +1,23 @@
+#!/usr/bin/env python
+"""Train a TiDAR model. One process: ``python tools/pretrain.py``; more: ``torchrun --nproc-per-node N tools/pretrain.py``.
+
+    torchrun --nproc-per-node 2 tools/pretrain.py --config examples/quickstart/config.yaml --save runs/quickstart
+"""
+
+import os
+
+from tidar_megatron.errors import run_tool
+
+
+def main() -> None:
+    """Parse, then train."""
+    from tidar_megatron.config import parse_config
+
+    config = parse_config(description="Train a TiDAR model on megatron-core.")
+    from tidar_megatron.training.loop import pretrain  # heavy: after the command line is known to be sound
+
+    pretrain(config)
+
+
+if __name__ == "__main__":
+    run_tool(main, rank=int(os.environ.get("RANK", "0")))
