@@ -1,13 +1,14 @@
 """The attention rule against the tables of the method, transcribed position by position in plain Python."""
 
+from random import Random
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tidar_megatron.attention_mask import decode_layout, may_attend, prefix_layout, training_layout
 
-settings.register_profile("attention_mask", deadline=None, max_examples=60)
-settings.load_profile("attention_mask")
+SETTINGS = settings(deadline=None, max_examples=60)
 
 
 def training_table(document: list[int], index: list[int], block_size: int) -> list[list[bool]]:
@@ -71,6 +72,7 @@ def rows(draw: st.DrawFn) -> tuple[list[int], list[int], int]:
     return document[:cut], index[:cut], block_size
 
 
+@SETTINGS
 @given(rows())
 def test_training_layout_is_the_table(row: tuple[list[int], list[int], int]) -> None:
     document, index, block_size = row
@@ -79,12 +81,13 @@ def test_training_layout_is_the_table(row: tuple[list[int], list[int], int]) -> 
     assert may_attend(layout, layout).tolist() == training_table(document, index, block_size)
 
 
+@SETTINGS
 @given(rows(), st.randoms(use_true_random=False))
-def test_the_rule_commutes_with_any_permutation(row: tuple[list[int], list[int], int], random: object) -> None:
+def test_the_rule_commutes_with_any_permutation(row: tuple[list[int], list[int], int], random: Random) -> None:
     document, index, block_size = row
     layout = training_layout(torch.tensor(document), torch.tensor(index), block_size)
     order = list(range(len(layout)))
-    random.shuffle(order)  # type: ignore[attr-defined]
+    random.shuffle(order)
     assert torch.equal(may_attend(layout[order], layout[order]), may_attend(layout, layout)[order][:, order])
 
 
@@ -94,6 +97,7 @@ def test_batches_broadcast() -> None:
     assert torch.equal(may_attend(layouts, layouts), torch.stack([may_attend(one, one) for one in layouts]))
 
 
+@SETTINGS
 @given(st.data())
 def test_decode_layout_is_the_table(data: st.DataObject) -> None:
     prefix, drafts = data.draw(st.integers(0, 9)), data.draw(st.integers(1, 6))
@@ -102,6 +106,7 @@ def test_decode_layout_is_the_table(data: st.DataObject) -> None:
     check_decode(prefix, drafts, branches, draft_length)
 
 
+@SETTINGS
 @given(prompt=st.integers(1, 12), draft_length=st.integers(1, 8))
 def test_prefill_is_a_decode_layout(prompt: int, draft_length: int) -> None:
     layout = check_decode(0, prompt, [prompt], draft_length)
@@ -112,6 +117,7 @@ def test_prefill_is_a_decode_layout(prompt: int, draft_length: int) -> None:
     assert not seen[:prompt, prompt:].any()
 
 
+@SETTINGS
 @given(prefix=st.integers(0, 12))
 def test_a_plain_step_sees_the_prefix_and_itself(prefix: int) -> None:
     check_decode(prefix, 1, [], 4)

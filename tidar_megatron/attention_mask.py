@@ -71,7 +71,7 @@ def decode_layout(prefix_length: int, num_drafts: int, branches: Sequence[int], 
     First ``num_drafts`` draft tokens at places P .. P + num_drafts - 1, causal. Then, for each r in ``branches``
     (1 <= r <= num_drafts), ``draft_length`` mask tokens at places P + r .. P + r + draft_length - 1: the pre-draft for
     "exactly r drafts accepted", which sees the prefix, the first r drafts and itself. A prefill is this layout with
-    an empty prefix, the prompt as the drafts and one branch after the last; a plain AR step has one draft and no branch.
+    an empty prefix, the prompt as the drafts and one branch after the last; an AR step has one draft and no branch.
 
     Returns:
         int32 ``[num_drafts + len(branches) * draft_length, 4]``; its ``INDEX`` column is the position ids.
@@ -86,6 +86,6 @@ def decode_layout(prefix_length: int, num_drafts: int, branches: Sequence[int], 
 
 
 def prefix_layout(prefix_length: int) -> Tensor:
-    """Metadata of the ``prefix_length`` committed tokens in the cache: int32 ``[P, 4]``, the keys beside a decode layout."""
+    """Metadata of the ``prefix_length`` committed tokens, whose K/V are cached: int32 ``[P, 4]``."""
     places = torch.arange(prefix_length)
     return clean_tokens(torch.zeros_like(places), places)

@@ -10,16 +10,23 @@ import dataclasses
 import difflib
 import math
 import typing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
 
 from tidar_megatron.errors import UserError
 
-section = dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
+CONFIG_FILE = "config.yaml"  # the resolved tree, in the run's folder
+
+
+class Section:
+    """A part of the tree. An unknown key is an error."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
 
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -31,8 +38,8 @@ def described(text: str, default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": text})
 
 
-@section
-class TiDARConfig:
+@dataclass(frozen=True, kw_only=True)
+class TiDARConfig(Section):
     """What makes it TiDAR (arXiv 2511.08923, section 3)."""
 
     block_size: int = described("B: mask tokens of a block see each other; the draft length at inference", 8)
@@ -43,8 +50,8 @@ class TiDARConfig:
     attention_chunk_size: Count = described("query tokens per chunk of the chunked backend", 128)
 
 
-@section
-class ModelConfig:
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Section):
     """The transformer: RMSNorm, SwiGLU, rotary positions, grouped-query attention (Qwen3- and Llama-like)."""
 
     num_layers: Count = described("transformer layers", 12)
@@ -60,13 +67,15 @@ class ModelConfig:
     rotary_base: float = described("base of the rotary frequencies", 10000.0)
     init_method_std: float = described("standard deviation of the initial weights", 0.02)
     vocab_size: Count | None = described("ids in use, mask token included; default: from the tokenizer", None)
-    make_vocab_size_divisible_by: Count = described("pad the vocabulary to a multiple of this times TP", 128)
+    make_vocab_size_divisible_by: Count = described(
+        "pad the vocabulary to a multiple of this, itself a multiple of TP", 128
+    )
     max_position_embeddings: Count | None = described("context limit written on export; default: seq-length", None)
     transformer_impl: Literal["local", "transformer_engine"] = described("megatron-core's layers to build on", "local")
 
 
-@section
-class DataConfig:
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
     """Shards made by tools/prepare_data.py."""
 
     train_data: str | None = described("folder of training shards", None)
@@ -74,8 +83,8 @@ class DataConfig:
     seq_length: Count = described("S, clean tokens per packed sequence; the model sees 2S", 1024)
 
 
-@section
-class TrainingConfig:
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(Section):
     """Batches, lengths of time, precision."""
 
     micro_batch_size: Count = described("packed sequences per forward and rank", 1)
@@ -89,8 +98,8 @@ class TrainingConfig:
     exit_interval: Count | None = described("save and leave after an iteration divisible by this", None)
 
 
-@section
-class OptimizerConfig:
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(Section):
     """Adam, as megatron-core builds it, and its learning-rate schedule."""
 
     lr: float = described("peak learning rate", 1e-5)
@@ -108,8 +117,8 @@ class OptimizerConfig:
     clip_grad: float = described("clip the global gradient norm to this; 0: off", 1.0)
 
 
-@section
-class ParallelConfig:
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig(Section):
     """How the model is laid over ranks; data parallelism takes what is left."""
 
     tensor_model_parallel_size: Count = described("TP", 1)
@@ -118,8 +127,8 @@ class ParallelConfig:
     distributed_timeout_minutes: Count = described("time-out of collectives", 10)
 
 
-@section
-class CheckpointConfig:
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(Section):
     """Where runs are kept."""
 
     save: str | None = described("folder of the run: checkpoints, config.yaml, metrics.jsonl", None)
@@ -127,8 +136,8 @@ class CheckpointConfig:
     save_interval: Count | None = described("steps between checkpoints; one is always saved at the end", None)
 
 
-@section
-class LoggingConfig:
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig(Section):
     """What is told while training."""
 
     log_interval: Count = described("steps between lines", 10)
@@ -137,8 +146,8 @@ class LoggingConfig:
     tensorboard_dir: str | None = described("folder for TensorBoard events", None)
 
 
-@section
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(Section):
     """The whole tree."""
 
     tidar: TiDARConfig = dataclasses.field(default_factory=TiDARConfig)
@@ -180,10 +189,18 @@ class Config:
             ("--num-attention-heads", model.num_attention_heads, tp, "--tensor-model-parallel-size"),
             ("--num-query-groups", groups, tp, "--tensor-model-parallel-size"),
             ("--ffn-hidden-size", model.ffn_hidden_size, tp, "--tensor-model-parallel-size"),
+            (
+                "--make-vocab-size-divisible-by",
+                model.make_vocab_size_divisible_by,
+                tp,
+                "--tensor-model-parallel-size",
+            ),
             ("--num-layers", model.num_layers, pp, "--pipeline-model-parallel-size"),
         ):
             if value % size:
-                raise UserError(f"{flag} {value}: must be a multiple of {layout} {size}; nearest: {nearest(value, size)}")
+                raise UserError(
+                    f"{flag} {value}: must be a multiple of {layout} {size}; nearest: {nearest(value, size)}"
+                )
 
     @property
     def ar_warmup_iters(self) -> int:
@@ -200,11 +217,9 @@ def nearest(value: int, step: int) -> int:
     return max(step, round(value / step) * step)
 
 
-SECTIONS: dict[str, Any] = typing.get_type_hints(Config)
+SECTIONS: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(Config)}
 # flag name -> its section; flags are flat as Megatron's are, so a name may stand in one section only
-FIELDS: dict[str, str] = {
-    field.name: name for name, cls in SECTIONS.items() for field in dataclasses.fields(cls)
-}
+FIELDS: dict[str, str] = {field.name: name for name, cls in SECTIONS.items() for field in dataclasses.fields(cls)}
 assert len(FIELDS) == sum(len(dataclasses.fields(cls)) for cls in SECTIONS.values()), "a flag name stands twice"
 
 
@@ -264,7 +279,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parse_config(argv: list[str] | None = None, description: str = "") -> Config:
-    """The command line of a training program: ``--config FILE.yaml`` and one flag per field, which win over the file."""
+    """The command line of a training program: ``--config FILE.yaml``, and one flag per field that wins over it."""
     parser = OneLineParser(description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.yaml", help="YAML file with the sections below; flags win over it")
     for name, cls in SECTIONS.items():

@@ -1,5 +1,6 @@
 """Errors a user can cause and mend. Every program in ``tools/`` prints them as one line and exits with 2."""
 
+import logging
 import sys
 import warnings
 from collections.abc import Callable
@@ -17,6 +18,7 @@ def run_tool(main: Callable[[], None], rank: int = 0) -> None:
     """
     # megatron-core says at import, once per module and process, which optional packages it does without
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+    logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
     try:
         main()
     except UserError as error:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Train a TiDAR model. One process: ``python tools/pretrain.py``; more: ``torchrun --nproc-per-node N tools/pretrain.py``.
+"""Train a TiDAR model, in one process or under torchrun.
 
-    torchrun --nproc-per-node 2 tools/pretrain.py --config examples/quickstart/config.yaml --save runs/quickstart
+torchrun --nproc-per-node 2 tools/pretrain.py --config examples/quickstart/config.yaml --save runs/quickstart
 """
 
 import os

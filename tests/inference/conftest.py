@@ -1,4 +1,4 @@
-"""Tiny models of several families, a model whose drafts are accepted, a byte tokenizer, and transformers' own answer."""
+"""Tiny models of several families, a model whose drafts are accepted, a byte tokenizer, transformers' own answer."""
 
 import random
 from collections.abc import Callable, Iterator

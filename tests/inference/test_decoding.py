@@ -43,7 +43,10 @@ def test_every_mode_equals_stock_generate(tiny, stock_generate, family, dtype):
         assert generate(model, prompt, ar()).token_ids == expected
         assert generate(model, prompt, DecodeOptions("lookup", 5, max_new_tokens=24)).token_ids == expected
         for draft_length, branches in [(1, "all"), (4, "all"), (4, 1), (9, 2)]:
-            assert generate(model, prompt, tidar(draft_length, branches)).token_ids == expected, (draft_length, branches)
+            assert generate(model, prompt, tidar(draft_length, branches)).token_ids == expected, (
+                draft_length,
+                branches,
+            )
 
 
 @pytest.mark.parametrize("branches", ["all", 1, 2, 3])
@@ -63,10 +66,10 @@ def test_trained_model_equals_stock_generate(trained, stock_generate, prompts):
 def test_lookup_equals_ar_and_accepts_drafts(trained, prompts):
     most = 0
     for prompt in prompts:
-        got = generate(trained, prompt, DecodeOptions("lookup", 8, max_new_tokens=40))
+        got = generate(trained, prompt, DecodeOptions("lookup", 5, max_new_tokens=40))
         assert got.token_ids == generate(trained, prompt, ar(40)).token_ids
         most = max(most, *got.emitted)
-    assert most == 8
+    assert most == 5
 
 
 def test_every_number_of_accepted_drafts_occurs_and_every_fallback(trained, prompts, monkeypatch):
@@ -97,7 +100,12 @@ def test_all_branches_beat_one_and_one_beats_ar(trained, prompts):
 
     everything, one = tokens_per_forward(tidar(8, "all", 60)), tokens_per_forward(tidar(8, 1, 60))
     assert everything > one > 1.5
-    assert everything > 3
+
+
+def test_draft_length_1_is_plain_ar(trained, prompts):
+    got = generate(trained, prompts[4], tidar(1))
+    assert got.tokens_per_forward == 1.0
+    assert got.token_ids == generate(trained, prompts[4], ar()).token_ids
 
 
 def test_long_prompt_prefilled_in_chunks(tiny, stock_generate, monkeypatch):
@@ -289,7 +297,9 @@ def test_bad_options(tiny, options, message):
 
 def test_tidar_needs_its_section(tiny):
     model = tiny("llama", tidar=False)
-    with pytest.raises(UserError, match=r"no tidar section.*use --mode ar, or export a TiDAR checkpoint with tools/conv"):
+    with pytest.raises(
+        UserError, match=r"no tidar section.*use --mode ar, or export a TiDAR checkpoint with tools/conv"
+    ):
         generate(model, [1, 2], tidar())
     expected = generate(model, [1, 2], ar()).token_ids
     assert generate(model, [1, 2], DecodeOptions("lookup", max_new_tokens=24)).token_ids == expected

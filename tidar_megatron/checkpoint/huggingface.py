@@ -189,13 +189,17 @@ def huggingface_config(config: Config, eos_token_id: int | None) -> Any:
 
     model, kind = config.model, (config.model.qk_layernorm, config.model.add_qkv_bias)
     if kind not in CLASSES:
-        raise UserError("no Hugging Face class has both --qk-layernorm and --add-qkv-bias: the model cannot be exported")
+        raise UserError(
+            "no Hugging Face class has both --qk-layernorm and --add-qkv-bias: the model cannot be exported"
+        )
     kv_channels = model.kv_channels or model.hidden_size // model.num_attention_heads
     settings: dict[str, Any] = {}
     if CLASSES[kind] != "qwen2":
         settings["head_dim"] = kv_channels
     elif kv_channels * model.num_attention_heads != model.hidden_size:
-        raise UserError("Qwen2's heads are hidden-size / num-attention-heads wide: other --kv-channels cannot be exported")
+        raise UserError(
+            "Qwen2's heads are hidden-size / num-attention-heads wide: other --kv-channels cannot be exported"
+        )
     return AutoConfig.for_model(
         CLASSES[kind],
         num_hidden_layers=model.num_layers,
@@ -230,10 +234,14 @@ def open_safetensors(folder: str | Path) -> Callable[[str], Tensor]:
     """
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
-    files = sorted({folder / name for name in read_json(index)["weight_map"].values()} if index.exists() else folder.glob("*.safetensors"))
+    files = sorted(
+        {folder / name for name in read_json(index)["weight_map"].values()}
+        if index.exists()
+        else folder.glob("*.safetensors")
+    )
     if not files:
         raise UserError(f"{folder}: holds no *.safetensors; save the model with safe serialization")
-    where = {}
+    where: dict[str, Any] = {}
     for file in files:
         if not file.exists():
             raise UserError(f"{file}: named in {index.name} but missing; copy the whole folder again")
@@ -309,7 +317,9 @@ def export_huggingface(model: GPTModel, config: Config, tokenizer: Any, folder: 
     weights = {}
     for name, parameter in model.named_parameters():
         entry, layer = entry_of(name)
-        whole = parameter.detach()[:vocab_size] if entry.shard == "rows" and entry.join == "same" else parameter.detach()
+        whole = (
+            parameter.detach()[:vocab_size] if entry.shard == "rows" and entry.join == "same" else parameter.detach()
+        )
         for hf, tensor in zip(
             entry.huggingface, split(entry, whole, groups, model.config.num_attention_heads), strict=True
         ):

@@ -103,7 +103,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> Ranks:
 
 
 def seed_everything(seed: int, pipeline_rank: int) -> None:
-    """Seed every generator; stages differ, so that their layers do, and data-parallel ranks agree (as in Megatron-LM)."""
+    """Seed every generator. Stages differ, so that their layers do; data-parallel ranks agree (as in Megatron-LM)."""
     seed = seed + 100 * pipeline_rank
     random.seed(seed)
     np.random.seed(seed)

@@ -62,9 +62,9 @@ def make_cpu_first_class() -> None:
     if has_gpu() or _installed is not None:
         return
     cpu = torch.device("cpu")
-    torch.cuda.current_device = lambda: cpu  # type: ignore[assignment,return-value]  # always used as device=...
+    torch.cuda.current_device = lambda: cpu  # always used as device=...
     torch.cuda.synchronize = lambda *args, **kwargs: None
-    torch.cuda.current_stream = lambda *args, **kwargs: None  # type: ignore[assignment,return-value]  # from 0.19 on
+    torch.cuda.current_stream = lambda *args, **kwargs: None  # from 0.19 on
     _install_cpu_rng_tracker()
     _installed = _CudaLiteralsToCpu()
     _installed.__enter__()
@@ -84,7 +84,7 @@ def _install_cpu_rng_tracker() -> None:
 
         @contextlib.contextmanager
         def fork(self, name: str = mcore_random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
-            outer_state, outer_name = torch.get_rng_state(), self._current_state_name
+            outer_state, outer_name = torch.get_rng_state(), self._current_state_name  # type: ignore[has-type]
             if outer_name != "default-rng":
                 self.states_[outer_name] = outer_state
             torch.set_rng_state(self.states_[name])

@@ -56,7 +56,8 @@ class BranchDrafts:
     """
 
     def __init__(self, draft_length: int, max_branches: int | None = None) -> None:
-        self.most_branches = min(draft_length, max_branches or draft_length)
+        # A block's first mask stands where the certain token is: of one mask nothing is left to draft.
+        self.most_branches = min(draft_length, max_branches or draft_length) if draft_length > 1 else 0
         self._keep_all = self.most_branches == draft_length
         self._confidences: list[float] = []  # of the drafts after the certain one, the model's own probabilities
 

@@ -185,10 +185,14 @@ def _eos_token_ids(causal_lm: PreTrainedModel) -> frozenset[int]:
 
 
 def _load_tokenizer(path: Path) -> Any:
+    """None without one: token ids still work, and a program that needs text says so."""
+    if not any(path.glob("tokenizer*")):  # transformers would make up an empty one from config.json
+        return None
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError):  # token ids still work; the program that needs text says so
-        return None
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{path}: its tokenizer cannot be loaded ({reason}); export the checkpoint again") from error
 
 
 def _device(name: str | None) -> torch.device:

@@ -1,8 +1,8 @@
 """How good the drafts are, measured while training: teacher-forced, from one forward over the doubled sequence.
 
 For offset k = 1 .. B-1 of a block (offset 0 is certain at decode), the verifier's distribution p_AR comes from the
-clean token before the position, the drafter's q_diffusion from the mask token at it. Speculative sampling accepts such a
-draft with probability ``a_k = sum_v min(p_AR(v), q_diffusion(v))``; greedy decoding when the two argmaxes agree. The
+clean token before the position, the drafter's q_diffusion from the mask token at it. Speculative sampling accepts such
+a draft with probability ``a_k = sum_v min(p_AR(v), q_diffusion(v))``; greedy decoding when the two argmaxes agree. The
 expected tokens per forward is the mean over blocks of ``1 + sum_k a_1 * .. * a_k`` (not the product of means).
 """
 

@@ -1,4 +1,4 @@
-"""A TiDAR model is a stock megatron-core GPTModel: our core attention, rotary positions and RMSNorm in its layer spec."""
+"""A TiDAR model: megatron-core's stock GPTModel with our core attention, rotary positions and RMSNorm in its spec."""
 
 import math
 from functools import partial
@@ -90,8 +90,12 @@ def layer_spec(config: Config, transformer: TransformerConfig) -> TransformerBlo
 
 
 def padded_vocab_size(vocab_size: int, config: Config) -> int:
-    """The vocabulary as the model holds it: a multiple of ``make_vocab_size_divisible_by`` times TP."""
-    multiple = config.model.make_vocab_size_divisible_by * config.parallel.tensor_model_parallel_size
+    """The vocabulary as the model holds it: a multiple of ``make_vocab_size_divisible_by``.
+
+    Unlike Megatron-LM's it does not depend on TP: the padding's logits take part in the softmax, so a padding that
+    did would make the loss depend on the layout.
+    """
+    multiple = config.model.make_vocab_size_divisible_by
     return math.ceil(vocab_size / multiple) * multiple
 
 

@@ -68,7 +68,7 @@ class PositionRotaryEmbedding(nn.Module):
         self.inv_freq = rotary.inv_freq  # no buffer: it must stay float32 in a bfloat16 model
 
     def forward(self, position_ids: Tensor, mrope_section: Any = None, cp_group: Any = None) -> Tensor:
-        """``position_ids`` int64 ``[b, t]`` -> angles float32 ``[t, b, 1, d]`` (``[t, 1, 1, d]`` when all rows agree)."""
+        """``position_ids`` int64 ``[b, t]`` -> float32 angles ``[t, b, 1, d]`` (one row: ``[t, 1, 1, d]``)."""
         if position_ids.stride(0) == 0:  # one row, expanded over the batch: the angles need not be repeated
             position_ids = position_ids[:1]
         self.inv_freq = self.inv_freq.to(position_ids.device)
@@ -87,7 +87,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., hidden_size]`` -> the same shape and dtype."""

@@ -14,17 +14,21 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from tidar_megatron.checkpoint.distributed import latest_iteration, load_checkpoint, save_checkpoint
 from tidar_megatron.checkpoint.huggingface import load_huggingface_weights, model_from_huggingface
-from tidar_megatron.config import Config
+from tidar_megatron.config import CONFIG_FILE, Config
 from tidar_megatron.data.loader import TrainingData, check_batch_sizes
 from tidar_megatron.data.manifest import TOKENIZER_FOLDER, TokenizerEntry, read_manifest
-from tidar_megatron.distributed.groups import Ranks, check_world_size, initialize, shut_down, world_size_from_environment
+from tidar_megatron.distributed.groups import (
+    Ranks,
+    check_world_size,
+    initialize,
+    shut_down,
+    world_size_from_environment,
+)
 from tidar_megatron.errors import UserError
 from tidar_megatron.models.gpt import build_model
 from tidar_megatron.training.metrics import MetricsLogger
 from tidar_megatron.training.optimizer import build_optimizer, wrap_model
 from tidar_megatron.training.step import evaluate, train_step
-
-CONFIG_FILE = "config.yaml"
 
 
 def resolve(config: Config, tokenizer: TokenizerEntry) -> Config:
@@ -221,9 +225,7 @@ def _loop(trainer: Trainer, logger: MetricsLogger) -> None:
         i = trainer.iteration
         if i % config.logging.log_interval == 0 or i == training.train_iters:
             seconds = (time.perf_counter() - started) / (i - since)
-            logger.training(
-                i, {**values, "step_seconds": seconds, "clean_tokens_per_second": clean_tokens / seconds}
-            )
+            logger.training(i, {**values, "step_seconds": seconds, "clean_tokens_per_second": clean_tokens / seconds})
             started, since = time.perf_counter(), i
         paused = time.perf_counter()
         if i % training.eval_interval == 0 or i == training.train_iters:
@@ -232,7 +234,11 @@ def _loop(trainer: Trainer, logger: MetricsLogger) -> None:
                 logger.evaluation(i, evaluation)
             evaluated = i
         leaving = training.exit_interval is not None and i % training.exit_interval == 0
-        if leaving or i == training.train_iters or (config.checkpoint.save_interval and i % config.checkpoint.save_interval == 0):
+        if (
+            leaving
+            or i == training.train_iters
+            or (config.checkpoint.save_interval and i % config.checkpoint.save_interval == 0)
+        ):
             trainer.save()
             saved = i
         if i in (evaluated, saved):  # neither belongs to the time of a step
@@ -244,7 +250,7 @@ def _loop(trainer: Trainer, logger: MetricsLogger) -> None:
 
 def describe(trainer: Trainer, logger: MetricsLogger) -> None:
     """The run in four lines."""
-    config, groups = trainer.config, trainer.ranks.groups
+    config, tidar, groups = trainer.config, trainer.config.tidar, trainer.ranks.groups
     parameters = sum(p.numel() for p in trainer.model.parameters())
     layout = f"TP {groups.tp.size()} x PP {groups.pp.size()} x DP {groups.dp.size()}"
     logger.say(f"{layout} on {trainer.ranks.device.type}, {parameters:,} parameters on this rank")
@@ -254,8 +260,8 @@ def describe(trainer: Trainer, logger: MetricsLogger) -> None:
         f"sequences of {config.data.seq_length} an epoch, {config.training.global_batch_size} a step"
     )
     logger.say(
-        f"{config.ar_warmup_iters} steps of AR warm-up, then the joint objective to step {config.training.train_iters}: "
-        f"blocks of {config.tidar.block_size}, alpha {config.tidar.ar_loss_weight}, mask token {config.tidar.mask_token_id}"
+        f"{config.ar_warmup_iters} steps of AR warm-up, then the joint objective to step {config.training.train_iters}; "
+        f"block size {tidar.block_size}, alpha {tidar.ar_loss_weight}, mask token {tidar.mask_token_id}"
     )
     if trainer.iteration:
         logger.say(f"continuing {config.checkpoint.load} from iteration {trainer.iteration}")

@@ -23,9 +23,7 @@ class StepResult:
 
     ar_loss: float
     diffusion_loss: float | None  # None in the AR warm-up
-    grad_norm: float
-    ar_tokens: int
-    diffusion_tokens: int
+    grad_norm: float  # before clipping
 
 
 def _run_schedule(
@@ -51,6 +49,30 @@ def _training_forward(data_iterator: Iterator[Batch], model: DistributedDataPara
     return losses, partial(joint_loss, batch)
 
 
+def forward_backward(
+    model: DistributedDataParallel, batches: list[Batch], ar_loss_weight: float, ranks: Ranks
+) -> tuple[Tensor, Tensor]:
+    """Fill the model's ``main_grad`` with the gradient of the joint loss over the whole global batch.
+
+    The supervised tokens of all ranks and micro-batches are counted before the first forward, so that the loss is a
+    mean over all of them however they are split.
+
+    Returns:
+        The sums of the AR and the diffusion losses, float64 ``[2]``, and their counts, int64 ``[2]``, both over the
+        global batch and the same on every rank.
+    """
+    counts = torch.tensor([[batch.ar_tokens, batch.diffusion_tokens] for batch in batches]).sum(0)
+    counts = ranks.sum_over_data(counts.to(ranks.device))
+    ar_tokens, diffusion_tokens = counts.tolist()
+    for batch in batches:
+        set_loss_weights(batch, ar_tokens, diffusion_tokens, ar_loss_weight)
+    model.zero_grad_buffer()
+    batches = [batch.to(ranks.device) for batch in batches]
+    reports = _run_schedule(model, batches, _training_forward, forward_only=False)
+    sums = torch.stack(reports).sum(0) if reports else torch.zeros(2, dtype=torch.float64, device=ranks.device)
+    return ranks.sum_over_data(ranks.from_last_stage(sums)), counts
+
+
 def train_step(
     model: DistributedDataParallel,
     optimizer: MegatronOptimizer,
@@ -59,30 +81,13 @@ def train_step(
     ar_loss_weight: float,
     ranks: Ranks,
 ) -> StepResult:
-    """Forward and backward over this rank's micro-batches, reduce, clip, update.
-
-    The supervised tokens of the whole global batch are counted before the first forward, so that the loss is a mean
-    over all of them however they are split into micro-batches and ranks.
-    """
-    counts = torch.tensor([[batch.ar_tokens, batch.diffusion_tokens] for batch in batches]).sum(0)
-    ar_tokens, diffusion_tokens = ranks.sum_over_data(counts.to(ranks.device)).tolist()
-    for batch in batches:
-        set_loss_weights(batch, ar_tokens, diffusion_tokens, ar_loss_weight)
-    batches = [batch.to(ranks.device) for batch in batches]
-    model.zero_grad_buffer()
+    """Forward and backward over this rank's micro-batches, clip, update."""
     optimizer.zero_grad()
-    reports = _run_schedule(model, batches, _training_forward, forward_only=False)
+    sums, counts = forward_backward(model, batches, ar_loss_weight, ranks)
     _, grad_norm, _ = optimizer.step()
     scheduler.step(increment=1)
-    sums = torch.stack(reports).sum(0) if reports else torch.zeros(2, dtype=torch.float64, device=ranks.device)
-    ar_sum, diffusion_sum = ranks.sum_over_data(ranks.from_last_stage(sums)).tolist()
-    return StepResult(
-        ar_loss=ar_sum / max(ar_tokens, 1),
-        diffusion_loss=diffusion_sum / diffusion_tokens if diffusion_tokens else None,
-        grad_norm=float(grad_norm),
-        ar_tokens=ar_tokens,
-        diffusion_tokens=diffusion_tokens,
-    )
+    ar, diffusion = (sums / counts.clamp(min=1)).tolist()
+    return StepResult(ar_loss=ar, diffusion_loss=diffusion if batches[0].doubled else None, grad_norm=float(grad_norm))
 
 
 def evaluate(

@@ -1,0 +1,44 @@
+"""What tests of several folders share: shards of ragged documents, tiny Hugging Face folders, launching ranks."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["WANDB_MODE"] = "offline"
+# programs started by tests find the package of this checkout
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """(training, held-out) folders of byte-level documents of 1 to 90 tokens: several a window, and cut by windows."""
+    from tidar_megatron.data.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("shards")
+    draw = random.Random(0)
+    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta"]
+    texts = folder / "texts.jsonl"
+    lines = [" ".join(draw.choices(words, k=draw.randint(1, 12)))[: draw.randint(1, 90)] for _ in range(120)]
+    texts.write_text("".join(f'"{line}"\n' for line in lines))
+    prepare(
+        inputs=[texts],
+        output=folder / "train",
+        tokenizer_spec="byte",
+        held_out_fraction=0.2,
+        held_out_output=folder / "valid",
+    )
+    return folder / "train", folder / "valid"
+
+
+def torchrun(processes, *arguments, timeout=300):
+    """Run ``python -m torch.distributed.run``; its output on failure becomes the assertion's message."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    done = subprocess.run([*command, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+    return done

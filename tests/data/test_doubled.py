@@ -1,0 +1,113 @@
+"""The doubled sequence and the loss weights, against the formulas of the method."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tidar_megatron.attention_mask import clean_tokens, training_layout
+from tidar_megatron.data.doubled import Batch, make_batch, set_loss_weights
+from tidar_megatron.data.packing import PackedSequence, PackedSequences, fill_sequence, pack
+
+MASK, EOS = 300, 256
+
+
+def some_rows(seed: int, seq_length: int = 16, block_size: int = 4, count: int = 12) -> list[PackedSequence]:
+    random = np.random.default_rng(seed)
+    lengths = random.integers(1, 30, count)
+    documents = [np.append(random.integers(0, 256, length - 1), EOS) for length in lengths]
+    packed = PackedSequences(lengths, seq_length, block_size, seed)
+    return [pack(packed.pieces(0, n), documents, EOS) for n in range(len(packed))]
+
+
+def test_the_doubled_sequence() -> None:
+    rows = some_rows(0)[:3]
+    batch = make_batch(rows, 4, MASK)
+    for name, dtype in [("tokens", torch.int64), ("labels", torch.int64), ("position_ids", torch.int64)]:
+        assert (getattr(batch, name).shape, getattr(batch, name).dtype) == ((3, 32), dtype)
+    assert (batch.supervised.dtype, batch.loss_weights.dtype) == (torch.bool, torch.float32)
+    assert (batch.visibility.shape, batch.visibility.dtype) == ((3, 32, 4), torch.int32)
+    assert batch.position_ids.stride() == (0, 1)
+    for number, row in enumerate(rows):
+        assert batch.tokens[number].tolist() == row.tokens.tolist() + [MASK] * 16
+        assert batch.position_ids[number].tolist() == [*range(16), *range(16)]
+        assert batch.supervised[number].tolist() == [*row.ar_supervised, *row.diffusion_supervised]
+        for place in range(16):  # the mask at a place is to give the token of that place
+            assert batch.labels[number, 16 + place] == (row.tokens[place] if row.diffusion_supervised[place] else 0)
+            assert batch.labels[number, place] == row.labels[place]
+        layout = training_layout(torch.from_numpy(row.document), torch.from_numpy(row.index), 4)
+        assert torch.equal(batch.visibility[number], layout)
+    assert batch.ar_tokens == sum(int(row.ar_supervised.sum()) for row in rows)
+    assert batch.num_tokens == batch.diffusion_tokens == sum(int(row.diffusion_supervised.sum()) for row in rows)
+    assert not batch.loss_weights.any()
+
+
+def test_the_clean_half_alone() -> None:
+    rows = some_rows(1)[:2]
+    batch, both = make_batch(rows, 4, MASK, doubled=False), make_batch(rows, 4, MASK)
+    for name in ("tokens", "labels", "supervised", "position_ids", "visibility"):
+        assert torch.equal(getattr(batch, name), getattr(both, name)[:, :16])
+    document, index = torch.from_numpy(rows[0].document), torch.from_numpy(rows[0].index)
+    assert torch.equal(batch.visibility[0], clean_tokens(document, index))
+    assert (batch.num_tokens, batch.diffusion_tokens) == (both.ar_tokens, 0)
+    set_loss_weights(batch, 77, 0, 5.0)
+    assert torch.equal(batch.loss_weights, batch.supervised.float())
+
+
+def test_moving_keeps_positions_expanded() -> None:
+    batch = make_batch(some_rows(2)[:3], 4, MASK).to("meta")
+    assert batch.position_ids.stride() == (0, 1)
+    assert {getattr(batch, name).device.type for name in ("tokens", "visibility", "position_ids")} == {"meta"}
+    again = make_batch(some_rows(2)[:3], 4, MASK)
+    assert torch.equal(again.to(torch.device("cpu")).position_ids, again.position_ids)
+    assert again.to("cpu").num_tokens == again.num_tokens
+
+
+def joint_loss(rows: list[PackedSequence], losses: torch.Tensor, alpha: float) -> float:
+    """The method's formula in float64: losses ``[rows, 2S]``."""
+    ar = [losses[r, p].item() for r, row in enumerate(rows) for p in range(16) if row.ar_supervised[p]]
+    diffusion = [
+        losses[r, 16 + p].item() for r, row in enumerate(rows) for p in range(16) if row.diffusion_supervised[p]
+    ]
+    mean_ar = sum(ar) / len(ar) if ar else 0.0
+    return (alpha * mean_ar + sum(diffusion) / len(diffusion)) / (1 + alpha)
+
+
+@given(st.integers(0, 10**6), st.floats(0, 4), st.data())
+@settings(deadline=None, max_examples=60)
+def test_weights_give_the_formula_however_the_batch_is_split(seed: int, alpha: float, data: st.DataObject) -> None:
+    rows = some_rows(seed)
+    losses = torch.rand(len(rows), 32, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 5
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(rows) - 1)))) if len(rows) > 1 else []
+    parts = list(zip([0, *cuts], [*cuts, len(rows)], strict=True))  # micro-batches of any sizes, on whichever ranks
+    batches = [make_batch(rows[a:b], 4, MASK) for a, b in parts]
+    if data.draw(st.booleans()):
+        batches.append(make_batch([fill_sequence(16, EOS)], 4, MASK))  # of a rank without data: adds nothing
+        parts.append((0, 1))
+    ar_total, diffusion_total = sum(b.ar_tokens for b in batches), sum(b.diffusion_tokens for b in batches)
+    loss_sum = tokens = 0.0
+    for batch, (a, b) in zip(batches, parts, strict=True):
+        set_loss_weights(batch, ar_total, diffusion_total, alpha)
+        assert batch.loss_weights.dtype == torch.float32
+        assert not batch.loss_weights[~batch.supervised].any()
+        loss_sum += (batch.loss_weights.double() * losses[a:b]).sum().item()
+        tokens += batch.num_tokens
+    assert tokens == diffusion_total
+    assert loss_sum / tokens == pytest.approx(joint_loss(rows, losses, alpha), rel=1e-6)
+
+
+def test_no_supervised_tokens_of_a_kind() -> None:
+    def weights(batch: Batch, ar_total: int, diffusion_total: int) -> Batch:
+        set_loss_weights(batch, ar_total, diffusion_total, 1.0)
+        assert batch.loss_weights.isfinite().all()
+        return batch
+
+    only_eos = [pack(PackedSequences(np.array([1] * 4), 16, 4, 0).pieces(0, 0), [np.array([EOS])] * 4, EOS)]
+    batch = make_batch(only_eos, 4, MASK)
+    assert (batch.ar_tokens, batch.diffusion_tokens) == (0, 4)
+    assert weights(batch, 0, 4).loss_weights.sum() == 4 * 0.5
+    nothing = make_batch([fill_sequence(16, EOS)], 4, MASK)
+    assert (nothing.num_tokens, nothing.loss_weights.sum()) == (0, 0)
+    assert not weights(nothing, 0, 0).loss_weights.any()
+    assert not weights(make_batch([fill_sequence(16, EOS)], 4, MASK, doubled=False), 0, 0).loss_weights.any()

@@ -1,0 +1,134 @@
+"""Each rank's batches: together the global batch, whatever the number of ranks; nothing but a count to remember."""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from data_helpers import some_texts
+
+from tidar_megatron.data.doubled import Batch
+from tidar_megatron.data.loader import TrainingData
+from tidar_megatron.data.tokenizer import byte_tokenizer
+from tidar_megatron.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def data(shards_once: Path) -> TrainingData:
+    return TrainingData(shards_once, seq_length=32, block_size=4, mask_token_id=300, seed=7)
+
+
+def rows(batches: list[Batch]) -> list[tuple]:
+    """Each row as one hashable thing: everything the model sees of it."""
+    names = ("tokens", "labels", "supervised", "position_ids", "visibility")
+    return [
+        tuple(tuple(getattr(batch, name)[row].flatten().tolist()) for name in names)
+        for batch in batches
+        for row in range(len(batch.tokens))
+    ]
+
+
+@pytest.mark.parametrize("consumed", [0, 8, 21, 1000])
+def test_the_global_batch_does_not_depend_on_ranks_or_micro_batches(data: TrainingData, consumed: int) -> None:
+    reference = Counter(rows(data.step_batches(consumed, 16, 16, 0, 1)))
+    for micro_batch_size, dp_size in [(1, 1), (4, 1), (2, 2), (8, 2), (4, 4), (1, 4), (2, 8)]:
+        union: Counter = Counter()
+        for rank in range(dp_size):
+            batches = data.step_batches(consumed, 16, micro_batch_size, rank, dp_size)
+            assert len(batches) == 16 // (micro_batch_size * dp_size)
+            assert all(len(batch.tokens) == micro_batch_size for batch in batches)
+            union += Counter(rows(batches))
+        assert union == reference
+
+
+def test_steps_follow_each_other_across_epochs(data: TrainingData) -> None:
+    """Steps of any sizes, resumed by another instance on other ranks, read one and the same stream."""
+    count = data.sequences_per_epoch
+    stream = [data.sequence(n).tokens.tolist() for n in range(2 * count)]
+    assert sorted(stream[:count]) != sorted(stream[count:])  # epochs cut other windows
+    consumed, seen = 0, []
+    for global_batch_size, dp_size in [(4, 1), (8, 2), (8, 4), (4, 2), (count, 1)]:
+        other = TrainingData(data.documents.folder, 32, 4, 300, seed=7)
+        shares = [other.step_batches(consumed, global_batch_size, 1, rank, dp_size) for rank in range(dp_size)]
+        seen += [shares[n % dp_size][n // dp_size].tokens[0, :32].tolist() for n in range(global_batch_size)]
+        consumed += global_batch_size
+    assert consumed > count
+    assert seen == stream[:consumed]
+
+
+def test_an_epoch_of_steps_supervises_every_token_once(data: TrainingData) -> None:
+    batches = data.step_batches(0, data.sequences_per_epoch, 1, 0, 1)
+    manifest = data.documents.manifest
+    assert sum(batch.diffusion_tokens for batch in batches) == manifest.tokens
+    assert sum(batch.ar_tokens for batch in batches) == manifest.tokens - manifest.documents
+
+
+def test_the_clean_half_alone_is_the_same_data(data: TrainingData) -> None:
+    clean, doubled = data.step_batches(4, 4, 4, 0, 1, doubled=False), data.step_batches(4, 4, 4, 0, 1)
+    assert torch.equal(clean[0].tokens, doubled[0].tokens[:, :32])
+
+
+@pytest.mark.parametrize("max_sequences", [None, 0, 1, 5, 8, 10**6])
+def test_evaluation_takes_each_sequence_once(data: TrainingData, max_sequences: int | None) -> None:
+    whole = data.evaluation_batches(max_sequences, 1, 0, 1)
+    total = len(whole)
+    assert total == min(data.sequences_per_epoch, 10**6 if max_sequences is None else max_sequences)
+    reference = Counter(rows(whole))
+    for micro_batch_size, dp_size in [(1, 2), (3, 1), (4, 4), (2, 3)]:
+        shares = [data.evaluation_batches(max_sequences, micro_batch_size, rank, dp_size) for rank in range(dp_size)]
+        assert len({len(share) for share in shares}) == 1
+        assert all(batch.tokens.shape == (micro_batch_size, 64) for share in shares for batch in share)
+        union = Counter(row for share in shares for row in rows(share))
+        stand_ins = union - reference
+        assert not reference - union
+        assert len(stand_ins) <= 1
+        assert not any(any(row[2]) for row in stand_ins)  # nothing in them is supervised
+        assert sum(stand_ins.values()) == len(shares[0]) * micro_batch_size * dp_size - total
+
+
+def test_evaluation_is_in_the_documents_order(data: TrainingData) -> None:
+    first = data.evaluation_batches(None, 1, 0, 1)[0].tokens[0, :32].tolist()
+    assert first == data.documents[0][:32].tolist()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((6, 4, 1), "global batch size 6.*nearest that works: 8"),
+        ((9, 2, 2), "global batch size 9.*nearest that works: 8"),
+        ((0, 2, 2), "global batch size 0.*nearest that works: 4"),
+        ((4, 0, 2), "micro batch size 0.*nearest that works: 1"),
+    ],
+)
+def test_batch_sizes_that_cannot_be(data: TrainingData, sizes: tuple[int, int, int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        data.step_batches(0, sizes[0], sizes[1], 0, sizes[2])
+
+
+def test_the_mask_token_is_outside_the_tokenizer(shards_once: Path) -> None:
+    for mask in (0, 65, 256):
+        with pytest.raises(UserError, match=f"mask token id {mask}: .*ids 0..256; nearest that works: 257"):
+            TrainingData(shards_once, 32, 4, mask, seed=0)
+    TrainingData(shards_once, 32, 4, 257, seed=0)
+
+
+def test_block_sizes_that_cannot_be(shards_once: Path) -> None:
+    with pytest.raises(UserError, match="block size 0"):
+        TrainingData(shards_once, 32, 0, 300, seed=0)
+    with pytest.raises(UserError, match=r"sequence length 30.*nearest that works: 32"):
+        TrainingData(shards_once, 30, 4, 300, seed=0)
+
+
+def test_held_out_data_of_another_tokenizer(data: TrainingData, make_shards: Callable[..., Path]) -> None:
+    same = TrainingData(make_shards(some_texts(5, seed=1)), 32, 4, 300, seed=0)
+    data.check_same_tokenizer(same)
+    other = TrainingData(make_shards(["x"], name="other", tokenizer=larger()), 32, 4, 300, seed=0)
+    with pytest.raises(UserError, match="another tokenizer"):
+        data.check_same_tokenizer(other)
+
+
+def larger() -> object:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<extra>"])
+    return tokenizer

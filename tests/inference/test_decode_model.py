@@ -1,0 +1,238 @@
+"""A draft/verify forward against slow references, what is kept in the cache, and what is refused by name."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from tidar_megatron.errors import UserError
+from tidar_megatron.inference.attention import Plan
+from tidar_megatron.inference.cache import PreallocatedCache
+from tidar_megatron.inference.decoding import Decoder
+from tidar_megatron.inference.model import load_model, wrap_model
+from tidar_megatron.inference.request import DecodeOptions
+
+MASK = 47
+FAMILIES = ["qwen3", "qwen2", "llama", "mistral"]
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
+PREFIX = [3, 14, 15, 9, 26, 5, 35]
+DRAFTS = [8, 9, 7, 9]
+
+
+def stock(model, token_ids, visible=None, positions=None, cache=None):
+    """The transformers model with its own attention: (final hidden states, logits); ``visible`` bool [T, T]."""
+    lm = model.causal_lm
+    ours = lm.config._attn_implementation
+    lm.set_attn_implementation("sdpa")
+    try:
+        with torch.no_grad():
+            out = lm(
+                torch.tensor([token_ids]),
+                attention_mask=None if visible is None else visible[None, None],
+                position_ids=None if positions is None else torch.tensor([positions]),
+                past_key_values=cache,
+                use_cache=cache is not None,
+                output_hidden_states=True,
+            )
+    finally:
+        lm.set_attn_implementation(ours)
+    return out.hidden_states[-1][0], out.logits[0]
+
+
+def draft_and_verify(model, plan):
+    cache = PreallocatedCache(64)
+    with torch.inference_mode():
+        model.forward(PREFIX, Plan(len(PREFIX)), cache)
+        cache.commit(len(PREFIX))
+        hidden = model.forward(DRAFTS, plan, cache)
+        return hidden, model.logits(hidden), cache
+
+
+def brute_force_branch_mask(prefix, drafts, seen, draft_length):
+    """The table of method.md for [prefix, drafts, one branch that saw the first ``seen`` drafts], cell by cell."""
+    size = prefix + drafts + draft_length
+    visible = torch.zeros(size, size, dtype=torch.bool)
+    for query in range(size):
+        for key in range(size):
+            query_is_mask, key_is_mask = query >= prefix + drafts, key >= prefix + drafts
+            if not query_is_mask:
+                visible[query, key] = not key_is_mask and key <= query
+            else:
+                visible[query, key] = key_is_mask or key < prefix + seen
+    return visible
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_draft_logits_equal_the_full_causal_forward(tiny, family, dtype):
+    model = tiny(family, dtype)
+    _, logits, _ = draft_and_verify(model, Plan(4, (1, 2, 3, 4), 5))
+    _, expected = stock(model, PREFIX + DRAFTS)
+    expected[:, MASK] = -torch.inf
+    torch.testing.assert_close(logits[:4], expected[len(PREFIX) :], rtol=0, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_branches_equal_a_forward_of_the_branch_alone(tiny, family, dtype):
+    model = tiny(family, dtype)
+    length = 5
+    for branches in [(1, 2, 3, 4), (2, 4), (3,)]:
+        hidden, _, _ = draft_and_verify(model, Plan(4, branches, length))
+        for i, seen in enumerate(branches):
+            visible = brute_force_branch_mask(len(PREFIX), len(DRAFTS), seen, length)
+            start = len(PREFIX) + seen
+            positions = [*range(len(PREFIX) + len(DRAFTS)), *range(start, start + length)]
+            expected, _ = stock(model, PREFIX + DRAFTS + [MASK] * length, visible, positions)
+            got = hidden[4 + i * length : 4 + (i + 1) * length]
+            torch.testing.assert_close(got, expected[-length:], rtol=0, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("mode", ["tidar", "ar", "lookup"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cache_holds_exactly_the_committed_tokens(tiny, family, mode):
+    from transformers import DynamicCache
+
+    model = tiny(family, torch.float64)
+    decoder = Decoder(model, PREFIX, DecodeOptions(mode, None, "all", 30))
+    text = PREFIX + decoder.prefill()
+    for _ in range(6):
+        text += decoder.step()
+        cache = DynamicCache(config=model.causal_lm.config)
+        stock(model, text[:-1], cache=cache)  # all but the certain token
+        assert decoder._cache.length == len(text) - 1
+        for layer in range(2):
+            keys, values = decoder._cache.committed(layer)
+            torch.testing.assert_close(keys, cache.layers[layer].keys, rtol=0, atol=1e-10)
+            torch.testing.assert_close(values, cache.layers[layer].values, rtol=0, atol=1e-10)
+
+
+def test_cache_of_a_model_whose_drafts_are_accepted(trained, prompts):
+    from transformers import DynamicCache
+
+    decoder = Decoder(trained, prompts[4], DecodeOptions("tidar", 8, "all", 60))
+    text = prompts[4] + decoder.prefill()
+    while not decoder.is_full:
+        text += decoder.step()
+    cache = DynamicCache(config=trained.causal_lm.config)
+    stock(trained, text[:-1], cache=cache)
+    for layer in range(2):
+        torch.testing.assert_close(decoder._cache.committed(layer)[0], cache.layers[layer].keys, rtol=0, atol=1e-10)
+
+
+def test_a_step_allocates_nothing_that_grows_and_never_runs_out(trained, prompts):
+    for options in (DecodeOptions("tidar", 9, "all", 90), DecodeOptions("tidar", 9, 3, 90), DecodeOptions("ar")):
+        decoder = Decoder(trained, prompts[4], options)
+        decoder.prefill()
+        place = decoder._cache.committed(0)[0].data_ptr()
+        while not decoder.is_full:
+            decoder.step()
+        assert decoder._cache.committed(0)[0].data_ptr() == place
+
+
+# ---- loading ------------------------------------------------------------------------------------------------------
+
+
+def test_load(checkpoint):
+    model = load_model(checkpoint)
+    assert (model.mask_token_id, model.block_size, model.context_limit) == (257, 4, 128)
+    assert model.eos_token_ids == {256}
+    assert model.dtype == torch.float32
+    assert model.device == torch.device("cpu")
+    assert model.tokenizer.decode(model.tokenizer("né")["input_ids"]) == "né"
+    assert load_model(checkpoint, "cpu", "float64").dtype == torch.float64
+
+
+def test_eos_may_be_several(causal_lm):
+    lm = causal_lm("llama")
+    lm.generation_config.eos_token_id = [3, 5]
+    assert wrap_model(lm).eos_token_ids == {3, 5}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8}, "'sliding_attention'"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 9}, "sliding_window=8"),
+        ("mistral", {"sliding_window": 8}, "sliding_window=8"),
+        ("llama", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ("llama", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ("llama", {"logits_scaling": 8.0}, "logits_scaling"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "rope type 'dynamic'",
+        ),
+        (
+            "llama",
+            {
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "short_factor": [1.0] * 4,
+                    "long_factor": [2.0] * 4,
+                    "original_max_position_embeddings": 64,
+                }
+            },
+            "rope type 'longrope'",
+        ),
+    ],
+)
+def test_refused_by_name(causal_lm, tmp_path, family, changes: dict[str, Any], message):
+    lm = causal_lm(family, torch.float32, **changes)
+    with pytest.raises(UserError, match=message):
+        wrap_model(lm)
+    lm.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=message) as error:
+        load_model(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_qwen2_with_a_window_it_does_not_use_is_welcome(causal_lm):
+    wrap_model(causal_lm("qwen2", sliding_window=8, use_sliding_window=False))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda c: c.update(tidar={"block_size": 4}), "tidar needs mask_token_id and block_size"),
+        (lambda c: c.update(tidar={"block_size": 4, "mask_token_id": 258}), "mask_token_id 258 is not an id below 258"),
+        (lambda c: c.update(tidar={"block_size": 0, "mask_token_id": 257}), "block_size 0 is not a positive integer"),
+        (lambda c: c.update(model_type="nosuch"), "cannot load it as a causal LM"),
+    ],
+)
+def test_broken_config(checkpoint, tmp_path, edit, message):
+    for file in checkpoint.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    edit(config)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=message) as error:
+        load_model(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_broken_folder(checkpoint, tmp_path):
+    with pytest.raises(UserError, match=r"no config\.json there; give a Hugging Face folder"):
+        load_model(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="cannot load it"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
+    with pytest.raises(UserError, match="cannot load it"):  # no weights
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "message"),
+    [
+        ("warp", None, "device 'warp' cannot be used here"),
+        pytest.param("cuda", None, "device 'cuda'", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="GPU")),
+        (None, "int8", "dtype 'int8': use float32"),
+        (None, "nonsense", "dtype 'nonsense'"),
+    ],
+)
+def test_bad_device_or_dtype(checkpoint, device, dtype, message):
+    with pytest.raises(UserError, match=message):
+        load_model(checkpoint, device, dtype)

@@ -1,0 +1,170 @@
+"""tools/generate.py as a user runs it: as a program where the process matters, else in this process (it is quicker)."""
+
+import importlib.util
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tidar_megatron.errors import run_tool
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = ROOT / "tools" / "generate.py"
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+
+
+def run(*args: object) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([sys.executable, PROGRAM, *map(str, args)], capture_output=True, env=ENVIRONMENT, timeout=300)
+
+
+@pytest.fixture
+def tool(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """Calls the program's main with arguments: (exit status, standard output, standard error)."""
+    spec = importlib.util.spec_from_file_location("generate_tool", PROGRAM)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", [str(PROGRAM), *map(str, args)])
+        status = 0
+        try:
+            run_tool(module.main)
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def test_json_is_one_object_on_standard_output(checkpoint):
+    done = run("--model", checkpoint, "--prompt", "hello", "--max-new-tokens", 8, "--ignore-eos", "--json")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(b"\n") == 1
+    assert json.loads(done.stdout)["mode"] == "tidar"
+
+
+def test_modes_agree_and_the_figures_are_there(checkpoint, tool):
+    texts = set()
+    for more in (["--mode", "ar"], ["--mode", "lookup"], ["--branches", "2", "--draft-length", "6"]):
+        status, out, _ = tool(
+            "--model", checkpoint, "--prompt", "hello", "--max-new-tokens", 20, "--ignore-eos", "--json", *more
+        )
+        assert status == 0
+        result = json.loads(out)
+        texts.add((result["text"], *result["token_ids"]))
+        assert len(result["token_ids"]) == 20
+        assert result["mode"] == (more[1] if more[0] == "--mode" else "tidar")
+        for name in ("tokens_per_forward", "tokens_per_second", "distinct_4grams"):
+            assert result[name] > 0
+    assert (result["draft_length"], result["branches"]) == (6, 2)
+    assert result["forwards"] <= 19
+    assert len(texts) == 1
+
+
+def test_streams_text_then_the_figures(checkpoint, tool):
+    arguments = ["--model", checkpoint, "--prompt", "hello", "--max-new-tokens", 20]
+    text = json.loads(tool(*arguments, "--json")[1])["text"]
+    status, out, _ = tool(*arguments)
+    assert status == 0
+    assert out.startswith(text)
+    assert re.fullmatch(
+        r"\n\n\d+\.\d\d tokens per forward, \d+\.\d tokens/s, distinct 4-grams [01]\.\d\d\n", out[len(text) :]
+    )
+    assert "\x1b[" not in out
+
+
+def test_colours_in_a_terminal(checkpoint):
+    ours, theirs = pty.openpty()
+    arguments = ["--model", str(checkpoint), "--prompt", "hello", "--max-new-tokens", "12"]
+    environment = ENVIRONMENT | {"TERM": "xterm-256color"}
+    environment.pop("NO_COLOR", None)
+    process = subprocess.Popen([sys.executable, PROGRAM, *arguments], stdout=theirs, env=environment)
+    os.close(theirs)
+    out = b""
+    try:
+        while chunk := os.read(ours, 4096):
+            out += chunk
+    except OSError:  # how Linux ends a pseudo-terminal
+        pass
+    os.close(ours)
+    assert process.wait(timeout=60) == 0
+    assert len(set(re.findall(rb"\x1b\[3[236]m", out))) >= 2
+    assert b"tokens per forward" in out
+
+
+def test_stops_where_the_context_ends_and_says_so(checkpoint, tool):
+    status, _, err = tool("--model", checkpoint, "--prompt", "x" * 120, "--max-new-tokens", 50, "--ignore-eos")
+    assert status == 0
+    assert "prompt and output fill the model's context of 128 tokens" in err
+
+
+BAD_INPUT = [
+    (["--prompt", "a<|mask|>b"], "holds the mask token (id 257)"),
+    (["--prompt", ""], "the prompt is empty"),
+    (["--prompt", "x" * 128], "the prompt has 128 tokens and the model's context holds 128"),
+    (["--prompt", "a", "--branches", "few"], "branches 'few': use all or a positive integer"),
+    (["--prompt", "a", "--branches", "0"], "branches 0: use all or a positive integer"),
+    (["--prompt", "a", "--draft-length", "0"], "draft length 0: use a positive integer"),
+    (["--prompt", "a", "--max-new-tokens", "0"], "max new tokens 0: use a positive integer"),
+    (["--prompt", "a", "--model", "nowhere"], "nowhere: no config.json there"),
+    (["--prompt", "a", "--dtype", "int4"], "dtype 'int4': use float32"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_INPUT)
+def test_bad_input_is_one_line_and_status_2(checkpoint, tool, arguments, message):
+    status, out, err = tool("--model", checkpoint, *arguments)
+    assert status == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_INPUT[:1])
+def test_bad_input_of_the_program_itself(checkpoint, arguments, message):
+    done = run("--model", checkpoint, *arguments, "--json")
+    assert done.returncode == 2
+    assert done.stdout == b""
+    error = done.stderr.decode()
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_a_folder_without_a_tidar_section(checkpoint, tool, tmp_path):
+    for file in checkpoint.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["tidar"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    status, _, err = tool("--model", tmp_path, "--prompt", "a")
+    assert status == 2
+    assert "use --mode ar, or export a TiDAR checkpoint with tools/convert_checkpoint.py" in err
+    assert tool("--model", tmp_path, "--prompt", "a", "--mode", "ar")[0] == 0
+
+
+def test_a_folder_without_a_tokenizer(checkpoint, tool, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((checkpoint / name).read_bytes())
+    status, _, err = tool("--model", tmp_path, "--prompt", "a")
+    assert status == 2
+    assert "has no tokenizer" in err
+
+
+def test_help_does_not_wait_for_torch():
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = [{str(PROGRAM)!r}, '--help']\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit: assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=ENVIRONMENT, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert b"--draft-length" in done.stdout

@@ -1,0 +1,75 @@
+"""Run one small model in a layout and record everything that must not depend on the layout.
+
+Imported by tests (a layout of one rank, in the test's own process), and launched with several ranks:
+
+    torchrun --nproc-per-node 2 -m tests.layouts SETUP.json OUTPUT_FOLDER tp2 pp2 ...
+
+Many layouts run in one launch: the import of megatron-core takes longer than they do.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+LAYOUTS = {
+    "one": {},
+    "dp2": {},
+    "tp2": {"tensor_model_parallel_size": 2},
+    "tp2sp": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    "pp2": {"pipeline_model_parallel_size": 2},
+}
+STEPS = 3
+
+
+def run_layout(setup, name):
+    """-> {"losses": [3, 2], "grad_norms": [3], "token_losses": {sequence: [2S]}, "grads": {parameter: local part}, ...}"""
+    from tidar_megatron.checkpoint.huggingface import _own_parameters
+    from tidar_megatron.config import build_config
+    from tidar_megatron.training.step import forward_backward
+    from tidar_megatron.training.loop import Trainer
+
+    torch.set_num_threads(1)
+    config = build_config({**setup, "parallel": LAYOUTS[name]})
+    trainer = Trainer.build(config)
+    ranks, alpha = trainer.ranks, config.tidar.ar_loss_weight
+    size, micro = config.training.global_batch_size, config.training.micro_batch_size
+
+    def batches():
+        return trainer.train_data.step_batches(
+            trainer.consumed_sequences, size, micro, ranks.groups.dp.rank(), ranks.groups.dp.size()
+        )
+
+    token_losses = []
+    handle = trainer.model.register_forward_hook(lambda module, args, out: token_losses.append(out.detach().clone()))
+    sums, counts = forward_backward(trainer.ddp, batches(), alpha, ranks)
+    handle.remove()
+    result = {
+        "tp_rank": ranks.groups.tp.rank(),
+        "dp_rank": ranks.groups.dp.rank(),
+        "first_losses": (sums / counts).tolist(),
+        "supervised": [(b.ar_tokens, b.diffusion_tokens) for b in batches()],
+        "token_losses": token_losses if ranks.is_last_stage else [],
+        "grads": {n: p.main_grad.detach().clone() for n, p in _own_parameters(trainer.model).items()},
+        "weights": {n: p.detach().clone() for n, p in _own_parameters(trainer.model).items()},
+    }
+    steps = [trainer.step() for _ in range(STEPS)]
+    result["losses"] = [(s["ar_loss"], s["diffusion_loss"]) for s in steps]
+    result["grad_norms"] = [s["grad_norm"] for s in steps]
+    result["evaluation"] = trainer.evaluate()
+    return result
+
+
+def main():
+    from tidar_megatron.distributed.groups import shut_down
+
+    setup = json.loads(Path(sys.argv[1]).read_text())
+    for name in sys.argv[3:]:
+        result = run_layout(setup, name)
+        torch.save(result, Path(sys.argv[2]) / f"{name}-{torch.distributed.get_rank()}.pt")
+    shut_down()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""The megatron-core model equals an independent one; every layout equals one rank.
+
+The batches are packed documents with fill, and their supervised counts differ between micro-batches and ranks.
+"""
+
+import json
+
+import pytest
+import torch
+
+from tests import reference
+from tests.conftest import torchrun
+from tests.layouts import LAYOUTS, run_layout
+from tidar_megatron.attention_mask import DOCUMENT, INDEX
+from tidar_megatron.checkpoint.huggingface import entry_of
+from tidar_megatron.config import build_config
+from tidar_megatron.data.loader import TrainingData
+from tidar_megatron.distributed.groups import shut_down
+
+SEQUENCES, MICRO, ALPHA, BLOCK, LENGTH = 8, 2, 0.8, 4, 32
+FAMILIES = {  # GQA in all of them
+    "qwen3-tied": {"qk_layernorm": True, "tie": True},
+    "llama-untied": {"qk_layernorm": False, "tie": False},
+    "qwen2-tied": {"qk_layernorm": False, "add_qkv_bias": True, "tie": True},
+}
+
+
+def write_random_model(folder, qk_layernorm, tie, add_qkv_bias=False):
+    """A random Hugging Face folder, with norms and biases that are not all alike."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind = "qwen3" if qk_layernorm else "qwen2" if add_qkv_bias else "llama"
+    config = AutoConfig.for_model(
+        kind,
+        num_hidden_layers=2,
+        hidden_size=64,
+        intermediate_size=96,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=260,
+        tie_word_embeddings=tie,
+        rms_norm_eps=1e-6,
+        max_position_embeddings=128,
+        bos_token_id=None,
+        eos_token_id=256,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn_like(parameter)
+            parameter.copy_(noise * 0.2 if parameter.dim() == 2 else 1 + noise * 0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def runs(request, shards, tmp_path_factory):
+    """{layout: results of its ranks}; one torchrun launch for all layouts of a family."""
+    folder = tmp_path_factory.mktemp(request.param)
+    write_random_model(folder / "hf", **FAMILIES[request.param])
+    setup = {
+        "tidar": {"block_size": BLOCK, "ar_loss_weight": ALPHA, "attention_chunk_size": 8},
+        "model": {"make_vocab_size_divisible_by": 8},
+        "data": {"train_data": str(shards[0]), "valid_data": str(shards[1]), "seq_length": LENGTH},
+        "training": {
+            "global_batch_size": SEQUENCES,
+            "micro_batch_size": MICRO,
+            "init_from": str(folder / "hf"),
+            "eval_sequences": 9,
+        },
+        "optimizer": {"lr": 1e-3, "lr_decay_style": "constant", "clip_grad": 0.5},
+    }
+    (folder / "setup.json").write_text(json.dumps(setup))
+    parallel = [name for name in LAYOUTS if name != "one"]
+    torchrun(2, "-m", "tests.layouts", folder / "setup.json", folder, *parallel)
+    results = {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in (0, 1)] for name in parallel}
+    results["one"] = [run_layout(setup, "one")]
+    shut_down()
+    return setup, results
+
+
+def plain(setup, weights):
+    """Token losses, loss and gradients of the reference over the global batch, in float64 as in float32."""
+    from tidar_megatron.training.loop import resolve
+
+    data = TrainingData(setup["data"]["train_data"], LENGTH, BLOCK, 260, seed=1234)
+    config = resolve(build_config(setup), data.documents.manifest.tokenizer)
+    (batch,) = data.step_batches(0, SEQUENCES, SEQUENCES, 0, 1)
+    assert config.tidar.mask_token_id == 257
+    batch.tokens[:, LENGTH:] = 257
+    clean = batch.visibility[:, :LENGTH]
+    mask = torch.stack(
+        [reference.training_mask(row[:, DOCUMENT].tolist(), row[:, INDEX].tolist(), BLOCK) for row in clean]
+    )
+    leaves = {name: weight.double().requires_grad_() for name, weight in weights.items()}
+    positions = torch.arange(LENGTH).repeat(2)
+    losses = reference.token_losses(leaves, config.model, batch.tokens, batch.labels, mask, positions)
+    loss = reference.joint_loss(losses, batch.supervised, ALPHA)
+    loss.backward()
+    return batch, losses.detach(), loss.item(), {name: leaf.grad for name, leaf in leaves.items()}
+
+
+def close(ours, theirs, tolerance=1e-5):
+    """Relative error of the whole tensor, ||a - b|| / ||b||."""
+    error = (ours.double() - theirs.double()).norm() / theirs.double().norm().clamp(min=1e-12)
+    assert error <= tolerance, float(error)
+
+
+def gather(ranks, key):
+    """{parameter: the whole tensor} from the parts of tensor-parallel and pipeline ranks."""
+    whole = {}
+    for name in {name for rank in ranks for name in rank[key]}:
+        entry, _ = entry_of(name)
+        parts = {rank["tp_rank"]: rank[key][name] for rank in ranks if name in rank[key]}
+        parts = [parts[rank] for rank in sorted(parts)]
+        if entry.shard == "replicated" or len(parts) == 1:
+            whole[name] = parts[0]
+        elif entry.join == "glu":
+            halves = [part.chunk(2) for part in parts]
+            whole[name] = torch.cat([half[n] for n in (0, 1) for half in halves])
+        else:
+            whole[name] = torch.cat(parts, dim=0 if entry.shard == "rows" else 1)
+    return whole
+
+
+def test_counts_differ_between_micro_batches_and_ranks(runs):
+    _, results = runs
+    counts = [rank["supervised"] for rank in results["dp2"]]
+    assert len({count for rank in counts for count in rank}) > 1
+    assert sum(c[0] for c in counts[0]) != sum(c[0] for c in counts[1])
+    assert all(ar != diffusion for rank in counts for ar, diffusion in rank)
+
+
+@pytest.mark.parametrize("layout", ["one", "dp2"])
+def test_equals_the_independent_model(runs, layout):
+    """Per-token losses and every gradient, to 1e-5 relative in float32."""
+    setup, results = runs
+    batch, losses, loss, grads = plain(setup, results["one"][0]["weights"])
+    for rank in results[layout]:
+        for micro, ours in enumerate(rank["token_losses"]):
+            first = (micro * len(results[layout]) + rank["dp_rank"]) * MICRO
+            rows = slice(first, first + MICRO)
+            seen = batch.supervised[rows]
+            torch.testing.assert_close(ours[seen].double(), losses[rows][seen], rtol=1e-5, atol=1e-5)
+        ar, diffusion = rank["first_losses"]
+        assert (ALPHA * ar + diffusion) / (1 + ALPHA) == pytest.approx(loss, rel=1e-5)
+        assert set(rank["grads"]) == set(grads)
+        for name, grad in rank["grads"].items():
+            close(grad, grads[name])
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one"])
+def test_equals_one_rank(runs, layout):
+    """Losses and gradient norms over three optimizer steps to 5 decimals; gradients parameter by parameter."""
+    _, results = runs
+    one, ranks = results["one"][0], results[layout]
+    for rank in ranks:
+        assert torch.tensor(rank["losses"]) == pytest.approx(torch.tensor(one["losses"]), abs=5e-6)
+        assert rank["grad_norms"] == pytest.approx(one["grad_norms"], abs=5e-6)
+        assert rank["evaluation"].keys() == one["evaluation"].keys()
+        for name, value in rank["evaluation"].items():
+            assert value == pytest.approx(one["evaluation"][name], abs=2e-5), name
+    for name, grad in gather(ranks, "grads").items():
+        if name == "output_layer.weight" and name not in one["grads"]:
+            continue  # the last stage's copy of the tied embedding, equal to the first stage's
+        close(grad, one["grads"][name])
