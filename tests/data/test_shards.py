@@ -217,7 +217,10 @@ def test_payloads_are_refused_and_not_run(shards: Path, tmp_path: Path, kind: st
         add(tar, name, buffer.getvalue())
         add(tar, "pad.npy", bytes(8192))
     bless(shards)
-    refused(shards, r"shard-000000\.tar: ")
+    refused(
+        shards,
+        r"shard-000000\.tar: " + (r"member 'x\.\w+' is not a \.npy file" if name != "x.npy" else "cannot be read"),
+    )
     assert not witness.exists()
     pickle.loads(pickle.dumps(Payload(witness)))  # the payload would have worked
     assert witness.exists()

@@ -90,3 +90,9 @@ def test_a_mask_of_another_dtype_is_a_defect_and_not_a_wrong_result():
     query = torch.zeros(1, 2, 3, 8, dtype=torch.float64)
     with pytest.raises(AssertionError):
         folded_attention(None, query, query, query, decode_mask(Plan(3), 0, 1, torch.float32, CPU))
+
+
+def test_a_wrapped_model_refuses_to_look_ahead(tiny):
+    """Outside the engine nobody makes our mask, and none at all would let every token see its future."""
+    with pytest.raises(AssertionError, match="set_attn_implementation"):
+        tiny("llama").causal_lm(torch.tensor([[1, 2, 3]]))

@@ -110,8 +110,10 @@ def folded_attention(
     Returns:
         ``[1, T, H, D]`` and no weights.
     """
-    assert attention_mask is None or attention_mask.dtype == query.dtype
     heads, tokens, head_dim = query.shape[1:]
+    # transformers hands no mask at all to an attention it does not know: its own generate() would look ahead.
+    assert attention_mask is not None or tokens == 1, "wrapped for decoding: set_attn_implementation('sdpa') to use it"
+    assert attention_mask is None or attention_mask.dtype == query.dtype
     folded = query.reshape(1, key.shape[1], -1, head_dim)  # [1, N, G * T, D]: head n * G + g becomes rows g * T ...
     out = F.scaled_dot_product_attention(folded, key, value, attn_mask=attention_mask, scale=scaling)
     return out.view(1, heads, tokens, -1).transpose(1, 2), None
