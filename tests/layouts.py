@@ -24,11 +24,11 @@ STEPS = 3
 
 
 def run_layout(setup, name):
-    """-> {"losses": [3, 2], "grad_norms": [3], "token_losses": {sequence: [2S]}, "grads": {parameter: local part}, ...}"""
+    """The first step's token losses and this rank's gradients, then losses and gradient norms of three steps."""
     from tidar_megatron.checkpoint.huggingface import _own_parameters
     from tidar_megatron.config import build_config
-    from tidar_megatron.training.step import forward_backward
     from tidar_megatron.training.loop import Trainer
+    from tidar_megatron.training.step import forward_backward
 
     torch.set_num_threads(1)
     config = build_config({**setup, "parallel": LAYOUTS[name]})

@@ -155,7 +155,9 @@ def test_wandb_is_kept_offline_and_never_stops_a_run(shards, tmp_path, monkeypat
     short = {"train_iters": 2, "eval_interval": 2}
     board = {"wandb_project": "test", "tensorboard_dir": str(tmp_path / "board"), "log_interval": 1}
     run = tmp_path / "run"
-    pretrain(small(shards, checkpoint={"save": str(run)}, training=short, optimizer={"lr_warmup_iters": 0}, logging=board))
+    pretrain(
+        small(shards, checkpoint={"save": str(run)}, training=short, optimizer={"lr_warmup_iters": 0}, logging=board)
+    )
     assert "kept offline" in capsys.readouterr().out
     assert list(run.glob("wandb/offline-run-*"))
     assert list((tmp_path / "board").glob("events*"))
@@ -165,7 +167,9 @@ def test_wandb_is_kept_offline_and_never_stops_a_run(shards, tmp_path, monkeypat
 
     monkeypatch.setattr(wandb, "init", broken)
     run = tmp_path / "broken"
-    pretrain(small(shards, checkpoint={"save": str(run)}, training=short, optimizer={"lr_warmup_iters": 0}, logging=board))
+    pretrain(
+        small(shards, checkpoint={"save": str(run)}, training=short, optimizer={"lr_warmup_iters": 0}, logging=board)
+    )
     said = capsys.readouterr().out
     assert "W&B is left out: RuntimeError: no such server" in said
     assert max(losses(run)) == 2

@@ -260,7 +260,7 @@ def describe(trainer: Trainer, logger: MetricsLogger) -> None:
         f"sequences of {config.data.seq_length} an epoch, {config.training.global_batch_size} a step"
     )
     logger.say(
-        f"{config.ar_warmup_iters} steps of AR warm-up, then the joint objective to step {config.training.train_iters}; "
+        f"{config.ar_warmup_iters} steps of AR warm-up, then the joint objective to {config.training.train_iters}; "
         f"block size {tidar.block_size}, alpha {tidar.ar_loss_weight}, mask token {tidar.mask_token_id}"
     )
     if trainer.iteration:

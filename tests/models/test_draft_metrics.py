@@ -1,0 +1,58 @@
+"""Draft acceptance against its definition, one token at a time; over vocabulary-parallel ranks in test_parity."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tidar_megatron.config import ParallelConfig
+from tidar_megatron.data.loader import TrainingData
+from tidar_megatron.distributed.groups import initialize, shut_down
+from tidar_megatron.models.draft_metrics import EvaluationSums, evaluation_sums
+
+LENGTH, VOCAB = 24, 258
+
+
+@pytest.fixture(scope="module")
+def group():
+    yield initialize(ParallelConfig(), 0).groups.tp
+    shut_down()
+
+
+@pytest.mark.parametrize("block", [1, 2, 4, 8])
+def test_equals_the_definition(shards, group, block):
+    data = TrainingData(shards[0], LENGTH, block, VOCAB - 1, seed=0)
+    batches = data.step_batches(0, 6, 3, 0, 1)
+    draw = torch.Generator().manual_seed(block)
+    total = EvaluationSums.zeros(block, torch.device("cpu")).values
+    losses, accepted, agreed, tokens, greedy = {"ar": [], "diffusion": []}, {}, {}, [], []
+    for batch in batches:
+        logits = 3 * torch.randn(3, 2 * LENGTH, VOCAB, generator=draw)
+        total = total + evaluation_sums(logits, batch, block, group).values
+        p = logits.double().softmax(-1)
+        for row in range(3):
+            for i in range(2 * LENGTH):
+                if batch.supervised[row, i]:
+                    kind = "ar" if i < LENGTH else "diffusion"
+                    losses[kind].append(-p[row, i, batch.labels[row, i]].log().item())
+            for start in range(0, LENGTH, block):
+                expected, run, wanted, still = 1.0, 1.0, 1.0, 1.0
+                for k in range(1, block):
+                    if batch.supervised[row, LENGTH + start + k]:
+                        p_ar, q = p[row, start + k - 1], p[row, LENGTH + start + k]
+                        a, same = torch.minimum(p_ar, q).sum().item(), float(p_ar.argmax() == q.argmax())
+                        accepted.setdefault(k, []).append(a)
+                        agreed.setdefault(k, []).append(same)
+                        run, still = run * a, still * same
+                        expected, wanted = expected + run, wanted + still
+                if batch.supervised[row, LENGTH + start : LENGTH + start + block].all():
+                    tokens.append(expected)
+                    greedy.append(wanted)
+    mean = lambda values: sum(values) / len(values)  # noqa: E731
+    ours = EvaluationSums(total).means()
+    assert ours["ar_loss"] == pytest.approx(mean(losses["ar"]), rel=1e-5)
+    assert ours["diffusion_loss"] == pytest.approx(mean(losses["diffusion"]), rel=1e-5)
+    assert ours["tokens_per_forward"] == pytest.approx(mean(tokens), rel=1e-5)
+    assert ours["greedy_tokens_per_forward"] == pytest.approx(mean(greedy), rel=1e-5)
+    assert ours["acceptance_by_offset"] == pytest.approx([mean(accepted[k]) for k in range(1, block)], rel=1e-5)
+    assert ours["agreement_by_offset"] == pytest.approx([mean(agreed[k]) for k in range(1, block)], rel=1e-5)
+    assert dist.get_world_size(group) == 1

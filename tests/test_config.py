@@ -1,0 +1,102 @@
+"""One configuration: a YAML file, flags over it, errors of one line, and a resolved tree that reads back."""
+
+import dataclasses
+
+import pytest
+
+from tidar_megatron.config import FIELDS, SECTIONS, Config, build_config, flag, load_config, parse_config
+from tidar_megatron.errors import UserError
+
+
+def write(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_flags_win_over_the_file_and_both_are_typed(tmp_path):
+    path = write(tmp_path, "optimizer:\n  lr: 3e-4\n  min_lr: 1e-5\nmodel:\n  num_layers: 6\n")
+    config = parse_config(["--config", path, "--lr", "1e-3", "--sequence-parallel", "--no-qk-layernorm"])
+    assert config.optimizer.lr == 1e-3
+    assert config.optimizer.min_lr == 1e-5  # PyYAML reads 1e-5 as a string
+    assert config.model.num_layers == 6
+    assert config.parallel.sequence_parallel is True
+    assert config.model.qk_layernorm is False
+
+
+def test_the_resolved_tree_reads_back(tmp_path):
+    config = parse_config(["--lr", "0.003", "--train-data", "x", "--block-size", "4", "--seq-length", "12"])
+    assert load_config(write(tmp_path, config.to_yaml())) == config
+
+
+def test_every_field_is_a_flag_with_help():
+    for name, section in FIELDS.items():
+        field = next(f for f in dataclasses.fields(SECTIONS[section]) if f.name == name)
+        assert field.metadata["help"], flag(name)
+
+
+def test_megatrons_and_tidars_own_names():
+    for name in (
+        "--tensor-model-parallel-size --pipeline-model-parallel-size --transformer-impl --micro-batch-size "
+        "--global-batch-size --seq-length --train-iters --lr --lr-decay-style --save --load --save-interval "
+        "--wandb-project --block-size --ar-loss-weight --mask-token-id --ar-warmup-fraction --init-from --valid-data"
+    ).split():
+        assert name[2:].replace("-", "_") in FIELDS, name
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("optimizer:\n  lrr: 1\n", "optimizer.lrr: unknown key (did you mean 'lr'?)"),
+        ("optimiser:\n  lr: 1\n", "optimiser: unknown key (did you mean 'optimizer'?)"),
+        ("data:\n  seq_length: long\n", "data.seq_length: Input should be a valid integer"),
+        ("data:\n  seq_length: 16.5\n", "data.seq_length: Input should be a valid integer"),
+        ("training:\n  bf16: 3.5\n", "training.bf16: Input should be a valid boolean"),
+        ("optimizer:\n  lr_decay_style: exp\n", "optimizer.lr_decay_style: Input should be 'constant'"),
+        ("model: 3\n", "model: "),
+        ("- a\n", "must hold sections"),
+        ("model: [\n", "not YAML"),
+    ],
+)
+def test_errors_of_the_file_name_the_key(tmp_path, text, said):
+    path = write(tmp_path, text)
+    with pytest.raises(UserError) as error:
+        parse_config(["--config", path])
+    assert said in str(error.value)
+    assert path in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--lrr", "1"], "unknown flag --lrr (did you mean --lr?)"),
+        (["--frobnicate", "1"], "unknown flag --frobnicate"),
+        (["--seq-length", "x"], "data.seq_length"),
+        (["--lr"], "expected one argument"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml: No such file"),
+        (["--block-size", "0"], "--block-size 0: must be at least 1"),
+        (["--seq-length", "100"], "--seq-length 100: must be a multiple of 8 (--block-size 8); nearest: 96"),
+        (["--seq-length", "3"], "nearest: 8"),
+        (
+            "--sequence-parallel --tensor-model-parallel-size 16 --num-attention-heads 16 --hidden-size 1024 "
+            "--seq-length 1000".split(),
+            "must be a multiple of 16 (--block-size 8 and --tensor-model-parallel-size 16); nearest: 992",
+        ),
+        ("--num-layers 3 --pipeline-model-parallel-size 2".split(), "--num-layers 3: must be a multiple of"),
+        ("--num-attention-heads 6 --num-query-groups 4".split(), "--num-query-groups 4: must divide"),
+        ("--num-attention-heads 7".split(), "--hidden-size 768: must be a multiple of --num-attention-heads 7"),
+        ("--tensor-model-parallel-size 5".split(), "--num-attention-heads 12: must be a multiple of"),
+        ("--ar-loss-weight -1".split(), "--ar-loss-weight -1.0: must not be negative"),
+        ("--ar-warmup-fraction 1.5".split(), "tidar.ar_warmup_fraction: Input should be less than or equal to 1"),
+    ],
+)
+def test_errors_of_the_command_line(flags, said):
+    with pytest.raises(UserError) as error:
+        parse_config(flags)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_defaults_stand():
+    assert build_config({}) == Config()
