@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tidar_megatron.attention_mask import decode_layout, may_attend, prefix_layout, training_layout
 
-SETTINGS = settings(deadline=None, max_examples=60)
+SETTINGS = settings(deadline=None)
 
 
 def training_table(document: list[int], index: list[int], block_size: int) -> list[list[bool]]:

@@ -1,6 +1,7 @@
 """Errors a user can cause and mend. Every program in ``tools/`` prints them as one line and exits with 2."""
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -16,6 +17,7 @@ def run_tool(main: Callable[[], None], rank: int = 0) -> None:
     Under torchrun every rank fails alike, so only ``rank`` 0 speaks. Any other exception is a defect of ours and
     keeps its traceback.
     """
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers': they garble what a program prints
     # megatron-core says at import, once per module and process, which optional packages it does without
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
     logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)

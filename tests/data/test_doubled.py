@@ -75,7 +75,7 @@ def joint_loss(rows: list[PackedSequence], losses: torch.Tensor, alpha: float) -
 
 
 @given(st.integers(0, 10**6), st.floats(0, 4), st.data())
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None)
 def test_weights_give_the_formula_however_the_batch_is_split(seed: int, alpha: float, data: st.DataObject) -> None:
     rows = some_rows(seed)
     losses = torch.rand(len(rows), 32, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 5

@@ -37,7 +37,7 @@ SHAPES = st.tuples(st.integers(1, 6), st.integers(1, 5)).map(lambda shape: (shap
 
 
 @given(LENGTHS, SHAPES, st.integers(0, 3), st.booleans())
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None)
 def test_an_epoch_holds_every_token_once(lengths: list[int], shape: tuple[int, int], epoch: int, shuffle: bool) -> None:
     length, block = shape
     rows = rows_of(packed(lengths, length, block, shuffle=shuffle), epoch, lengths)
@@ -52,7 +52,7 @@ def test_an_epoch_holds_every_token_once(lengths: list[int], shape: tuple[int, i
 
 
 @given(LENGTHS, SHAPES, st.integers(0, 3))
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None)
 def test_every_row_keeps_the_rules(lengths: list[int], shape: tuple[int, int], epoch: int) -> None:
     length, block = shape
     rows = rows_of(packed(lengths, length, block), epoch, lengths)

@@ -19,7 +19,7 @@ def plans(draw):
     return Plan(num_drafts, branches, draw(st.integers(1, 5)) if branches else 0)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None)
 @given(plans(), st.integers(0, 9), st.integers(1, 3))
 def test_mask_is_the_predicate_for_every_prefix_length(plan, prefix, groups):
     layout = decode_layout(prefix, plan.num_drafts, plan.branches, plan.draft_length)
@@ -36,7 +36,7 @@ def test_mask_is_the_predicate_for_every_prefix_length(plan, prefix, groups):
         assert torch.equal(mask[0, 0] == -torch.inf, ~expected.repeat(groups, 1))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None)
 @given(plans())
 def test_rows_after_are_the_places_behind_the_certain_token(plan):
     layout = decode_layout(0, plan.num_drafts, plan.branches, plan.draft_length)

@@ -31,7 +31,7 @@ def run(backend, chunk, visibility, query, key, value, upstream):
     return [out, *torch.autograd.grad((out * upstream).sum(), inputs)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(deadline=None)
 @given(
     total=st.integers(1, 40),
     block=st.integers(1, 9),

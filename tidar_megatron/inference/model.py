@@ -199,7 +199,7 @@ def _device(name: str | None) -> torch.device:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.empty(0).to(name)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name!r} cannot be used here; use --device cpu") from error
     return torch.device(name)

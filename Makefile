@@ -1,0 +1,45 @@
+# make quickstart   set everything up, train on real data, draft and verify: minutes on two CPU cores
+# make test         set everything up and run the tests
+# make PYTHON=python3.12 test   with another interpreter
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+STAMP := $(VENV)/.installed-$(VERSION)
+RUN := . $(BIN)/activate &&
+# further arguments: of pip in setup, of tools/pretrain.py in the quickstart, of pytest in the tests
+PIP_ARGS ?=
+TRAIN_ARGS ?=
+TEST_ARGS ?=
+
+.PHONY: setup quickstart test test-slow check masks clean
+
+setup: $(STAMP)
+
+$(STAMP): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python $(VERSION) is too old; make PYTHON=python3.11 (or 3.12)")'
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt $(PIP_ARGS) -e '.[quickstart,plot,dev]'
+	touch $(STAMP)
+
+quickstart: setup
+	$(RUN) examples/quickstart/run.sh $(TRAIN_ARGS)
+
+test: setup
+	@$(RUN) python -m pytest $(TEST_ARGS)
+
+# thousands of random cases of every property instead of dozens
+test-slow: setup
+	@$(RUN) HYPOTHESIS_PROFILE=thorough python -m pytest --timeout=3600 tests/test_attention_mask.py tests/models tests/data tests/inference $(TEST_ARGS)
+
+check: setup
+	$(RUN) ruff check . && ruff format --check . && mypy
+
+# the README's figure of both masks
+masks: setup
+	$(RUN) python examples/draw_masks.py examples/masks.png
+
+clean:
+	rm -rf $(VENV) runs data build *.egg-info

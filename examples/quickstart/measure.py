@@ -1,0 +1,168 @@
+"""Decode held-out prompts with every plan: a table, ``summary.json`` and one picture, in the run's folder.
+
+python examples/quickstart/measure.py --run runs/quickstart --valid-data data/quickstart/valid
+"""
+
+import argparse
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+from tidar_megatron.errors import UserError, run_tool
+
+PROMPTS_WRITTEN, PROMPTS_DECODED, NEW_TOKENS = 240, 24, 128
+
+
+def plans() -> dict[str, Any]:
+    """The plans of the table: how many drafts, and for which outcomes the next drafts are prepared."""
+    from tidar_megatron.inference.request import DecodeOptions
+
+    return {
+        "tidar, all branches, K=4": DecodeOptions(draft_length=4),
+        "tidar, all branches, K=8": DecodeOptions(draft_length=8),
+        "tidar, 1 branch, K=8": DecodeOptions(draft_length=8, branches=1),
+        "tidar, 2 branches, K=8": DecodeOptions(draft_length=8, branches=2),
+        "prompt-lookup, K=8": DecodeOptions(mode="lookup", draft_length=8),
+    }
+
+
+def heldout_prompts(folder: str, count: int) -> list[str]:
+    """``count`` prompts spread over the held-out documents, each a row and the beginning of the next."""
+    from tidar_megatron.data.shards import ShardedDocuments
+
+    documents = ShardedDocuments(folder)
+    tokenizer = documents.load_tokenizer()
+    prompts = []
+    for number in range(len(documents)):
+        rows = tokenizer.decode(documents[number].tolist(), skip_special_tokens=True).splitlines()
+        prompts += [f"{row}\n{after[:40]}" for row, after in zip(rows[::2], rows[1::2], strict=False)]
+    step = max(len(prompts) // count, 1)
+    if len(prompts) < count:
+        raise UserError(f"{folder}: holds {len(prompts)} prompts, {count} are wanted; hold more documents out")
+    return prompts[::step][:count]
+
+
+def main() -> None:
+    """Measure, then report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--run", required=True, help="the training run's folder, with its export in hf/")
+    parser.add_argument("--valid-data", required=True, help="folder of held-out shards")
+    args = parser.parse_args()
+    from tidar_megatron.evaluation.decoding import compare_plans, compare_with_transformers
+    from tidar_megatron.inference.model import load_model
+    from tidar_megatron.inference.text import encode_prompt
+
+    run, folder = Path(args.run), str(Path(args.run) / "hf")
+    prompts = heldout_prompts(args.valid_data, PROMPTS_WRITTEN)
+    heldout = run / "heldout.jsonl"
+    heldout.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts), encoding="utf-8")
+
+    model = load_model(folder)
+    decoded = [encode_prompt(model.tokenizer, prompt) for prompt in prompts[:: PROMPTS_WRITTEN // PROMPTS_DECODED]]
+    figures = compare_plans(model, decoded, plans(), NEW_TOKENS)
+    stock = compare_with_transformers(model, folder, decoded, NEW_TOKENS)
+    best = max((name for name in figures if name.startswith("tidar")), key=lambda name: figures[name].tokens_per_second)
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    summary = {
+        "model": folder,
+        "heldout": str(heldout),
+        "prompts": len(decoded),
+        "new_tokens": NEW_TOKENS,
+        "plan": best,
+        "identical_to_ar": all(f.identical_to_ar for f in figures.values()),
+        "tokens_per_forward": figures[best].tokens_per_forward,
+        "speedup_over_ar": figures[best].speedup_over_ar,
+        "distinct_4grams": figures[best].distinct_4grams,
+        "lookup": figures["prompt-lookup, K=8"].as_dict(),
+        "ar_over_transformers_generate": stock.ar_over_transformers,
+        "identical_to_transformers_generate": stock.identical,
+        "evaluation": [m["eval"] for m in metrics if "eval" in m][-1],
+        "plans": {name: f.as_dict() for name, f in figures.items()},
+        "machine": machine(),
+    }
+    (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    print_table(figures, stock, summary)
+    draw(run / "quickstart.png", metrics, figures)
+    print(f"{run / 'summary.json'}, {run / 'quickstart.png'}")
+    print(
+        f'try it: python tools/generate.py --model {folder} --branches 1 --prompt \'{{"geonameid": 2950159, "name":\''
+    )
+    if not summary["identical_to_ar"]:
+        raise UserError(f"{run / 'summary.json'}: a plan's output differs from AR's; please report the machine and it")
+
+
+def machine() -> str:
+    """The processor and the libraries, as they matter for the figures."""
+    import torch
+
+    models = [line.split(":")[1].strip() for line in cpu_lines() if line.startswith("model name")]
+    name = models[0] if models else platform.processor() or platform.machine()
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} threads, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def cpu_lines() -> list[str]:
+    """What Linux knows of the processor; nothing elsewhere."""
+    info = Path("/proc/cpuinfo")
+    return info.read_text().splitlines() if info.exists() else []
+
+
+def print_table(figures: dict[str, Any], stock: Any, summary: dict[str, Any]) -> None:
+    """The table of the README."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{summary['prompts']} held-out prompts x {NEW_TOKENS} tokens, greedy, prefill excluded")
+    for column in ("plan", "tokens/forward", "tokens/s", "speed-up over AR", "identical to AR", "distinct 4-grams"):
+        table.add_column(column, justify="left" if column == "plan" else "right")
+    for name, f in figures.items():
+        same = "yes" if f.identical_to_ar else "NO"
+        row = (f"{f.tokens_per_forward:.2f}", f"{f.tokens_per_second:.0f}", f"{f.speedup_over_ar:.2f}", same)
+        table.add_row(name, *row, f"{f.distinct_4grams:.2f}")
+    same = "yes" if stock.identical else "NO"
+    over = f"{1 / stock.ar_over_transformers:.2f}"
+    table.add_row("transformers generate", "1.00", f"{stock.tokens_per_second:.0f}", over, same, "")
+    Console(width=110).print(table)
+    print(f"machine: {summary['machine']}")
+
+
+def draw(path: Path, metrics: list[dict[str, Any]], figures: dict[str, Any]) -> None:
+    """Losses, acceptance by offset, and what each plan gains."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    steps = [m for m in metrics if "loss" in m]
+    evaluation = [m["eval"] for m in metrics if "eval" in m][-1]
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4), width_ratios=[1, 0.8, 1.2], layout="constrained")
+    left.plot([m["iteration"] for m in steps], [m["ar_loss"] for m in steps], label="next token (AR)")
+    joint = [m for m in steps if m["diffusion_loss"] is not None]
+    left.plot([m["iteration"] for m in joint], [m["diffusion_loss"] for m in joint], label="one-step diffusion")
+    left.set(title="Training loss", xlabel="step", ylabel="nats per byte", ylim=(0, 3))
+    left.legend(frameon=False)
+
+    offsets = range(1, len(evaluation["acceptance_by_offset"]) + 1)
+    middle.plot(offsets, evaluation["acceptance_by_offset"], "o-", label="sampling: sum of min(p, q)")
+    middle.plot(offsets, evaluation["agreement_by_offset"], "s--", label="greedy: same argmax")
+    middle.set(title="Draft acceptance (held-out)", xlabel="offset in the block", ylim=(0, 1.02))
+    middle.legend(frameon=False, loc="lower left")
+
+    names = list(figures)
+    places = range(len(names))
+    tpf = right.barh([p - 0.2 for p in places], [figures[n].tokens_per_forward for n in names], 0.38)
+    speed = right.barh([p + 0.2 for p in places], [figures[n].speedup_over_ar for n in names], 0.38)
+    for bars in (tpf, speed):
+        right.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+    right.set_yticks(list(places), names)
+    right.invert_yaxis()
+    right.set_title("Decoding, per plan")
+    right.legend([tpf, speed], ["tokens per forward", "speed-up over AR"], frameon=False, loc="lower right")
+    for axis in (left, middle, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    fig.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    run_tool(main)
