@@ -12,6 +12,7 @@ from typing import Any
 from tidar_megatron.errors import UserError, run_tool
 
 PROMPTS_WRITTEN, PROMPTS_DECODED, NEW_TOKENS = 240, 24, 128
+EXAMPLE = '{"geonameid": 2950159, "name":'
 
 
 def plans() -> dict[str, Any]:
@@ -85,9 +86,7 @@ def main() -> None:
     print_table(figures, stock, summary)
     draw(run / "quickstart.png", metrics, figures)
     print(f"{run / 'summary.json'}, {run / 'quickstart.png'}")
-    print(
-        f'try it: python tools/generate.py --model {folder} --branches 1 --prompt \'{{"geonameid": 2950159, "name":\''
-    )
+    print(f"try it: . .venv/bin/activate; python tools/generate.py --model {folder} --branches 1 --prompt '{EXAMPLE}'")
     if not summary["identical_to_ar"]:
         raise UserError(f"{run / 'summary.json'}: a plan's output differs from AR's; please report the machine and it")
 

@@ -202,12 +202,11 @@ class Trainer:
 
 def pretrain(config: Config) -> None:
     """Train to ``train_iters``, or to the first iteration that ``exit_interval`` divides."""
-    trainer = Trainer.build(config)
-    config = trainer.config
     try:
+        trainer = Trainer.build(config)
         trainer.write_run_folder()
-        dist.barrier()
-        logger = MetricsLogger(config, trainer.ranks.is_main, trainer.iteration)
+        dist.barrier()  # the run's folder exists before anyone writes into it
+        logger = MetricsLogger(trainer.config, trainer.ranks.is_main, trainer.iteration)
         describe(trainer, logger)
         _loop(trainer, logger)
         logger.close()
@@ -216,35 +215,29 @@ def pretrain(config: Config) -> None:
 
 
 def _loop(trainer: Trainer, logger: MetricsLogger) -> None:
-    config = trainer.config
-    training, clean_tokens = config.training, config.training.global_batch_size * config.data.seq_length
-    evaluated = saved = None
-    started, since = time.perf_counter(), trainer.iteration
+    config, training = trainer.config, trainer.config.training
+
+    def due(interval: int | None) -> bool:
+        return interval is not None and trainer.iteration % interval == 0
+
+    seconds, steps = 0.0, 0
     while trainer.iteration < training.train_iters:
+        start = time.perf_counter()
         values = trainer.step()
-        i = trainer.iteration
-        if i % config.logging.log_interval == 0 or i == training.train_iters:
-            seconds = (time.perf_counter() - started) / (i - since)
-            logger.training(i, {**values, "step_seconds": seconds, "clean_tokens_per_second": clean_tokens / seconds})
-            started, since = time.perf_counter(), i
-        paused = time.perf_counter()
-        if i % training.eval_interval == 0 or i == training.train_iters:
-            evaluation = trainer.evaluate()
-            if evaluation is not None:
-                logger.evaluation(i, evaluation)
-            evaluated = i
-        leaving = training.exit_interval is not None and i % training.exit_interval == 0
-        if (
-            leaving
-            or i == training.train_iters
-            or (config.checkpoint.save_interval and i % config.checkpoint.save_interval == 0)
-        ):
+        seconds, steps = seconds + time.perf_counter() - start, steps + 1
+        iteration, last = trainer.iteration, trainer.iteration == training.train_iters
+        if last or due(config.logging.log_interval):
+            clean_tokens = steps * training.global_batch_size * config.data.seq_length
+            values |= {"step_seconds": seconds / steps, "clean_tokens_per_second": clean_tokens / seconds}
+            logger.training(iteration, values)
+            seconds, steps = 0.0, 0
+        if (last or due(training.eval_interval)) and (evaluation := trainer.evaluate()) is not None:
+            logger.evaluation(iteration, evaluation)
+        leaving = due(training.exit_interval)
+        if last or leaving or due(config.checkpoint.save_interval):
             trainer.save()
-            saved = i
-        if i in (evaluated, saved):  # neither belongs to the time of a step
-            started += time.perf_counter() - paused
-        if leaving and i < training.train_iters:
-            logger.say(f"leaving after iteration {i} (--exit-interval {training.exit_interval})")
+        if leaving and not last:
+            logger.say(f"leaving after iteration {iteration} (--exit-interval {training.exit_interval})")
             return
 
 

@@ -1,0 +1,55 @@
+"""What the README says is true: its commands are run by CI, its tree is the tree, its table is what was measured."""
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_every_command_is_run_by_ci():
+    ran = " ".join((ROOT / name).read_text() for name in (".ci/run", "Makefile", "examples/quickstart/run.sh"))
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
+    commands = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    assert len(commands) >= 4
+    for command in commands:
+        assert command in ran, command
+
+
+def test_the_tree_names_every_file():
+    tree = README.split("## The tree")[1].split("```")[1]
+    named = set(re.findall(r"^  (\S+\.py)", tree, re.M))
+    package = ROOT / "tidar_megatron"
+    files = {str(p.relative_to(package)) for p in package.rglob("*.py") if p.name != "__init__.py"}
+    assert named == files
+    for name in ("draw_masks.py", *(f"quickstart/{n}" for n in ("run.sh", "config.yaml", "cities.py", "measure.py"))):
+        assert (ROOT / "examples" / name).exists()
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def table(summary):
+    """The README's table of a summary.json."""
+    rows = ["| plan | tokens per forward | tokens/s | speed-up over AR | identical to AR | distinct 4-grams |"]
+    rows.append("|---|---|---|---|---|---|")
+    for name, f in summary["plans"].items():
+        same = "yes" if f["identical_to_ar"] else "no"
+        cells = f"{f['tokens_per_forward']:.2f} | {f['tokens_per_second']:.0f} | {f['speedup_over_ar']:.2f}"
+        rows.append(f"| {name} | {cells} | {same} | {f['distinct_4grams']:.2f} |")
+    speed = 1 / summary["ar_over_transformers_generate"]
+    stock = summary["plans"]["ar"]["tokens_per_second"] * speed
+    same = "yes" if summary["identical_to_transformers_generate"] else "no"
+    rows.append(f"| transformers' own `generate` | 1.00 | {stock:.0f} | {speed:.2f} | {same} | |")
+    rows.append("")
+    rows.append(f"{summary['prompts']} held-out prompts x {summary['new_tokens']} tokens; {summary['machine']}.")
+    return "\n".join(rows)
+
+
+def test_the_table_is_what_was_measured():
+    summary = json.loads((ROOT / "examples/quickstart/result.json").read_text())
+    shown = README.split("<!-- table: examples/quickstart/result.json -->\n")[1].split("\n<!-- end of table -->")[0]
+    assert shown == table(summary)
