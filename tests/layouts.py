@@ -23,7 +23,7 @@ LAYOUTS = {
 STEPS = 3
 
 
-def run_layout(setup, name):
+def run_layout(setup, name, folder):
     """The first step's token losses and this rank's gradients, then losses and gradient norms of three steps."""
     from tidar_megatron.checkpoint.huggingface import _own_parameters
     from tidar_megatron.config import build_config
@@ -31,7 +31,7 @@ def run_layout(setup, name):
     from tidar_megatron.training.step import forward_backward
 
     torch.set_num_threads(1)
-    config = build_config({**setup, "parallel": LAYOUTS[name]})
+    config = build_config({**setup, "parallel": LAYOUTS[name], "checkpoint": {"save": str(folder / name)}})
     trainer = Trainer.build(config)
     ranks, alpha = trainer.ranks, config.tidar.ar_loss_weight
     size, micro = config.training.global_batch_size, config.training.micro_batch_size
@@ -58,6 +58,9 @@ def run_layout(setup, name):
     result["losses"] = [(s["ar_loss"], s["diffusion_loss"]) for s in steps]
     result["grad_norms"] = [s["grad_norm"] for s in steps]
     result["evaluation"] = trainer.evaluate()
+    trainer.write_run_folder()
+    trainer.save()
+    result["next"] = trainer.step()
     return result
 
 
@@ -66,7 +69,7 @@ def main():
 
     setup = json.loads(Path(sys.argv[1]).read_text())
     for name in sys.argv[3:]:
-        result = run_layout(setup, name)
+        result = run_layout(setup, name, Path(sys.argv[2]))
         torch.save(result, Path(sys.argv[2]) / f"{name}-{torch.distributed.get_rank()}.pt")
     shut_down()
 

@@ -20,6 +20,7 @@ def run_tool(main: Callable[[], None], rank: int = 0) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers': they garble what a program prints
     # megatron-core says at import, once per module and process, which optional packages it does without
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*(ShardedTensor|load_state_dict)")
     logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
     try:
         main()

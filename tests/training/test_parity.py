@@ -7,15 +7,18 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests import reference
 from tests.conftest import torchrun
 from tests.layouts import LAYOUTS, run_layout
 from tidar_megatron.attention_mask import DOCUMENT, INDEX
+from tidar_megatron.checkpoint.export import export_run
 from tidar_megatron.checkpoint.huggingface import entry_of
 from tidar_megatron.config import build_config
 from tidar_megatron.data.loader import TrainingData
 from tidar_megatron.distributed.groups import shut_down
+from tidar_megatron.training.loop import Trainer, resolve
 
 SEQUENCES, MICRO, ALPHA, BLOCK, LENGTH = 8, 2, 0.8, 4, 32
 FAMILIES = {  # GQA in all of them
@@ -76,15 +79,13 @@ def runs(request, shards, tmp_path_factory):
     parallel = [name for name in LAYOUTS if name != "one"]
     torchrun(2, "-m", "tests.layouts", folder / "setup.json", folder, *parallel)
     results = {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in (0, 1)] for name in parallel}
-    results["one"] = [run_layout(setup, "one")]
+    results["one"] = [run_layout(setup, "one", folder)]
     shut_down()
-    return setup, results
+    return setup, results, folder
 
 
 def plain(setup, weights):
     """Token losses, loss and gradients of the reference over the global batch, in float64 as in float32."""
-    from tidar_megatron.training.loop import resolve
-
     data = TrainingData(setup["data"]["train_data"], LENGTH, BLOCK, 260, seed=1234)
     config = resolve(build_config(setup), data.documents.manifest.tokenizer)
     (batch,) = data.step_batches(0, SEQUENCES, SEQUENCES, 0, 1)
@@ -126,7 +127,7 @@ def gather(ranks, key):
 
 
 def test_counts_differ_between_micro_batches_and_ranks(runs):
-    _, results = runs
+    _, results, _ = runs
     counts = [rank["supervised"] for rank in results["dp2"]]
     assert len({count for rank in counts for count in rank}) > 1
     assert sum(c[0] for c in counts[0]) != sum(c[0] for c in counts[1])
@@ -136,7 +137,7 @@ def test_counts_differ_between_micro_batches_and_ranks(runs):
 @pytest.mark.parametrize("layout", ["one", "dp2"])
 def test_equals_the_independent_model(runs, layout):
     """Per-token losses and every gradient, to 1e-5 relative in float32."""
-    setup, results = runs
+    setup, results, _ = runs
     batch, losses, loss, grads = plain(setup, results["one"][0]["weights"])
     for rank in results[layout]:
         for micro, ours in enumerate(rank["token_losses"]):
@@ -154,7 +155,7 @@ def test_equals_the_independent_model(runs, layout):
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one"])
 def test_equals_one_rank(runs, layout):
     """Losses and gradient norms over three optimizer steps to 5 decimals; gradients parameter by parameter."""
-    _, results = runs
+    _, results, _ = runs
     one, ranks = results["one"][0], results[layout]
     for rank in ranks:
         assert torch.tensor(rank["losses"]) == pytest.approx(torch.tensor(one["losses"]), abs=5e-6)
@@ -166,3 +167,28 @@ def test_equals_one_rank(runs, layout):
         if name == "output_layer.weight" and name not in one["grads"]:
             continue  # the last stage's copy of the tied embedding, equal to the first stage's
         close(grad, one["grads"][name])
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2"])
+def test_checkpoint_of_a_layout_goes_on_in_one_rank(runs, layout):
+    """The step after the checkpoint, taken by one rank, gives the loss that the layout itself gave."""
+    setup, results, folder = runs
+    trainer = Trainer.build(build_config({**setup, "checkpoint": {"load": str(folder / layout)}}))
+    step = trainer.step()
+    shut_down()
+    for key in ("ar_loss", "diffusion_loss", "grad_norm", "learning_rate"):
+        assert step[key] == pytest.approx(results[layout][0]["next"][key], abs=5e-6), key
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2"])
+def test_export_knows_no_layout(runs, layout):
+    """A tensor- or pipeline-parallel run exports the Hugging Face folder that one rank's run exports."""
+    _, _, folder = runs
+    for name in ("one", layout):
+        if not (folder / f"{name}-hf").exists():
+            export_run(folder / name, folder / f"{name}-hf")
+            shut_down()
+    ours, theirs = (load_file(folder / f"{name}-hf" / "model.safetensors") for name in (layout, "one"))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        close(ours[name], tensor, 1e-4)  # three steps of Adam, whose first ones turn rounding into lr-sized steps

@@ -104,7 +104,7 @@ def evaluate(
 
         def report(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             sums = evaluation_sums(logits, batch, block_size, ranks.groups.tp)
-            return logits.new_zeros(()), torch.zeros((), dtype=torch.int32), sums.values
+            return logits.new_zeros(()), logits.new_zeros((), dtype=torch.int32), sums.values
 
         return logits, report
 
