@@ -13,7 +13,7 @@ PIP_ARGS ?=
 TRAIN_ARGS ?=
 TEST_ARGS ?=
 
-.PHONY: setup quickstart test test-slow check masks clean
+.PHONY: setup quickstart test test-slow test-gpu check masks clean
 
 setup: $(STAMP)
 
@@ -33,6 +33,10 @@ test: setup
 # thousands of random cases of every property instead of dozens
 test-slow: setup
 	@$(RUN) HYPOTHESIS_PROFILE=thorough python -m pytest --timeout=3600 tests/test_attention_mask.py tests/models tests/data tests/inference $(TEST_ARGS)
+
+# on a machine with a CUDA device
+test-gpu: setup
+	@$(RUN) TIDAR_TEST_GPU=1 python -m pytest -rs tests/test_gpu.py $(TEST_ARGS)
 
 check: setup
 	$(RUN) ruff check . && ruff format --check . && mypy

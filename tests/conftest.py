@@ -14,6 +14,10 @@ settings.register_profile("quick", max_examples=60)
 settings.register_profile("thorough", max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
+# the tests are of the CPU everywhere, also where there is a GPU; `make test-gpu` runs the few that are of the GPU
+if not os.environ.get("TIDAR_TEST_GPU"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["WANDB_MODE"] = "offline"
