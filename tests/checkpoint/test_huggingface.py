@@ -9,12 +9,11 @@ from safetensors.torch import load_file
 
 from tests.training.test_parity import FAMILIES, write_random_model
 from tidar_megatron.checkpoint.huggingface import (
-    TABLE,
-    cut,
     export_huggingface,
     load_huggingface_weights,
     model_from_huggingface,
 )
+from tidar_megatron.checkpoint.mapping import TABLE, cut
 from tidar_megatron.config import Config, ModelConfig, TiDARConfig, build_config
 from tidar_megatron.distributed.groups import initialize, shut_down
 from tidar_megatron.errors import UserError

@@ -14,7 +14,7 @@ from tests.conftest import torchrun
 from tests.layouts import LAYOUTS, run_layout
 from tidar_megatron.attention_mask import DOCUMENT, INDEX
 from tidar_megatron.checkpoint.export import export_run
-from tidar_megatron.checkpoint.huggingface import entry_of
+from tidar_megatron.checkpoint.mapping import entry_of
 from tidar_megatron.config import build_config
 from tidar_megatron.data.loader import TrainingData
 from tidar_megatron.distributed.groups import shut_down

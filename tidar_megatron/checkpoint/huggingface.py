@@ -1,4 +1,4 @@
-"""Hugging Face folders: one name-mapping table, read in both directions.
+"""Hugging Face folders in and out, through the name-mapping table.
 
 A TiDAR model is an ordinary Qwen3, Llama or Qwen2 checkpoint: the mask token is one more vocabulary id, so whatever
 loads those loads it. What is TiDAR's own stands in the ``tidar`` section of ``config.json``.
@@ -8,7 +8,6 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,102 +16,9 @@ from megatron.core.models.gpt import GPTModel
 from safetensors import safe_open
 from torch import Tensor
 
+from tidar_megatron.checkpoint.mapping import cut, entry_of, join, split
 from tidar_megatron.config import Config, ModelConfig
 from tidar_megatron.errors import UserError
-
-# --- the table ---------------------------------------------------------------------------------------------------
-# A megatron-core parameter, the Hugging Face tensors it is made of, how they are joined, and how tensor parallelism
-# cuts the result. "*" is the layer. Both spellings of a norm are megatron-core's: its own layers', and
-# transformer-engine's, which fuse the norm into the projection behind it.
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One row of the table."""
-
-    megatron: tuple[str, ...]
-    huggingface: tuple[str, ...]
-    join: str = "same"  # same | qkv (interleaved by query group) | glu (gate above up)
-    shard: str = "replicated"  # replicated | rows | columns
-
-
-TABLE = (
-    Entry(("embedding.word_embeddings.weight",), ("model.embed_tokens.weight",), shard="rows"),
-    Entry(
-        ("decoder.layers.*.input_layernorm.weight", "decoder.layers.*.self_attention.linear_qkv.layer_norm_weight"),
-        ("model.layers.*.input_layernorm.weight",),
-    ),
-    Entry(
-        ("decoder.layers.*.self_attention.linear_qkv.weight",),
-        tuple(f"model.layers.*.self_attn.{p}_proj.weight" for p in "qkv"),
-        join="qkv",
-        shard="rows",
-    ),
-    Entry(
-        ("decoder.layers.*.self_attention.linear_qkv.bias",),
-        tuple(f"model.layers.*.self_attn.{p}_proj.bias" for p in "qkv"),
-        join="qkv",
-        shard="rows",
-    ),
-    Entry(("decoder.layers.*.self_attention.q_layernorm.weight",), ("model.layers.*.self_attn.q_norm.weight",)),
-    Entry(("decoder.layers.*.self_attention.k_layernorm.weight",), ("model.layers.*.self_attn.k_norm.weight",)),
-    Entry(
-        ("decoder.layers.*.self_attention.linear_proj.weight",),
-        ("model.layers.*.self_attn.o_proj.weight",),
-        shard="columns",
-    ),
-    Entry(
-        ("decoder.layers.*.pre_mlp_layernorm.weight", "decoder.layers.*.mlp.linear_fc1.layer_norm_weight"),
-        ("model.layers.*.post_attention_layernorm.weight",),
-    ),
-    Entry(
-        ("decoder.layers.*.mlp.linear_fc1.weight",),
-        ("model.layers.*.mlp.gate_proj.weight", "model.layers.*.mlp.up_proj.weight"),
-        join="glu",
-        shard="rows",
-    ),
-    Entry(("decoder.layers.*.mlp.linear_fc2.weight",), ("model.layers.*.mlp.down_proj.weight",), shard="columns"),
-    Entry(("decoder.final_layernorm.weight",), ("model.norm.weight",)),
-    Entry(("output_layer.weight",), ("lm_head.weight",), shard="rows"),
-)
-
-
-def entry_of(parameter: str) -> tuple[Entry, str]:
-    """The table's row for a megatron-core parameter, and its layer ("" outside the layers)."""
-    parts = parameter.split(".")
-    layer = parts[2] if parameter.startswith("decoder.layers.") else ""
-    pattern = ".".join("*" if layer and i == 2 else part for i, part in enumerate(parts))
-    for entry in TABLE:
-        if pattern in entry.megatron:
-            return entry, layer
-    raise KeyError(f"no Hugging Face name is known for {parameter}")
-
-
-def join(entry: Entry, tensors: list[Tensor], groups: int) -> Tensor:
-    """Hugging Face tensors -> the whole megatron-core parameter (before tensor parallelism cuts it)."""
-    if entry.join == "qkv":  # [group][query heads of the group, its key head, its value head]
-        return torch.cat([t.reshape(groups, -1, *t.shape[1:]) for t in tensors], dim=1).flatten(0, 1)
-    return torch.cat(tensors) if entry.join == "glu" else tensors[0]
-
-
-def split(entry: Entry, whole: Tensor, groups: int, heads: int) -> list[Tensor]:
-    """The inverse of :func:`join`."""
-    if entry.join == "qkv":
-        per_head = whole.shape[0] // (heads + 2 * groups)
-        by_group = whole.reshape(groups, -1, *whole.shape[1:])
-        parts = by_group.split([heads // groups * per_head, per_head, per_head], dim=1)
-        return [part.flatten(0, 1).contiguous() for part in parts]
-    return [part.contiguous() for part in whole.chunk(2)] if entry.join == "glu" else [whole]
-
-
-def cut(entry: Entry, whole: Tensor, tp_rank: int, tp_size: int) -> Tensor:
-    """The part of a whole parameter that one tensor-parallel rank holds."""
-    if entry.shard == "replicated":
-        return whole
-    if entry.join == "glu":  # every rank has its part of gate above its part of up
-        return torch.cat([half.chunk(tp_size)[tp_rank] for half in whole.chunk(2)])
-    return whole.chunk(tp_size, dim=0 if entry.shard == "rows" else 1)[tp_rank]
-
 
 # --- configurations ----------------------------------------------------------------------------------------------
 CLASSES = {  # (qk_layernorm, add_qkv_bias) -> Hugging Face model type
@@ -256,7 +162,7 @@ def open_safetensors(folder: str | Path) -> Callable[[str], Tensor]:
     return read
 
 
-def _own_parameters(model: GPTModel) -> Mapping[str, Tensor]:
+def own_parameters(model: GPTModel) -> Mapping[str, Tensor]:
     """This rank's parameters under the names of the whole model: layers counted over all pipeline stages."""
     named = {}
     offset = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
@@ -277,7 +183,7 @@ def load_huggingface_weights(model: GPTModel, folder: str | Path, vocab_size: in
     """
     read = open_safetensors(folder)
     transformer, group = model.config, model.pg_collection.tp
-    for name, parameter in _own_parameters(model).items():
+    for name, parameter in own_parameters(model).items():
         if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
             name = "embedding.word_embeddings.weight"  # the last stage's copy of the tied embedding
         entry, layer = entry_of(name)

@@ -1,0 +1,99 @@
+"""The name-mapping table between megatron-core and Hugging Face: read in both directions, for every family.
+
+Each row names a megatron-core parameter, the Hugging Face tensors it is made of, how they are joined, and how tensor
+parallelism cuts the result. "*" is the layer. Where a row has two megatron-core names, the second is
+transformer-engine's, which fuses a norm into the projection behind it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the table."""
+
+    megatron: tuple[str, ...]
+    huggingface: tuple[str, ...]
+    join: str = "same"  # same | qkv (interleaved by query group) | glu (gate above up)
+    shard: str = "replicated"  # replicated | rows | columns
+
+
+TABLE = (
+    Entry(("embedding.word_embeddings.weight",), ("model.embed_tokens.weight",), shard="rows"),
+    Entry(
+        ("decoder.layers.*.input_layernorm.weight", "decoder.layers.*.self_attention.linear_qkv.layer_norm_weight"),
+        ("model.layers.*.input_layernorm.weight",),
+    ),
+    Entry(
+        ("decoder.layers.*.self_attention.linear_qkv.weight",),
+        tuple(f"model.layers.*.self_attn.{p}_proj.weight" for p in "qkv"),
+        join="qkv",
+        shard="rows",
+    ),
+    Entry(
+        ("decoder.layers.*.self_attention.linear_qkv.bias",),
+        tuple(f"model.layers.*.self_attn.{p}_proj.bias" for p in "qkv"),
+        join="qkv",
+        shard="rows",
+    ),
+    Entry(("decoder.layers.*.self_attention.q_layernorm.weight",), ("model.layers.*.self_attn.q_norm.weight",)),
+    Entry(("decoder.layers.*.self_attention.k_layernorm.weight",), ("model.layers.*.self_attn.k_norm.weight",)),
+    Entry(
+        ("decoder.layers.*.self_attention.linear_proj.weight",),
+        ("model.layers.*.self_attn.o_proj.weight",),
+        shard="columns",
+    ),
+    Entry(
+        ("decoder.layers.*.pre_mlp_layernorm.weight", "decoder.layers.*.mlp.linear_fc1.layer_norm_weight"),
+        ("model.layers.*.post_attention_layernorm.weight",),
+    ),
+    Entry(
+        ("decoder.layers.*.mlp.linear_fc1.weight",),
+        ("model.layers.*.mlp.gate_proj.weight", "model.layers.*.mlp.up_proj.weight"),
+        join="glu",
+        shard="rows",
+    ),
+    Entry(("decoder.layers.*.mlp.linear_fc2.weight",), ("model.layers.*.mlp.down_proj.weight",), shard="columns"),
+    Entry(("decoder.final_layernorm.weight",), ("model.norm.weight",)),
+    Entry(("output_layer.weight",), ("lm_head.weight",), shard="rows"),
+)
+
+
+def entry_of(parameter: str) -> tuple[Entry, str]:
+    """The table's row for a megatron-core parameter, and its layer ("" outside the layers)."""
+    parts = parameter.split(".")
+    layer = parts[2] if parameter.startswith("decoder.layers.") else ""
+    pattern = ".".join("*" if layer and i == 2 else part for i, part in enumerate(parts))
+    for entry in TABLE:
+        if pattern in entry.megatron:
+            return entry, layer
+    raise KeyError(f"no Hugging Face name is known for {parameter}")
+
+
+def join(entry: Entry, tensors: list[Tensor], groups: int) -> Tensor:
+    """Hugging Face tensors -> the whole megatron-core parameter (before tensor parallelism cuts it)."""
+    if entry.join == "qkv":  # [group][query heads of the group, its key head, its value head]
+        return torch.cat([t.reshape(groups, -1, *t.shape[1:]) for t in tensors], dim=1).flatten(0, 1)
+    return torch.cat(tensors) if entry.join == "glu" else tensors[0]
+
+
+def split(entry: Entry, whole: Tensor, groups: int, heads: int) -> list[Tensor]:
+    """The inverse of :func:`join`."""
+    if entry.join == "qkv":
+        per_head = whole.shape[0] // (heads + 2 * groups)
+        by_group = whole.reshape(groups, -1, *whole.shape[1:])
+        parts = by_group.split([heads // groups * per_head, per_head, per_head], dim=1)
+        return [part.flatten(0, 1).contiguous() for part in parts]
+    return [part.contiguous() for part in whole.chunk(2)] if entry.join == "glu" else [whole]
+
+
+def cut(entry: Entry, whole: Tensor, tp_rank: int, tp_size: int) -> Tensor:
+    """The part of a whole parameter that one tensor-parallel rank holds."""
+    if entry.shard == "replicated":
+        return whole
+    if entry.join == "glu":  # every rank has its part of gate above its part of up
+        return torch.cat([half.chunk(tp_size)[tp_rank] for half in whole.chunk(2)])
+    return whole.chunk(tp_size, dim=0 if entry.shard == "rows" else 1)[tp_rank]
