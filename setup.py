@@ -1,4 +1,4 @@
-"""The package and its dependencies. ``pip install .``; extras: quickstart, plot, gpu, dev."""
+"""The package and its dependencies. ``pip install .``; extras: quickstart, plot, tensorboard, gpu, dev."""
 
 from pathlib import Path
 
@@ -16,7 +16,16 @@ EXTRAS = {
     "plot": ["matplotlib>=3.8"],
     # transformer-engine is detected at run time. NVIDIA's apex is built from source: PyPI's "apex" is another package.
     "gpu": ["transformer-engine[pytorch]"],
-    "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10", "types-PyYAML"],
+    "tensorboard": ["tensorboard>=2.15"],
+    "dev": [
+        "tensorboard>=2.15",
+        "pytest>=8",
+        "pytest-timeout>=2.3",
+        "hypothesis>=6.100",
+        "ruff>=0.6",
+        "mypy>=1.10",
+        "types-PyYAML",
+    ],
 }
 
 setup(
