@@ -25,7 +25,7 @@ STEPS = 3
 
 def run_layout(setup, name, folder):
     """The first step's token losses and this rank's gradients, then losses and gradient norms of three steps."""
-    from tidar_megatron.checkpoint.huggingface import own_parameters
+    from tidar_megatron.checkpoint.mapping import own_parameters
     from tidar_megatron.config import build_config
     from tidar_megatron.training.loop import Trainer
     from tidar_megatron.training.step import forward_backward
@@ -51,8 +51,8 @@ def run_layout(setup, name, folder):
         "first_losses": (sums / counts).tolist(),
         "supervised": [(b.ar_tokens, b.diffusion_tokens) for b in batches()],
         "token_losses": token_losses if ranks.is_last_stage else [],
-        "grads": {n: p.main_grad.detach().clone() for n, p in own_parameters(trainer.model).items()},
-        "weights": {n: p.detach().clone() for n, p in own_parameters(trainer.model).items()},
+        "grads": {n: p.main_grad.detach().clone() for n, p in own_parameters(trainer.model)},
+        "weights": {n: p.detach().clone() for n, p in own_parameters(trainer.model)},
     }
     steps = [trainer.step() for _ in range(STEPS)]
     result["losses"] = [(s["ar_loss"], s["diffusion_loss"]) for s in steps]

@@ -147,4 +147,4 @@ def test_a_model_that_cannot_draft(monkeypatch, capsys, folder):
 
 def test_export_of_what_is_no_run(monkeypatch, capsys, tmp_path):
     outcome = run(monkeypatch, capsys, "convert_checkpoint", "export", "--checkpoint", tmp_path, "--hf", tmp_path / "x")
-    refused(outcome, "holds no config.yaml")
+    refused(outcome, "holds no resolved_config.yaml")

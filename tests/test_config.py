@@ -49,10 +49,17 @@ def test_megatrons_and_tidars_own_names():
     [
         ("optimizer:\n  lrr: 1\n", "optimizer.lrr: unknown key (did you mean 'lr'?)"),
         ("optimiser:\n  lr: 1\n", "optimiser: unknown key (did you mean 'optimizer'?)"),
-        ("data:\n  seq_length: long\n", "data.seq_length: Input should be a valid integer"),
-        ("data:\n  seq_length: 16.5\n", "data.seq_length: Input should be a valid integer"),
-        ("training:\n  bf16: 3.5\n", "training.bf16: Input should be a valid boolean"),
-        ("optimizer:\n  lr_decay_style: exp\n", "optimizer.lr_decay_style: Input should be 'constant'"),
+        ("data:\n  seq_length: long\n", "data.seq_length (--seq-length): Input should be a valid integer"),
+        ("data:\n  seq_length: 16.5\n", "data.seq_length (--seq-length): Input should be a valid integer"),
+        ("training:\n  bf16: 3.5\n", "training.bf16 (--bf16): Input should be a valid boolean"),
+        (
+            "optimizer:\n  lr_decay_style: exp\n",
+            "(--lr-decay-style): Input should be 'constant'",
+        ),
+        ("model:\n  num_layers: true\n", "model.num_layers (--num-layers): must be a number, got True"),
+        ("optimizer:\n  lr: -1\n", "optimizer.lr (--lr): Input should be greater than or equal to 0"),
+        ("optimizer:\n  lr: .nan\n", "optimizer.lr (--lr): Input should be a finite number"),
+        ("model:\n  norm_epsilon: 0\n", "model.norm_epsilon (--norm-epsilon): Input should be greater than 0"),
         ("model: 3\n", "model: "),
         ("- a\n", "must hold sections"),
         ("model: [\n", "not YAML"),
@@ -87,8 +94,14 @@ def test_errors_of_the_file_name_the_key(tmp_path, text, said):
         ("--num-attention-heads 6 --num-query-groups 4".split(), "--num-query-groups 4: must divide"),
         ("--num-attention-heads 7".split(), "--hidden-size 768: must be a multiple of --num-attention-heads 7"),
         ("--tensor-model-parallel-size 5".split(), "--num-attention-heads 12: must be a multiple of"),
-        ("--ar-loss-weight -1".split(), "--ar-loss-weight -1.0: must not be negative"),
-        ("--ar-warmup-fraction 1.5".split(), "tidar.ar_warmup_fraction: Input should be less than or equal to 1"),
+        (
+            "--ar-loss-weight -1".split(),
+            "(--ar-loss-weight): Input should be greater than or equal to 0",
+        ),
+        (
+            "--ar-warmup-fraction 1.5".split(),
+            "(--ar-warmup-fraction): Input should be less than or equal to 1",
+        ),
     ],
 )
 def test_errors_of_the_command_line(flags, said):

@@ -9,7 +9,9 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_every_command_is_run_by_ci():
-    ran = " ".join((ROOT / name).read_text() for name in (".ci/run", "Makefile", "examples/quickstart/run.sh"))
+    texts = [(ROOT / name).read_text() for name in (".ci/run", "Makefile", "examples/quickstart/run.sh")]
+    lines = [line for text in texts for line in text.splitlines() if not line.lstrip().startswith("#")]
+    ran = "\n".join(lines)
     blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
     commands = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
     assert len(commands) >= 4
@@ -40,10 +42,6 @@ def table(summary):
         same = "yes" if f["identical_to_ar"] else "no"
         cells = f"{f['tokens_per_forward']:.2f} | {f['tokens_per_second']:.0f} | {f['speedup_over_ar']:.2f}"
         rows.append(f"| {name} | {cells} | {same} | {f['distinct_4grams']:.2f} |")
-    speed = 1 / summary["ar_over_transformers_generate"]
-    stock = summary["plans"]["ar"]["tokens_per_second"] * speed
-    same = "yes" if summary["identical_to_transformers_generate"] else "no"
-    rows.append(f"| transformers' own `generate` | 1.00 | {stock:.0f} | {speed:.2f} | {same} | |")
     rows.append("")
     rows.append(f"{summary['prompts']} held-out prompts x {summary['new_tokens']} tokens; {summary['machine']}.")
     return "\n".join(rows)

@@ -17,9 +17,9 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from tidar_megatron.errors import UserError
+from tidar_megatron.errors import OneLineParser, UserError
 
-CONFIG_FILE = "config.yaml"  # the resolved tree, in the run's folder
+CONFIG_FILE = "resolved_config.yaml"  # the whole tree, in the run's folder
 
 
 class Section:
@@ -31,6 +31,8 @@ class Section:
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 
 def described(text: str, default: Any) -> Any:
@@ -43,7 +45,7 @@ class TiDARConfig(Section):
     """What makes it TiDAR (arXiv 2511.08923, section 3)."""
 
     block_size: int = described("B: mask tokens of a block see each other; the draft length at inference", 8)
-    ar_loss_weight: float = described("alpha, the weight of the next-token loss: (alpha*AR + diffusion)/(1+alpha)", 1.0)
+    ar_loss_weight: Rate = described("alpha, the weight of the next-token loss: (alpha*AR + diffusion)/(1+alpha)", 1.0)
     mask_token_id: NonNegative | None = described("default: the first id that the tokenizer does not use", None)
     ar_warmup_fraction: Fraction = described("fraction of train-iters of plain AR training before the joint loss", 0.0)
     attention_backend: Literal["chunked", "dense"] = described("dense is the reference: a 2S x 2S mask", "chunked")
@@ -63,9 +65,9 @@ class ModelConfig(Section):
     qk_layernorm: bool = described("RMSNorm on queries and keys, per head (Qwen3)", True)
     add_qkv_bias: bool = described("bias on the q, k and v projections (Qwen2)", False)
     untie_embeddings_and_output_weights: bool = described("an output layer of its own", False)
-    norm_epsilon: float = described("RMSNorm's epsilon", 1e-6)
-    rotary_base: float = described("base of the rotary frequencies", 10000.0)
-    init_method_std: float = described("standard deviation of the initial weights", 0.02)
+    norm_epsilon: Positive = described("RMSNorm's epsilon", 1e-6)
+    rotary_base: Positive = described("base of the rotary frequencies", 10000.0)
+    init_method_std: Positive = described("standard deviation of the initial weights", 0.02)
     vocab_size: Count | None = described("ids in use, mask token included; default: from the tokenizer", None)
     make_vocab_size_divisible_by: Count = described(
         "pad the vocabulary to a multiple of this, itself a multiple of TP", 128
@@ -92,7 +94,7 @@ class TrainingConfig(Section):
     train_iters: Count = described("optimizer steps", 1000)
     seed: NonNegative = described("seed of weights and of the order of the data", 1234)
     bf16: bool = described("bfloat16 compute with float32 main weights (slow on CPUs)", False)
-    init_from: str | None = described("Hugging Face folder (Llama, Qwen2, Qwen3) to start from; sets the model", None)
+    init_from: str | None = described("Hugging Face folder (Llama, Qwen2, Qwen3) that a new run starts from", None)
     eval_interval: Count = described("steps between evaluations on valid-data", 200)
     eval_sequences: Count = described("packed sequences of valid-data per evaluation", 64)
     exit_interval: Count | None = described("save and leave after an iteration divisible by this", None)
@@ -102,19 +104,19 @@ class TrainingConfig(Section):
 class OptimizerConfig(Section):
     """Adam, as megatron-core builds it, and its learning-rate schedule."""
 
-    lr: float = described("peak learning rate", 1e-5)
-    min_lr: float = described("learning rate at the end of the decay", 0.0)
+    lr: Rate = described("peak learning rate", 1e-5)
+    min_lr: Rate = described("learning rate at the end of the decay", 0.0)
     lr_decay_style: Literal["constant", "linear", "cosine", "WSD"] = described("shape of the decay", "cosine")
     lr_decay_iters: Count | None = described("steps over which the rate decays; default: train-iters", None)
     lr_warmup_iters: NonNegative | None = described("steps of linear warm-up", None)
     lr_warmup_fraction: Fraction | None = described("warm-up as a fraction of lr-decay-iters", None)
     lr_wsd_decay_iters: Count | None = described("length of WSD's final decay", None)
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine"] = described("shape of WSD's final decay", "linear")
-    weight_decay: float = described("decoupled weight decay", 0.1)
-    adam_beta1: float = described("Adam's beta1", 0.9)
-    adam_beta2: float = described("Adam's beta2", 0.95)
-    adam_eps: float = described("Adam's epsilon", 1e-8)
-    clip_grad: float = described("clip the global gradient norm to this; 0: off", 1.0)
+    weight_decay: Rate = described("decoupled weight decay", 0.1)
+    adam_beta1: Rate = described("Adam's beta1", 0.9)
+    adam_beta2: Rate = described("Adam's beta2", 0.95)
+    adam_eps: Positive = described("Adam's epsilon", 1e-8)
+    clip_grad: Rate = described("clip the global gradient norm to this; 0: off", 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +133,7 @@ class ParallelConfig(Section):
 class CheckpointConfig(Section):
     """Where runs are kept."""
 
-    save: str | None = described("folder of the run: checkpoints, config.yaml, metrics.jsonl", None)
+    save: str | None = described("folder of the run: checkpoints, resolved_config.yaml, metrics.jsonl", None)
     load: str | None = described("folder to continue from; equal to --save it may still be empty", None)
     save_interval: Count | None = described("steps between checkpoints; one is always saved at the end", None)
 
@@ -169,12 +171,12 @@ class Config(Section):
         model, pp = self.model, self.parallel.pipeline_model_parallel_size
         if B < 1:
             raise UserError(f"--block-size {B}: must be at least 1")
-        if self.tidar.ar_loss_weight < 0:
-            raise UserError(f"--ar-loss-weight {self.tidar.ar_loss_weight}: must not be negative")
         step = math.lcm(B, tp) if self.parallel.sequence_parallel else B
         if S % step:
             why = f"--block-size {B}" + (f" and --tensor-model-parallel-size {tp}" if step != B else "")
             raise UserError(f"--seq-length {S}: must be a multiple of {step} ({why}); nearest: {nearest(S, step)}")
+        if self.training.init_from and model == ModelConfig():
+            return  # the folder decides; checked again once it is read
         groups = model.num_query_groups or model.num_attention_heads
         if model.num_attention_heads % groups:
             raise UserError(
@@ -185,6 +187,8 @@ class Config(Section):
                 f"--hidden-size {model.hidden_size}: must be a multiple of --num-attention-heads "
                 f"{model.num_attention_heads}, or give --kv-channels"
             )
+        if model.kv_channels is not None and model.kv_channels % 2:
+            raise UserError(f"--kv-channels {model.kv_channels}: must be even, rotary positions turn pairs of channels")
         for flag, value, size, layout in (
             ("--num-attention-heads", model.num_attention_heads, tp, "--tensor-model-parallel-size"),
             ("--num-query-groups", groups, tp, "--tensor-model-parallel-size"),
@@ -228,12 +232,20 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def _is_switch(section: str, name: str) -> bool:
+    return next(f.type for f in dataclasses.fields(SECTIONS[section]) if f.name == name) is bool
+
+
 def build_config(tree: dict[str, Any], source: str = "config") -> Config:
     """Validate a nested dict of plain values.
 
     Raises:
         UserError: one line that names the unknown key or the value of a wrong type.
     """
+    for name, values in tree.items():
+        for key, value in values.items() if isinstance(values, dict) else ():
+            if isinstance(value, bool) and FIELDS.get(key) == name and not _is_switch(name, key):
+                raise UserError(f"{source}: {name}.{key} ({flag(key)}): must be a number, got {value!r}")
     try:
         config = TypeAdapter(Config).validate_python(tree)
     except ValidationError as error:
@@ -245,6 +257,8 @@ def build_config(tree: dict[str, Any], source: str = "config") -> Config:
             hint = difflib.get_close_matches(path[-1], known, n=1)
             here = f" (did you mean {hint[0]!r}?)" if hint else ""
             raise UserError(f"{where}: unknown key{here}") from None
+        if path[-1] in FIELDS:
+            where += f" ({flag(path[-1])})"
         raise UserError(f"{where}: {first['msg']}, got {first['input']!r}") from None
     config.check()
     return config
@@ -267,17 +281,6 @@ def load_config(path: str | Path, overrides: dict[str, dict[str, Any]] | None = 
     return build_config({k: {} if v is None else v for k, v in tree.items()}, source=str(path))
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaint is one line."""
-
-    def error(self, message: str) -> typing.NoReturn:
-        if "unrecognized arguments:" in message:
-            unknown = message.split("unrecognized arguments:")[1].split()[0].split("=")[0]
-            hint = difflib.get_close_matches(unknown, [flag(name) for name in FIELDS], n=1)
-            message = f"unknown flag {unknown}" + (f" (did you mean {hint[0]}?)" if hint else "; --help lists them all")
-        raise UserError(message)
-
-
 def parse_config(argv: list[str] | None = None, description: str = "") -> Config:
     """The command line of a training program: ``--config FILE.yaml``, and one flag per field that wins over it."""
     parser = OneLineParser(description=description, allow_abbrev=False)
@@ -290,7 +293,8 @@ def parse_config(argv: list[str] | None = None, description: str = "") -> Config
             if field.type is bool:
                 kind["action"] = argparse.BooleanOptionalAction
             else:
-                kind["metavar"] = field.name.upper()
+                choices = typing.get_args(field.type) if typing.get_origin(field.type) is Literal else ()
+                kind["metavar"] = "|".join(choices) or field.name.upper()
             group.add_argument(flag(field.name), dest=field.name, default=argparse.SUPPRESS, **kind)
     given = vars(parser.parse_args(argv))
     path = given.pop("config", None)

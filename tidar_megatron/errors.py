@@ -1,10 +1,14 @@
 """Errors a user can cause and mend. Every program in ``tools/`` prints them as one line and exits with 2."""
 
+import argparse
+import difflib
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -27,4 +31,21 @@ def run_tool(main: Callable[[], None], rank: int = 0) -> None:
     except UserError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(10)  # the launcher ends all ranks once one has left: let the one that speaks be first
         sys.exit(2)
+    except KeyboardInterrupt:
+        if rank == 0:
+            print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaint is a :class:`UserError`, with the flag that was probably meant."""
+
+    def error(self, message: str) -> NoReturn:
+        if "unrecognized arguments:" in message:
+            unknown = message.split("unrecognized arguments:")[1].split()[0].split("=")[0]
+            hint = difflib.get_close_matches(unknown, list(self._option_string_actions), n=1)
+            message = f"unknown flag {unknown}" + (f" (did you mean {hint[0]}?)" if hint else "; --help lists them all")
+        raise UserError(message)

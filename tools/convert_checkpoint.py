@@ -4,14 +4,12 @@
 python tools/convert_checkpoint.py export --checkpoint runs/quickstart --hf runs/quickstart/hf
 """
 
-import argparse
-
-from tidar_megatron.errors import run_tool
+from tidar_megatron.errors import OneLineParser, run_tool
 
 
 def main() -> None:
     """Parse, then export."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser = OneLineParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     verbs = parser.add_subparsers(dest="verb", required=True)
     export = verbs.add_parser("export", help="a run's checkpoint -> a Hugging Face folder")
     export.add_argument("--checkpoint", required=True, metavar="RUN", help="folder that was --save in training")

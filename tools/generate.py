@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Callable
 
-from tidar_megatron.errors import run_tool
+from tidar_megatron.errors import OneLineParser, run_tool
 
 COLOURS = ("green", "cyan", "yellow")
 
@@ -26,7 +26,7 @@ def parse_branches(text: str) -> int | str:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Continue a prompt, drafting and verifying in one forward (TiDAR).")
+    parser = OneLineParser(description="Continue a prompt, drafting and verifying in one forward (TiDAR).")
     parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder of an exported checkpoint")
     parser.add_argument("--prompt", required=True, metavar="TEXT")
     parser.add_argument("--mode", default="tidar", choices=["tidar", "ar", "lookup"], help="default: tidar")
@@ -55,7 +55,11 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     model = load_model(args.model, args.device, args.dtype)
-    prompt = encode_prompt(model.tokenizer, args.prompt)
+    prompt = encode_prompt(model.tokenizer, args.prompt, add_special_tokens=model.mask_token_id is None)
+    trained = (getattr(model.causal_lm.config, "tidar", None) or {}).get("seq_length")
+    if trained and len(prompt) + args.max_new_tokens > trained:
+        total = len(prompt) + args.max_new_tokens
+        print(f"note: up to {total} tokens; the model was trained on sequences of {trained}", file=sys.stderr)
     options = DecodeOptions(args.mode, args.draft_length, args.branches, args.max_new_tokens, args.ignore_eos)
     if args.json:
         generation = generate(model, prompt, options)

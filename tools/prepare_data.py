@@ -9,12 +9,12 @@ string), and folders of such files. The output holds webdataset shards of token 
 import argparse
 
 from tidar_megatron.data.prepare import prepare, summary
-from tidar_megatron.errors import run_tool
+from tidar_megatron.errors import OneLineParser, run_tool
 
 
 def main() -> None:
     """Parse, build, call."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files or folders of text")

@@ -3,6 +3,7 @@
 # Flags given here go to the training program (CI trains for fewer steps: --train-iters 60).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+export CUDA_VISIBLE_DEVICES= # a demonstration for CPUs; the model is far too small for a GPU
 DATA=data/quickstart RUN=runs/quickstart
 rm -rf "$DATA" "$RUN"
 

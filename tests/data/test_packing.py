@@ -56,7 +56,8 @@ def test_an_epoch_holds_every_token_once(lengths: list[int], shape: tuple[int, i
 def test_every_row_keeps_the_rules(lengths: list[int], shape: tuple[int, int], epoch: int) -> None:
     length, block = shape
     rows = rows_of(packed(lengths, length, block), epoch, lengths)
-    for number, row in enumerate(rows):
+    overfull = 0
+    for row in rows:
         for array in (row.tokens, row.labels, row.ar_supervised, row.diffusion_supervised, row.document, row.index):
             assert array.shape == (length,)
         starts = np.flatnonzero(np.diff(row.document, prepend=-1))
@@ -73,9 +74,9 @@ def test_every_row_keeps_the_rules(lengths: list[int], shape: tuple[int, int], e
         assert (row.tokens[fill] == EOS).all()
         assert (row.labels[~row.ar_supervised] == 0).all()
         assert (row.labels[row.ar_supervised & (row.labels != EOS)] < EOS).all()
-        if number + 1 < len(rows):  # at most B-1 fill tokens after a document, and they belong to it
-            fill_of = Counter(row.document[fill].tolist())
-            assert all(count < block for count in fill_of.values())
+        # at most B-1 fill tokens after a document, and they belong to it; more only where the epoch ends
+        overfull += any(count >= block for count in Counter(row.document[fill].tolist()).values())
+    assert overfull <= 1
 
 
 def test_a_small_example_by_hand() -> None:
@@ -95,7 +96,7 @@ def test_a_small_example_by_hand() -> None:
 
 
 def test_a_document_cut_by_the_window_goes_on_and_keeps_its_label() -> None:
-    rows = rows_of(packed([11], 4, 4), 0, [11])
+    rows = rows_of(packed([11], 4, 4, shuffle=False), 0, [11])
     assert [row.index.tolist() for row in rows] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
     assert rows[0].labels.tolist() == [1, 2, 3, 4]  # 4 is the first token of the next window
     assert rows[1].labels.tolist() == [5, 6, 7, 8]

@@ -1,13 +1,18 @@
 """A whole run through ``tools/pretrain.py``'s own entry: phases, logs, stop and continue, export."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
+from safetensors.torch import load_file
 
+from tidar_megatron.checkpoint.distributed import latest_iteration, saved_iterations
 from tidar_megatron.checkpoint.export import export_run
 from tidar_megatron.config import build_config, load_config
+from tidar_megatron.data.prepare import prepare
 from tidar_megatron.distributed.groups import shut_down
 from tidar_megatron.errors import UserError
 from tidar_megatron.training.loop import Trainer, pretrain
@@ -79,7 +84,7 @@ def test_two_phases_and_what_is_logged(whole):
 
 
 def test_the_resolved_configuration_is_kept(whole, shards):
-    config = load_config(whole / "config.yaml")
+    config = load_config(whole / "resolved_config.yaml")
     assert config.tidar.mask_token_id == 257
     assert config.model.vocab_size == 258
     assert (whole / "tokenizer" / "tokenizer.json").exists()
@@ -101,11 +106,128 @@ def test_stop_and_continue_gives_the_same_losses(whole, shards, tmp_path, stop):
 def test_a_resume_forgets_what_was_logged_after_its_checkpoint(whole, shards, tmp_path):
     run = {"save": str(tmp_path), "load": str(tmp_path)}
     pretrain(small(shards, checkpoint=run, training={"exit_interval": 3}))
-    with (tmp_path / "metrics.jsonl").open("a") as file:  # as if it had run on to step 4 and died
-        file.write(json.dumps({"iteration": 4, "loss": 99.0}) + "\n")
+    with (tmp_path / "metrics.jsonl").open("a") as file:  # as if killed after step 4, in the midst of a line
+        file.write(json.dumps({"iteration": 4, "loss": 99.0}) + "\n" + '{"iteration": 5, "lo')
     pretrain(small(shards, checkpoint=run))
     iterations = [m["iteration"] for m in metrics(tmp_path) if "loss" in m]
     assert iterations == list(range(1, STEPS + 1))
+
+
+def test_the_schedule_is_followed(whole):
+    """Warm-up from 0 over 2 steps, then a cosine to 0 over the 6 that are left."""
+    rates = [m["learning_rate"] for m in metrics(whole) if "loss" in m]
+    cosine = [3e-3 * 0.5 * (1 + math.cos(math.pi * k / 6)) for k in range(6)]
+    assert rates == pytest.approx([0.0, 1.5e-3, *cosine], abs=1e-9)
+
+
+def test_the_logged_loss_is_the_formula(shards, tmp_path):
+    pretrain(small(shards, checkpoint={"save": str(tmp_path)}, tidar={"ar_loss_weight": 0.5}))
+    for m in metrics(tmp_path):
+        if "loss" in m:
+            joint = m["phase"] == "joint"
+            formula = (0.5 * m["ar_loss"] + m["diffusion_loss"]) / 1.5 if joint else m["ar_loss"]
+            assert m["loss"] == pytest.approx(formula)
+            assert m["clean_tokens_per_second"] * m["step_seconds"] == pytest.approx(4 * 32)
+
+
+def test_evaluation_is_of_the_held_out_data(whole, shards):
+    """All of it, and it is not the training data's."""
+    means = []
+    for data in (shards, shards[::-1]):
+        changes = {"data": {"valid_data": str(data[1])}, "training": {"eval_sequences": 1000}}
+        trainer = Trainer.build(small(shards, checkpoint={"load": str(whole)}, **changes))
+        means.append(trainer.evaluate())
+        (batch,) = trainer.valid_data.evaluation_batches(1000, 1000, 0, 1)
+        with torch.no_grad():
+            losses = trainer.model(batch.tokens, batch.position_ids, batch.visibility, labels=batch.labels)
+        clean = batch.supervised.clone()
+        clean[:, 32:] = False
+        assert means[-1]["ar_loss"] == pytest.approx(losses[clean].mean().item(), rel=1e-5)
+        shut_down()
+    assert means[0]["ar_loss"] != pytest.approx(means[1]["ar_loss"], rel=1e-3)
+
+
+def test_a_longer_run_goes_on_with_the_new_schedule(shards, tmp_path):
+    """More --train-iters and another --lr at a resume are followed, not ignored."""
+    run = {"save": str(tmp_path), "load": str(tmp_path)}
+    pretrain(small(shards, checkpoint=run))
+    longer = {"train_iters": 12}
+    pretrain(small(shards, checkpoint=run, training=longer, optimizer={"lr": 1e-3, "lr_decay_style": "constant"}))
+    rates = {m["iteration"]: m["learning_rate"] for m in metrics(tmp_path) if "loss" in m}
+    assert [rates[i] for i in range(10, 13)] == pytest.approx([1e-3] * 3)
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "said"),
+    [
+        ("model", {"hidden_size": 64}, "--hidden-size 64: the run in .* has 32"),
+        ("model", {"num_layers": 1}, "--num-layers 1"),
+        ("model", {"rotary_base": 5000.0}, "--rotary-base"),
+        ("tidar", {"block_size": 8}, "--block-size 8"),
+        ("tidar", {"mask_token_id": 258}, "--mask-token-id 258: lies beyond"),
+        ("data", {"seq_length": 64}, "--seq-length 64"),
+        ("training", {"seed": 7}, "--seed 7"),
+    ],
+)
+def test_another_run_is_not_continued(whole, shards, section, change, said):
+    with pytest.raises(UserError, match=said):
+        Trainer.build(small(shards, checkpoint={"load": str(whole)}, **{section: change}))
+
+
+def test_data_of_another_tokenizer_is_refused(whole, shards, tmp_path):
+    prepare([shards[0].parent / "texts.jsonl"], tmp_path / "bpe", "bpe:260")
+    data = {"train_data": str(tmp_path / "bpe"), "valid_data": None}
+    with pytest.raises(UserError, match=r"another tokenizer|vocab"):
+        Trainer.build(small(shards, checkpoint={"load": str(whole)}, data=data, model={"vocab_size": 261}))
+    export_run(whole, tmp_path / "hf")
+    shut_down()
+    with pytest.raises(UserError, match=r"its tokenizer is not the data's|fewer than"):
+        Trainer.build(
+            build_config({"data": {**data, "seq_length": 32}, "training": {"init_from": str(tmp_path / "hf")}})
+        )
+
+
+def test_init_from_an_export_keeps_its_mask_token_and_refuses_other_shapes(whole, shards, tmp_path):
+    export_run(whole, tmp_path / "hf")
+    shut_down()
+    tree = {"data": {"train_data": str(shards[0]), "seq_length": 32}, "training": {"init_from": str(tmp_path / "hf")}}
+    trainer = Trainer.build(build_config(tree))
+    assert trainer.config.tidar.mask_token_id == 257
+    assert trainer.config.model.num_layers == 2
+    shut_down()
+    with pytest.raises(UserError, match=r"--num-layers 3: --init-from .* has 2"):
+        Trainer.build(build_config({**tree, "model": {"num_layers": 3, "num_query_groups": 2}}))
+
+
+def test_a_save_that_fails_publishes_nothing(shards, tmp_path, monkeypatch):
+    run = {"save": str(tmp_path), "load": str(tmp_path), "save_interval": 3}
+    real, calls = dist_checkpointing.save, []
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError("disk full")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(dist_checkpointing, "save", failing)
+    with pytest.raises(OSError, match="disk full"):
+        pretrain(small(shards, checkpoint=run))
+    assert latest_iteration(tmp_path) == 3
+    assert saved_iterations(tmp_path) == [3]
+    pretrain(small(shards, checkpoint=run))
+    assert latest_iteration(tmp_path) == STEPS
+
+
+def test_export_of_an_older_iteration(shards, tmp_path):
+    pretrain(small(shards, checkpoint={"save": str(tmp_path / "run"), "save_interval": 4}))
+    with pytest.raises(UserError, match=r"--iteration 5: is not in .*; there are: 4, 8"):
+        export_run(tmp_path / "run", tmp_path / "five", 5)
+    assert export_run(tmp_path / "run", tmp_path / "four", 4) == 4
+    shut_down()
+    export_run(tmp_path / "run", tmp_path / "eight")
+    shut_down()
+    four, eight = (load_file(tmp_path / name / "model.safetensors") for name in ("four", "eight"))
+    assert not torch.equal(four["model.norm.weight"], eight["model.norm.weight"])
 
 
 def test_load_and_save_folders_that_do_not_fit(whole, shards, tmp_path):
@@ -173,13 +295,26 @@ def test_wandb_is_kept_offline_and_never_stops_a_run(shards, tmp_path, monkeypat
     said = capsys.readouterr().out
     assert "W&B is left out: RuntimeError: no such server" in said
     assert max(losses(run)) == 2
+    monkeypatch.undo()
+    monkeypatch.setattr(wandb.sdk.wandb_run.Run, "finish", lambda *args, **kwargs: broken())
+    run = tmp_path / "broken at the end"
+    pretrain(
+        small(shards, checkpoint={"save": str(run)}, training=short, optimizer={"lr_warmup_iters": 0}, logging=board)
+    )
+    assert "WandB is left out from here on" in capsys.readouterr().out
 
 
-def test_bf16_follows_float32(shards, tmp_path):
-    """bfloat16 compute with float32 main weights: the same run within bfloat16's rounding."""
+def test_bf16_follows_float32_and_resumes(shards, tmp_path):
+    """bfloat16 compute with float32 main weights: the same run within bfloat16's rounding, also when interrupted."""
     for name, bf16 in (("fp32", False), ("bf16", True)):
         pretrain(small(shards, checkpoint={"save": str(tmp_path / name)}, training={"bf16": bf16}))
     fp32, bf16 = losses(tmp_path / "fp32"), losses(tmp_path / "bf16")
     for iteration, values in fp32.items():
         assert bf16[iteration][0] == pytest.approx(values[0], rel=0.02), iteration
     assert bf16 != fp32
+    run = {"save": str(tmp_path / "again"), "load": str(tmp_path / "again")}
+    pretrain(small(shards, checkpoint=run, training={"bf16": True, "exit_interval": 4}))
+    pretrain(small(shards, checkpoint=run, training={"bf16": True}))
+    again = losses(tmp_path / "again")
+    for iteration, values in bf16.items():
+        assert again[iteration] == pytest.approx(values, rel=1e-6), iteration

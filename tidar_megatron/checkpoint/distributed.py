@@ -26,6 +26,11 @@ def checkpoint_folder(folder: str | Path, iteration: int) -> Path:
     return Path(folder) / f"iter_{iteration:07d}"
 
 
+def saved_iterations(folder: str | Path) -> list[int]:
+    """The iterations with a whole checkpoint, ascending."""
+    return sorted(int(path.name[5:]) for path in Path(folder).glob("iter_*") if path.name[5:].isdigit())
+
+
 def latest_iteration(folder: str | Path) -> int | None:
     """The iteration the tracker names; None where nothing was saved yet.
 
@@ -85,7 +90,10 @@ def load_checkpoint(
     state = _state(model, optimizer, scheduler, loading=True)
     loaded = dist_checkpointing.load(state, str(checkpoint_folder(folder, iteration)))
     model.load_state_dict(loaded["model"])
+    schedule = {key: optimizer.param_groups[0][key] for key in ("max_lr", "min_lr")}
     optimizer.load_state_dict(loaded["optimizer"])
+    for group in optimizer.param_groups:  # megatron-core keeps the schedule's ends there; the configuration rules
+        group.update(schedule)
     scheduler.load_state_dict(loaded["opt_param_scheduler"])
     return int(loaded["consumed_sequences"])
 

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from tidar_megatron.checkpoint.distributed import latest_iteration, load_weights
+from tidar_megatron.checkpoint.distributed import checkpoint_folder, latest_iteration, load_weights, saved_iterations
 from tidar_megatron.checkpoint.huggingface import export_huggingface
 from tidar_megatron.config import CONFIG_FILE, ParallelConfig, load_config
 from tidar_megatron.data.manifest import TOKENIZER_FOLDER
@@ -28,6 +28,9 @@ def export_run(run: str | Path, target: str | Path, iteration: int | None = None
     iteration = iteration if iteration is not None else latest_iteration(run)
     if iteration is None:
         raise UserError(f"--checkpoint {run}: holds no checkpoint yet")
+    if not checkpoint_folder(run, iteration).is_dir():
+        there = ", ".join(str(i) for i in saved_iterations(run)) or "none"
+        raise UserError(f"--iteration {iteration}: is not in {run}; there are: {there}")
     config = dataclasses.replace(load_config(run / CONFIG_FILE), parallel=ParallelConfig())
     assert config.model.vocab_size is not None, "a run's configuration is resolved"
     ranks = initialize(config.parallel, config.training.seed)

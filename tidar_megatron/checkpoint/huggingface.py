@@ -7,7 +7,7 @@ loads those loads it. What is TiDAR's own stands in the ``tidar`` section of ``c
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from megatron.core.models.gpt import GPTModel
 from safetensors import safe_open
 from torch import Tensor
 
-from tidar_megatron.checkpoint.mapping import cut, entry_of, join, split
+from tidar_megatron.checkpoint.mapping import MASK_TOKEN, cut, entry_of, join, own_parameters, split
 from tidar_megatron.config import Config, ModelConfig
+from tidar_megatron.data.tokenizer import load_tokenizer
 from tidar_megatron.errors import UserError
 
 # --- configurations ----------------------------------------------------------------------------------------------
@@ -70,6 +71,9 @@ def model_from_huggingface(folder: str | Path, ours: ModelConfig) -> ModelConfig
     for name, present in refused.items():
         if present:
             raise UserError(f"{path}: {name} is not supported yet; start from a model without it")
+    for key in "num_hidden_layers hidden_size intermediate_size num_attention_heads rms_norm_eps vocab_size".split():
+        if not hf.get(key):
+            raise UserError(f"{path}: has no {key}; is it a whole model folder?")
     heads = hf["num_attention_heads"]
     return dataclasses.replace(
         ours,
@@ -87,6 +91,28 @@ def model_from_huggingface(folder: str | Path, ours: ModelConfig) -> ModelConfig
         max_position_embeddings=ours.max_position_embeddings or hf.get("max_position_embeddings"),
         vocab_size=hf["vocab_size"],
     )
+
+
+def mask_token_of_huggingface(folder: str | Path) -> int | None:
+    """The mask token of a folder that was exported from a TiDAR run; None for any other."""
+    return (read_json(Path(folder) / "config.json").get("tidar") or {}).get("mask_token_id")
+
+
+def check_huggingface_tokenizer(folder: str | Path, data_tokenizer: str | Path) -> None:
+    """Refuse data that was not prepared with the model's tokenizer. A folder without a tokenizer is accepted.
+
+    Raises:
+        UserError: their vocabularies differ (our mask token's name aside).
+    """
+    if not (Path(folder) / "tokenizer.json").exists():
+        return
+    theirs, ours = (load_tokenizer(path).get_vocab() for path in (folder, data_tokenizer))
+    for vocabulary in (theirs, ours):
+        vocabulary.pop(MASK_TOKEN, None)
+    if theirs != ours:
+        raise UserError(
+            f"--init-from {folder}: its tokenizer is not the data's; prepare the data with --tokenizer {folder}"
+        )
 
 
 def huggingface_config(config: Config, eos_token_id: int | None) -> Any:
@@ -162,18 +188,6 @@ def open_safetensors(folder: str | Path) -> Callable[[str], Tensor]:
     return read
 
 
-def own_parameters(model: GPTModel) -> Mapping[str, Tensor]:
-    """This rank's parameters under the names of the whole model: layers counted over all pipeline stages."""
-    named = {}
-    offset = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
-    for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        if name.startswith("decoder.layers."):
-            parts[2] = str(int(parts[2]) + offset)
-        named[".".join(parts)] = parameter
-    return named
-
-
 @torch.no_grad()
 def load_huggingface_weights(model: GPTModel, folder: str | Path, vocab_size: int) -> None:
     """Fill this rank's part of the model, tensor by tensor, from a Hugging Face folder.
@@ -183,9 +197,7 @@ def load_huggingface_weights(model: GPTModel, folder: str | Path, vocab_size: in
     """
     read = open_safetensors(folder)
     transformer, group = model.config, model.pg_collection.tp
-    for name, parameter in own_parameters(model).items():
-        if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
-            name = "embedding.word_embeddings.weight"  # the last stage's copy of the tied embedding
+    for name, parameter in own_parameters(model):
         entry, layer = entry_of(name)
         tensors = [read(hf.replace("*", layer)).to(parameter.dtype) for hf in entry.huggingface]
         whole = join(entry, tensors, transformer.num_query_groups)
@@ -243,7 +255,7 @@ def export_huggingface(model: GPTModel, config: Config, tokenizer: Any, folder: 
     hf_model.save_pretrained(partial)
     if tokenizer is not None:
         if len(tokenizer) == config.tidar.mask_token_id:  # the next free id: the mask token gets its name
-            tokenizer.add_tokens(["<|mask|>"], special_tokens=True)
+            tokenizer.add_tokens([MASK_TOKEN], special_tokens=True)
         tokenizer.save_pretrained(partial)
     if folder.exists():
         folder.rmdir()

@@ -5,10 +5,14 @@ parallelism cuts the result. "*" is the layer. Where a row has two megatron-core
 transformer-engine's, which fuses a norm into the projection behind it.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from megatron.core.models.gpt import GPTModel
 from torch import Tensor
+
+MASK_TOKEN = "<|mask|>"  # the mask token's name in an exported tokenizer
 
 
 @dataclass(frozen=True)
@@ -97,3 +101,18 @@ def cut(entry: Entry, whole: Tensor, tp_rank: int, tp_size: int) -> Tensor:
     if entry.join == "glu":  # every rank has its part of gate above its part of up
         return torch.cat([half.chunk(tp_size)[tp_rank] for half in whole.chunk(2)])
     return whole.chunk(tp_size, dim=0 if entry.shard == "rows" else 1)[tp_rank]
+
+
+def own_parameters(model: GPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """This rank's parameters under the names of the whole model: layers are counted over all pipeline stages.
+
+    The last stage's copy of a tied embedding goes by the embedding's name.
+    """
+    first_layer = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        if name.startswith("decoder.layers."):
+            parts[2] = str(int(parts[2]) + first_layer)
+        if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
+            parts = ["embedding", "word_embeddings", "weight"]
+        yield ".".join(parts), parameter

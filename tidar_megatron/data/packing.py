@@ -2,7 +2,8 @@
 
 An epoch is all documents, in an order drawn from (seed, epoch), each filled up to a multiple of the block size B, laid
 end to end and cut every S tokens. S is a multiple of B, so no block straddles a document or a cut. A document that is
-cut goes on in the next packed sequence. The end of the last sequence is filled, so an epoch holds every token once.
+cut goes on in the next window. The end of the last window is filled, so an epoch holds every token once. The windows
+are then taken in a second order drawn from (seed, epoch): a batch is not a few neighbouring pieces of one document.
 
 ===========  =====================================  ============================  ==============================
 position     next-token label (``ar_supervised``)   ``diffusion_supervised``      visible to
@@ -79,7 +80,7 @@ class PackedSequences:
         self._seed, self._shuffle = seed, shuffle
         self._epoch = -1  # the epoch whose order is at hand
         self._order: NDArray[np.int64] = np.empty(0, dtype=np.int64)
-        self._ends = self._order
+        self._ends = self._windows = self._order
 
     def __len__(self) -> int:
         """Packed sequences in an epoch, the same in each."""
@@ -93,7 +94,8 @@ class PackedSequences:
         """What packed sequence ``n`` of ``epoch`` is made of, in order; together S places."""
         assert 0 <= n < len(self)
         self._lay_out(epoch)
-        begin, end = n * self.seq_length, (n + 1) * self.seq_length
+        window = int(self._windows[n])
+        begin, end = window * self.seq_length, (window + 1) * self.seq_length
         pieces = []
         place = begin
         rank = int(np.searchsorted(self._ends, begin, side="right"))
@@ -112,6 +114,7 @@ class PackedSequences:
             return
         count = len(self._filled)
         self._order = permutation(count, self._seed, epoch) if self._shuffle else np.arange(count)
+        self._windows = permutation(len(self), self._seed, epoch, 1) if self._shuffle else np.arange(len(self))
         self._ends = np.cumsum(self._filled[self._order])
         self._epoch = epoch
 

@@ -85,6 +85,11 @@ def initialize(parallel: ParallelConfig, seed: int) -> Ranks:
     timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
     device = platform.device(int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
+        if device.index >= torch.cuda.device_count():
+            raise UserError(
+                f"process {device.index} of this machine has no GPU: there are {torch.cuda.device_count()}; start as "
+                "many processes as GPUs (--nproc-per-node), or set CUDA_VISIBLE_DEVICES= to train on the CPU"
+            )
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         if "RANK" in os.environ:

@@ -6,7 +6,7 @@ drafting look better than it is, and prompt-lookup best of all.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 
 from tidar_megatron.inference.decoding import generate
 from tidar_megatron.inference.model import DecodeModel
-from tidar_megatron.inference.request import DecodeOptions, Generation
+from tidar_megatron.inference.request import DecodeOptions, distinct_4grams
 
 
 @dataclass(frozen=True)
@@ -33,86 +33,87 @@ class PlanFigures:
 
 
 def compare_plans(
-    model: DecodeModel, prompts: Sequence[Sequence[int]], plans: Mapping[str, DecodeOptions], max_new_tokens: int
+    model: DecodeModel,
+    prompts: Sequence[Sequence[int]],
+    plans: Mapping[str, DecodeOptions],
+    max_new_tokens: int,
+    transformers_folder: str | None = None,
 ) -> dict[str, PlanFigures]:
-    """Greedy decoding of every prompt by AR and by every plan, interleaved.
+    """Greedy decoding of every prompt by AR, by every plan and by transformers' ``generate``, in turn.
 
     Args:
         model: the model that decodes all of them.
         prompts: token ids.
         plans: name -> options; their ``max_new_tokens`` and ``ignore_eos`` are overridden.
-        max_new_tokens: tokens per prompt.
+        max_new_tokens: tokens per prompt, at least 2.
+        transformers_folder: the model's folder, to compare with transformers' own ``generate``.
 
     Returns:
-        name -> figures; ``"ar"`` is added and comes first.
+        name -> figures; ``"ar"`` is added and comes first, ``"transformers generate"`` last.
     """
     modes = {"ar": DecodeOptions(mode="ar"), **plans}
     modes = {name: replace(o, max_new_tokens=max_new_tokens, ignore_eos=True) for name, o in modes.items()}
-    for options in modes.values():  # masks and memory of every plan exist before the clock runs
-        generate(model, prompts[0], options)
-    runs: dict[str, list[Generation]] = {name: [] for name in modes}
+    decoders: dict[str, Callable[[Sequence[int]], Decoded]] = {
+        name: lambda prompt, options=options: ours(model, prompt, options)  # type: ignore[misc]
+        for name, options in modes.items()
+    }
+    if transformers_folder is not None:
+        decoders["transformers generate"] = TransformersGenerate(model, transformers_folder, max_new_tokens)
+    for decode in decoders.values():  # masks and memory of every plan exist before the clock runs
+        decode(prompts[0])
+    runs: dict[str, list[Decoded]] = {name: [] for name in decoders}
     for prompt in prompts:
-        for name, options in modes.items():
-            runs[name].append(generate(model, prompt, options))
-    ar_speed = _tokens_per_second(runs["ar"])
+        for name, decode in decoders.items():
+            runs[name].append(decode(prompt))
+    ar = runs["ar"]
+    ar_seconds = sum(run.seconds for run in ar)
+    # every run decodes as many tokens after the prefill's, whatever a last forward accepted beyond them
+    tokens = len(prompts) * (max_new_tokens - 1)
     return {
         name: PlanFigures(
-            tokens_per_forward=_emitted(done) / sum(g.forwards for g in done),
-            tokens_per_second=_tokens_per_second(done),
-            speedup_over_ar=_tokens_per_second(done) / ar_speed,
-            identical_to_ar=all(g.token_ids == ar.token_ids for g, ar in zip(done, runs["ar"], strict=True)),
-            distinct_4grams=sum(g.distinct_4grams for g in done) / len(done),
+            tokens_per_forward=tokens / sum(run.forwards for run in done),
+            tokens_per_second=tokens / (seconds := sum(run.seconds for run in done)),
+            speedup_over_ar=ar_seconds / seconds,
+            identical_to_ar=all(run.token_ids == its.token_ids for run, its in zip(done, ar, strict=True)),
+            distinct_4grams=sum(distinct_4grams(run.token_ids) for run in done) / len(done),
         )
         for name, done in runs.items()
     }
 
 
-def _emitted(runs: Sequence[Generation]) -> int:
-    """Tokens that decode forwards gave, the prefill's first token left out."""
-    return sum(sum(g.emitted) for g in runs)
-
-
-def _tokens_per_second(runs: Sequence[Generation]) -> float:
-    return _emitted(runs) / sum(g.decode_seconds for g in runs)
-
-
 @dataclass(frozen=True)
-class TransformersFigures:
-    """Our AR mode beside transformers' own greedy ``generate``."""
+class Decoded:
+    """One prompt, decoded; the prefill is neither in the forwards nor in the seconds."""
 
-    tokens_per_second: float  # theirs
-    ar_over_transformers: float  # our AR mode's tokens per second over theirs
-    identical: bool
+    token_ids: list[int]
+    forwards: int
+    seconds: float
 
 
-@torch.inference_mode()
-def compare_with_transformers(
-    model: DecodeModel, folder: str, prompts: Sequence[Sequence[int]], max_new_tokens: int
-) -> TransformersFigures:
-    """Greedy AR in our engine and in transformers' ``generate``, in turn, prompt by prompt; EOS ignored.
+def ours(model: DecodeModel, prompt: Sequence[int], options: DecodeOptions) -> Decoded:
+    """Decode with our engine."""
+    generation = generate(model, prompt, options)
+    return Decoded(generation.token_ids, generation.forwards, generation.decode_seconds)
 
-    Prefill is excluded: ``generate`` does not time it, so the time of a call for one token is taken off.
-    """
-    from transformers import AutoModelForCausalLM, GenerationConfig
 
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, trust_remote_code=False)
-    theirs = theirs.to(model.device).eval()
-    theirs.generation_config = GenerationConfig(do_sample=False)
+class TransformersGenerate:
+    """Greedy ``generate`` of transformers; it does not time its prefill, so the time of one token is taken off."""
 
-    def timed(prompt: Sequence[int], tokens: int) -> tuple[list[int], float]:
-        ids = torch.tensor([list(prompt)], device=model.device)
-        start = time.perf_counter()
-        output = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens)
-        return output[0, len(prompt) :].tolist(), time.perf_counter() - start
+    def __init__(self, model: DecodeModel, folder: str, max_new_tokens: int) -> None:
+        from transformers import AutoModelForCausalLM, GenerationConfig
 
-    options = DecodeOptions(mode="ar", max_new_tokens=max_new_tokens, ignore_eos=True)
-    timed(prompts[0], max_new_tokens)
-    generate(model, prompts[0], options)
-    ours, spent, identical = [], 0.0, True
-    for prompt in prompts:
-        ours.append(generate(model, prompt, options))
-        tokens, seconds = timed(prompt, max_new_tokens)
-        spent += seconds - timed(prompt, 1)[1]
-        identical = identical and tokens == ours[-1].token_ids
-    speed = len(prompts) * (max_new_tokens - 1) / spent
-    return TransformersFigures(speed, _tokens_per_second(ours) / speed, identical)
+        causal_lm = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, trust_remote_code=False)
+        self._causal_lm = causal_lm.to(model.device).eval()
+        self._causal_lm.generation_config = GenerationConfig(do_sample=False)  # no EOS: all run to the end
+        self._max_new_tokens = max_new_tokens
+
+    @torch.inference_mode()
+    def __call__(self, prompt: Sequence[int]) -> Decoded:
+        ids = torch.tensor([list(prompt)], device=self._causal_lm.device)
+        seconds, output = [], ids
+        for tokens in (1, self._max_new_tokens):
+            start = time.perf_counter()
+            output = self._causal_lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens)
+            seconds.append(time.perf_counter() - start)
+        tokens = output[0, len(prompt) :].tolist()
+        return Decoded(tokens, self._max_new_tokens - 1, seconds[1] - seconds[0])

@@ -130,9 +130,8 @@ class Generation:
 
     @property
     def distinct_4grams(self) -> float:
-        """Distinct / all 4-grams of the output: 1 says nothing repeats, near 0 that it loops and flatters the rest."""
-        grams = list(zip(*(self.token_ids[i:] for i in range(4)), strict=False))
-        return len(set(grams)) / len(grams) if grams else 1.0
+        """:func:`distinct_4grams` of the output."""
+        return distinct_4grams(self.token_ids)
 
     def summary(self) -> dict[str, Any]:
         """The figures, ready for JSON. ``draft_length`` and ``branches`` are null where the mode has none."""
@@ -149,3 +148,9 @@ class Generation:
             "decode_seconds": self.decode_seconds,
             "stop": self.stop,
         }
+
+
+def distinct_4grams(tokens: list[int]) -> float:
+    """Distinct / all 4-grams: 1 says nothing repeats, near 0 that the output loops and flatters every drafter."""
+    grams = list(zip(*(tokens[i:] for i in range(4)), strict=False))
+    return len(set(grams)) / len(grams) if grams else 1.0

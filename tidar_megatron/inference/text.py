@@ -8,8 +8,10 @@ from tidar_megatron.errors import UserError
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for bytes that are no character (yet)
 
 
-def encode_prompt(tokenizer: Any, text: str) -> list[int]:
-    """The prompt's token ids, special tokens added as the tokenizer does by default.
+def encode_prompt(tokenizer: Any, text: str, add_special_tokens: bool = True) -> list[int]:
+    """The prompt's token ids, with the special tokens that the tokenizer adds by default, or without.
+
+    A TiDAR model was trained on documents without them (``data/tokenizer.py``); another model is prompted as usual.
 
     Raises:
         UserError: no tokenizer, or an empty prompt (also where the tokenizer would add a special token).
@@ -18,7 +20,7 @@ def encode_prompt(tokenizer: Any, text: str) -> list[int]:
         raise UserError("the model's folder has no tokenizer: export the checkpoint with its tokenizer")
     if not text:
         raise UserError("the prompt is empty: give at least one character to continue")
-    return list(tokenizer(text)["input_ids"])
+    return list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
 
 
 class TextStream:

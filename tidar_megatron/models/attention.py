@@ -90,11 +90,12 @@ def _ranges(wanted: Tensor) -> tuple[slice, ...]:
 # Plans are made once per batch and shared by all layers, also when a layer is recomputed from a detached view.
 # A kept tensor cannot be freed, so its address names its contents as long as it stands here.
 _RECENT_PLANS: OrderedDict[tuple, tuple[Tensor, list[ChunkPlan]]] = OrderedDict()
-_KEPT_PLANS = 4
+_KEPT_PLANS = 2
 
 
 def _plans(visibility: Tensor, chunk_size: int, dtype: torch.dtype) -> list[ChunkPlan]:
-    key = (visibility.data_ptr(), visibility.shape, visibility.stride(), visibility._version, chunk_size, dtype)
+    contents = (visibility.device, visibility.data_ptr(), visibility._version, visibility.shape, visibility.stride())
+    key = (*contents, chunk_size, dtype)
     if key not in _RECENT_PLANS:
         _RECENT_PLANS[key] = (visibility, make_plans(visibility, chunk_size, dtype))
         if len(_RECENT_PLANS) > _KEPT_PLANS:

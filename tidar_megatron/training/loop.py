@@ -1,6 +1,5 @@
 """The loop: data, model, optimizer; step, evaluate, save; first plain AR (the warm-up), then the joint objective."""
 
-import dataclasses
 import shutil
 import time
 from dataclasses import dataclass
@@ -12,11 +11,12 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from tidar_megatron.checkpoint.distributed import latest_iteration, load_checkpoint, save_checkpoint
-from tidar_megatron.checkpoint.huggingface import load_huggingface_weights, model_from_huggingface
+from tidar_megatron.checkpoint.distributed import load_checkpoint, save_checkpoint
+from tidar_megatron.checkpoint.huggingface import check_huggingface_tokenizer, load_huggingface_weights
+from tidar_megatron.checkpoint.initialize import initialize_weights
 from tidar_megatron.config import CONFIG_FILE, Config
 from tidar_megatron.data.loader import TrainingData, check_batch_sizes
-from tidar_megatron.data.manifest import TOKENIZER_FOLDER, TokenizerEntry, read_manifest
+from tidar_megatron.data.manifest import TOKENIZER_FOLDER, read_manifest
 from tidar_megatron.distributed.groups import (
     Ranks,
     check_world_size,
@@ -28,53 +28,8 @@ from tidar_megatron.errors import UserError
 from tidar_megatron.models.gpt import build_model
 from tidar_megatron.training.metrics import MetricsLogger
 from tidar_megatron.training.optimizer import build_optimizer, wrap_model
+from tidar_megatron.training.resolve import check_continues, resolve, starting_point
 from tidar_megatron.training.step import evaluate, train_step
-
-
-def resolve(config: Config, tokenizer: TokenizerEntry) -> Config:
-    """Fill in what the tokenizer and ``--init-from`` decide: the model, its vocabulary, the mask token.
-
-    Raises:
-        UserError: a mask token that the tokenizer uses, or a vocabulary too small for the data.
-    """
-    model, mask = config.model, config.tidar.mask_token_id
-    if config.training.init_from:
-        model = model_from_huggingface(config.training.init_from, model)
-        if model.vocab_size is not None and tokenizer.vocab_size > model.vocab_size:
-            raise UserError(
-                f"--init-from {config.training.init_from}: its vocabulary has {model.vocab_size} ids, the data's "
-                f"tokenizer {tokenizer.vocab_size}; prepare the data with --tokenizer {config.training.init_from}"
-            )
-    if mask is None:
-        mask = tokenizer.vocab_size
-    if mask < tokenizer.vocab_size:
-        raise UserError(
-            f"--mask-token-id {mask}: the tokenizer uses the ids 0 to {tokenizer.vocab_size - 1}; "
-            f"leave it out to take {tokenizer.vocab_size}"
-        )
-    resolved = dataclasses.replace(
-        config,
-        model=dataclasses.replace(model, vocab_size=max(model.vocab_size or 0, mask + 1)),
-        tidar=dataclasses.replace(config.tidar, mask_token_id=mask),
-    )
-    resolved.check()
-    return resolved
-
-
-def starting_point(config: Config) -> int | None:
-    """The iteration to continue from; None to start anew.
-
-    Raises:
-        UserError: ``--load`` names a folder without a checkpoint, or ``--save`` one that holds another run.
-    """
-    load, save = config.checkpoint.load, config.checkpoint.save
-    iteration = latest_iteration(load) if load else None
-    same = bool(load and save and Path(load).resolve() == Path(save).resolve())
-    if load and iteration is None and not same:
-        raise UserError(f"--load {load}: holds no checkpoint; leave the flag out to start anew")
-    if save and not same and latest_iteration(save) is not None:
-        raise UserError(f"--save {save}: holds a run already; continue it with --load {save}, or choose another folder")
-    return iteration
 
 
 @dataclass
@@ -98,8 +53,14 @@ class Trainer:
         if config.data.train_data is None:
             raise UserError("--train-data is missing: give a folder made by tools/prepare_data.py")
         check_world_size(config.parallel, world_size_from_environment())
-        config = resolve(config, read_manifest(config.data.train_data).tokenizer)
+        folder = config.data.train_data
+        tokenizer = read_manifest(folder).tokenizer
+        config = resolve(config, tokenizer)
         start = starting_point(config)
+        if start is not None:
+            check_continues(config, tokenizer)
+        elif config.training.init_from:
+            check_huggingface_tokenizer(config.training.init_from, Path(folder) / TOKENIZER_FOLDER)
         assert config.tidar.mask_token_id is not None and config.model.vocab_size is not None
 
         def data(folder: str) -> TrainingData:
@@ -111,7 +72,8 @@ class Trainer:
                 config.training.seed,
             )
 
-        train_data = data(config.data.train_data or "")
+        train_data = data(folder)
+        train_data.documents.load_tokenizer()  # the run keeps a copy, so it must be whole
         valid_data = data(config.data.valid_data) if config.data.valid_data else None
         if valid_data is not None:
             train_data.check_same_tokenizer(valid_data)
@@ -123,8 +85,10 @@ class Trainer:
         )
         ranks = initialize(config.parallel, config.training.seed)
         model = build_model(config, config.model.vocab_size, ranks)
-        if config.training.init_from and start is None:
+        if start is None and config.training.init_from:
             load_huggingface_weights(model, config.training.init_from, config.model.vocab_size)
+        elif start is None:
+            initialize_weights(model, config.training.seed)
         ddp = wrap_model(model, config)
         optimizer, scheduler = build_optimizer(ddp, config)
         trainer = cls(config, ranks, train_data, valid_data, model, ddp, optimizer, scheduler)
@@ -194,10 +158,13 @@ class Trainer:
         """What makes the run's folder complete in itself: the resolved configuration and the tokenizer."""
         if self.config.checkpoint.save and self.ranks.is_main:
             folder = Path(self.config.checkpoint.save)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / CONFIG_FILE).write_text(self.config.to_yaml(), encoding="utf-8")
             tokenizer = Path(self.config.data.train_data or "") / TOKENIZER_FOLDER
-            shutil.copytree(tokenizer, folder / TOKENIZER_FOLDER, dirs_exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / CONFIG_FILE).write_text(self.config.to_yaml(), encoding="utf-8")
+                shutil.copytree(tokenizer, folder / TOKENIZER_FOLDER, dirs_exist_ok=True)
+            except OSError as error:
+                raise UserError(f"--save {folder}: {error.strerror}; choose a folder that can be written") from None
 
 
 def pretrain(config: Config) -> None:
@@ -207,9 +174,11 @@ def pretrain(config: Config) -> None:
         trainer.write_run_folder()
         dist.barrier()  # the run's folder exists before anyone writes into it
         logger = MetricsLogger(trainer.config, trainer.ranks.is_main, trainer.iteration)
-        describe(trainer, logger)
-        _loop(trainer, logger)
-        logger.close()
+        try:
+            describe(trainer, logger)
+            _loop(trainer, logger)
+        finally:
+            logger.close()
     finally:
         shut_down()
 
@@ -236,13 +205,15 @@ def _loop(trainer: Trainer, logger: MetricsLogger) -> None:
         leaving = due(training.exit_interval)
         if last or leaving or due(config.checkpoint.save_interval):
             trainer.save()
+            if config.checkpoint.save:
+                logger.say(f"saved iteration {iteration} in {config.checkpoint.save}")
         if leaving and not last:
             logger.say(f"leaving after iteration {iteration} (--exit-interval {training.exit_interval})")
             return
 
 
 def describe(trainer: Trainer, logger: MetricsLogger) -> None:
-    """The run in four lines."""
+    """The run in a few lines."""
     config, tidar, groups = trainer.config, trainer.config.tidar, trainer.ranks.groups
     parameters = sum(p.numel() for p in trainer.model.parameters())
     layout = f"TP {groups.tp.size()} x PP {groups.pp.size()} x DP {groups.dp.size()}"
@@ -257,4 +228,5 @@ def describe(trainer: Trainer, logger: MetricsLogger) -> None:
         f"block size {tidar.block_size}, alpha {tidar.ar_loss_weight}, mask token {tidar.mask_token_id}"
     )
     if trainer.iteration:
-        logger.say(f"continuing {config.checkpoint.load} from iteration {trainer.iteration}")
+        done = "; nothing is left to do" if trainer.iteration >= config.training.train_iters else ""
+        logger.say(f"continuing {config.checkpoint.load} from iteration {trainer.iteration}{done}")

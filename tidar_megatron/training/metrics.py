@@ -5,7 +5,10 @@ else goes wrong there costs one line.
 """
 
 import json
+import math
+import netrc
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,10 +33,10 @@ class JsonLines:
     """``metrics.jsonl`` in the run's folder: one object a line, in order of iterations, also over resumes."""
 
     def __init__(self, path: Path, resume_from: int) -> None:
-        kept = []
         if path.exists():  # what an interrupted run logged after its last checkpoint happens again now
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["iteration"] <= resume_from]
-        path.write_text("".join(line + "\n" for line in kept))
+            kept = [line for line in path.read_text().splitlines() if iteration_of(line) <= resume_from]
+            path.with_suffix(".tmp").write_text("".join(line + "\n" for line in kept))
+            path.with_suffix(".tmp").replace(path)
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, iteration: int, values: Values) -> None:
@@ -44,6 +47,14 @@ class JsonLines:
         self.file.close()
 
 
+def iteration_of(line: str) -> float:
+    """The iteration of a line of ``metrics.jsonl``; infinite for one that a killed run left half-written."""
+    try:
+        return json.loads(line)["iteration"]
+    except ValueError:
+        return math.inf
+
+
 class WandB:
     """A Weights & Biases run, online where a key is at hand, else offline."""
 
@@ -51,9 +62,10 @@ class WandB:
         import wandb
 
         mode = os.environ.get("WANDB_MODE")
-        if mode is None and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+        if mode is None and not has_wandb_key():
             mode = "offline"
-            console.print("W&B: no API key, so this run is kept offline; 'wandb login', then 'wandb sync' uploads it")
+            upload = f"'wandb login', 'wandb sync {folder / 'wandb'}/*' upload it"
+            console.print(f"W&B: no API key, so this run is kept offline; {upload}")
         self.run = wandb.init(
             project=config.logging.wandb_project,
             name=config.logging.wandb_exp_name or folder.name,
@@ -68,6 +80,15 @@ class WandB:
 
     def close(self) -> None:
         self.run.finish()
+
+
+def has_wandb_key() -> bool:
+    """Whether 'wandb login' was done here, or the environment holds a key."""
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].rstrip("/")
+    try:
+        return bool(os.environ.get("WANDB_API_KEY") or netrc.netrc(os.environ.get("NETRC")).authenticators(host))
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 class TensorBoard:
@@ -151,15 +172,19 @@ class MetricsLogger:
 
     def _write(self, iteration: int, values: Values) -> None:
         for sink in list(self.sinks):
-            try:
-                sink.write(iteration, values)
-            except Exception as error:
-                if isinstance(sink, JsonLines):
-                    raise
-                self.sinks.remove(sink)
-                self.say(f"{type(sink).__name__} is left out from here on: {type(error).__name__}: {error}")
+            self._guard(sink, lambda sink=sink: sink.write(iteration, values))  # type: ignore[misc]
 
     def close(self) -> None:
         """Flush every sink."""
-        for sink in self.sinks:
-            sink.close()
+        for sink in list(self.sinks):
+            self._guard(sink, sink.close)
+
+    def _guard(self, sink: Sink, action: Callable[[], None]) -> None:
+        """The record must be written; a dashboard that fails is left out from then on."""
+        try:
+            action()
+        except Exception as error:
+            if isinstance(sink, JsonLines):
+                raise
+            self.sinks.remove(sink)
+            self.say(f"{type(sink).__name__} is left out from here on: {type(error).__name__}: {error}")

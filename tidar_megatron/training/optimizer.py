@@ -68,5 +68,8 @@ def build_optimizer(
         wd_incr_style="constant",
         wsd_decay_steps=opt.lr_wsd_decay_iters,
         lr_wsd_decay_style=opt.lr_wsd_decay_style,
+        # a resumed run follows the configuration it is given: more --train-iters stretch the decay
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
     return optimizer, scheduler

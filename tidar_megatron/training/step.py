@@ -109,7 +109,8 @@ def evaluate(
         return logits, report
 
     model.eval()
-    reports = _run_schedule(model, [batch.to(ranks.device) for batch in batches], forward, forward_only=True)
+    with torch.no_grad():  # megatron-core's forward_only alone still records the graph
+        reports = _run_schedule(model, [batch.to(ranks.device) for batch in batches], forward, forward_only=True)
     model.train()
     total = torch.stack(reports).sum(0) if reports else EvaluationSums.zeros(block_size, ranks.device).values
     return EvaluationSums(ranks.sum_over_data(ranks.from_last_stage(total))).means()

@@ -1,0 +1,60 @@
+"""The comparison of decoding plans: its counts are those of the engine, and it notices a plan that says otherwise."""
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from tidar_megatron.evaluation import decoding
+from tidar_megatron.evaluation.decoding import compare_plans
+from tidar_megatron.inference.decoding import generate
+from tidar_megatron.inference.model import load_model
+from tidar_megatron.inference.request import DecodeOptions
+
+PROMPTS = [[1, 2, 3], [4, 5, 6, 7], [9]]
+PLANS = {"all": DecodeOptions(draft_length=4), "one": DecodeOptions(branches=1), "lookup": DecodeOptions(mode="lookup")}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=20, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=64, eos_token_id=None, bos_token_id=None,
+        tidar={"mask_token_id": 19, "block_size": 4},
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("model")
+    Qwen3ForCausalLM(config).save_pretrained(path)
+    return str(path)
+
+
+def test_figures_are_those_of_the_engine(folder):
+    model = load_model(folder)
+    figures = compare_plans(model, PROMPTS, PLANS, 16, transformers_folder=folder)
+    assert list(figures) == ["ar", "all", "one", "lookup", "transformers generate"]
+    assert figures["ar"].tokens_per_forward == figures["ar"].speedup_over_ar == 1.0
+    assert figures["transformers generate"].tokens_per_forward == 1.0
+    for name, options in PLANS.items():
+        done = [
+            generate(model, p, DecodeOptions(options.mode, options.draft_length, options.branches, 16, True))
+            for p in PROMPTS
+        ]
+        assert figures[name].tokens_per_forward == pytest.approx(3 * 15 / sum(g.forwards for g in done))
+        assert figures[name].distinct_4grams == pytest.approx(sum(g.distinct_4grams for g in done) / 3)
+        assert figures[name].identical_to_ar
+        speed = figures[name].tokens_per_second / figures["ar"].tokens_per_second
+        assert figures[name].speedup_over_ar == pytest.approx(speed)
+    assert figures["transformers generate"].identical_to_ar
+
+
+def test_a_plan_that_says_otherwise_is_noticed(folder, monkeypatch):
+    real = decoding.ours
+
+    def wrong(model, prompt, options):
+        run = real(model, prompt, options)
+        if options.branches == 1:
+            run.token_ids[-1] += 1
+        return run
+
+    monkeypatch.setattr(decoding, "ours", wrong)
+    figures = compare_plans(load_model(folder), PROMPTS, PLANS, 16)
+    assert [f.identical_to_ar for f in figures.values()] == [True, True, False, True]
