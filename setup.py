@@ -39,11 +39,11 @@ setup(
     package_data={"tidar_megatron": ["py.typed"]},
     python_requires=">=3.11",
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.13",  # 2.13 and 2.15 are what the tests have seen
         "megatron-core>=0.16.1,<0.20",
         "psutil",  # megatron-core needs it to save a checkpoint and does not say so
         "numpy",
-        "transformers>=5.0",
+        "transformers>=5.23,<6",
         "tokenizers>=0.20",
         "safetensors>=0.4",
         "webdataset>=0.2.100",

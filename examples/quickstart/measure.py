@@ -11,6 +11,7 @@ from typing import Any
 from tidar_megatron.errors import OneLineParser, UserError, run_tool
 
 PROMPTS_WRITTEN, PROMPTS_DECODED, NEW_TOKENS = 240, 24, 128
+PROMPT_BYTES = 128
 HEADLINE = "tidar, 2 branches, K=8"  # named before measuring, not picked after
 EXAMPLE = '{"geonameid": 2950159, "name":'
 
@@ -29,7 +30,10 @@ def plans() -> dict[str, Any]:
 
 
 def heldout_prompts(folder: str, count: int) -> list[str]:
-    """``count`` prompts spread over the held-out documents, each a row and the beginning of the next."""
+    """``count`` prompts spread over the held-out documents, each the first 128 bytes of a row.
+
+    Prompt and output together are 256 tokens then, the length the model was trained on: nothing is extrapolated.
+    """
     from tidar_megatron.data.shards import ShardedDocuments
 
     documents = ShardedDocuments(folder)
@@ -37,7 +41,7 @@ def heldout_prompts(folder: str, count: int) -> list[str]:
     prompts = []
     for number in range(len(documents)):
         rows = tokenizer.decode(documents[number].tolist(), skip_special_tokens=True).splitlines()
-        prompts += [f"{row}\n{after[:40]}" for row, after in zip(rows[::2], rows[1::2], strict=False)]
+        prompts += [row.encode()[:PROMPT_BYTES].decode(errors="ignore") for row in rows]
     step = max(len(prompts) // count, 1)
     if len(prompts) < count:
         raise UserError(f"{folder}: holds {len(prompts)} prompts, {count} are wanted; hold more documents out")

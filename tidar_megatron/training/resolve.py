@@ -72,8 +72,8 @@ def check_continues(config: Config, tokenizer: TokenizerEntry) -> None:
             was, now = (getattr(getattr(c, section), name) for c in (before, config))
             if was != now:
                 raise UserError(
-                    f"{flag(name)} {now}: the run in {run} has {was}; continue it with that, or export it and start "
-                    "a new run with --init-from"
+                    f"{flag(name)} {now}: the run in {run} has {was}; continue it with its own settings "
+                    f"(--config {run / CONFIG_FILE}), or export it and start a new run with --init-from"
                 )
     if fingerprint(load_tokenizer(run / TOKENIZER_FOLDER)) != tokenizer.fingerprint:
         raise UserError(
