@@ -30,7 +30,7 @@ quickstart: setup
 test: setup
 	@$(RUN) python -m pytest $(TEST_ARGS)
 
-# thousands of random cases of every property instead of dozens
+# hundreds of random cases of every property instead of dozens
 test-slow: setup
 	@$(RUN) HYPOTHESIS_PROFILE=thorough python -m pytest --timeout=3600 tests/test_attention_mask.py tests/models tests/data tests/inference $(TEST_ARGS)
 

@@ -120,6 +120,16 @@ def test_the_schedule_is_followed(whole):
     assert rates == pytest.approx([0.0, 1.5e-3, *cosine], abs=1e-9)
 
 
+def test_weights_decay_and_norms_do_not(shards):
+    trainer = Trainer.build(small(shards, optimizer={"weight_decay": 0.3, "adam_beta2": 0.9}))
+    decays = {}
+    for group in trainer.optimizer.param_groups:
+        assert group["betas"] == (0.9, 0.9)
+        decays |= {parameter.dim(): group["weight_decay"] * group["wd_mult"] for parameter in group["params"]}
+    shut_down()
+    assert decays == {1: 0.0, 2: pytest.approx(0.3)}
+
+
 def test_the_logged_loss_is_the_formula(shards, tmp_path):
     pretrain(small(shards, checkpoint={"save": str(tmp_path)}, tidar={"ar_loss_weight": 0.5}))
     for m in metrics(tmp_path):
