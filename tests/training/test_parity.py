@@ -227,6 +227,8 @@ def test_random_weights_do_not_depend_on_the_layout(from_scratch, layout):
     one = from_scratch["one"][0]
     whole = gather(from_scratch[layout], "weights")
     assert whole.keys() == one["weights"].keys()
+    first, second = (one["weights"][f"decoder.layers.{n}.self_attention.linear_proj.weight"] for n in (0, 1))
+    assert not torch.equal(first, second)
     for name, weight in one["weights"].items():
         assert torch.equal(whole[name], weight), name
         if weight.dim() == 2:

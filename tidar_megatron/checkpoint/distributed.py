@@ -90,12 +90,19 @@ def load_checkpoint(
     state = _state(model, optimizer, scheduler, loading=True)
     loaded = dist_checkpointing.load(state, str(checkpoint_folder(folder, iteration)))
     model.load_state_dict(loaded["model"])
-    schedule = {key: optimizer.param_groups[0][key] for key in ("max_lr", "min_lr")}
+    _follow_schedule(loaded["optimizer"], {key: optimizer.param_groups[0][key] for key in ("max_lr", "min_lr")})
     optimizer.load_state_dict(loaded["optimizer"])
-    for group in optimizer.param_groups:  # megatron-core keeps the schedule's ends there; the configuration rules
-        group.update(schedule)
     scheduler.load_state_dict(loaded["opt_param_scheduler"])
     return int(loaded["consumed_sequences"])
+
+
+def _follow_schedule(state: Any, schedule: dict[str, float]) -> None:
+    """megatron-core keeps the ends of the schedule in the parameter groups; the run's configuration rules over them."""
+    if isinstance(state, dict):
+        for group in state.get("param_groups", []):
+            group.update(schedule)
+        for inner in state.values():
+            _follow_schedule(inner, schedule)
 
 
 def load_weights(folder: str | Path, iteration: int, model: GPTModel) -> None:
