@@ -146,7 +146,11 @@ def test_evaluation_is_of_the_held_out_data(whole, shards):
     for data in (shards, shards[::-1]):
         changes = {"data": {"valid_data": str(data[1])}, "training": {"eval_sequences": 1000}}
         trainer = Trainer.build(small(shards, checkpoint={"load": str(whole)}, **changes))
+        graphs = []
+        hook = trainer.model.register_forward_hook(lambda *call, seen=graphs: seen.append(call[-1].requires_grad))
         means.append(trainer.evaluate())
+        hook.remove()
+        assert graphs == [False] * len(graphs) != []  # an evaluation that recorded the graph would hold all activations
         (batch,) = trainer.valid_data.evaluation_batches(1000, 1000, 0, 1)
         with torch.no_grad():
             losses = trainer.model(batch.tokens, batch.position_ids, batch.visibility, labels=batch.labels)
