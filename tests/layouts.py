@@ -19,6 +19,9 @@ LAYOUTS = {
     "tp2": {"tensor_model_parallel_size": 2},
     "tp2sp": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
     "pp2": {"pipeline_model_parallel_size": 2},
+    "pp2vpp2": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+    "cp2": {"context_parallel_size": 2},
+    "dp2sharded": {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True},
 }
 STEPS = 3
 
@@ -27,6 +30,7 @@ def run_layout(setup, name, folder):
     """The first step's token losses and this rank's gradients, then losses and gradient norms of three steps."""
     from tidar_megatron.checkpoint.mapping import own_parameters
     from tidar_megatron.config import build_config
+    from tidar_megatron.training.layout_check import gather_gradients
     from tidar_megatron.training.loop import Trainer
     from tidar_megatron.training.step import forward_backward
 
@@ -34,25 +38,20 @@ def run_layout(setup, name, folder):
     config = build_config({**setup, "parallel": LAYOUTS[name], "checkpoint": {"save": str(folder / name)}})
     trainer = Trainer.build(config)
     ranks, alpha = trainer.ranks, config.tidar.ar_loss_weight
-    size, micro = config.training.global_batch_size, config.training.micro_batch_size
-
-    def batches():
-        return trainer.train_data.step_batches(
-            trainer.consumed_sequences, size, micro, ranks.groups.dp.rank(), ranks.groups.dp.size()
-        )
-
     token_losses = []
-    handle = trainer.model.register_forward_hook(lambda module, args, out: token_losses.append(out.detach().clone()))
-    sums, counts = forward_backward(trainer.ddp, batches(), alpha, ranks)
+    last = trainer.model[-1]
+    handle = last.register_forward_hook(lambda module, args, out: token_losses.append(out.detach().clone()))
+    sums, counts = forward_backward(trainer.ddp, trainer.step_batches(), alpha, ranks)
     handle.remove()
+    gather_gradients(trainer.ddp)
     result = {
         "tp_rank": ranks.groups.tp.rank(),
         "dp_rank": ranks.groups.dp.rank(),
         "first_losses": (sums / counts).tolist(),
-        "supervised": [(b.ar_tokens, b.diffusion_tokens) for b in batches()],
+        "supervised": [(b.ar_tokens, b.diffusion_tokens) for b in trainer.step_batches()],
         "token_losses": token_losses if ranks.is_last_stage else [],
-        "grads": {n: p.main_grad.detach().clone() for n, p in own_parameters(trainer.model)},
-        "weights": {n: p.detach().clone() for n, p in own_parameters(trainer.model)},
+        "grads": {n: p.main_grad.detach().clone() for n, p, _ in own_parameters(trainer.model)},
+        "weights": {n: p.detach().clone() for n, p, _ in own_parameters(trainer.model)},
     }
     steps = [trainer.step() for _ in range(STEPS)]
     result["losses"] = [(s["ar_loss"], s["diffusion_loss"]) for s in steps]

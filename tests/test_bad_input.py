@@ -57,12 +57,16 @@ def test_lengths(train):
     layout = "--sequence-parallel --tensor-model-parallel-size 4 --block-size 2 --seq-length 30 --num-query-groups 4"
     refused(train(*layout.split()), "--seq-length 30", "multiple of 4", "nearest: 32")
     refused(
-        train("--global-batch-size", "3", "--micro-batch-size", "2"), "global batch size 3", "nearest that works: 4"
+        train("--global-batch-size", "3", "--micro-batch-size", "2"),
+        "--global-batch-size 3",
+        "multiple of --micro-batch-size 2",
+        "nearest: 4",
     )
 
 
 def test_too_few_processes_for_the_layout(train):
     refused(train("--pipeline-model-parallel-size", "2"), "needs a multiple of 2 processes", "there are 1")
+    refused(train("--context-parallel-size", "2"), "needs a multiple of 2 processes", "--nproc-per-node 2")
 
 
 def test_mask_token_the_tokenizer_uses(train):

@@ -1,10 +1,20 @@
 """One configuration: a YAML file, flags over it, errors of one line, and a resolved tree that reads back."""
 
 import dataclasses
+import re
 
 import pytest
 
-from tidar_megatron.config import FIELDS, SECTIONS, Config, build_config, flag, load_config, parse_config
+from tidar_megatron.config import (
+    FIELDS,
+    SECTIONS,
+    Config,
+    build_config,
+    check_world_size,
+    flag,
+    load_config,
+    parse_config,
+)
 from tidar_megatron.errors import UserError
 
 
@@ -16,11 +26,11 @@ def write(tmp_path, text):
 
 def test_flags_win_over_the_file_and_both_are_typed(tmp_path):
     path = write(tmp_path, "optimizer:\n  lr: 3e-4\n  min_lr: 1e-5\nmodel:\n  num_layers: 6\n")
-    config = parse_config(["--config", path, "--lr", "1e-3", "--sequence-parallel", "--no-qk-layernorm"])
+    config = parse_config(["--config", path, "--lr", "1e-3", "--no-qk-layernorm", "--overlap-grad-reduce"])
     assert config.optimizer.lr == 1e-3
     assert config.optimizer.min_lr == 1e-5  # PyYAML reads 1e-5 as a string
     assert config.model.num_layers == 6
-    assert config.parallel.sequence_parallel is True
+    assert config.parallel.overlap_grad_reduce is True
     assert config.model.qk_layernorm is False
 
 
@@ -88,12 +98,10 @@ def test_errors_of_the_file_name_the_key(tmp_path, text, said):
         (
             "--sequence-parallel --tensor-model-parallel-size 16 --num-attention-heads 16 --hidden-size 1024 "
             "--seq-length 1000".split(),
-            "must be a multiple of 16 (--block-size 8 and --tensor-model-parallel-size 16); nearest: 992",
+            "must be a multiple of 16 (--block-size 8, and --tensor-model-parallel-size 16); nearest: 992",
         ),
-        ("--num-layers 3 --pipeline-model-parallel-size 2".split(), "--num-layers 3: must be a multiple of"),
         ("--num-attention-heads 6 --num-query-groups 4".split(), "--num-query-groups 4: must divide"),
         ("--num-attention-heads 7".split(), "--hidden-size 768: must be a multiple of --num-attention-heads 7"),
-        ("--tensor-model-parallel-size 5".split(), "--num-attention-heads 12: must be a multiple of"),
         (
             "--ar-loss-weight -1".split(),
             "(--ar-loss-weight): Input should be greater than or equal to 0",
@@ -109,6 +117,71 @@ def test_errors_of_the_command_line(flags, said):
         parse_config(flags)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+SHORT = {  # longest first: VPP before PP
+    "VPP": "--virtual-pipeline-model-parallel-size",
+    "TP": "--tensor-model-parallel-size",
+    "PP": "--pipeline-model-parallel-size",
+    "CP": "--context-parallel-size",
+    "EP": "--expert-model-parallel-size",
+}
+IMPOSSIBLE_LAYOUTS = [  # over 12 layers, 12 heads, 4 groups, S = 1024, B = 8, a global batch of 16, on 8 processes
+    ("TP 3", "TP 3: must divide --num-query-groups 4; nearest that works for the model: TP 2"),
+    ("TP 8", "TP 8: must divide --num-attention-heads 12; nearest that works for the model: TP 4"),
+    ("TP 4 --ffn-hidden-size 2050", "must divide --ffn-hidden-size 2050; nearest that works for the model: TP 2"),
+    ("PP 5", "PP 5: must divide --num-layers 12; nearest: PP 4"),
+    ("PP 4 VPP 4", "PP 4 x VPP 4: must divide --num-layers 12; nearest: PP 4 VPP 3"),
+    ("VPP 2", "VPP 2: interleaves pipeline stages, but there is one; leave it out, or give PP 2"),
+    ("--seq-length 1028", "--seq-length 1028: must be a multiple of 8 (--block-size 8); nearest: 1024"),
+    ("CP 4 --seq-length 1032", "must be a multiple of 64 (2 x CP 4 x --block-size 8); nearest: 1024"),
+    ("TP 4 PP 4", "needs a multiple of 16 processes, but there are 8; try torchrun --nproc-per-node 16"),
+    ("CP 16", "needs a multiple of 16 processes, but there are 8"),
+    ("PP 3", "needs a multiple of 3 processes, but there are 8; try torchrun --nproc-per-node 6"),
+    ("--sequence-parallel", "needs TP 2 or more; or leave it out"),
+    ("--overlap-param-gather", "needs --use-distributed-optimizer"),
+    ("--overlap-param-gather --use-distributed-optimizer", "needs --overlap-grad-reduce"),
+    ("--global-batch-size 12", "must be a multiple of --micro-batch-size 1 x 8 data-parallel ranks; nearest: 16"),
+    ("PP 4 VPP 3 --global-batch-size 12", "x 2 data-parallel ranks x 4 interleaved pipeline stages; nearest: 16"),
+    ("EP 2", "EP 2: there are no experts to spread"),
+    ("--num-experts 6 EP 4", "EP 4: must divide --num-experts 6; nearest: EP 3"),
+    ("--num-experts 4 EP 4 PP 4", "needs a multiple of 16 processes"),
+    ("--num-experts 4 --moe-router-topk 5", "there are 4 experts; nearest: 4"),
+    ("--num-experts 4 TP 2", "megatron-core needs --sequence-parallel with it"),
+    ("--recompute-granularity selective --recompute-modules layernorm", "needs --transformer-impl transformer_engine"),
+    ("--moe-grouped-gemm", "needs --transformer-impl transformer_engine"),
+]
+
+
+def spelled_out(text):
+    return re.sub("|".join(SHORT), lambda match: SHORT[match.group()], text)
+
+
+@pytest.mark.parametrize(("flags", "said"), IMPOSSIBLE_LAYOUTS)
+def test_impossible_layouts_name_the_nearest_that_works(flags, said):
+    flags = "--num-query-groups 4 --global-batch-size 16 " + spelled_out(flags)
+    with pytest.raises(UserError) as error:
+        check_world_size(parse_config(flags.split()), 8)
+    assert spelled_out(said) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_layouts_named_do_work():
+    base = "--num-query-groups 4 --global-batch-size 16 "
+    for flags in (
+        "TP 2 --sequence-parallel CP 2",
+        "PP 2 VPP 3",
+        "CP 4 --seq-length 1024",
+        "--num-experts 6 EP 2",
+    ):
+        assert check_world_size(parse_config((base + spelled_out(flags)).split()), 8) >= 1
+
+
+def test_lists_of_modules():
+    config = parse_config("--recompute-granularity selective --recompute-modules core_attn mlp".split())
+    assert config.parallel.recompute_modules == ("core_attn", "mlp")
+    with pytest.raises(UserError, match=r"recompute_modules.*'attn'"):
+        parse_config("--recompute-modules attn".split())
 
 
 def test_defaults_stand():

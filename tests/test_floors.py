@@ -10,6 +10,7 @@ FLOORS = {
     "errors": -1,  # the ground
     "attention_mask": 0,
     "config": 0,
+    "context_parallel": 0,
     "distributed": 1,
     "data": 1,
     "inference": 1,
@@ -81,3 +82,5 @@ def test_only_one_place_knows_the_rule_and_one_the_missing_gpu():
             assert "torch.cuda.is_available" not in text, relative
         if relative != "distributed/groups.py":
             assert "parallel_state" not in text, relative
+        if relative not in ("context_parallel.py", "data/doubled.py", "models/layers.py"):  # batch and attention use it
+            assert "tidar_megatron.context_parallel" not in text, relative

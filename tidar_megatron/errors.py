@@ -25,6 +25,8 @@ def run_tool(main: Callable[[], None], rank: int = 0) -> None:
     # megatron-core says at import, once per module and process, which optional packages it does without
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*(ShardedTensor|load_state_dict)")
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*(all_gather_into|reduce_scatter)_tensor")
+    warnings.filterwarnings("ignore", category=UserWarning, message="The .grad attribute of a Tensor that is not a lea")
     logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
     try:
         main()

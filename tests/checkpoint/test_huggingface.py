@@ -25,8 +25,8 @@ def test_import_then_export_is_bitwise(family, tmp_path):
     source = write_random_model(tmp_path / "source", **FAMILIES[family])
     model_config = model_from_huggingface(source, ModelConfig(make_vocab_size_divisible_by=128))
     config = dataclasses.replace(Config(), model=model_config, tidar=TiDARConfig(mask_token_id=259))
-    model = build_model(config, 260, initialize(config.parallel, 0))
-    load_huggingface_weights(model, source, 260)
+    (model,) = build_model(config, 260, initialize(config.parallel, 0))
+    load_huggingface_weights([model], source, 260)
     export_huggingface(model, config, None, tmp_path / "target")
     shut_down()
     before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "target" / "model.safetensors")
@@ -43,8 +43,8 @@ def test_a_vocabulary_without_a_free_row_grows_by_the_mean(tmp_path):
     config = dataclasses.replace(
         Config(), model=model_from_huggingface(source, ModelConfig(make_vocab_size_divisible_by=8))
     )
-    model = build_model(config, 261, initialize(config.parallel, 0))
-    load_huggingface_weights(model, source, 261)
+    (model,) = build_model(config, 261, initialize(config.parallel, 0))
+    load_huggingface_weights([model], source, 261)
     embedding = model.embedding.word_embeddings.weight
     shut_down()
     assert embedding.shape[0] == 264
@@ -88,7 +88,7 @@ def test_folders_that_are_not_whole(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     config = build_config({})
     config = dataclasses.replace(config, model=model_from_huggingface(tmp_path, config.model))
-    model = build_model(config, 260, initialize(config.parallel, 0))
+    (model,) = build_model(config, 260, initialize(config.parallel, 0))
     with pytest.raises(UserError, match=r"holds no \*\.safetensors"):
-        load_huggingface_weights(model, tmp_path, 260)
+        load_huggingface_weights([model], tmp_path, 260)
     shut_down()

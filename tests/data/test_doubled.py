@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tidar_megatron.attention_mask import clean_tokens, training_layout
-from tidar_megatron.data.doubled import Batch, make_batch, set_loss_weights
+from tidar_megatron.data.doubled import Batch, TokenCounts, make_batch, set_loss_weights
 from tidar_megatron.data.packing import PackedSequence, PackedSequences, fill_sequence, pack
 
 MASK, EOS = 300, 256
@@ -39,7 +39,9 @@ def test_the_doubled_sequence() -> None:
         layout = training_layout(torch.from_numpy(row.document), torch.from_numpy(row.index), 4)
         assert torch.equal(batch.visibility[number], layout)
     assert batch.ar_tokens == sum(int(row.ar_supervised.sum()) for row in rows)
-    assert batch.num_tokens == batch.diffusion_tokens == sum(int(row.diffusion_supervised.sum()) for row in rows)
+    assert batch.diffusion_tokens == sum(int(row.diffusion_supervised.sum()) for row in rows)
+    assert batch.num_tokens == 2 * batch.diffusion_tokens == (~batch.padding).sum()
+    assert torch.equal(batch.padding[:, :16], batch.padding[:, 16:])
     assert not batch.loss_weights.any()
 
 
@@ -50,9 +52,10 @@ def test_the_clean_half_alone() -> None:
         assert torch.equal(getattr(batch, name), getattr(both, name)[:, :16])
     document, index = torch.from_numpy(rows[0].document), torch.from_numpy(rows[0].index)
     assert torch.equal(batch.visibility[0], clean_tokens(document, index))
-    assert (batch.num_tokens, batch.diffusion_tokens) == (both.ar_tokens, 0)
-    set_loss_weights(batch, 77, 0, 5.0)
-    assert torch.equal(batch.loss_weights, batch.supervised.float())
+    assert (batch.ar_tokens, batch.diffusion_tokens) == (both.ar_tokens, 0)
+    assert batch.num_tokens == both.diffusion_tokens  # real tokens, their EOS included
+    set_loss_weights(batch, TokenCounts(77, 0, 88), 5.0)
+    assert torch.allclose(batch.loss_weights, batch.supervised * 88 / 77)
 
 
 def test_moving_keeps_positions_expanded() -> None:
@@ -85,29 +88,29 @@ def test_weights_give_the_formula_however_the_batch_is_split(seed: int, alpha: f
     if data.draw(st.booleans()):
         batches.append(make_batch([fill_sequence(16, EOS)], 4, MASK))  # of a rank without data: adds nothing
         parts.append((0, 1))
-    ar_total, diffusion_total = sum(b.ar_tokens for b in batches), sum(b.diffusion_tokens for b in batches)
+    total = TokenCounts.of(batches)
     loss_sum = tokens = 0.0
     for batch, (a, b) in zip(batches, parts, strict=True):
-        set_loss_weights(batch, ar_total, diffusion_total, alpha)
+        set_loss_weights(batch, total, alpha)
         assert batch.loss_weights.dtype == torch.float32
         assert not batch.loss_weights[~batch.supervised].any()
         loss_sum += (batch.loss_weights.double() * losses[a:b]).sum().item()
         tokens += batch.num_tokens
-    assert tokens == diffusion_total
+    assert tokens == total.all == 2 * total.diffusion
     assert loss_sum / tokens == pytest.approx(joint_loss(rows, losses, alpha), rel=1e-6)
 
 
 def test_no_supervised_tokens_of_a_kind() -> None:
-    def weights(batch: Batch, ar_total: int, diffusion_total: int) -> Batch:
-        set_loss_weights(batch, ar_total, diffusion_total, 1.0)
+    def weights(batch: Batch) -> Batch:
+        set_loss_weights(batch, TokenCounts.of([batch]), 1.0)
         assert batch.loss_weights.isfinite().all()
         return batch
 
     only_eos = [pack(PackedSequences(np.array([1] * 4), 16, 4, 0).pieces(0, 0), [np.array([EOS])] * 4, EOS)]
     batch = make_batch(only_eos, 4, MASK)
     assert (batch.ar_tokens, batch.diffusion_tokens) == (0, 4)
-    assert weights(batch, 0, 4).loss_weights.sum() == 4 * 0.5
+    assert weights(batch).loss_weights.sum() == 4 * 0.5 * 8 / 4
     nothing = make_batch([fill_sequence(16, EOS)], 4, MASK)
     assert (nothing.num_tokens, nothing.loss_weights.sum()) == (0, 0)
-    assert not weights(nothing, 0, 0).loss_weights.any()
-    assert not weights(make_batch([fill_sequence(16, EOS)], 4, MASK, doubled=False), 0, 0).loss_weights.any()
+    assert not weights(nothing).loss_weights.any()
+    assert not weights(make_batch([fill_sequence(16, EOS)], 4, MASK, doubled=False)).loss_weights.any()

@@ -29,7 +29,7 @@ LAYOUT_SETUP = {
     "num_attention_heads": 4,
     "num_query_groups": 2,
 }
-SHAPE = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4}
+SHAPE = {"num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4}
 FAMILIES = {  # GQA in all of them
     "qwen3-tied": {"qk_layernorm": True, "tie": True},
     "llama-untied": {"qk_layernorm": False, "tie": False},
@@ -44,7 +44,7 @@ def write_random_model(folder, qk_layernorm, tie, add_qkv_bias=False):
     kind = "qwen3" if qk_layernorm else "qwen2" if add_qkv_bias else "llama"
     config = AutoConfig.for_model(
         kind,
-        num_hidden_layers=2,
+        num_hidden_layers=4,
         hidden_size=64,
         intermediate_size=96,
         num_attention_heads=4,
@@ -164,12 +164,12 @@ def test_equals_the_independent_model(runs, layout):
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one"])
 def test_equals_one_rank(runs, layout):
-    """Losses and gradient norms over three optimizer steps to 5 decimals; gradients parameter by parameter."""
+    """Losses of three optimizer steps to 5 decimals, gradient norms to 1e-5; gradients parameter by parameter."""
     _, results, _ = runs
     one, ranks = results["one"][0], results[layout]
     for rank in ranks:
         assert torch.tensor(rank["losses"]) == pytest.approx(torch.tensor(one["losses"]), abs=5e-6)
-        assert rank["grad_norms"] == pytest.approx(one["grad_norms"], abs=5e-6)
+        assert rank["grad_norms"] == pytest.approx(one["grad_norms"], rel=1e-5)
         assert rank["evaluation"].keys() == one["evaluation"].keys()
         for name, value in rank["evaluation"].items():
             assert value == pytest.approx(one["evaluation"][name], abs=2e-5), name
@@ -177,18 +177,19 @@ def test_equals_one_rank(runs, layout):
         close(grad, one["grads"][name])
 
 
-@pytest.mark.parametrize("layout", ["tp2", "pp2"])
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "pp2vpp2", "cp2", "dp2sharded"])
 def test_checkpoint_of_a_layout_goes_on_in_one_rank(runs, layout):
     """The step after the checkpoint, taken by one rank, gives the loss that the layout itself gave."""
     setup, results, folder = runs
-    trainer = Trainer.build(build_config({**setup, "checkpoint": {"load": str(folder / layout)}}))
+    parallel = {"use_distributed_optimizer": layout == "dp2sharded"}
+    trainer = Trainer.build(build_config({**setup, "parallel": parallel, "checkpoint": {"load": str(folder / layout)}}))
     step = trainer.step()
     shut_down()
     for key in ("ar_loss", "diffusion_loss", "grad_norm", "learning_rate"):
         assert step[key] == pytest.approx(results[layout][0]["next"][key], abs=5e-6), key
 
 
-@pytest.mark.parametrize("layout", ["tp2", "pp2"])
+@pytest.mark.parametrize("layout", ["tp2", "pp2vpp2", "dp2sharded"])
 def test_export_knows_no_layout(runs, layout):
     """A tensor- or pipeline-parallel run exports the Hugging Face folder that one rank's run exports."""
     _, _, folder = runs
@@ -232,8 +233,8 @@ def test_random_weights_do_not_depend_on_the_layout(from_scratch, layout):
     for name, weight in one["weights"].items():
         assert torch.equal(whole[name], weight), name
         if weight.dim() == 2:
-            expected = 0.02 / (2 if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else 1)
+            expected = 0.02 / (8**0.5 if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else 1)
             assert weight.std().item() == pytest.approx(expected, rel=0.1)
     for rank in from_scratch[layout]:
         assert torch.tensor(rank["losses"]) == pytest.approx(torch.tensor(one["losses"]), abs=5e-6)
-        assert rank["grad_norms"] == pytest.approx(one["grad_norms"], abs=5e-6)
+        assert rank["grad_norms"] == pytest.approx(one["grad_norms"], rel=1e-5)

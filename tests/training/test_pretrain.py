@@ -15,6 +15,7 @@ from tidar_megatron.config import build_config, load_config
 from tidar_megatron.data.prepare import prepare
 from tidar_megatron.distributed.groups import shut_down
 from tidar_megatron.errors import UserError
+from tidar_megatron.models.gpt import run_model
 from tidar_megatron.training.loop import Trainer, pretrain
 
 STEPS = 8
@@ -147,13 +148,13 @@ def test_evaluation_is_of_the_held_out_data(whole, shards):
         changes = {"data": {"valid_data": str(data[1])}, "training": {"eval_sequences": 1000}}
         trainer = Trainer.build(small(shards, checkpoint={"load": str(whole)}, **changes))
         graphs = []
-        hook = trainer.model.register_forward_hook(lambda *call, seen=graphs: seen.append(call[-1].requires_grad))
+        hook = trainer.model[0].register_forward_hook(lambda *call, seen=graphs: seen.append(call[-1].requires_grad))
         means.append(trainer.evaluate())
         hook.remove()
         assert graphs == [False] * len(graphs) != []  # an evaluation that recorded the graph would hold all activations
         (batch,) = trainer.valid_data.evaluation_batches(1000, 1000, 0, 1)
         with torch.no_grad():
-            losses = trainer.model(batch.tokens, batch.position_ids, batch.visibility, labels=batch.labels)
+            losses = run_model(trainer.model[0], batch, batch.labels)
         clean = batch.supervised.clone()
         clean[:, 32:] = False
         assert means[-1]["ar_loss"] == pytest.approx(losses[clean].mean().item(), rel=1e-5)
@@ -258,7 +259,7 @@ def test_exported_model_gives_the_training_models_logits(whole, shards, tmp_path
     trainer = Trainer.build(small(shards, checkpoint={"load": str(whole)}))
     (batch,) = trainer.train_data.step_batches(0, 4, 4, 0, 1)
     with torch.no_grad():
-        ours = trainer.model(batch.tokens, batch.position_ids, batch.visibility)[:, :32, :258]
+        ours = run_model(trainer.model[0], batch)[:, :32, :258]
     shut_down()
     assert export_run(whole, tmp_path / "hf") == STEPS
     shut_down()

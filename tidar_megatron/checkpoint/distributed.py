@@ -10,12 +10,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from tidar_megatron.checkpoint.torch_adam import prepare_to_load, separate_steps
 from tidar_megatron.errors import UserError
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -52,7 +54,7 @@ def save_checkpoint(
     folder: str | Path,
     iteration: int,
     consumed_sequences: int,
-    model: GPTModel,
+    model: list[GPTModel],
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
 ) -> Path:
@@ -82,16 +84,19 @@ def save_checkpoint(
 def load_checkpoint(
     folder: str | Path,
     iteration: int,
-    model: GPTModel,
+    model: list[GPTModel],
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
 ) -> int:
     """Fill model, optimizer and schedule from a checkpoint; collective. Returns the sequences consumed so far."""
+    prepare_to_load(optimizer)
     state = _state(model, optimizer, scheduler, loading=True)
     loaded = dist_checkpointing.load(state, str(checkpoint_folder(folder, iteration)))
-    model.load_state_dict(loaded["model"])
+    _fill(model, loaded)
     _follow_schedule(loaded["optimizer"], {key: optimizer.param_groups[0][key] for key in ("max_lr", "min_lr")})
-    optimizer.load_state_dict(loaded["optimizer"])
+    with torch.no_grad():
+        optimizer.load_state_dict(loaded["optimizer"])
+    separate_steps(optimizer)
     scheduler.load_state_dict(loaded["opt_param_scheduler"])
     return int(loaded["consumed_sequences"])
 
@@ -105,18 +110,30 @@ def _follow_schedule(state: Any, schedule: dict[str, float]) -> None:
             _follow_schedule(inner, schedule)
 
 
-def load_weights(folder: str | Path, iteration: int, model: GPTModel) -> None:
+def load_weights(folder: str | Path, iteration: int, model: list[GPTModel]) -> None:
     """Fill the model alone, whatever layout it was trained in."""
-    loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(checkpoint_folder(folder, iteration)))
-    model.load_state_dict(loaded["model"])
+    _fill(model, dist_checkpointing.load(_weights(model), str(checkpoint_folder(folder, iteration))))
+
+
+def _weights(model: list[GPTModel]) -> dict[str, Any]:
+    """Megatron-LM's keys: "model", or "model0", "model1", .. of the chunks of an interleaved pipeline."""
+    names = ["model"] if len(model) == 1 else [f"model{number}" for number in range(len(model))]
+    return {name: chunk.sharded_state_dict() for name, chunk in zip(names, model, strict=True)}
+
+
+def _fill(model: list[GPTModel], loaded: dict[str, Any]) -> None:
+    for number, chunk in enumerate(model):
+        chunk.load_state_dict(loaded["model" if len(model) == 1 else f"model{number}"])
 
 
 def _state(
-    model: GPTModel, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, *, loading: bool
+    model: list[GPTModel], optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, *, loading: bool
 ) -> dict[str, Any]:
-    weights = model.sharded_state_dict()
+    weights = _weights(model)
+    # of the distributed optimizer's formats the one that knows no layout
+    metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
     return {
-        "model": weights,
-        "optimizer": optimizer.sharded_state_dict({"model": weights}, is_loading=loading),
+        **weights,
+        "optimizer": optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata),
         "opt_param_scheduler": scheduler.state_dict(),
     }

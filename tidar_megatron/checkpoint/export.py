@@ -34,7 +34,7 @@ def export_run(run: str | Path, target: str | Path, iteration: int | None = None
     config = dataclasses.replace(load_config(run / CONFIG_FILE), parallel=ParallelConfig())
     assert config.model.vocab_size is not None, "a run's configuration is resolved"
     ranks = initialize(config.parallel, config.training.seed)
-    model = build_model(config, config.model.vocab_size, ranks)
-    load_weights(run, iteration, model)
+    (model,) = build_model(config, config.model.vocab_size, ranks)
+    load_weights(run, iteration, [model])
     export_huggingface(model, config, load_tokenizer(run / TOKENIZER_FOLDER), target)
     return iteration

@@ -16,7 +16,16 @@ from megatron.core.models.gpt import GPTModel
 from safetensors import safe_open
 from torch import Tensor
 
-from tidar_megatron.checkpoint.mapping import MASK_TOKEN, cut, entry_of, join, own_parameters, split
+from tidar_megatron.checkpoint.mapping import (
+    MASK_TOKEN,
+    cut,
+    entry_of,
+    huggingface_names,
+    join,
+    own_parameters,
+    shard_group,
+    split,
+)
 from tidar_megatron.config import Config, ModelConfig
 from tidar_megatron.data.tokenizer import load_tokenizer
 from tidar_megatron.errors import UserError
@@ -120,6 +129,8 @@ def huggingface_config(config: Config, eos_token_id: int | None) -> Any:
     from transformers import AutoConfig
 
     model, kind = config.model, (config.model.qk_layernorm, config.model.add_qkv_bias)
+    if model.num_experts is not None:
+        raise UserError("a mixture of experts cannot be exported to a Hugging Face folder yet")
     if kind not in CLASSES:
         raise UserError(
             "no Hugging Face class has both --qk-layernorm and --add-qkv-bias: the model cannot be exported"
@@ -189,18 +200,18 @@ def open_safetensors(folder: str | Path) -> Callable[[str], Tensor]:
 
 
 @torch.no_grad()
-def load_huggingface_weights(model: GPTModel, folder: str | Path, vocab_size: int) -> None:
+def load_huggingface_weights(chunks: list[GPTModel], folder: str | Path, vocab_size: int) -> None:
     """Fill this rank's part of the model, tensor by tensor, from a Hugging Face folder.
 
     Rows of the vocabulary that the folder does not have and that are in use (a mask token beyond it, up to
     ``vocab_size``) start as the mean of the others; rows of padding as zeros.
     """
     read = open_safetensors(folder)
-    transformer, group = model.config, model.pg_collection.tp
-    for name, parameter in own_parameters(model):
-        entry, layer = entry_of(name)
-        tensors = [read(hf.replace("*", layer)).to(parameter.dtype) for hf in entry.huggingface]
-        whole = join(entry, tensors, transformer.num_query_groups)
+    for name, parameter, model in own_parameters(chunks):
+        group = shard_group(model, name)
+        entry, numbers = entry_of(name)
+        names = huggingface_names(entry, numbers)
+        whole = join(entry, [read(hf).to(parameter.dtype) for hf in names], model.config.num_query_groups)
         if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
             grown = whole.new_zeros(parameter.shape[0] * group.size(), whole.shape[1])
             grown[: whole.shape[0]] = whole
@@ -209,7 +220,7 @@ def load_huggingface_weights(model: GPTModel, folder: str | Path, vocab_size: in
         part = cut(entry, whole, group.rank(), group.size())
         if part.shape != parameter.shape:
             raise UserError(
-                f"{folder}: {entry.huggingface[0].replace('*', layer)} does not fit: "
+                f"{folder}: {names[0]} does not fit: "
                 f"{tuple(part.shape)} instead of {tuple(parameter.shape)}; is config.json of the same model?"
             )
         parameter.copy_(part)
@@ -232,16 +243,14 @@ def export_huggingface(model: GPTModel, config: Config, tokenizer: Any, folder: 
     eos_token_id = tokenizer.eos_token_id if tokenizer is not None else None
     hf_config = huggingface_config(config, eos_token_id)
     vocab_size, groups = hf_config.vocab_size, model.config.num_query_groups
-    weights = {}
-    for name, parameter in model.named_parameters():
-        entry, layer = entry_of(name)
+    weights: dict[str, Tensor] = {}
+    for name, parameter, _ in own_parameters([model]):
+        entry, numbers = entry_of(name)
         whole = (
             parameter.detach()[:vocab_size] if entry.shard == "rows" and entry.join == "same" else parameter.detach()
         )
-        for hf, tensor in zip(
-            entry.huggingface, split(entry, whole, groups, model.config.num_attention_heads), strict=True
-        ):
-            weights[hf.replace("*", layer)] = tensor.clone()
+        parts = split(entry, whole, groups, model.config.num_attention_heads)
+        weights |= {hf: part.clone() for hf, part in zip(huggingface_names(entry, numbers), parts, strict=True)}
     with torch.device("meta"):
         hf_model = AutoModelForCausalLM.from_config(hf_config, dtype=model.config.params_dtype)
     missing, unexpected = hf_model.load_state_dict(weights, strict=False, assign=True)

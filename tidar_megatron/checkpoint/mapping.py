@@ -1,14 +1,16 @@
 """The name-mapping table between megatron-core and Hugging Face: read in both directions, for every family.
 
 Each row names a megatron-core parameter, the Hugging Face tensors it is made of, how they are joined, and how tensor
-parallelism cuts the result. "*" is the layer. Where a row has two megatron-core names, the second is
-transformer-engine's, which fuses a norm into the projection behind it.
+parallelism cuts the result. "*" is a number: the layer, then the expert. Where a row has two megatron-core names, the
+second is transformer-engine's, which fuses a norm into the projection behind it.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
@@ -61,20 +63,36 @@ TABLE = (
         shard="rows",
     ),
     Entry(("decoder.layers.*.mlp.linear_fc2.weight",), ("model.layers.*.mlp.down_proj.weight",), shard="columns"),
+    Entry(("decoder.layers.*.mlp.router.weight",), ("model.layers.*.mlp.gate.weight",)),
+    Entry(
+        ("decoder.layers.*.mlp.experts.local_experts.*.linear_fc1.weight",),
+        ("model.layers.*.mlp.experts.*.gate_proj.weight", "model.layers.*.mlp.experts.*.up_proj.weight"),
+        join="glu",
+        shard="rows",
+    ),
+    Entry(
+        ("decoder.layers.*.mlp.experts.local_experts.*.linear_fc2.weight",),
+        ("model.layers.*.mlp.experts.*.down_proj.weight",),
+        shard="columns",
+    ),
     Entry(("decoder.final_layernorm.weight",), ("model.norm.weight",)),
     Entry(("output_layer.weight",), ("lm_head.weight",), shard="rows"),
 )
 
 
-def entry_of(parameter: str) -> tuple[Entry, str]:
-    """The table's row for a megatron-core parameter, and its layer ("" outside the layers)."""
+def entry_of(parameter: str) -> tuple[Entry, list[str]]:
+    """The table's row for a megatron-core parameter, and its numbers: none, the layer, or the layer and the expert."""
     parts = parameter.split(".")
-    layer = parts[2] if parameter.startswith("decoder.layers.") else ""
-    pattern = ".".join("*" if layer and i == 2 else part for i, part in enumerate(parts))
+    pattern = ".".join("*" if part.isdigit() else part for part in parts)
     for entry in TABLE:
         if pattern in entry.megatron:
-            return entry, layer
+            return entry, [part for part in parts if part.isdigit()]
     raise KeyError(f"no Hugging Face name is known for {parameter}")
+
+
+def huggingface_names(entry: Entry, numbers: list[str]) -> list[str]:
+    """The row's Hugging Face names with the numbers in their places."""
+    return [name.replace("*", "{}").format(*numbers) for name in entry.huggingface]
 
 
 def join(entry: Entry, tensors: list[Tensor], groups: int) -> Tensor:
@@ -103,16 +121,29 @@ def cut(entry: Entry, whole: Tensor, tp_rank: int, tp_size: int) -> Tensor:
     return whole.chunk(tp_size, dim=0 if entry.shard == "rows" else 1)[tp_rank]
 
 
-def own_parameters(model: GPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """This rank's parameters under the names of the whole model: layers are counted over all pipeline stages.
+def shard_group(model: GPTModel, name: str) -> dist.ProcessGroup:
+    """The ranks among which the parameter ``name`` is cut."""
+    return model.pg_collection.expt_tp if ".experts." in name else model.pg_collection.tp
 
-    The last stage's copy of a tied embedding goes by the embedding's name.
+
+def own_parameters(chunks: Iterable[GPTModel]) -> Iterator[tuple[str, torch.nn.Parameter, GPTModel]]:
+    """This rank's parameters under the names of the whole model, and the chunk each is in.
+
+    Layers are counted over all pipeline stages and chunks, experts over all expert-parallel ranks. The last stage's
+    copy of a tied embedding goes by the embedding's name.
     """
-    first_layer = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
-    for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        if name.startswith("decoder.layers."):
-            parts[2] = str(int(parts[2]) + first_layer)
-        if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
-            parts = ["embedding", "word_embeddings", "weight"]
-        yield ".".join(parts), parameter
+    for model in chunks:
+        layers = model.decoder.layers
+        first_layer = layers[0].layer_number - 1 if len(layers) else 0
+        for name, parameter in model.named_parameters():
+            # transformer-engine's grouped experts are linear_fc1.weight0, .weight1, ..
+            name = re.sub(r"experts\.(linear_fc\d)\.weight(\d+)$", r"experts.local_experts.\2.\1.weight", name)
+            parts = name.split(".")
+            if name.startswith("decoder.layers."):
+                parts[2] = str(int(parts[2]) + first_layer)
+            if "local_experts" in parts:
+                group, at = model.pg_collection.ep, parts.index("local_experts") + 1
+                parts[at] = str(int(parts[at]) + group.rank() * (model.config.num_moe_experts // group.size()))
+            if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
+                parts = ["embedding", "word_embeddings", "weight"]
+            yield ".".join(parts), parameter, model

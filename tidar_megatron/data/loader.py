@@ -83,15 +83,22 @@ class TrainingData:
         ]
 
     def evaluation_batches(
-        self, max_sequences: int | None, micro_batch_size: int, dp_rank: int, dp_size: int, doubled: bool = True
+        self,
+        max_sequences: int | None,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        doubled: bool = True,
+        multiple: int = 1,
     ) -> list[Batch]:
         """One rank's part of the first ``max_sequences`` packed sequences (None: all) in the documents' own order.
 
         Each sequence is on one rank once. Every rank gets as many micro-batches of the same shape, since all must take
-        part in a collective; where the sequences run out, fill without any supervised token stands in.
+        part in a collective; where the sequences run out, fill without any supervised token stands in. The number of
+        micro-batches is a ``multiple`` (interleaved pipelines take them in groups).
         """
         total = min(max_sequences if max_sequences is not None else len(self._in_order), len(self._in_order))
-        micro_batches = -(-total // (micro_batch_size * dp_size))
+        micro_batches = -(-total // (micro_batch_size * dp_size * multiple)) * multiple
         fill = fill_sequence(self.seq_length, self._fill_token)
         return [
             self._batch([self._pack(self._in_order, n) if n < total else fill for n in share], doubled)

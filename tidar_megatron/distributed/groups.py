@@ -4,6 +4,7 @@ import os
 import random
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +37,14 @@ class Ranks:
         """Holds the output layer and sees the loss."""
         return self.groups.pp.rank() == self.groups.pp.size() - 1
 
+    def holds_embedding(self, vp_stage: int) -> bool:
+        """Whether this rank's model chunk ``vp_stage`` is the first of the whole model."""
+        return self.is_first_stage and vp_stage == 0
+
+    def holds_output(self, vp_stage: int, vp_size: int) -> bool:
+        """Whether this rank's model chunk ``vp_stage`` of ``vp_size`` is the last of the whole model."""
+        return self.is_last_stage and vp_stage == vp_size - 1
+
     @property
     def is_main(self) -> bool:
         """The one process that writes files and prints."""
@@ -44,6 +53,11 @@ class Ranks:
     def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks that hold different tokens (data and context parallel), in place."""
         dist.all_reduce(values, group=self.groups.dp_cp)
+        return values
+
+    def sum_over_all(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over every rank, in place."""
+        dist.all_reduce(values)
         return values
 
     def from_last_stage(self, values: torch.Tensor) -> torch.Tensor:
@@ -59,28 +73,12 @@ def world_size_from_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def check_world_size(parallel: ParallelConfig, world_size: int) -> None:
-    """Refuse a layout that the processes at hand cannot fill.
-
-    Raises:
-        UserError: names the layout, the processes there are, and the number that works.
-    """
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    if world_size % (tp * pp):
-        needed = max(tp * pp, world_size // (tp * pp) * tp * pp)
-        raise UserError(
-            f"--tensor-model-parallel-size {tp} x --pipeline-model-parallel-size {pp} needs a multiple of {tp * pp} "
-            f"processes, but there are {world_size}; try torchrun --nproc-per-node {needed}"
-        )
-
-
 def initialize(parallel: ParallelConfig, seed: int) -> Ranks:
     """Join the job that torchrun describes in the environment (one process without it), and lay out the groups.
 
     May be called again with another layout in the same process: the old groups are destroyed first.
     """
     world_size = world_size_from_environment()
-    check_world_size(parallel, world_size)
     platform.make_cpu_first_class()
     timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
     device = platform.device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -96,15 +94,25 @@ def initialize(parallel: ParallelConfig, seed: int) -> Ranks:
             dist.init_process_group(platform.backend(), timeout=timeout)
         else:  # no launcher: a job of one, without a port that could be taken
             dist.init_process_group(platform.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
-    )
+    _end_groups()
+    parallel_state.initialize_model_parallel(**group_sizes(parallel))
     groups = ProcessGroupCollection.use_mpu_process_groups()
     seed_everything(seed, groups.pp.rank())
     return Ranks(groups=groups, device=device, rank=dist.get_rank(), world_size=world_size)
+
+
+def group_sizes(parallel: ParallelConfig) -> dict[str, Any]:
+    """The layout in the words of ``initialize_model_parallel``."""
+    vpp = parallel.virtual_pipeline_model_parallel_size
+    return {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": vpp if (vpp or 1) > 1 else None,
+        "context_parallel_size": parallel.context_parallel_size,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
+        "distributed_timeout_minutes": parallel.distributed_timeout_minutes,
+    }
 
 
 def seed_everything(seed: int, pipeline_rank: int) -> None:
@@ -119,5 +127,15 @@ def seed_everything(seed: int, pipeline_rank: int) -> None:
 def shut_down() -> None:
     """Leave the job."""
     if dist.is_initialized():
-        parallel_state.destroy_model_parallel()
+        _end_groups()
         dist.destroy_process_group()
+
+
+def _end_groups() -> None:
+    """megatron-core forgets its groups without ending them: gloo's threads would pile up, layout by layout."""
+    groups = [group for group in parallel_state._global_process_group_list or [] if group is not None]
+    if groups:
+        dist.barrier()  # nobody still waits for a message in one of them
+    for group in groups:
+        dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()

@@ -66,8 +66,28 @@ def make_cpu_first_class() -> None:
     torch.cuda.synchronize = lambda *args, **kwargs: None
     torch.cuda.current_stream = lambda *args, **kwargs: None  # from 0.19 on
     _install_cpu_rng_tracker()
+    _install_cpu_dispatcher()
     _installed = _CudaLiteralsToCpu()
     _installed.__enter__()
+
+
+def _install_cpu_dispatcher() -> None:
+    """Mixture of experts: no side stream for the split sizes, and Python ints for gloo's all-to-all."""
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # 0.16.1 reads it without transformer-engine too
+    dispatcher = token_dispatcher.MoEAlltoAllTokenDispatcher
+    dispatcher.cuda_dtoh_stream = object()  # else its __init__ makes a CUDA stream
+
+    def to_host(self: Any, point: str, tokens_per_expert: torch.Tensor | None = None) -> torch.Tensor | None:
+        if not self.drop_and_pad and point == self.cuda_dtoh_point:
+            for name in ("input_splits", "output_splits"):
+                if isinstance(splits := getattr(self, name), torch.Tensor):
+                    setattr(self, name, splits.tolist())
+        return tokens_per_expert
+
+    dispatcher._maybe_dtoh_and_synchronize = to_host
 
 
 def _install_cpu_rng_tracker() -> None:

@@ -6,7 +6,7 @@ predicate which keys a chunk can see at all, and attends to those alone, so its 
 doubled sequence a clean chunk skips what lies after it and the whole mask half, a mask chunk skips all masks but its
 own and the clean tokens after it.
 
-Shapes: b batch, h query heads, g K/V heads (GQA: never expanded), t tokens, d channels of a head.
+Shapes: b batch, h query heads, g K/V heads (GQA: never expanded), t queries, k keys, d channels of a head.
 """
 
 from collections import OrderedDict
@@ -20,14 +20,23 @@ from tidar_megatron.attention_mask import may_attend
 
 
 def hybrid_attention(
-    query: Tensor, key: Tensor, value: Tensor, visibility: Tensor, *, backend: str, chunk_size: int, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visibility: Tensor,
+    *,
+    queries: tuple[slice, ...] | None = None,
+    backend: str,
+    chunk_size: int,
+    scale: float,
 ) -> Tensor:
     """Softmax attention under the rule.
 
     Args:
         query: ``[b, h, t, d]``.
-        key, value: ``[b, g, t, d]``; h is a multiple of g.
-        visibility: int32 ``[b, t, 4]``, or ``[1, t, 4]`` shared by the batch.
+        key, value: ``[b, g, k, d]``; h is a multiple of g.
+        visibility: metadata of the keys, int32 ``[b, k, 4]``, or ``[1, k, 4]`` shared by the batch.
+        queries: which of the keys are the queries (context parallelism); default: all of them.
         backend: ``dense`` or ``chunked``.
         chunk_size: queries per chunk (``chunked``).
         scale: factor on the scores.
@@ -35,10 +44,16 @@ def hybrid_attention(
     Returns:
         ``[b, h, t, d]``.
     """
+    queries = queries or (slice(0, query.shape[2]),)
     if backend == "dense":
-        mask = may_attend(visibility, visibility).unsqueeze(1)
+        mask = may_attend(_rows(visibility, queries), visibility).unsqueeze(1)
         return _attend(query, key, value, mask, scale)
-    return _chunked(query, key, value, _plans(visibility, chunk_size, query.dtype), scale)
+    return _chunked(query, key, value, _plans(visibility, queries, chunk_size, query.dtype), scale)
+
+
+def _rows(visibility: Tensor, queries: tuple[slice, ...]) -> Tensor:
+    rows = [visibility[:, part] for part in queries]
+    return torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -66,17 +81,20 @@ def _chunked(query: Tensor, key: Tensor, value: Tensor, plans: list[ChunkPlan], 
     return torch.cat(outputs, dim=2)
 
 
-def make_plans(visibility: Tensor, chunk_size: int, dtype: torch.dtype) -> list[ChunkPlan]:
-    """Ask the predicate, chunk of queries by chunk of queries, so that no [t, t] mask ever exists."""
+def make_plans(
+    visibility: Tensor, chunk_size: int, dtype: torch.dtype, queries: tuple[slice, ...] | None = None
+) -> list[ChunkPlan]:
+    """Ask the predicate, chunk of queries by chunk of queries, so that no [t, k] mask ever exists."""
     plans = []
-    tokens = visibility.shape[1]
+    rows = _rows(visibility, queries) if queries else visibility
+    tokens = rows.shape[1]
     for start in range(0, tokens, chunk_size):
-        queries = slice(start, min(start + chunk_size, tokens))
-        mask = may_attend(visibility[:, queries], visibility)  # [b, queries, t]
+        chunk = slice(start, min(start + chunk_size, tokens))
+        mask = may_attend(rows[:, chunk], visibility)  # [b, queries, k]
         keys = _ranges(mask.flatten(0, 1).any(0))
         seen = torch.cat([mask[:, :, s] for s in keys], dim=-1).unsqueeze(1)
         bias = None if bool(seen.all()) else torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-        plans.append(ChunkPlan(queries, keys, None if bias is None else bias.masked_fill_(~seen, float("-inf"))))
+        plans.append(ChunkPlan(chunk, keys, None if bias is None else bias.masked_fill_(~seen, float("-inf"))))
     return plans
 
 
@@ -93,11 +111,11 @@ _RECENT_PLANS: OrderedDict[tuple, tuple[Tensor, list[ChunkPlan]]] = OrderedDict(
 _KEPT_PLANS = 2
 
 
-def _plans(visibility: Tensor, chunk_size: int, dtype: torch.dtype) -> list[ChunkPlan]:
+def _plans(visibility: Tensor, queries: tuple[slice, ...], chunk_size: int, dtype: torch.dtype) -> list[ChunkPlan]:
     contents = (visibility.device, visibility.data_ptr(), visibility._version, visibility.shape, visibility.stride())
-    key = (*contents, chunk_size, dtype)
+    key = (*contents, *((rows.start, rows.stop) for rows in queries), chunk_size, dtype)
     if key not in _RECENT_PLANS:
-        _RECENT_PLANS[key] = (visibility, make_plans(visibility, chunk_size, dtype))
+        _RECENT_PLANS[key] = (visibility, make_plans(visibility, chunk_size, dtype, queries))
         if len(_RECENT_PLANS) > _KEPT_PLANS:
             _RECENT_PLANS.popitem(last=False)
     return _RECENT_PLANS[key][1]

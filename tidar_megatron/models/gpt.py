@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -13,17 +14,22 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from torch import Tensor
 
 from tidar_megatron.config import Config
+from tidar_megatron.data.doubled import Batch
 from tidar_megatron.distributed.groups import Ranks
 from tidar_megatron.distributed.platform import has_gpu
 from tidar_megatron.errors import UserError
+from tidar_megatron.models.experts import use_balanced_router
 from tidar_megatron.models.layers import HybridCoreAttention, PositionRotaryEmbedding, RMSNorm
 
 
 def transformer_config(config: Config) -> TransformerConfig:
     """The part of the configuration that megatron-core's modules read."""
-    model, parallel = config.model, config.parallel
+    model, parallel, gpu = config.model, config.parallel, has_gpu()
+    vpp = parallel.virtual_pipeline_model_parallel_size or 1
+    full = parallel.recompute_granularity == "full"
     dtype = torch.bfloat16 if config.training.bf16 else torch.float32
     kv_channels = model.kv_channels or model.hidden_size // model.num_attention_heads
     return TransformerConfig(
@@ -45,25 +51,57 @@ def transformer_config(config: Config) -> TransformerConfig:
         hidden_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
+        virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        # interleaving with the default, batched sends gives wrong gradients over gloo, without a word
+        overlap_p2p_comm=vpp > 1,
+        batch_p2p_comm=vpp == 1,
+        recompute_granularity=parallel.recompute_granularity,
+        recompute_method=parallel.recompute_method if full else None,
+        recompute_num_layers=parallel.recompute_num_layers if full else None,
+        recompute_modules=list(parallel.recompute_modules),
         bf16=config.training.bf16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         calculate_per_token_loss=True,  # (loss_sum, num_tokens): sums and counts, never means of means
-        use_cpu_initialization=not has_gpu(),
+        use_cpu_initialization=not gpu,
         mrope_section=[kv_channels // 2],  # chooses the path of GPTModel that hands position_ids to the rotary module
         # fusions want CUDA (and torch.compile costs 18 s on a CPU's first step)
-        bias_activation_fusion=has_gpu(),
-        bias_dropout_fusion=has_gpu(),
+        bias_activation_fusion=gpu,
+        bias_dropout_fusion=gpu,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=gpu and has_gradient_accumulation_kernel(model.transformer_impl),
         persist_layer_norm=False,
+        **(_expert_settings(config) if model.num_experts is not None else {}),
     )
 
 
-def layer_spec(config: Config, transformer: TransformerConfig) -> TransformerBlockSubmodules:
+def _expert_settings(config: Config) -> dict[str, Any]:
+    """Dropless mixture of experts, routed as Qwen3-MoE does: softmax over the chosen experts."""
+    model, parallel = config.model, config.parallel
+    return {
+        "num_moe_experts": model.num_experts,
+        "moe_router_topk": model.moe_router_topk,
+        "moe_ffn_hidden_size": model.moe_ffn_hidden_size or model.ffn_hidden_size,
+        "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
+        "moe_token_dispatcher_type": model.moe_token_dispatcher_type,
+        "moe_grouped_gemm": model.moe_grouped_gemm,
+        "moe_router_dtype": "fp32",
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
+    }
+
+
+def has_gradient_accumulation_kernel(transformer_impl: str) -> bool:
+    """Whether weight gradients can be added to the float32 buffer by the matmul: transformer-engine's or apex's."""
+    return transformer_impl == "transformer_engine" or find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+def layer_spec(config: Config, transformer: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
     """The stock layer spec with our modules in it."""
     qk_layernorm, impl = config.model.qk_layernorm, config.model.transformer_impl
+    experts = {"num_experts": config.model.num_experts, "moe_grouped_gemm": config.model.moe_grouped_gemm}
     if impl == "transformer_engine":
         try:
             import transformer_engine  # noqa: F401
@@ -72,21 +110,27 @@ def layer_spec(config: Config, transformer: TransformerConfig) -> TransformerBlo
                 "--transformer-impl transformer_engine: the package transformer-engine is not installed; "
                 "pip install 'tidar-megatron[gpu]' on a CUDA machine, or use --transformer-impl local"
             ) from None
-        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm, **experts)
         from megatron.core.extensions.transformer_engine import TENorm
 
         norm: Any = TENorm
     else:
-        layer = get_gpt_layer_local_spec(qk_layernorm=qk_layernorm, normalization="RMSNorm")
+        layer = get_gpt_layer_local_spec(qk_layernorm=qk_layernorm, normalization="RMSNorm", **experts)
         norm = RMSNorm
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
         if qk_layernorm:
             layer.submodules.self_attention.submodules.q_layernorm = norm
             layer.submodules.self_attention.submodules.k_layernorm = norm
     layer.submodules.self_attention.submodules.core_attention = partial(
-        HybridCoreAttention, backend=config.tidar.attention_backend, chunk_size=config.tidar.attention_chunk_size
+        HybridCoreAttention,
+        backend=config.tidar.attention_backend,
+        chunk_size=config.tidar.attention_chunk_size,
+        heads_per_gather=config.parallel.context_parallel_kv_heads,
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(transformer), layer_norm=norm)
+    if config.model.num_experts is not None:
+        use_balanced_router(layer)
+    layers = get_num_layers_to_build(transformer, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
 
 
 def padded_vocab_size(vocab_size: int, config: Config) -> int:
@@ -99,12 +143,10 @@ def padded_vocab_size(vocab_size: int, config: Config) -> int:
     return math.ceil(vocab_size / multiple) * multiple
 
 
-def build_model(config: Config, vocab_size: int, ranks: Ranks) -> GPTModel:
-    """This rank's part of the model, on its device, with random weights.
+def build_model(config: Config, vocab_size: int, ranks: Ranks) -> list[GPTModel]:
+    """This rank's part of the model, on its device, with random weights: one chunk, or VPP of them.
 
-    Its forward takes ``input_ids``, ``position_ids`` int64 ``[b, t]`` and, as ``attention_mask``, the visibility
-    metadata int32 ``[b, t, 4]``; with ``labels`` it returns per-token losses float32 ``[b, t]``, without them logits
-    ``[b, t, padded vocabulary / TP]``.
+    :func:`run_model` calls a chunk with a batch.
 
     Args:
         config: the resolved configuration.
@@ -112,17 +154,51 @@ def build_model(config: Config, vocab_size: int, ranks: Ranks) -> GPTModel:
         ranks: where this process stands.
     """
     transformer = transformer_config(config)
-    model = GPTModel(
-        transformer,
-        layer_spec(config, transformer),
-        vocab_size=padded_vocab_size(vocab_size, config),
-        max_sequence_length=2 * config.data.seq_length,
-        pre_process=ranks.is_first_stage,
-        post_process=ranks.is_last_stage,
-        share_embeddings_and_output_weights=not config.model.untie_embeddings_and_output_weights,
-        position_embedding_type="mrope",
-        rotary_base=config.model.rotary_base,
-        pg_collection=ranks.groups,
-    )
-    model.rotary_pos_emb = PositionRotaryEmbedding(transformer, config.model.rotary_base)
-    return model.to(ranks.device)
+    vpp = config.parallel.virtual_pipeline_model_parallel_size or 1
+    chunks = []
+    for stage in range(vpp):
+        vp_stage = stage if vpp > 1 else None
+        model = GPTModel(
+            transformer,
+            layer_spec(config, transformer, vp_stage),
+            vocab_size=padded_vocab_size(vocab_size, config),
+            max_sequence_length=2 * config.data.seq_length,
+            pre_process=ranks.holds_embedding(stage),
+            post_process=ranks.holds_output(stage, vpp),
+            share_embeddings_and_output_weights=not config.model.untie_embeddings_and_output_weights,
+            position_embedding_type="mrope",
+            rotary_base=config.model.rotary_base,
+            pg_collection=ranks.groups,
+            vp_stage=vp_stage,
+        )
+        model.rotary_pos_emb = PositionRotaryEmbedding(transformer, config.model.rotary_base)
+        chunks.append(model.to(ranks.device))
+    return chunks
+
+
+def run_model(model: Any, batch: Batch, labels: Tensor | None = None) -> Tensor:
+    """One chunk's forward over a micro-batch.
+
+    Args:
+        model: a chunk of :func:`build_model`, or a wrapper around one.
+        batch: what this context-parallel rank holds, t tokens a row.
+        labels: int64 ``[b, t]``.
+
+    Returns:
+        From the last chunk: per-token losses float32 ``[b, t]`` with labels, else logits ``[b, t, V / TP]`` of the
+        padded vocabulary. From others: hidden states ``[t, b, hidden]``.
+    """
+    padding = None
+    chunk = unwrap(model)
+    if chunk.config.num_moe_experts is not None:
+        padding, group = batch.padding, chunk.pg_collection.tp
+        if chunk.config.sequence_parallel and not chunk.pre_process:  # megatron-core cuts it on the first stage alone
+            padding = padding.chunk(group.size(), dim=1)[group.rank()]
+    return model(batch.tokens, batch.position_ids, batch.visibility, labels=labels, padding_mask=padding)
+
+
+def unwrap(model: Any) -> GPTModel:
+    """The GPTModel inside data-parallel and precision wrappers."""
+    while not isinstance(model, GPTModel):
+        model = model.module
+    return model

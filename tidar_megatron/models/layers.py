@@ -6,10 +6,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
+from tidar_megatron.context_parallel import own_clean_tokens, query_slices
 from tidar_megatron.models.attention import hybrid_attention
 
 
@@ -18,6 +20,10 @@ class HybridCoreAttention(MegatronModule):
 
     megatron-core hands ``attention_mask`` from the model's forward to every layer, through pipeline stages and
     activation recomputation alike, as long as it is a tensor; so the metadata travels that way.
+
+    Under context parallelism the clean keys and values of all ranks are gathered (their gradients reduce-scattered),
+    a few K/V heads at a time: what one gather brings is attended to before the next is asked for. Masks' keys and
+    values never leave their rank, so the traffic is that of plain AR training.
     """
 
     def __init__(
@@ -27,25 +33,50 @@ class HybridCoreAttention(MegatronModule):
         attn_mask_type: Any,
         attention_type: str,
         softmax_scale: float | None = None,
+        pg_collection: Any = None,
         *,
         backend: str,
         chunk_size: int,
+        heads_per_gather: int,
         **unused: Any,
     ) -> None:
         super().__init__(config=config)
-        self.backend, self.chunk_size = backend, chunk_size
+        self.backend, self.chunk_size, self.heads_per_gather = backend, chunk_size, heads_per_gather
+        self.cp_group = pg_collection.cp
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *args: Any, **unused: Any
     ) -> Tensor:
-        """``query [t, b, h, d]``, ``key``/``value [t, b, g, d]``, metadata ``[b, t, 4]`` -> ``[t, b, h*d]``."""
-        q_bhtd, k_bgtd, v_bgtd = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        """``query [t, b, h, d]``, ``key``/``value [t, b, g, d]``, metadata ``[b, keys, 4]`` -> ``[t, b, h*d]``."""
+        size = self.cp_group.size()
+        if size == 1:
+            return self._attend(query, key, value, attention_mask)
+        clean = own_clean_tokens(len(query), attention_mask.shape[1], size)
+        outputs = []
+        groups = key.shape[2]
+        for first in range(0, groups, self.heads_per_gather):
+            heads = slice(first, min(first + self.heads_per_gather, groups))
+            queries = slice(*(query.shape[2] // groups * edge for edge in (heads.start, heads.stop)))
+            keys_values = torch.stack([key[:, :, heads], value[:, :, heads]])
+            gathered = gather_from_sequence_parallel_region(
+                keys_values[:, :clean].transpose(0, 1).contiguous(),
+                tensor_parallel_output_grad=True,  # the backward reduce-scatters: every rank's queries used them
+                group=self.cp_group,
+            )
+            all_keys, all_values = torch.cat([gathered.transpose(0, 1), keys_values[:, clean:]], dim=1)
+            outputs.append(self._attend(query[:, :, queries], all_keys, all_values, attention_mask))
+        return torch.cat(outputs, dim=-1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, visibility: Tensor) -> Tensor:
+        q_bhtd, k_bgkd, v_bgkd = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        rank, size = self.cp_group.rank(), self.cp_group.size()
         out_bhtd = hybrid_attention(
             q_bhtd,
-            k_bgtd,
-            v_bgtd,
-            attention_mask,
+            k_bgkd,
+            v_bgkd,
+            visibility,
+            queries=query_slices(len(query), len(key), rank, size),
             backend=self.backend,
             chunk_size=self.chunk_size,
             scale=self.softmax_scale,

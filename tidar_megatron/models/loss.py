@@ -22,7 +22,7 @@ def joint_loss(batch: Batch, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         the log, the unweighted sums float64 ``[2]`` of the AR and the diffusion losses.
     """
     supervised = losses.detach() * batch.supervised
-    clean = losses.shape[1] // 2 if batch.doubled else losses.shape[1]
+    clean = batch.seq_length
     sums = torch.stack([supervised[:, :clean].sum(), supervised[:, clean:].sum()]).double()
     count = torch.tensor(batch.num_tokens, dtype=torch.int32, device=losses.device)
     return (losses * batch.loss_weights).sum(), count, sums

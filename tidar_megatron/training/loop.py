@@ -14,20 +14,15 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from tidar_megatron.checkpoint.distributed import load_checkpoint, save_checkpoint
 from tidar_megatron.checkpoint.huggingface import check_huggingface_tokenizer, load_huggingface_weights
 from tidar_megatron.checkpoint.initialize import initialize_weights
-from tidar_megatron.config import CONFIG_FILE, Config
-from tidar_megatron.data.loader import TrainingData, check_batch_sizes
+from tidar_megatron.config import CONFIG_FILE, Config, check_world_size
+from tidar_megatron.data.doubled import Batch
+from tidar_megatron.data.loader import TrainingData
 from tidar_megatron.data.manifest import TOKENIZER_FOLDER, read_manifest
-from tidar_megatron.distributed.groups import (
-    Ranks,
-    check_world_size,
-    initialize,
-    shut_down,
-    world_size_from_environment,
-)
+from tidar_megatron.distributed.groups import Ranks, initialize, shut_down, world_size_from_environment
 from tidar_megatron.errors import UserError
 from tidar_megatron.models.gpt import build_model
 from tidar_megatron.training.metrics import MetricsLogger
-from tidar_megatron.training.optimizer import build_optimizer, wrap_model
+from tidar_megatron.training.optimizer import build_optimizer, whole_weights, wrap_model
 from tidar_megatron.training.resolve import check_continues, resolve, starting_point
 from tidar_megatron.training.step import evaluate, train_step
 
@@ -40,8 +35,8 @@ class Trainer:
     ranks: Ranks
     train_data: TrainingData
     valid_data: TrainingData | None
-    model: GPTModel
-    ddp: DistributedDataParallel
+    model: list[GPTModel]
+    ddp: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     iteration: int = 0
@@ -52,7 +47,8 @@ class Trainer:
         """Everything up to the first step; bad input is refused before any process group exists."""
         if config.data.train_data is None:
             raise UserError("--train-data is missing: give a folder made by tools/prepare_data.py")
-        check_world_size(config.parallel, world_size_from_environment())
+        world_size = world_size_from_environment()
+        check_world_size(config, world_size)
         folder = config.data.train_data
         tokenizer = read_manifest(folder).tokenizer
         config = resolve(config, tokenizer)
@@ -77,12 +73,6 @@ class Trainer:
         valid_data = data(config.data.valid_data) if config.data.valid_data else None
         if valid_data is not None:
             train_data.check_same_tokenizer(valid_data)
-        model_parallel = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
-        check_batch_sizes(
-            config.training.global_batch_size,
-            config.training.micro_batch_size,
-            world_size_from_environment() // model_parallel,
-        )
         ranks = initialize(config.parallel, config.training.seed)
         model = build_model(config, config.model.vocab_size, ranks)
         if start is None and config.training.init_from:
@@ -103,23 +93,34 @@ class Trainer:
         """Whether the next step trains the joint objective (else plain AR)."""
         return self.iteration >= self.config.ar_warmup_iters
 
+    def _own(self, batches: list[Batch]) -> list[Batch]:
+        """What this context-parallel rank holds of its data-parallel rank's micro-batches."""
+        cp = self.ranks.groups.cp
+        return [batch.shard(cp.rank(), cp.size()) for batch in batches]
+
+    def step_batches(self) -> list[Batch]:
+        """This rank's micro-batches of the next step."""
+        training, groups = self.config.training, self.ranks.groups
+        return self._own(
+            self.train_data.step_batches(
+                self.consumed_sequences,
+                training.global_batch_size,
+                training.micro_batch_size,
+                groups.dp.rank(),
+                groups.dp.size(),
+                self.doubled,
+            )
+        )
+
     def step(self) -> dict:
         """One optimizer step; what of it is logged."""
-        training, groups = self.config.training, self.ranks.groups
         phase = "joint" if self.doubled else "AR"
-        batches = self.train_data.step_batches(
-            self.consumed_sequences,
-            training.global_batch_size,
-            training.micro_batch_size,
-            groups.dp.rank(),
-            groups.dp.size(),
-            self.doubled,
-        )
+        batches = self.step_batches()
         alpha = self.config.tidar.ar_loss_weight
         learning_rate = self.optimizer.param_groups[0]["lr"]
         result = train_step(self.ddp, self.optimizer, self.scheduler, batches, alpha, self.ranks)
         self.iteration += 1
-        self.consumed_sequences += training.global_batch_size
+        self.consumed_sequences += self.config.training.global_batch_size
         diffusion = result.diffusion_loss
         loss = result.ar_loss if diffusion is None else (alpha * result.ar_loss + diffusion) / (1 + alpha)
         return {
@@ -129,6 +130,7 @@ class Trainer:
             "diffusion_loss": diffusion,
             "learning_rate": learning_rate,
             "grad_norm": result.grad_norm,
+            **({} if result.balancing_loss is None else {"balancing_loss": result.balancing_loss}),
             "consumed_sequences": self.consumed_sequences,
         }
 
@@ -138,21 +140,26 @@ class Trainer:
             return None
         training, groups = self.config.training, self.ranks.groups
         batches = self.valid_data.evaluation_batches(
-            training.eval_sequences, training.micro_batch_size, groups.dp.rank(), groups.dp.size()
+            training.eval_sequences,
+            training.micro_batch_size,
+            groups.dp.rank(),
+            groups.dp.size(),
+            multiple=groups.pp.size() if len(self.model) > 1 else 1,
         )
-        return evaluate(self.ddp, batches, self.config.tidar.block_size, self.ranks)
+        return evaluate(self.ddp, self._own(batches), self.config.tidar.block_size, self.ranks)
 
     def save(self) -> None:
         """A checkpoint of this moment, if the run has a folder."""
         if self.config.checkpoint.save:
-            save_checkpoint(
-                self.config.checkpoint.save,
-                self.iteration,
-                self.consumed_sequences,
-                self.model,
-                self.optimizer,
-                self.scheduler,
-            )
+            with whole_weights(self.ddp):
+                save_checkpoint(
+                    self.config.checkpoint.save,
+                    self.iteration,
+                    self.consumed_sequences,
+                    self.model,
+                    self.optimizer,
+                    self.scheduler,
+                )
 
     def write_run_folder(self) -> None:
         """What makes the run's folder complete in itself: the resolved configuration and the tokenizer."""
@@ -215,8 +222,12 @@ def _loop(trainer: Trainer, logger: MetricsLogger) -> None:
 def describe(trainer: Trainer, logger: MetricsLogger) -> None:
     """The run in a few lines."""
     config, tidar, groups = trainer.config, trainer.config.tidar, trainer.ranks.groups
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    layout = f"TP {groups.tp.size()} x PP {groups.pp.size()} x DP {groups.dp.size()}"
+    parameters = sum(p.numel() for chunk in trainer.model for p in chunk.parameters())
+    sizes = {"TP": groups.tp, "PP": groups.pp, "CP": groups.cp, "EP": groups.ep, "DP": groups.dp}
+    shown = [
+        f"{name} {group.size()}" for name, group in sizes.items() if group.size() > 1 or name in ("TP", "PP", "DP")
+    ]
+    layout = " x ".join(shown) + (f", {len(trainer.model)} chunks a stage" if len(trainer.model) > 1 else "")
     logger.say(f"{layout} on {trainer.ranks.device.type}, {parameters:,} parameters on this rank")
     data = trainer.train_data.documents.manifest
     logger.say(

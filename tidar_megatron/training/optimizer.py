@@ -1,5 +1,8 @@
 """megatron-core's DDP, Adam and learning-rate schedule, from our configuration."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
@@ -11,17 +14,48 @@ from tidar_megatron.config import Config
 from tidar_megatron.errors import UserError
 
 
-def wrap_model(model: GPTModel, config: Config) -> DistributedDataParallel:
-    """Data-parallel wrapper; gradients are summed in float32 over ranks and divided by the global token count."""
-    transformer = model.config
-    wrapped = Float16Module(transformer, model) if config.training.bf16 else model
-    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, check_for_nan_in_grad=True)
+def wrap_model(chunks: list[GPTModel], config: Config) -> list[DistributedDataParallel]:
+    """Data-parallel wrappers; gradients are summed in float32 over ranks and divided by the global token count."""
+    transformer, parallel = chunks[0].config, config.parallel
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        check_for_nan_in_grad=True,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+    )
+    wrapped = [
+        DistributedDataParallel(
+            transformer,
+            settings,
+            Float16Module(transformer, chunk) if config.training.bf16 else chunk,
+            disable_bucketing=number > 0,  # later chunks' reduction hides behind the pipeline's other work
+        )
+        for number, chunk in enumerate(chunks)
+    ]
     transformer.finalize_model_grads_func = finalize_model_grads
-    return DistributedDataParallel(transformer, ddp_config, wrapped)
+    if parallel.overlap_grad_reduce:
+        one = len(wrapped) == 1
+        transformer.no_sync_func = wrapped[0].no_sync if one else [chunk.no_sync for chunk in wrapped]
+        transformer.grad_sync_func = None if one else [chunk.start_grad_sync for chunk in wrapped]
+    return wrapped
+
+
+@contextmanager
+def whole_weights(model: list[DistributedDataParallel]) -> Iterator[None]:
+    """Outside of training steps: wait for weights that are still being gathered, and gather none in the forward."""
+    overlapping = [chunk for chunk in model if chunk.ddp_config.overlap_param_gather]
+    for chunk in overlapping:
+        chunk.disable_forward_pre_hook()
+    try:
+        yield
+    finally:
+        for chunk in overlapping:
+            chunk.enable_forward_pre_hook()
 
 
 def build_optimizer(
-    model: DistributedDataParallel, config: Config
+    model: list[DistributedDataParallel], config: Config
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """Adam with decoupled weight decay (none on biases and norms), and the schedule in units of steps.
 
@@ -51,8 +85,10 @@ def build_optimizer(
             clip_grad=opt.clip_grad,
             bf16=config.training.bf16,
             params_dtype=torch.bfloat16 if config.training.bf16 else torch.float32,
+            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+            overlap_param_gather=config.parallel.overlap_param_gather,
         ),
-        [model],
+        model,
     )
     scheduler = OptimizerParamScheduler(
         optimizer,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tidar_megatron.checkpoint.distributed import latest_iteration
 from tidar_megatron.checkpoint.huggingface import mask_token_of_huggingface, model_from_huggingface
-from tidar_megatron.config import CONFIG_FILE, Config, ModelConfig, flag, load_config
+from tidar_megatron.config import CONFIG_FILE, Config, ModelConfig, check_config, flag, load_config
 from tidar_megatron.data.manifest import TOKENIZER_FOLDER, TokenizerEntry
 from tidar_megatron.data.tokenizer import fingerprint, load_tokenizer
 from tidar_megatron.errors import UserError
@@ -46,7 +46,7 @@ def resolve(config: Config, tokenizer: TokenizerEntry) -> Config:
         model=dataclasses.replace(model, vocab_size=max(model.vocab_size or 0, mask + 1)),
         tidar=dataclasses.replace(config.tidar, mask_token_id=mask),
     )
-    resolved.check()
+    check_config(resolved)
     return resolved
 
 
@@ -56,6 +56,7 @@ CONTINUED = {
     "tidar": ["block_size", "mask_token_id"],
     "data": ["seq_length"],
     "training": ["seed"],
+    "parallel": ["use_distributed_optimizer"],  # the two kinds of optimizer state cannot be turned into each other
 }
 
 

@@ -11,10 +11,13 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from tidar_megatron.data.doubled import Batch, set_loss_weights
+from tidar_megatron.data.doubled import Batch, TokenCounts, set_loss_weights
 from tidar_megatron.distributed.groups import Ranks
 from tidar_megatron.models.draft_metrics import EvaluationSums, evaluation_sums
+from tidar_megatron.models.experts import take_balancing_loss
+from tidar_megatron.models.gpt import run_model, unwrap
 from tidar_megatron.models.loss import joint_loss
+from tidar_megatron.training.optimizer import whole_weights
 
 
 @dataclass(frozen=True)
@@ -24,17 +27,22 @@ class StepResult:
     ar_loss: float
     diffusion_loss: float | None  # None in the AR warm-up
     grad_norm: float  # before clipping
+    balancing_loss: float | None = None  # mixture of experts: unweighted mean over layers; 1 is perfect balance
 
 
-def _run_schedule(
-    model: DistributedDataParallel, batches: list[Batch], forward_step: Callable, *, forward_only: bool
-) -> list[Tensor]:
+Model = list[DistributedDataParallel]  # this rank's chunks: one, or VPP of them
+
+
+def _run_schedule(model: Model, batches: list[Batch], forward_step: Callable, *, forward_only: bool) -> list[Tensor]:
     """One pass over the micro-batches; the loss function's reports on the last stage, nothing on the others."""
+    chunks = [unwrap(chunk) for chunk in model]
     micro_batch_size, length = batches[0].tokens.shape
+    length *= chunks[0].pg_collection.cp.size()  # megatron-core divides it again
+    interleaved = len(model) > 1
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(batches),
-        model=model,
+        data_iterator=[iter(batches) for _ in model] if interleaved else iter(batches),
+        model=model if interleaved else model[0],
         num_microbatches=len(batches),
         seq_length=length,
         micro_batch_size=micro_batch_size,
@@ -45,13 +53,11 @@ def _run_schedule(
 
 def _training_forward(data_iterator: Iterator[Batch], model: DistributedDataParallel) -> tuple[Tensor, partial]:
     batch = next(data_iterator)
-    losses = model(batch.tokens, batch.position_ids, batch.visibility, labels=batch.labels)
+    losses = run_model(model, batch, batch.labels)
     return losses, partial(joint_loss, batch)
 
 
-def forward_backward(
-    model: DistributedDataParallel, batches: list[Batch], ar_loss_weight: float, ranks: Ranks
-) -> tuple[Tensor, Tensor]:
+def forward_backward(model: Model, batches: list[Batch], ar_loss_weight: float, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """Fill the model's ``main_grad`` with the gradient of the joint loss over the whole global batch.
 
     The supervised tokens of all ranks and micro-batches are counted before the first forward, so that the loss is a
@@ -61,20 +67,21 @@ def forward_backward(
         The sums of the AR and the diffusion losses, float64 ``[2]``, and their counts, int64 ``[2]``, both over the
         global batch and the same on every rank.
     """
-    counts = torch.tensor([[batch.ar_tokens, batch.diffusion_tokens] for batch in batches]).sum(0)
+    counts = torch.tensor([[b.ar_tokens, b.diffusion_tokens, b.num_tokens] for b in batches]).sum(0)
     counts = ranks.sum_over_data(counts.to(ranks.device))
-    ar_tokens, diffusion_tokens = counts.tolist()
+    total = TokenCounts(*counts.tolist())
     for batch in batches:
-        set_loss_weights(batch, ar_tokens, diffusion_tokens, ar_loss_weight)
-    model.zero_grad_buffer()
+        set_loss_weights(batch, total, ar_loss_weight)
+    for chunk in model:
+        chunk.zero_grad_buffer()
     batches = [batch.to(ranks.device) for batch in batches]
     reports = _run_schedule(model, batches, _training_forward, forward_only=False)
     sums = torch.stack(reports).sum(0) if reports else torch.zeros(2, dtype=torch.float64, device=ranks.device)
-    return ranks.sum_over_data(ranks.from_last_stage(sums)), counts
+    return ranks.sum_over_data(ranks.from_last_stage(sums)), counts[:2]
 
 
 def train_step(
-    model: DistributedDataParallel,
+    model: Model,
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     batches: list[Batch],
@@ -87,12 +94,17 @@ def train_step(
     _, grad_norm, _ = optimizer.step()
     scheduler.step(increment=1)
     ar, diffusion = (sums / counts.clamp(min=1)).tolist()
-    return StepResult(ar_loss=ar, diffusion_loss=diffusion if batches[0].doubled else None, grad_norm=float(grad_norm))
+    balancing = take_balancing_loss(unwrap(chunk) for chunk in model).to(ranks.device)
+    balanced, tokens = ranks.sum_over_all(balancing).tolist()
+    return StepResult(
+        ar_loss=ar,
+        diffusion_loss=diffusion if batches[0].doubled else None,
+        grad_norm=float(grad_norm),
+        balancing_loss=balanced / tokens if tokens else None,
+    )
 
 
-def evaluate(
-    model: DistributedDataParallel, batches: list[Batch], block_size: int, ranks: Ranks
-) -> dict[str, float | list[float]]:
+def evaluate(model: Model, batches: list[Batch], block_size: int, ranks: Ranks) -> dict[str, float | list[float]]:
     """Both losses and the draft metrics over held-out batches, the same on every rank.
 
     Every rank brings the same number of micro-batches (``data/loader.py`` pads with unsupervised rows).
@@ -100,7 +112,7 @@ def evaluate(
 
     def forward(data_iterator: Iterator[Batch], model: DistributedDataParallel) -> tuple[Tensor, Callable]:
         batch = next(data_iterator)
-        logits = model(batch.tokens, batch.position_ids, batch.visibility)
+        logits = run_model(model, batch)
 
         def report(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             sums = evaluation_sums(logits, batch, block_size, ranks.groups.tp)
@@ -108,9 +120,11 @@ def evaluate(
 
         return logits, report
 
-    model.eval()
-    with torch.no_grad():  # megatron-core's forward_only alone still records the graph
+    for chunk in model:
+        chunk.eval()
+    with torch.no_grad(), whole_weights(model):  # megatron-core's forward_only alone still records the graph
         reports = _run_schedule(model, [batch.to(ranks.device) for batch in batches], forward, forward_only=True)
-    model.train()
+    for chunk in model:
+        chunk.train()
     total = torch.stack(reports).sum(0) if reports else EvaluationSums.zeros(block_size, ranks.device).values
     return EvaluationSums(ranks.sum_over_data(ranks.from_last_stage(total))).means()

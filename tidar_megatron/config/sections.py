@@ -1,25 +1,11 @@
-"""One typed configuration: a dataclass tree, filled from a YAML file, then from command-line flags.
+"""The configuration: a tree of frozen dataclasses, one section per concern, every field with its help text."""
 
-Flags carry Megatron-LM's own names where it has one (``--tensor-model-parallel-size``, ``--lr-decay-style``); the YAML
-file has the same names with underscores, grouped by section. Both go through one validation, so an unknown key or a
-wrong type fails in the same single line wherever it was written. The resolved tree is saved with the run.
-"""
-
-import argparse
 import dataclasses
-import difflib
-import math
-import typing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-
-from tidar_megatron.errors import OneLineParser, UserError
-
-CONFIG_FILE = "resolved_config.yaml"  # the whole tree, in the run's folder
+from pydantic import ConfigDict, Field
 
 
 class Section:
@@ -74,6 +60,12 @@ class ModelConfig(Section):
     )
     max_position_embeddings: Count | None = described("context limit written on export; default: seq-length", None)
     transformer_impl: Literal["local", "transformer_engine"] = described("megatron-core's layers to build on", "local")
+    num_experts: Count | None = described("experts of each layer (Qwen3-MoE); default: a dense feed-forward", None)
+    moe_router_topk: Count = described("experts that a token is sent to", 2)
+    moe_ffn_hidden_size: Count | None = described("width of one expert; default: ffn-hidden-size", None)
+    moe_aux_loss_coeff: Rate = described("weight of the load-balancing loss, per layer", 0.0)
+    moe_token_dispatcher_type: Literal["allgather", "alltoall"] = described("how tokens travel to experts", "allgather")
+    moe_grouped_gemm: bool = described("one kernel for all experts of a rank; needs transformer_engine", False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +117,23 @@ class ParallelConfig(Section):
 
     tensor_model_parallel_size: Count = described("TP", 1)
     pipeline_model_parallel_size: Count = described("PP", 1)
+    virtual_pipeline_model_parallel_size: Count | None = described("VPP: interleaved model chunks per stage", None)
+    context_parallel_size: Count = described("CP: each sequence is shared by this many ranks", 1)
+    context_parallel_kv_heads: Count = described("K/V heads that one all-gather of CP carries; fewer: less memory", 4)
+    expert_model_parallel_size: Count = described("EP: the experts of a layer are spread over this many ranks", 1)
+    expert_tensor_parallel_size: Count = described("ranks that share one expert (Megatron-LM's default is TP)", 1)
     sequence_parallel: bool = described("shard norms and residuals over TP along the sequence", False)
+    use_distributed_optimizer: bool = described("shard the optimizer's state over data-parallel ranks", False)
+    overlap_grad_reduce: bool = described("reduce gradients while the backward runs", False)
+    overlap_param_gather: bool = described("gather the sharded optimizer's weights while the forward runs", False)
+    recompute_granularity: Literal["full", "selective"] | None = described("activation recomputation", None)
+    recompute_method: Literal["uniform", "block"] = described(
+        "full: which layers; uniform groups or the first", "uniform"
+    )
+    recompute_num_layers: Count = described("full: layers per group (uniform) or recomputed per stage (block)", 1)
+    recompute_modules: tuple[Literal["core_attn", "mlp", "moe", "layernorm"], ...] = described(
+        "selective: what is recomputed; layernorm needs transformer_engine", ("core_attn",)
+    )
     distributed_timeout_minutes: Count = described("time-out of collectives", 10)
 
 
@@ -161,144 +169,11 @@ class Config(Section):
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
 
-    def check(self) -> None:
-        """Refuse what no later part could mend: relations between the fields.
-
-        Raises:
-            UserError: names the flag, its value and the nearest value that works.
-        """
-        B, S, tp = self.tidar.block_size, self.data.seq_length, self.parallel.tensor_model_parallel_size
-        model, pp = self.model, self.parallel.pipeline_model_parallel_size
-        if B < 1:
-            raise UserError(f"--block-size {B}: must be at least 1")
-        step = math.lcm(B, tp) if self.parallel.sequence_parallel else B
-        if S % step:
-            why = f"--block-size {B}" + (f" and --tensor-model-parallel-size {tp}" if step != B else "")
-            raise UserError(f"--seq-length {S}: must be a multiple of {step} ({why}); nearest: {nearest(S, step)}")
-        if self.training.init_from and model == ModelConfig():
-            return  # the folder decides; checked again once it is read
-        groups = model.num_query_groups or model.num_attention_heads
-        if model.num_attention_heads % groups:
-            raise UserError(
-                f"--num-query-groups {groups}: must divide --num-attention-heads {model.num_attention_heads}"
-            )
-        if model.kv_channels is None and model.hidden_size % model.num_attention_heads:
-            raise UserError(
-                f"--hidden-size {model.hidden_size}: must be a multiple of --num-attention-heads "
-                f"{model.num_attention_heads}, or give --kv-channels"
-            )
-        if model.kv_channels is not None and model.kv_channels % 2:
-            raise UserError(f"--kv-channels {model.kv_channels}: must be even, rotary positions turn pairs of channels")
-        for flag, value, size, layout in (
-            ("--num-attention-heads", model.num_attention_heads, tp, "--tensor-model-parallel-size"),
-            ("--num-query-groups", groups, tp, "--tensor-model-parallel-size"),
-            ("--ffn-hidden-size", model.ffn_hidden_size, tp, "--tensor-model-parallel-size"),
-            (
-                "--make-vocab-size-divisible-by",
-                model.make_vocab_size_divisible_by,
-                tp,
-                "--tensor-model-parallel-size",
-            ),
-            ("--num-layers", model.num_layers, pp, "--pipeline-model-parallel-size"),
-        ):
-            if value % size:
-                raise UserError(
-                    f"{flag} {value}: must be a multiple of {layout} {size}; nearest: {nearest(value, size)}"
-                )
-
     @property
     def ar_warmup_iters(self) -> int:
         """Steps of plain AR training before the joint objective begins."""
         return round(self.tidar.ar_warmup_fraction * self.training.train_iters)
 
     def to_yaml(self) -> str:
-        """The resolved tree as YAML, readable by :func:`load_config`."""
+        """The resolved tree as YAML, readable by :func:`tidar_megatron.config.load_config`."""
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
-
-
-def nearest(value: int, step: int) -> int:
-    """The multiple of ``step`` nearest to ``value``, and at least ``step``."""
-    return max(step, round(value / step) * step)
-
-
-SECTIONS: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(Config)}
-# flag name -> its section; flags are flat as Megatron's are, so a name may stand in one section only
-FIELDS: dict[str, str] = {field.name: name for name, cls in SECTIONS.items() for field in dataclasses.fields(cls)}
-assert len(FIELDS) == sum(len(dataclasses.fields(cls)) for cls in SECTIONS.values()), "a flag name stands twice"
-
-
-def flag(name: str) -> str:
-    """``seq_length`` -> ``--seq-length``."""
-    return "--" + name.replace("_", "-")
-
-
-def _is_switch(section: str, name: str) -> bool:
-    return next(f.type for f in dataclasses.fields(SECTIONS[section]) if f.name == name) is bool
-
-
-def build_config(tree: dict[str, Any], source: str = "config") -> Config:
-    """Validate a nested dict of plain values.
-
-    Raises:
-        UserError: one line that names the unknown key or the value of a wrong type.
-    """
-    for name, values in tree.items():
-        for key, value in values.items() if isinstance(values, dict) else ():
-            if isinstance(value, bool) and FIELDS.get(key) == name and not _is_switch(name, key):
-                raise UserError(f"{source}: {name}.{key} ({flag(key)}): must be a number, got {value!r}")
-    try:
-        config = TypeAdapter(Config).validate_python(tree)
-    except ValidationError as error:
-        first = error.errors()[0]
-        path = [str(part) for part in first["loc"]]
-        where = f"{source}: {'.'.join(path)}"
-        if first["type"] == "unexpected_keyword_argument":
-            known = list(FIELDS) if len(path) > 1 else list(SECTIONS)
-            hint = difflib.get_close_matches(path[-1], known, n=1)
-            here = f" (did you mean {hint[0]!r}?)" if hint else ""
-            raise UserError(f"{where}: unknown key{here}") from None
-        if path[-1] in FIELDS:
-            where += f" ({flag(path[-1])})"
-        raise UserError(f"{where}: {first['msg']}, got {first['input']!r}") from None
-    config.check()
-    return config
-
-
-def load_config(path: str | Path, overrides: dict[str, dict[str, Any]] | None = None) -> Config:
-    """Read a YAML file; ``overrides`` (section -> name -> value) win over it."""
-    try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"--config {path}: must hold sections such as 'model:', not {type(tree).__name__}")
-    for name, values in (overrides or {}).items():
-        if not isinstance(tree.setdefault(name, {}) or {}, dict):
-            break  # the validation names it
-        tree[name] = {**(tree[name] or {}), **values}
-    return build_config({k: {} if v is None else v for k, v in tree.items()}, source=str(path))
-
-
-def parse_config(argv: list[str] | None = None, description: str = "") -> Config:
-    """The command line of a training program: ``--config FILE.yaml``, and one flag per field that wins over it."""
-    parser = OneLineParser(description=description, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE.yaml", help="YAML file with the sections below; flags win over it")
-    for name, cls in SECTIONS.items():
-        group = parser.add_argument_group(name, (cls.__doc__ or "").split("\n")[0])
-        for field in dataclasses.fields(cls):
-            default = "" if field.default is None else f" [{field.default}]"
-            kind: dict[str, Any] = {"help": field.metadata["help"].replace("%", "%%") + default}
-            if field.type is bool:
-                kind["action"] = argparse.BooleanOptionalAction
-            else:
-                choices = typing.get_args(field.type) if typing.get_origin(field.type) is Literal else ()
-                kind["metavar"] = "|".join(choices) or field.name.upper()
-            group.add_argument(flag(field.name), dest=field.name, default=argparse.SUPPRESS, **kind)
-    given = vars(parser.parse_args(argv))
-    path = given.pop("config", None)
-    overrides: dict[str, dict[str, Any]] = {}
-    for name, value in given.items():
-        overrides.setdefault(FIELDS[name], {})[name] = value
-    return load_config(path, overrides) if path else build_config(overrides, source="command line")

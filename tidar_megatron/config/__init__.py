@@ -1,0 +1,28 @@
+"""One typed configuration: a tree of sections, read from YAML and flags, checked before anything heavy starts."""
+
+from tidar_megatron.config.checks import check_config, check_world_size
+from tidar_megatron.config.reader import FIELDS, SECTIONS, build_config, flag, load_config, parse_config
+from tidar_megatron.config.sections import (
+    Config,
+    ModelConfig,
+    ParallelConfig,
+    TiDARConfig,
+)
+
+CONFIG_FILE = "resolved_config.yaml"  # the whole tree, in the run's folder
+
+__all__ = [
+    "CONFIG_FILE",
+    "FIELDS",
+    "SECTIONS",
+    "Config",
+    "ModelConfig",
+    "ParallelConfig",
+    "TiDARConfig",
+    "build_config",
+    "check_config",
+    "check_world_size",
+    "flag",
+    "load_config",
+    "parse_config",
+]

@@ -1,0 +1,176 @@
+"""Relations between the fields: what no later part could mend is refused here, before any process group is made.
+
+Each refusal is one line that names the flag, its value and the nearest value or layout that works.
+"""
+
+import math
+
+from tidar_megatron.config.sections import Config, ModelConfig
+from tidar_megatron.errors import UserError
+
+TP, PP, VPP, CP, EP = (
+    "--tensor-model-parallel-size",
+    "--pipeline-model-parallel-size",
+    "--virtual-pipeline-model-parallel-size",
+    "--context-parallel-size",
+    "--expert-model-parallel-size",
+)
+
+
+def check_config(config: Config) -> None:
+    """Refuse a configuration that contradicts itself.
+
+    Raises:
+        UserError: names the flag, its value and the nearest value that works.
+    """
+    if config.tidar.block_size < 1:
+        raise UserError(f"--block-size {config.tidar.block_size}: must be at least 1")
+    check_lengths(config)
+    check_switches(config)
+    if config.training.init_from and config.model == ModelConfig():
+        return  # the folder decides; checked again once it is read
+    check_model(config.model)
+    check_layout(config)
+
+
+def check_lengths(config: Config) -> None:
+    """The sequence must divide into what each rank holds: whole blocks, two zigzag chunks, equal TP shards."""
+    B, S, parallel = config.tidar.block_size, config.data.seq_length, config.parallel
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    step, why = B, f"--block-size {B}"
+    if cp > 1:
+        step, why = 2 * cp * B, f"2 x {CP} {cp} x {why}"
+    if parallel.sequence_parallel and math.lcm(step, cp * tp) != step:
+        step, why = math.lcm(step, cp * tp), f"{why}, and {TP} {tp}"
+    if S % step:
+        raise UserError(f"--seq-length {S}: must be a multiple of {step} ({why}); nearest: {nearest(S, step)}")
+
+
+def check_switches(config: Config) -> None:
+    """Switches that need each other."""
+    parallel, model = config.parallel, config.model
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+        raise UserError(f"--sequence-parallel shards over tensor-parallel ranks: needs {TP} 2 or more; or leave it out")
+    if parallel.overlap_param_gather and not parallel.use_distributed_optimizer:
+        raise UserError("--overlap-param-gather: needs --use-distributed-optimizer, whose weights it gathers")
+    if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
+        raise UserError("--overlap-param-gather: needs --overlap-grad-reduce as well")
+    local = model.transformer_impl == "local"
+    if local and parallel.recompute_granularity == "selective" and "layernorm" in parallel.recompute_modules:
+        raise UserError("--recompute-modules layernorm: needs --transformer-impl transformer_engine; or leave it out")
+    if model.moe_grouped_gemm and local:
+        raise UserError("--moe-grouped-gemm: needs --transformer-impl transformer_engine; or leave it out")
+
+
+def check_model(model: ModelConfig) -> None:
+    """A model that exists in any layout at all."""
+    heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
+    if heads % groups:
+        raise UserError(f"--num-query-groups {groups}: must divide --num-attention-heads {heads}")
+    if model.kv_channels is None and model.hidden_size % heads:
+        raise UserError(
+            f"--hidden-size {model.hidden_size}: must be a multiple of --num-attention-heads {heads}, "
+            "or give --kv-channels"
+        )
+    if model.kv_channels is not None and model.kv_channels % 2:
+        raise UserError(f"--kv-channels {model.kv_channels}: must be even, rotary positions turn pairs of channels")
+    if model.num_experts is not None and model.moe_router_topk > model.num_experts:
+        raise UserError(
+            f"--moe-router-topk {model.moe_router_topk}: there are {model.num_experts} experts; "
+            f"nearest: {model.num_experts}"
+        )
+
+
+def check_layout(config: Config) -> None:
+    """The model must divide over the ranks."""
+    model, parallel = config.model, config.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    vpp, ep = parallel.virtual_pipeline_model_parallel_size or 1, parallel.expert_model_parallel_size
+    shared = {
+        "--num-attention-heads": model.num_attention_heads,
+        "--num-query-groups": model.num_query_groups or model.num_attention_heads,
+        "--make-vocab-size-divisible-by": model.make_vocab_size_divisible_by,
+    }
+    if model.num_experts is None:
+        shared["--ffn-hidden-size"] = model.ffn_hidden_size
+    for flag, value in shared.items():
+        if value % tp:
+            works = nearest_divisor(tp, *shared.values())
+            raise UserError(f"{TP} {tp}: must divide {flag} {value}; nearest that works for the model: {TP} {works}")
+    if vpp > 1 and pp == 1:
+        raise UserError(f"{VPP} {vpp}: interleaves pipeline stages, but there is one; leave it out, or give {PP} 2")
+    if model.num_layers % (pp * vpp):
+        works = nearest_divisor(pp * vpp, model.num_layers)
+        stages = nearest_divisor(pp, works)
+        nearest_layout = f"{PP} {stages}" + (f" {VPP} {works // stages}" if works // stages > 1 and stages > 1 else "")
+        given = f"{PP} {pp}" + (f" x {VPP} {vpp}" if vpp > 1 else "")
+        raise UserError(f"{given}: must divide --num-layers {model.num_layers}; nearest: {nearest_layout}")
+    if (ep > 1 or parallel.expert_tensor_parallel_size > 1) and model.num_experts is None:
+        raise UserError(f"{EP} {ep}: there are no experts to spread; give --num-experts, or leave it out")
+    if model.num_experts is not None:
+        if model.num_experts % ep:
+            works = nearest_divisor(ep, model.num_experts)
+            raise UserError(f"{EP} {ep}: must divide --num-experts {model.num_experts}; nearest: {EP} {works}")
+        width, etp = model.moe_ffn_hidden_size or model.ffn_hidden_size, parallel.expert_tensor_parallel_size
+        if width % etp:
+            works = nearest_divisor(etp, width)
+            raise UserError(f"--expert-tensor-parallel-size {etp}: must divide {width}; nearest that works: {works}")
+        if tp > 1 and not parallel.sequence_parallel:
+            raise UserError(f"{TP} {tp} with --num-experts: megatron-core needs --sequence-parallel with it; add it")
+
+
+def check_world_size(config: Config, world_size: int) -> int:
+    """Refuse a layout that the processes at hand cannot fill.
+
+    Returns:
+        The data-parallel size.
+
+    Raises:
+        UserError: names the layout, the processes there are, and the number that works.
+    """
+    parallel, training = config.parallel, config.training
+    tp, pp, cp = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+    )
+    sizes = ((TP, tp), (PP, pp), (CP, cp)) if cp > 1 else ((TP, tp), (PP, pp))
+    refuse_world_size(" x ".join(f"{flag} {n}" for flag, n in sizes), tp * pp * cp, world_size)
+    ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
+    experts = " x ".join((f"{EP} {ep}", f"--expert-tensor-parallel-size {etp}", f"{PP} {pp}"))
+    refuse_world_size(experts, math.lcm(ep * etp * pp, tp * pp * cp), world_size)
+    dp = world_size // (tp * pp * cp)
+    together = training.micro_batch_size * dp
+    if (parallel.virtual_pipeline_model_parallel_size or 1) > 1:
+        together *= pp  # the interleaved schedule takes micro-batches in groups of PP
+        stages = f" x {pp} interleaved pipeline stages"
+    else:
+        stages = ""
+    if training.global_batch_size % together:
+        raise UserError(
+            f"--global-batch-size {training.global_batch_size}: must be a multiple of "
+            f"--micro-batch-size {training.micro_batch_size} x {dp} data-parallel ranks{stages}; "
+            f"nearest: {nearest(training.global_batch_size, together)}"
+        )
+    return dp
+
+
+def refuse_world_size(layout: str, size: int, world_size: int) -> None:
+    """Refuse ``world_size`` processes where ``layout`` fills a multiple of ``size``."""
+    if world_size % size:
+        needed = max(size, world_size // size * size)
+        raise UserError(
+            f"{layout} needs a multiple of {size} processes, but there are {world_size}; "
+            f"try torchrun --nproc-per-node {needed}"
+        )
+
+
+def nearest(value: int, step: int) -> int:
+    """The multiple of ``step`` nearest to ``value``, and at least ``step``."""
+    return max(step, round(value / step) * step)
+
+
+def nearest_divisor(value: int, *numbers: int) -> int:
+    """The common divisor of ``numbers`` nearest to ``value``; the smaller of two equally near."""
+    common = math.gcd(*numbers)
+    return min((n for n in range(1, common + 1) if common % n == 0), key=lambda n: (abs(n - value), n))

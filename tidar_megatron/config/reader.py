@@ -1,0 +1,104 @@
+"""Where a configuration comes from: a YAML file, then command-line flags over it, through one validation.
+
+Flags carry Megatron-LM's own names where it has one (``--tensor-model-parallel-size``, ``--lr-decay-style``); the YAML
+file has the same names with underscores, grouped by section. An unknown key or a wrong type fails in the same single
+line wherever it was written.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from tidar_megatron.config.checks import check_config
+from tidar_megatron.config.sections import Config
+from tidar_megatron.errors import OneLineParser, UserError
+
+SECTIONS: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(Config)}
+# flag name -> its section; flags are flat as Megatron's are, so a name may stand in one section only
+FIELDS: dict[str, str] = {field.name: name for name, cls in SECTIONS.items() for field in dataclasses.fields(cls)}
+assert len(FIELDS) == sum(len(dataclasses.fields(cls)) for cls in SECTIONS.values()), "a flag name stands twice"
+
+
+def flag(name: str) -> str:
+    """``seq_length`` -> ``--seq-length``."""
+    return "--" + name.replace("_", "-")
+
+
+def _is_switch(section: str, name: str) -> bool:
+    return next(f.type for f in dataclasses.fields(SECTIONS[section]) if f.name == name) is bool
+
+
+def build_config(tree: dict[str, Any], source: str = "config") -> Config:
+    """Validate a nested dict of plain values.
+
+    Raises:
+        UserError: one line that names the unknown key or the value of a wrong type.
+    """
+    for name, values in tree.items():
+        for key, value in values.items() if isinstance(values, dict) else ():
+            if isinstance(value, bool) and FIELDS.get(key) == name and not _is_switch(name, key):
+                raise UserError(f"{source}: {name}.{key} ({flag(key)}): must be a number, got {value!r}")
+    try:
+        config = TypeAdapter(Config).validate_python(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = [str(part) for part in first["loc"]]
+        where = f"{source}: {'.'.join(path)}"
+        if first["type"] == "unexpected_keyword_argument":
+            known = list(FIELDS) if len(path) > 1 else list(SECTIONS)
+            hint = difflib.get_close_matches(path[-1], known, n=1)
+            here = f" (did you mean {hint[0]!r}?)" if hint else ""
+            raise UserError(f"{where}: unknown key{here}") from None
+        if path[-1] in FIELDS:
+            where += f" ({flag(path[-1])})"
+        raise UserError(f"{where}: {first['msg']}, got {first['input']!r}") from None
+    check_config(config)
+    return config
+
+
+def load_config(path: str | Path, overrides: dict[str, dict[str, Any]] | None = None) -> Config:
+    """Read a YAML file; ``overrides`` (section -> name -> value) win over it."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"--config {path}: must hold sections such as 'model:', not {type(tree).__name__}")
+    for name, values in (overrides or {}).items():
+        if not isinstance(tree.setdefault(name, {}) or {}, dict):
+            break  # the validation names it
+        tree[name] = {**(tree[name] or {}), **values}
+    return build_config({k: {} if v is None else v for k, v in tree.items()}, source=str(path))
+
+
+def parse_config(argv: list[str] | None = None, description: str = "") -> Config:
+    """The command line of a training program: ``--config FILE.yaml``, and one flag per field that wins over it."""
+    parser = OneLineParser(description=description, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE.yaml", help="YAML file with the sections below; flags win over it")
+    for name, cls in SECTIONS.items():
+        group = parser.add_argument_group(name, (cls.__doc__ or "").split("\n")[0])
+        for field in dataclasses.fields(cls):
+            default = "" if field.default is None else f" [{field.default}]"
+            kind: dict[str, Any] = {"help": field.metadata["help"].replace("%", "%%") + default}
+            if typing.get_origin(field.type) is tuple:
+                kind |= {"nargs": "+", "metavar": "|".join(typing.get_args(typing.get_args(field.type)[0]))}
+            elif field.type is bool:
+                kind["action"] = argparse.BooleanOptionalAction
+            else:
+                choices = typing.get_args(field.type) if typing.get_origin(field.type) is Literal else ()
+                kind["metavar"] = "|".join(choices) or field.name.upper()
+            group.add_argument(flag(field.name), dest=field.name, default=argparse.SUPPRESS, **kind)
+    given = vars(parser.parse_args(argv))
+    path = given.pop("config", None)
+    overrides: dict[str, dict[str, Any]] = {}
+    for name, value in given.items():
+        overrides.setdefault(FIELDS[name], {})[name] = value
+    return load_config(path, overrides) if path else build_config(overrides, source="command line")

@@ -1,0 +1,301 @@
+"""Every layout against one rank: a tiny model trained in each, its losses and gradients compared.
+
+The batches are packed documents with fill, so supervised counts differ between micro-batches and between data- and
+context-parallel ranks; the second of the three steps is one of plain AR (the warm-up). The reference is a separate
+process of one rank, which knows nothing of the layouts.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from torch import Tensor
+
+from tidar_megatron.checkpoint.initialize import initialize_weights
+from tidar_megatron.checkpoint.mapping import cut, entry_of, own_parameters, shard_group
+from tidar_megatron.config import Config, build_config, check_world_size
+from tidar_megatron.data.doubled import Batch, make_batch
+from tidar_megatron.data.packing import PackedSequences, pack
+from tidar_megatron.distributed.groups import Ranks, initialize
+from tidar_megatron.errors import UserError
+from tidar_megatron.models.gpt import build_model
+from tidar_megatron.training.optimizer import build_optimizer, wrap_model
+from tidar_megatron.training.step import Model, evaluate, forward_backward, train_step
+
+Tree = dict[str, dict[str, Any]]
+MASK_TOKEN_ID = 96
+STEPS = (True, False, True)  # doubled, or the clean half alone
+MODEL: Tree = {
+    "tidar": {"block_size": 4, "ar_loss_weight": 0.8, "mask_token_id": MASK_TOKEN_ID, "attention_chunk_size": 12},
+    "model": {
+        "num_layers": 4,
+        "hidden_size": 64,
+        "ffn_hidden_size": 96,
+        "num_attention_heads": 8,
+        "num_query_groups": 4,
+        "vocab_size": MASK_TOKEN_ID + 1,
+        "make_vocab_size_divisible_by": 16,
+        "init_method_std": 0.1,  # so that every part of the model matters to the loss
+    },
+    "data": {"seq_length": 64},
+    "training": {"global_batch_size": 8, "train_iters": 100},
+    "optimizer": {"lr": 1e-3, "lr_decay_style": "constant", "clip_grad": 0.5},
+    "parallel": {"context_parallel_kv_heads": 1},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What is trained, whatever the layout, and how closely the layouts must agree."""
+
+    changes: Tree = dataclasses.field(default_factory=dict)  # to MODEL
+    longest_document: int = 200
+    loss_tolerance: float = 1e-5  # relative
+    grad_tolerance: float = 1e-4
+    argmax: bool = True  # compare the greedy figures too: a tie that rounding turns changes them by a token
+
+
+VARIANTS = {
+    "long": Variant(),
+    "packed": Variant(longest_document=30),
+    "untied": Variant(
+        {"model": {"untie_embeddings_and_output_weights": True, "qk_layernorm": False, "add_qkv_bias": True}}
+    ),
+    "experts": Variant(
+        {"model": {"num_experts": 4, "moe_ffn_hidden_size": 48, "moe_aux_loss_coeff": 0.1}}, longest_document=30
+    ),
+    # a bfloat16 has 8 significant bits, and layouts add in another order
+    "bf16": Variant({"training": {"bf16": True}}, loss_tolerance=5e-3, grad_tolerance=5e-2, argmax=False),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A way to lay the model over ranks; data parallelism takes what is left, or must be ``data_parallel_size``."""
+
+    name: str
+    parallel: dict[str, Any]
+    variant: str = "long"
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    data_parallel_size: int | None = None
+
+    def config(self, world_size: int) -> Config:
+        """The whole configuration.
+
+        Raises:
+            UserError: the layout does not fit ``world_size`` ranks.
+        """
+        config = variant_config(self.variant, world_size, self.parallel, self.model)
+        dp = check_world_size(config, world_size)
+        if self.data_parallel_size not in (None, dp):
+            raise UserError(f"layout {self.name}: {world_size} processes make {dp} data-parallel ranks")
+        return config
+
+
+def _layout(name: str, variant: str = "long", **settings: Any) -> Layout:
+    short = {
+        "tp": "tensor_model_parallel_size",
+        "pp": "pipeline_model_parallel_size",
+        "vpp": "virtual_pipeline_model_parallel_size",
+        "cp": "context_parallel_size",
+        "ep": "expert_model_parallel_size",
+        "sp": "sequence_parallel",
+        "distributed": "use_distributed_optimizer",
+        "recompute": "recompute_granularity",
+        "modules": "recompute_modules",
+    }
+    dp = settings.pop("dp", None)
+    model = {"moe_token_dispatcher_type": settings.pop("dispatcher")} if "dispatcher" in settings else {}
+    return Layout(name, {short.get(key, key): value for key, value in settings.items()}, variant, model, dp)
+
+
+OVERLAPS: dict[str, Any] = {"distributed": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+ALL_LAYOUTS = (
+    _layout("one", dp=1),
+    _layout("distributed optimizer, both overlaps", dp=1, **OVERLAPS),
+    _layout("DP2", dp=2),
+    _layout("DP2, distributed optimizer, both overlaps", dp=2, **OVERLAPS),
+    _layout("DP2xTP2", tp=2, dp=2),
+    _layout("DP4, overlap of the gradient reduction", dp=4, overlap_grad_reduce=True),
+    _layout("DP4, distributed optimizer, both overlaps", dp=4, **OVERLAPS),
+    _layout("full recompute", recompute="full"),
+    _layout("selective recompute", recompute="selective", modules=["core_attn", "mlp"]),
+    _layout("bf16", "bf16"),
+    _layout("bf16, distributed optimizer, both overlaps", "bf16", **OVERLAPS),
+    _layout("TP2", tp=2),
+    _layout("TP2+SP", "untied", tp=2, sp=True),
+    _layout("PP2", pp=2),
+    _layout("PP2, untied", "untied", pp=2),
+    _layout("PP2xVPP2", pp=2, vpp=2),
+    _layout("CP2", cp=2),
+    _layout("CP2, packed documents", "packed", cp=2),
+    _layout("CP2, distributed optimizer, both overlaps, full recompute", cp=2, recompute="full", **OVERLAPS),
+    _layout("CP2, selective recompute", "packed", cp=2, recompute="selective"),
+    _layout("CP2, bf16", "bf16", cp=2),
+    _layout("TP4", tp=4),
+    _layout("TP4+SP", tp=4, sp=True),
+    _layout("PP4", pp=4),
+    _layout("CP4", cp=4),
+    _layout("CP4, packed documents", "packed", cp=4),
+    _layout("TP2xPP2+SP", tp=2, pp=2, sp=True),
+    _layout("TP2xPP2+SP, untied", "untied", tp=2, pp=2, sp=True),
+    _layout("PP2xTP2xVPP2+SP", pp=2, tp=2, vpp=2, sp=True),
+    _layout("PP2xTP2xVPP2+SP, full recompute", pp=2, tp=2, vpp=2, sp=True, recompute="full"),
+    _layout("CP2xTP2+SP", cp=2, tp=2, sp=True),
+    _layout("CP2xTP2+SP, packed documents", "packed", cp=2, tp=2, sp=True),
+    _layout("CP2xPP2, distributed optimizer", cp=2, pp=2, distributed=True),
+    _layout("CP2xPP2xVPP2, distributed optimizer, overlaps", "packed", cp=2, pp=2, vpp=2, **OVERLAPS),
+    _layout("TP2xPP2+SP, bf16, distributed optimizer", "bf16", tp=2, pp=2, sp=True, distributed=True),
+    _layout("CP2xTP2xPP2xVPP2+SP, distributed optimizer", cp=2, tp=2, pp=2, vpp=2, sp=True, distributed=True),
+    _layout("experts", "experts"),
+    _layout("experts, EP2, all-gather", "experts", ep=2),
+    _layout("experts, EP2, all-to-all", "experts", ep=2, dispatcher="alltoall"),
+    _layout(
+        "experts, EP4, all-to-all, distributed optimizer", "experts", ep=4, dispatcher="alltoall", distributed=True
+    ),
+    _layout("experts, EP2xPP2xVPP2", "experts", ep=2, pp=2, vpp=2),
+    _layout("experts, EP2xTP2+SP", "experts", ep=2, tp=2, sp=True),
+    _layout("experts, EP2xTP2xPP2+SP", "experts", ep=2, tp=2, pp=2, sp=True),
+    _layout("experts, EP2xCP2", "experts", ep=2, cp=2),
+)
+
+
+def layouts_for(world_size: int) -> list[Layout]:
+    """Those of the list that ``world_size`` ranks can fill."""
+
+    def fits(layout: Layout) -> bool:
+        try:
+            layout.config(world_size)
+        except UserError:
+            return False
+        return True
+
+    return [layout for layout in ALL_LAYOUTS if fits(layout)]
+
+
+def variant_config(
+    variant: str, world_size: int, parallel: dict[str, Any] | None = None, model: dict[str, Any] | None = None
+) -> Config:
+    """The tiny model's configuration; as many sequences a step as make every rank of ``world_size`` work twice."""
+    tree = {name: dict(section) for name, section in MODEL.items()}
+    tree["training"]["global_batch_size"] = max(8, 2 * world_size)
+    for name, section in {**VARIANTS[variant].changes, "parallel": parallel or {}}.items():
+        tree[name].update(section)
+    tree["model"].update(model or {})
+    return build_config(tree)
+
+
+class Documents:
+    """Random documents in memory, packed as training packs those of shards."""
+
+    def __init__(self, config: Config, longest: int) -> None:
+        draw = np.random.Generator(np.random.Philox(7))
+        self.tokens = [draw.integers(0, MASK_TOKEN_ID, draw.integers(1, longest + 1)) for _ in range(400)]
+        lengths = np.array([len(document) for document in self.tokens])
+        self.block_size = config.tidar.block_size
+        self.packed = PackedSequences(lengths, config.data.seq_length, self.block_size, seed=1)
+
+    def batches(self, step: int, config: Config, ranks: Ranks, doubled: bool) -> list[Batch]:
+        """This rank's micro-batches of a step: as ``data/loader.py`` deals them out."""
+        dp, cp = ranks.groups.dp, ranks.groups.cp
+        first = step * config.training.global_batch_size
+        own = range(first + dp.rank(), first + config.training.global_batch_size, dp.size())
+        sequences = [pack(self.packed.pieces(*self.packed.locate(n)), self.tokens, 0) for n in own]
+        whole = [make_batch([sequence], self.block_size, MASK_TOKEN_ID, doubled) for sequence in sequences]
+        return [batch.shard(cp.rank(), cp.size()) for batch in whole]
+
+
+@dataclasses.dataclass
+class Measured:
+    """What one rank saw."""
+
+    losses: list[list[float]]  # of each step: AR, diffusion (0 in an AR step), gradient norm
+    evaluation: list[float]
+    grads: dict[str, tuple[int, int, Tensor]]  # of the first step: shard rank, shards, the rank's part
+    supervised: list[tuple[int, int]]  # of each micro-batch of the first step
+
+
+def measure(config: Config, variant: Variant) -> Measured:
+    """Train the tiny model in a layout."""
+    ranks = initialize(config.parallel, config.training.seed)
+    assert config.model.vocab_size is not None
+    chunks = build_model(config, config.model.vocab_size, ranks)
+    initialize_weights(chunks, config.training.seed)
+    model = wrap_model(chunks, config)
+    optimizer, scheduler = build_optimizer(model, config)
+    documents, alpha = Documents(config, variant.longest_document), config.tidar.ar_loss_weight
+
+    optimizer.zero_grad()
+    first = documents.batches(0, config, ranks, doubled=True)
+    forward_backward(model, first, alpha, ranks)
+    gather_gradients(model)
+    grads = {}
+    for name, parameter, chunk in own_parameters(chunks):
+        group = shard_group(chunk, name)
+        grads[name] = (group.rank(), group.size(), parameter.main_grad.detach().float().cpu().clone())
+    losses = []
+    for step, doubled in enumerate(STEPS):
+        batches = documents.batches(step, config, ranks, doubled)
+        result = train_step(model, optimizer, scheduler, batches, alpha, ranks)
+        balancing = [] if result.balancing_loss is None else [result.balancing_loss]
+        losses.append([result.ar_loss, result.diffusion_loss or 0.0, result.grad_norm, *balancing])
+    held_out = documents.batches(len(STEPS), config, ranks, doubled=True)
+    evaluation = evaluate(model, held_out, config.tidar.block_size, ranks)
+    names = [name for name in sorted(evaluation) if variant.argmax or not name.startswith(("agreement", "greedy"))]
+    flat = np.hstack([np.asarray(evaluation[name], dtype=np.float64) for name in names]).tolist()
+    return Measured(losses, flat, grads, [(b.ar_tokens, b.diffusion_tokens) for b in first])
+
+
+def gather_gradients(model: Model) -> None:
+    """Under the distributed optimizer each rank has only its shard of the reduced gradients: bring all together."""
+    for chunk in model:
+        if chunk.ddp_config.use_distributed_optimizer:
+            for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
+                group = buffer.data_parallel_group
+                for bucket in buffer.buckets:
+                    shards = list(bucket.grad_data.chunk(group.size()))
+                    dist.all_gather(shards, shards[group.rank()].clone(), group=group)
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One line of the report."""
+
+    name: str
+    loss_rel_err: float
+    grad_rel_err: float
+    ok: bool
+
+
+def compare(layout: Layout, ranks: Sequence[Measured], one: Measured) -> Comparison:
+    """The largest relative errors over all ranks: of a loss, gradient norm or evaluation figure, and of a gradient.
+
+    A gradient's is ``||g - g1|| / ||g1||`` of the whole parameter; of parts that several ranks hold the worst counts.
+    """
+    allowed = VARIANTS[layout.variant]
+    assert len({count for rank in ranks for count in rank.supervised}) > 1, "the batches do not test what they claim"
+    reference = np.hstack([np.hstack(one.losses), one.evaluation])
+    seen = np.array([np.hstack([np.hstack(rank.losses), rank.evaluation]) for rank in ranks])
+    loss_error = float((np.abs(seen - reference) / np.maximum(np.abs(reference), 1e-3)).max())
+    grad_error = float(np.max([_gradient_error(name, whole, ranks) for name, (_, _, whole) in one.grads.items()]))
+    ok = bool(loss_error <= allowed.loss_tolerance and grad_error <= allowed.grad_tolerance)
+    return Comparison(layout.name, loss_error, grad_error, ok)
+
+
+def _gradient_error(name: str, whole: Tensor, ranks: Sequence[Measured]) -> float:
+    entry, _ = entry_of(name)
+    worst: dict[int, float] = {}
+    shards = 1
+    for rank in ranks:
+        if name in rank.grads:
+            number, shards, part = rank.grads[name]
+            reference = cut(entry, whole, number, shards)
+            error = (part.double() - reference.double()).square().sum().item()
+            worst[number] = float(np.maximum(worst.get(number, 0.0), error))  # also where the error is no number
+    if entry.shard == "replicated":
+        worst, shards = {0: float(np.max(list(worst.values())))} if worst else {}, 1
+    if len(worst) < shards:
+        return float("inf")  # a part that no rank has
+    return sum(worst.values()) ** 0.5 / max(whole.double().norm().item(), 1e-12)

@@ -1,0 +1,113 @@
+"""``tools/check_layout.py``: one process as the reference, every layout on the ranks at hand, and what came out."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from tidar_megatron.distributed.groups import shut_down, world_size_from_environment
+from tidar_megatron.errors import UserError
+from tidar_megatron.training.layout_check import (
+    VARIANTS,
+    Comparison,
+    Layout,
+    Measured,
+    compare,
+    layouts_for,
+    measure,
+    variant_config,
+)
+
+LAUNCHER = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+
+
+def report(names: list[str] | None, *, list_only: bool, as_json: bool) -> None:
+    """Run the layouts on all ranks, compare on the main one, print; exit status 1 if one differs.
+
+    Raises:
+        UserError: a name that is none of the layouts that fit.
+    """
+    world_size = world_size_from_environment()
+    layouts = layouts_for(world_size)
+    for name in names or []:
+        if name not in [layout.name for layout in layouts]:
+            raise UserError(
+                f"--layout {name!r}: does not fit {world_size} processes or does not exist; --list names all"
+            )
+    layouts = [layout for layout in layouts if not names or layout.name in names]
+    is_main = os.environ.get("RANK", "0") == "0"
+    if list_only:
+        if is_main:
+            print("\n".join(layout.name for layout in layouts))
+        return
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    try:
+        comparisons = run(layouts, world_size, Console(stderr=True), is_main)
+    finally:
+        shut_down()
+    if is_main:
+        ok = all(comparison.ok for comparison in comparisons)
+        if as_json:
+            print(json.dumps({"layouts": [dataclasses.asdict(c) for c in comparisons], "ok": ok}))
+        else:
+            Console().print(as_table(comparisons, layouts, world_size))
+        if not ok:
+            sys.exit(1)
+
+
+def run(layouts: list[Layout], world_size: int, console: Console, is_main: bool) -> list[Comparison]:
+    """Collective. The comparisons on the main process, nothing on the others."""
+    with tempfile.TemporaryDirectory() as folder:
+        reference = Path(folder) / "one_rank.pt"
+        process = start_reference(reference, world_size) if is_main else None
+        comparisons = []
+        gathered: list[tuple[Layout, list[Measured]]] = []
+        for layout in layouts:
+            mine = measure(layout.config(world_size), VARIANTS[layout.variant])
+            ranks: list[Measured] | None = [mine] * world_size if is_main else None
+            dist.gather_object(mine, ranks)
+            if ranks is not None:
+                gathered.append((layout, ranks))
+                console.print(f"{layout.name}: done", highlight=False)
+        if process is not None:
+            if process.wait() != 0:
+                raise RuntimeError("the one-rank reference failed; its traceback stands above")
+            one = torch.load(reference, weights_only=False)
+            comparisons = [compare(layout, ranks, one[layout.variant]) for layout, ranks in gathered]
+    return comparisons
+
+
+def start_reference(path: Path, world_size: int) -> subprocess.Popen:
+    """The same models in a process of their own, which is not part of the launcher's job."""
+    alone = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
+    command = [sys.executable, sys.argv[0], "--one-rank", str(path), "--sequences-for", str(world_size)]
+    return subprocess.Popen(command, env=alone, stdout=sys.stderr)
+
+
+def write_reference(path: str, world_size: int) -> None:
+    """Every variant on one rank, with the batches of as many sequences as the ranks will see."""
+    torch.set_num_threads(1)
+    results = {name: measure(variant_config(name, world_size), variant) for name, variant in VARIANTS.items()}
+    shut_down()
+    torch.save(results, path)
+
+
+def as_table(comparisons: list[Comparison], layouts: list[Layout], world_size: int) -> Table:
+    """What a person reads."""
+    table = Table(title=f"{world_size} processes against one")
+    for column in ("layout", "loss: relative error", "gradients: relative error", "allowed", ""):
+        table.add_column(column)
+    for comparison, layout in zip(comparisons, layouts, strict=True):
+        variant = VARIANTS[layout.variant]
+        allowed = f"{variant.loss_tolerance:.0e}, {variant.grad_tolerance:.0e}"
+        errors = f"{comparison.loss_rel_err:.1e}", f"{comparison.grad_rel_err:.1e}"
+        table.add_row(comparison.name, *errors, allowed, "ok" if comparison.ok else "DIFFERS")
+    return table
