@@ -13,11 +13,12 @@
 # SIGUSR1 or SIGTERM to this script: the ranks save, and leave. SIGINT (Ctrl-C): they leave at once.
 set -euo pipefail
 trap '' USR1 # so it is ignored in torchrun too, and in each rank until it has its own handler (training/signals.py)
-NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0}
+NNODES=${NNODES:-1}
 if [[ $NNODES == 1 ]]; then
-  where=(--standalone) # takes any free port
+  NODE_RANK=0 where=(--standalone) # takes any free port
 else
   : "${MASTER_ADDR:?"error: set MASTER_ADDR to the address of the node whose NODE_RANK is 0"}"
+  : "${NODE_RANK:?"error: set NODE_RANK to the number of this node, 0 to $((NNODES - 1))"}"
   where=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
 fi
 logs=()

@@ -130,3 +130,11 @@ def floor(layout):
     if layout == "PP 2":
         return STEPS * 4 * 128 * 128 * 4  # four micro-batches of 2S tokens x channels
     return STEPS * 600_000 * 4  # one gradient a parameter
+
+
+@pytest.mark.parametrize(("given", "missing"), [({}, "MASTER_ADDR"), ({"MASTER_ADDR": "127.0.0.1"}, "NODE_RANK")])
+def test_what_many_nodes_need_is_asked_for(tmp_path, given, missing):
+    log = tmp_path / "log"
+    with started(["examples/launch.sh"], log, NNODES=2, **given) as run:
+        assert run.wait(20) != 0
+    assert f"error: set {missing} to" in log.read_text()
