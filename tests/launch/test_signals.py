@@ -10,8 +10,11 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.launch.launching import CONFIG, TINY, losses, started, steps, wait_for
+from tests.training.test_pretrain import small
 from tidar_megatron.checkpoint.distributed import latest_iteration, saved_iterations
-from tidar_megatron.errors import INTERRUPTED_STATUS
+from tidar_megatron.errors import INTERRUPTED_STATUS, Interrupted
+from tidar_megatron.training import signals
+from tidar_megatron.training.loop import Trainer, pretrain
 from tidar_megatron.training.signals import RUN_STATE
 
 
@@ -110,3 +113,31 @@ def test_without_a_folder_nothing_is_kept_and_it_says_so(shards, tmp_path):
         run.send_signal(signal.SIGTERM)
         assert run.wait(60) == INTERRUPTED_STATUS
     assert "nothing is kept: there is no --save" in log.read_text()
+
+
+def test_what_the_launcher_is_told(shards, tmp_path, monkeypatch):
+    """Only a save that was asked for says "interrupted", only the last iteration "finished", and nothing stays."""
+
+    def state(**training):
+        run = {"save": str(tmp_path), "load": str(tmp_path)}
+        try:
+            pretrain(small(shards, checkpoint=run, training={"eval_interval": 100, **training}))
+        except (Interrupted, ZeroDivisionError) as error:
+            raised = type(error)
+        else:
+            raised = None
+        path = tmp_path / RUN_STATE
+        return raised, latest_iteration(tmp_path), path.read_text().strip() if path.exists() else None
+
+    assert state(exit_interval=3) == (None, 3, None)
+    monkeypatch.setattr(signals, "ignore", lambda: None)  # pytest still wants to hear them
+    with monkeypatch.context() as asked:
+        asked.setattr(signals, "received", lambda: True)
+        assert state() == (Interrupted, 4, "interrupted")
+        assert state() == (Interrupted, 5, "interrupted")  # every attempt gets on
+        assert state(train_iters=6) == (None, 6, "finished")  # asked at the end: nothing is left to requeue for
+    with monkeypatch.context() as crashing:
+        crashing.setattr(Trainer, "step", lambda self: 1 / 0)
+        assert state() == (ZeroDivisionError, 6, None)
+    assert state() == (None, 8, "finished")
+    assert state() == (None, 8, "finished")  # started once more by mistake
