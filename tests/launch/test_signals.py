@@ -39,7 +39,7 @@ def whole(shards, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     command = ["examples/launch.sh", *program(shards, folder, 40)]
     with started(command, folder / "log", GPUS_PER_NODE=2) as run:
-        assert run.wait(180) == 0, (folder / "log").read_text()[-4000:]
+        assert run.wait(400) == 0, (folder / "log").read_text()[-4000:]
     assert (folder / RUN_STATE).read_text() == "finished\n"
     return folder
 
@@ -48,7 +48,7 @@ def whole(shards, tmp_path_factory):
 def test_all_ranks_save_and_the_run_goes_on(shards, tmp_path, whole, whom):
     folder, log = tmp_path / "run", tmp_path / "log"
     with started(["examples/launch.sh", *program(shards, folder)], log, GPUS_PER_NODE=2) as run:
-        wait_for(lambda: len(steps(folder)) >= 3, 180, "three steps", log)
+        wait_for(lambda: len(steps(folder)) >= 3, 240, "three steps", log)
         assert not (folder / RUN_STATE).exists()
         (agent,) = children(run.pid)
         ranks = children(agent)
@@ -58,7 +58,7 @@ def test_all_ranks_save_and_the_run_goes_on(shards, tmp_path, whole, whom):
                 os.kill(ranks[1], signal.SIGTERM)
             else:
                 run.send_signal(signal.SIGTERM)
-        assert run.wait(120) == 1  # torchrun's; the ranks' own stands in its log
+        assert run.wait(240) == 1  # torchrun's; the ranks' own stands in its log
     text = log.read_text()
     assert f"exitcode  : {INTERRUPTED_STATUS}" in text and "SIGTERM)" not in text, text[-4000:]
     assert (folder / RUN_STATE).read_text() == "interrupted\n"
@@ -67,7 +67,7 @@ def test_all_ranks_save_and_the_run_goes_on(shards, tmp_path, whole, whom):
     assert f"leaving after iteration {last}: a signal asked for it; --load continues it" in text
     until = max(last + 2, 6)
     with started(["examples/launch.sh", *program(shards, folder, until)], log, GPUS_PER_NODE=2) as run:
-        assert run.wait(180) == 0, log.read_text()[-4000:]
+        assert run.wait(400) == 0, log.read_text()[-4000:]
     assert (folder / RUN_STATE).read_text() == "finished\n"
     assert [row["iteration"] for row in steps(folder)] == list(range(1, until + 1))
     both = min(until, 40)
@@ -81,14 +81,14 @@ def test_a_signal_during_the_imports_and_to_every_process_of_the_job(shards, tmp
     (folder / RUN_STATE).write_text("finished\n")  # of an earlier attempt
     command = [sys.executable, ROOT / "tools" / "pretrain.py", *program(shards, folder), "--save-interval", 1]
     with started(command, log) as run:
-        wait_for(lambda: catches(run.pid, signal.SIGUSR1), 60, "the handlers", log, every=0.005)
+        wait_for(lambda: catches(run.pid, signal.SIGUSR1), 120, "the handlers", log, every=0.005)
         run.send_signal(signal.SIGUSR1)
         assert "libtorch" not in Path(f"/proc/{run.pid}/maps").read_text()  # that early
-        assert run.wait(120) == INTERRUPTED_STATUS, log.read_text()[-4000:]
+        assert run.wait(240) == INTERRUPTED_STATUS, log.read_text()[-4000:]
     assert (folder / RUN_STATE).read_text() == "interrupted\n"
     assert saved_iterations(folder) == [1] == [len(steps(folder))]
     with started(command, log) as run:
-        wait_for(lambda: (latest_iteration(folder) or 0) >= 4, 120, "saves", log)
+        wait_for(lambda: (latest_iteration(folder) or 0) >= 4, 240, "saves", log)
         assert not (folder / RUN_STATE).exists()
         while run.poll() is None:
             os.killpg(run.pid, signal.SIGUSR1)  # `started` made it the leader of a session
@@ -109,9 +109,9 @@ def test_without_a_folder_nothing_is_kept_and_it_says_so(shards, tmp_path):
     log = tmp_path / "log"
     command = [sys.executable, ROOT / "tools" / "pretrain.py", *program(shards, tmp_path)[:-4]]
     with started(command, log) as run:
-        wait_for(lambda: "step" in log.read_text(), 120, "a step", log)
+        wait_for(lambda: "step" in log.read_text(), 240, "a step", log)
         run.send_signal(signal.SIGTERM)
-        assert run.wait(60) == INTERRUPTED_STATUS
+        assert run.wait(240) == INTERRUPTED_STATUS
     assert "nothing is kept: there is no --save" in log.read_text()
 
 

@@ -22,6 +22,7 @@ from tests.launch.launching import CONFIG, TINY, environment, losses, started, s
 from tidar_megatron.checkpoint.distributed import latest_iteration, saved_iterations
 from tidar_megatron.training.signals import RUN_STATE
 
+pytestmark = pytest.mark.timeout(1800)  # minutes, but more on a machine that has other work
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
 REFERENCE_SECONDS = 45  # of steps; SLURM signals the job 2 to 32 seconds after its start
 SIGNAL = ("--time=2", "--signal=B:USR1@88")  # SLURM looks every 30 seconds, and may be 60 seconds early
@@ -130,7 +131,7 @@ def uninterrupted(slurm, shards, tmp_path_factory):
     log = folder / "log"
     command = ["examples/launch.sh", "--config", CONFIG, *TINY, "--train-iters", 1_000_000, "--save", folder]
     with started([*command, "--train-data", shards[0]], log, GPUS_PER_NODE=2) as run:
-        wait_for(lambda: steps(folder), 180, "the first step", log)
+        wait_for(lambda: steps(folder), 400, "the first step", log)
         time.sleep(REFERENCE_SECONDS)
         run.send_signal(signal.SIGUSR1)
         run.wait(120)
@@ -159,7 +160,7 @@ def test_signalled_saved_requeued_and_finished(slurm, uninterrupted, shards, tmp
         found = re.search(rf"\b{name}=(\S+)", say("scontrol", "-o", "show", "job", job) or "")
         return found and found[1]
 
-    wait_for(lambda: said("attempt 1 ended"), 240, "the end of the first attempt", log, every=1)
+    wait_for(lambda: said("attempt 1 ended"), 400, "the end of the first attempt", log, every=1)
     assert said("attempt 1 ended: interrupted"), log.read_text()[-6000:]
     between = latest_iteration(run)
     assert between is not None and 1 <= between < last
