@@ -13,7 +13,7 @@ PIP_ARGS ?=
 TRAIN_ARGS ?=
 TEST_ARGS ?=
 
-.PHONY: setup quickstart test test-slow test-gpu check masks clean
+.PHONY: setup quickstart test test-slow test-gpu test-slurm check masks clean
 
 setup: $(STAMP)
 
@@ -37,6 +37,12 @@ test-slow: setup
 # on a machine with a CUDA device
 test-gpu: setup
 	@$(RUN) TIDAR_TEST_GPU=1 python -m pytest -rs tests/test_gpu.py $(TEST_ARGS)
+
+# a SLURM of one node, started by the test; installed first where it is missing and apt can
+test-slurm: setup
+	@command -v slurmctld slurmd munged >/dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || \
+	  { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends slurm-wlm munge; }
+	@$(RUN) TIDAR_TEST_SLURM=1 python -m pytest -rs tests/launch/test_slurm.py $(TEST_ARGS)
 
 check: setup
 	$(RUN) ruff check . && ruff format --check . && mypy

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
+from tidar_megatron.training import signals
 
 
 def run(monkeypatch, capsys, tool, *arguments):
     """A program of tools/, in this process: its exit status and what it said on standard error."""
+    monkeypatch.setattr(signals, "install", lambda: None)  # pytest keeps its own
     monkeypatch.setattr(sys, "argv", [f"tools/{tool}.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as leaving:
         runpy.run_path(str(ROOT / "tools" / f"{tool}.py"), run_name="__main__")

@@ -1,4 +1,7 @@
-"""Errors a user can cause and mend. Every program in ``tools/`` prints them as one line and exits with 2."""
+"""Errors a user can cause and mend. Every program in ``tools/`` prints them as one line and exits with 2.
+
+A training run that was asked to leave by a signal exits with 75 (EX_TEMPFAIL: start it again and it goes on).
+"""
 
 import argparse
 import difflib
@@ -13,6 +16,13 @@ from typing import NoReturn
 
 class UserError(ValueError):
     """Bad input. The message is one line, names what is wrong, and says how to mend it."""
+
+
+class Interrupted(Exception):  # noqa: N818 - nothing went wrong
+    """The run was asked to leave before its end, saved, and has said so."""
+
+
+INTERRUPTED_STATUS = 75
 
 
 def run_tool(main: Callable[[], None], rank: int = 0) -> None:
@@ -36,6 +46,8 @@ def run_tool(main: Callable[[], None], rank: int = 0) -> None:
         else:
             time.sleep(10)  # the launcher ends all ranks once one has left: let the one that speaks be first
         sys.exit(2)
+    except Interrupted:
+        sys.exit(INTERRUPTED_STATUS)
     except KeyboardInterrupt:
         if rank == 0:
             print("interrupted", file=sys.stderr, flush=True)

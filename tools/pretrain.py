@@ -2,11 +2,14 @@
 """Train a TiDAR model, in one process or under torchrun.
 
 torchrun --nproc-per-node 2 tools/pretrain.py --config examples/quickstart/config.yaml --save runs/quickstart
+
+SIGTERM or SIGUSR1 to any rank: all ranks save and leave with status 75 (training/signals.py).
 """
 
 import os
 
 from tidar_megatron.errors import run_tool
+from tidar_megatron.training import signals
 
 
 def main() -> None:
@@ -20,4 +23,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signals.install()  # before anything heavy is imported: a signal that comes meanwhile must not end the process
     run_tool(main, rank=int(os.environ.get("RANK", "0")))

@@ -67,6 +67,12 @@ class Ranks:
             dist.broadcast(values, src=dist.get_process_group_ranks(group)[-1], group=group)
         return values
 
+    def any_rank(self, flag: bool) -> bool:
+        """Whether ``flag`` is set on any rank of the job; the same answer everywhere."""
+        value = torch.tensor([flag], dtype=torch.int32, device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value.item())
+
 
 def world_size_from_environment() -> int:
     """The number of processes torchrun started; 1 without it."""

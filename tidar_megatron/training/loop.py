@@ -19,8 +19,9 @@ from tidar_megatron.data.doubled import Batch
 from tidar_megatron.data.loader import TrainingData
 from tidar_megatron.data.manifest import TOKENIZER_FOLDER, read_manifest
 from tidar_megatron.distributed.groups import Ranks, initialize, shut_down, world_size_from_environment
-from tidar_megatron.errors import UserError
+from tidar_megatron.errors import Interrupted, UserError
 from tidar_megatron.models.gpt import build_model
+from tidar_megatron.training import signals
 from tidar_megatron.training.metrics import MetricsLogger
 from tidar_megatron.training.optimizer import build_optimizer, whole_weights, wrap_model
 from tidar_megatron.training.resolve import check_continues, resolve, starting_point
@@ -151,7 +152,7 @@ class Trainer:
     def save(self) -> None:
         """A checkpoint of this moment, if the run has a folder."""
         if self.config.checkpoint.save:
-            with whole_weights(self.ddp):
+            with whole_weights(self.ddp), signals.shielded():
                 save_checkpoint(
                     self.config.checkpoint.save,
                     self.iteration,
@@ -168,6 +169,7 @@ class Trainer:
             tokenizer = Path(self.config.data.train_data or "") / TOKENIZER_FOLDER
             try:
                 folder.mkdir(parents=True, exist_ok=True)
+                signals.clear_run_state(folder)
                 (folder / CONFIG_FILE).write_text(self.config.to_yaml(), encoding="utf-8")
                 shutil.copytree(tokenizer, folder / TOKENIZER_FOLDER, dirs_exist_ok=True)
             except OSError as error:
@@ -175,22 +177,34 @@ class Trainer:
 
 
 def pretrain(config: Config) -> None:
-    """Train to ``train_iters``, or to the first iteration that ``exit_interval`` divides."""
+    """Train to ``train_iters``, or to the first iteration that ``exit_interval`` divides.
+
+    Raises:
+        Interrupted: a signal asked a rank to leave; all ranks have saved.
+    """
     try:
         trainer = Trainer.build(config)
         trainer.write_run_folder()
         dist.barrier()  # the run's folder exists before anyone writes into it
-        logger = MetricsLogger(trainer.config, trainer.ranks.is_main, trainer.iteration)
+        with signals.shielded():  # W&B has a process of its own
+            logger = MetricsLogger(trainer.config, trainer.ranks.is_main, trainer.iteration)
         try:
             describe(trainer, logger)
-            _loop(trainer, logger)
+            state = _loop(trainer, logger)
+            if state and trainer.config.checkpoint.save and trainer.ranks.is_main:
+                signals.write_run_state(trainer.config.checkpoint.save, state)
         finally:
             logger.close()
+        if state == signals.INTERRUPTED:
+            dist.barrier()  # torchrun ends all ranks once one has left with a failure: leave together
+            signals.ignore()
+            raise Interrupted
     finally:
         shut_down()
 
 
-def _loop(trainer: Trainer, logger: MetricsLogger) -> None:
+def _loop(trainer: Trainer, logger: MetricsLogger) -> str | None:
+    """Train; how it ended, for the launcher (training/signals.py)."""
     config, training = trainer.config, trainer.config.training
 
     def due(interval: int | None) -> bool:
@@ -210,13 +224,19 @@ def _loop(trainer: Trainer, logger: MetricsLogger) -> None:
         if (last or due(training.eval_interval)) and (evaluation := trainer.evaluate()) is not None:
             logger.evaluation(iteration, evaluation)
         leaving = due(training.exit_interval)
-        if last or leaving or due(config.checkpoint.save_interval):
+        asked = trainer.ranks.any_rank(signals.received())
+        if last or leaving or asked or due(config.checkpoint.save_interval):
             trainer.save()
             if config.checkpoint.save:
                 logger.say(f"saved iteration {iteration} in {config.checkpoint.save}")
         if leaving and not last:
             logger.say(f"leaving after iteration {iteration} (--exit-interval {training.exit_interval})")
-            return
+            return None
+        if asked and not last:
+            kept = "--load continues it" if config.checkpoint.save else "nothing is kept: there is no --save"
+            logger.say(f"leaving after iteration {iteration}: a signal asked for it; {kept}")
+            return signals.INTERRUPTED
+    return signals.FINISHED
 
 
 def describe(trainer: Trainer, logger: MetricsLogger) -> None:

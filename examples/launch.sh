@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# tools/pretrain.py on one node or on many: one torchrun agent per node, one rank per GPU. Flags go to the program.
+#
+#   examples/launch.sh --config FILE.yaml --save runs/x --load runs/x                               # one node
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 examples/launch.sh --config FILE.yaml --save ...         # on node0
+#   NNODES=2 NODE_RANK=1 MASTER_ADDR=node0 examples/launch.sh --config FILE.yaml --save ...         # on the other
+#
+# MASTER_ADDR     a name or address of the node of rank 0 that all nodes reach; MASTER_PORT a free port there [29500]
+# GPUS_PER_NODE   processes per node [all GPUs]; give a number on machines without
+# LOG_DIR         folder for one log per rank (each node its own sub-folder), beside the console
+# Where gloo or NCCL choose a wrong network interface, set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the right one.
+#
+# SIGUSR1 or SIGTERM to this script: the ranks save, and leave. SIGINT (Ctrl-C): they leave at once.
+set -euo pipefail
+trap '' USR1 # so it is ignored in torchrun too, and in each rank until it has its own handler (training/signals.py)
+NNODES=${NNODES:-1}
+if [[ $NNODES == 1 ]]; then
+  NODE_RANK=0 where=(--standalone) # takes any free port
+else
+  : "${MASTER_ADDR:?"error: set MASTER_ADDR to the address of the node whose NODE_RANK is 0"}"
+  : "${NODE_RANK:?"error: set NODE_RANK to the number of this node, 0 to $((NNODES - 1))"}"
+  where=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
+fi
+logs=()
+[[ -z ${LOG_DIR:-} ]] || logs=(--log-dir "$LOG_DIR/node$NODE_RANK" --tee 3)
+
+export PYTHONUNBUFFERED=1
+set -m # job control: otherwise what is started with & would not hear SIGINT
+torchrun "${where[@]}" --nproc-per-node "${GPUS_PER_NODE:-gpu}" "${logs[@]}" \
+  "$(dirname "$0")/../tools/pretrain.py" "$@" &
+agent=$!
+
+# torchrun would pass a SIGTERM on and kill the ranks 30 seconds later, in the midst of a save; so they alone hear of it
+ask_ranks() { # fails while there are none
+  local ranks
+  ranks=$(cat "/proc/$agent/task/"*/children 2>/dev/null) && [[ -n $ranks ]] && kill -USR1 $ranks
+}
+trap 'ask_ranks || true' USR1
+trap 'ask_ranks || kill -TERM "$agent"' TERM
+trap 'kill -INT "$agent"' INT
+while kill -0 "$agent" 2>/dev/null; do # a signal ends the wait, not the agent
+  wait "$agent" && status=0 || status=$?
+done
+exit "$status"

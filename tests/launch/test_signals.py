@@ -1,0 +1,143 @@
+"""Signals: whoever gets one, all ranks save the same iteration and leave; the launcher is told; the run goes on."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.launch.launching import CONFIG, TINY, losses, started, steps, wait_for
+from tests.training.test_pretrain import small
+from tidar_megatron.checkpoint.distributed import latest_iteration, saved_iterations
+from tidar_megatron.errors import INTERRUPTED_STATUS, Interrupted
+from tidar_megatron.training import signals
+from tidar_megatron.training.loop import Trainer, pretrain
+from tidar_megatron.training.signals import RUN_STATE
+
+
+def program(shards, folder, iterations=10_000):
+    """The training program's arguments."""
+    flags = ["--config", CONFIG, *TINY, "--train-iters", iterations, "--train-data", shards[0]]
+    return [*flags, "--save", folder, "--load", folder]
+
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="examples/launch.sh reads Linux's /proc")
+
+
+def children(pid):
+    """The processes that a process has started."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+
+
+@pytest.fixture(scope="module")
+def whole(shards, tmp_path_factory):
+    """An uninterrupted run of two ranks."""
+    folder = tmp_path_factory.mktemp("whole")
+    command = ["examples/launch.sh", *program(shards, folder, 40)]
+    with started(command, folder / "log", GPUS_PER_NODE=2) as run:
+        assert run.wait(400) == 0, (folder / "log").read_text()[-4000:]
+    assert (folder / RUN_STATE).read_text() == "finished\n"
+    return folder
+
+
+@pytest.mark.parametrize("whom", ["one rank", "launch.sh"])
+def test_all_ranks_save_and_the_run_goes_on(shards, tmp_path, whole, whom):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    with started(["examples/launch.sh", *program(shards, folder)], log, GPUS_PER_NODE=2) as run:
+        wait_for(lambda: len(steps(folder)) >= 3, 240, "three steps", log)
+        assert not (folder / RUN_STATE).exists()
+        (agent,) = children(run.pid)
+        ranks = children(agent)
+        assert len(ranks) == 2
+        for _ in range(2):  # twice is not worse than once
+            if whom == "one rank":
+                os.kill(ranks[1], signal.SIGTERM)
+            else:
+                run.send_signal(signal.SIGTERM)
+        assert run.wait(240) == 1  # torchrun's; the ranks' own stands in its log
+    text = log.read_text()
+    assert f"exitcode  : {INTERRUPTED_STATUS}" in text and "SIGTERM)" not in text, text[-4000:]
+    assert (folder / RUN_STATE).read_text() == "interrupted\n"
+    last = latest_iteration(folder)
+    assert saved_iterations(folder) == [last] == [len(steps(folder))]
+    assert f"leaving after iteration {last}: a signal asked for it; --load continues it" in text
+    until = max(last + 2, 6)
+    with started(["examples/launch.sh", *program(shards, folder, until)], log, GPUS_PER_NODE=2) as run:
+        assert run.wait(400) == 0, log.read_text()[-4000:]
+    assert (folder / RUN_STATE).read_text() == "finished\n"
+    assert [row["iteration"] for row in steps(folder)] == list(range(1, until + 1))
+    both = min(until, 40)
+    assert losses(folder)[:both] == losses(whole)[:both]
+
+
+def test_a_signal_during_the_imports_and_to_every_process_of_the_job(shards, tmp_path):
+    """Asked before its first step, a run makes one, saves and leaves; the helpers of a save survive the signals."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    folder.mkdir()
+    (folder / RUN_STATE).write_text("finished\n")  # of an earlier attempt
+    command = [sys.executable, ROOT / "tools" / "pretrain.py", *program(shards, folder), "--save-interval", 1]
+    with started(command, log) as run:
+        wait_for(lambda: catches(run.pid, signal.SIGUSR1), 120, "the handlers", log, every=0.005)
+        run.send_signal(signal.SIGUSR1)
+        assert "libtorch" not in Path(f"/proc/{run.pid}/maps").read_text()  # that early
+        assert run.wait(240) == INTERRUPTED_STATUS, log.read_text()[-4000:]
+    assert (folder / RUN_STATE).read_text() == "interrupted\n"
+    assert saved_iterations(folder) == [1] == [len(steps(folder))]
+    with started(command, log) as run:
+        wait_for(lambda: (latest_iteration(folder) or 0) >= 4, 240, "saves", log)
+        assert not (folder / RUN_STATE).exists()
+        while run.poll() is None:
+            os.killpg(run.pid, signal.SIGUSR1)  # `started` made it the leader of a session
+            time.sleep(0.05)
+        assert run.returncode == INTERRUPTED_STATUS, log.read_text()[-4000:]
+    assert (folder / RUN_STATE).read_text() == "interrupted\n"
+    assert latest_iteration(folder) == len(steps(folder))
+
+
+def catches(pid, number):
+    """Whether a process has a handler for a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    (caught,) = [line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")]
+    return int(caught, 16) >> (number - 1) & 1
+
+
+def test_without_a_folder_nothing_is_kept_and_it_says_so(shards, tmp_path):
+    log = tmp_path / "log"
+    command = [sys.executable, ROOT / "tools" / "pretrain.py", *program(shards, tmp_path)[:-4]]
+    with started(command, log) as run:
+        wait_for(lambda: "step" in log.read_text(), 240, "a step", log)
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(240) == INTERRUPTED_STATUS
+    assert "nothing is kept: there is no --save" in log.read_text()
+
+
+def test_what_the_launcher_is_told(shards, tmp_path, monkeypatch):
+    """Only a save that was asked for says "interrupted", only the last iteration "finished", and nothing stays."""
+
+    def state(**training):
+        run = {"save": str(tmp_path), "load": str(tmp_path)}
+        try:
+            pretrain(small(shards, checkpoint=run, training={"eval_interval": 100, **training}))
+        except (Interrupted, ZeroDivisionError) as error:
+            raised = type(error)
+        else:
+            raised = None
+        path = tmp_path / RUN_STATE
+        return raised, latest_iteration(tmp_path), path.read_text().strip() if path.exists() else None
+
+    assert state(exit_interval=3) == (None, 3, None)
+    monkeypatch.setattr(signals, "ignore", lambda: None)  # pytest still wants to hear them
+    with monkeypatch.context() as asked:
+        asked.setattr(signals, "received", lambda: True)
+        assert state() == (Interrupted, 4, "interrupted")
+        assert state() == (Interrupted, 5, "interrupted")  # every attempt gets on
+        assert state(train_iters=6) == (None, 6, "finished")  # asked at the end: nothing is left to requeue for
+    with monkeypatch.context() as crashing:
+        crashing.setattr(Trainer, "step", lambda self: 1 / 0)
+        assert state() == (ZeroDivisionError, 6, None)
+    assert state() == (None, 8, "finished")
+    assert state() == (None, 8, "finished")  # started once more by mistake
