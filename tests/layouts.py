@@ -59,7 +59,7 @@ def run_layout(setup, name, folder):
     result["evaluation"] = trainer.evaluate()
     trainer.write_run_folder()
     trainer.save()
-    result["next"] = trainer.step()
+    result["next"] = [trainer.step() for _ in range(STEPS)]
     return result
 
 

@@ -179,14 +179,18 @@ def test_equals_one_rank(runs, layout):
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "pp2vpp2", "cp2", "dp2sharded"])
 def test_checkpoint_of_a_layout_goes_on_in_one_rank(runs, layout):
-    """The step after the checkpoint, taken by one rank, gives the loss that the layout itself gave."""
+    """The steps after the checkpoint, taken by one rank, give the losses that the layout itself gave.
+
+    Several, because a wrong Adam state changes the weights with the first step, and losses from the second on.
+    """
     setup, results, folder = runs
     parallel = {"use_distributed_optimizer": layout == "dp2sharded"}
     trainer = Trainer.build(build_config({**setup, "parallel": parallel, "checkpoint": {"load": str(folder / layout)}}))
-    step = trainer.step()
+    for theirs in results[layout][0]["next"]:
+        ours = trainer.step()
+        for key in ("ar_loss", "diffusion_loss", "grad_norm", "learning_rate"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5), key
     shut_down()
-    for key in ("ar_loss", "diffusion_loss", "grad_norm", "learning_rate"):
-        assert step[key] == pytest.approx(results[layout][0]["next"][key], abs=5e-6), key
 
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2vpp2", "dp2sharded"])

@@ -1,0 +1,103 @@
+"""Which layers, optimizer and kernels are chosen where packages that need CUDA are installed; stubs stand in for them.
+
+This shows the choice, not that the layers work: transformer-engine and apex have not been run (README).
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+from tidar_megatron.config import build_config
+from tidar_megatron.distributed.groups import initialize, shut_down
+from tidar_megatron.errors import UserError
+from tidar_megatron.models.gpt import layer_spec, transformer_config
+
+CHOICES = """
+import json
+from functools import partial
+import tidar_megatron.models.gpt as gpt
+from tidar_megatron.distributed.groups import initialize, shut_down
+from tidar_megatron.training.layout_check import variant_config
+
+config = variant_config(VARIANT, 1, model={"transformer_impl": IMPL, "moe_grouped_gemm": GROUPED})
+ranks = initialize(config.parallel, 0)
+gpt.has_gpu = lambda: True
+transformer = gpt.transformer_config(config)
+gpt.has_gpu = lambda: False
+
+def name(part):
+    part = getattr(part, "func", part)  # a partial
+    part = getattr(part, "module", part)  # a ModuleSpec
+    return getattr(part, "__name__", str(part))
+
+block = gpt.layer_spec(config, transformer, None)
+layer = block.layer_specs[0].submodules
+attention = layer.self_attention.submodules
+mlp = layer.mlp
+parts = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
+names = {"qkv": attention.linear_qkv, "proj": attention.linear_proj, "core": attention.core_attention}
+names |= {"input_norm": layer.input_layernorm, "q_norm": attention.q_layernorm, "final_norm": block.layer_norm}
+names |= {key: getattr(parts, key) for key in ("linear_fc1", "experts", "router") if hasattr(parts, key)}
+seen = {key: name(part) for key, part in names.items()}
+seen["accumulation"] = transformer.gradient_accumulation_fusion
+from megatron.core.optimizer import Adam
+seen["adam"] = f"{Adam.__module__}.{Adam.__name__}"  # what get_megatron_optimizer builds
+shut_down()
+print(json.dumps(seen))
+"""
+
+
+def choices(packages, impl="local", variant="long", grouped=False):
+    """What is chosen in a process where the stubs of ``packages`` are importable."""
+    program = f"VARIANT, IMPL, GROUPED = {variant!r}, {impl!r}, {grouped}\n{CHOICES}"
+    command = [sys.executable, "-W", "ignore", "-m", "tests.stubs", packages, program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return choices("transformer_engine,transformer_engine_torch", impl="transformer_engine")
+
+
+def test_transformer_engines_layers_around_our_attention(engine):
+    assert engine["core"] == "HybridCoreAttention"
+    assert engine["qkv"] == "TELayerNormColumnParallelLinear"  # the norm is in it
+    assert engine["input_norm"] == "IdentityOp"
+    assert engine["proj"] == "TERowParallelLinear"
+    assert engine["linear_fc1"] == "TELayerNormColumnParallelLinear"
+    assert (engine["q_norm"], engine["final_norm"]) == ("TENorm", "TENorm")
+    assert engine["accumulation"] is True
+    assert engine["adam"] == "transformer_engine.pytorch.optimizers.FusedAdam"
+
+
+def test_grouped_experts_around_our_router():
+    seen = choices("transformer_engine,transformer_engine_torch", "transformer_engine", "experts", grouped=True)
+    assert seen["experts"].endswith("GroupedMLP") and seen["experts"].startswith("TE")
+    assert (seen["router"], seen["core"]) == ("BalancedRouter", "HybridCoreAttention")
+
+
+@pytest.mark.parametrize("packages", ["apex,amp_C,fused_weight_gradient_mlp_cuda", "transformer_engine"])
+def test_fused_adam_and_accumulation_where_installed(packages):
+    seen = choices(packages)
+    assert (seen["core"], seen["qkv"], seen["final_norm"]) == ("HybridCoreAttention", "ColumnParallelLinear", "RMSNorm")
+    assert seen["adam"].startswith(packages.split(",")[0]) and seen["adam"].endswith("optimizers.FusedAdam")
+    assert seen["accumulation"] is ("apex" in packages)  # transformer-engine's kernel is for its own layers
+
+
+def test_nothing_installed():
+    seen = choices("nothing")
+    assert seen["adam"].startswith("torch.optim")
+    assert seen["accumulation"] is False
+
+
+def test_asking_for_what_is_not_installed():
+    config = build_config({"model": {"transformer_impl": "transformer_engine", "num_layers": 2}})
+    initialize(config.parallel, 0)
+    with pytest.raises(UserError, match=r"not installed; pip install 'tidar-megatron\[gpu\]'"):
+        layer_spec(config, transformer_config(config), None)
+    shut_down()
