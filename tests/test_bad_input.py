@@ -71,6 +71,13 @@ def test_too_few_processes_for_the_layout(train):
     refused(train("--context-parallel-size", "2"), "needs a multiple of 2 processes", "--nproc-per-node 2")
 
 
+def test_what_gloo_cannot_do(train, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    flags = "--num-experts 4 --tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2"
+    flags += " --expert-tensor-parallel-size 2 --moe-token-dispatcher-type alltoall"
+    refused(train(*flags.split()), "unequal size, which gloo cannot", "use --moe-token-dispatcher-type allgather")
+
+
 def test_mask_token_the_tokenizer_uses(train):
     refused(train("--mask-token-id", "100"), "--mask-token-id 100", "0 to 256", "take 257")
 

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from tidar_megatron.config import Config
+from tidar_megatron.errors import UserError
+
 # megatron-core's optimizer tells dtypes apart by the CUDA spelling that Tensor.type() gives on a GPU
 _CUDA_TYPE_NAMES = {
     torch.float32: "torch.cuda.FloatTensor",
@@ -33,6 +36,23 @@ def device(local_rank: int = 0) -> torch.device:
 def backend() -> str:
     """The torch.distributed backend of that device."""
     return "nccl" if has_gpu() else "gloo"
+
+
+def check_backend(config: Config) -> None:
+    """Refuse what gloo cannot do.
+
+    Raises:
+        UserError: names the flag and what works instead.
+    """
+    parallel, dispatcher = config.parallel, config.model.moe_token_dispatcher_type
+    if has_gpu() or dispatcher == "allgather":
+        return
+    if parallel.expert_model_parallel_size > 1 and parallel.expert_tensor_parallel_size > 1:
+        raise UserError(
+            f"--moe-token-dispatcher-type {dispatcher} with --expert-tensor-parallel-size "
+            f"{parallel.expert_tensor_parallel_size}: gathers parts of unequal size, which gloo cannot; "
+            "on CPUs use --moe-token-dispatcher-type allgather"
+        )
 
 
 class _CudaLiteralsToCpu(TorchFunctionMode):

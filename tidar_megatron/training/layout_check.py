@@ -101,6 +101,7 @@ def _layout(name: str, variant: str = "long", **settings: Any) -> Layout:
         "vpp": "virtual_pipeline_model_parallel_size",
         "cp": "context_parallel_size",
         "ep": "expert_model_parallel_size",
+        "etp": "expert_tensor_parallel_size",
         "sp": "sequence_parallel",
         "distributed": "use_distributed_optimizer",
         "recompute": "recompute_granularity",
@@ -159,6 +160,7 @@ ALL_LAYOUTS = (
     _layout("experts, EP2xTP2+SP", "experts", ep=2, tp=2, sp=True),
     _layout("experts, EP2xTP2xPP2+SP", "experts", ep=2, tp=2, pp=2, sp=True),
     _layout("experts, EP2xCP2", "experts", ep=2, cp=2),
+    _layout("experts, EP2xETP2xTP2+SP", "experts", ep=2, etp=2, tp=2, sp=True),
 )
 
 
@@ -180,7 +182,7 @@ def variant_config(
 ) -> Config:
     """The tiny model's configuration; as many sequences a step as make every rank of ``world_size`` work twice."""
     tree = {name: dict(section) for name, section in MODEL.items()}
-    tree["training"]["global_batch_size"] = max(8, 2 * world_size)
+    tree["training"]["global_batch_size"] = world_size * max(2, -(-8 // world_size))
     for name, section in {**VARIANTS[variant].changes, "parallel": parallel or {}}.items():
         tree[name].update(section)
     tree["model"].update(model or {})

@@ -19,6 +19,7 @@ from tidar_megatron.data.doubled import Batch
 from tidar_megatron.data.loader import TrainingData
 from tidar_megatron.data.manifest import TOKENIZER_FOLDER, read_manifest
 from tidar_megatron.distributed.groups import Ranks, initialize, shut_down, world_size_from_environment
+from tidar_megatron.distributed.platform import check_backend
 from tidar_megatron.errors import Interrupted, UserError
 from tidar_megatron.models.gpt import build_model
 from tidar_megatron.training import signals
@@ -50,6 +51,7 @@ class Trainer:
             raise UserError("--train-data is missing: give a folder made by tools/prepare_data.py")
         world_size = world_size_from_environment()
         check_world_size(config, world_size)
+        check_backend(config)
         folder = config.data.train_data
         tokenizer = read_manifest(folder).tokenizer
         config = resolve(config, tokenizer)
