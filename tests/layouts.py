@@ -56,9 +56,9 @@ def run_layout(setup, name, folder):
     steps = [trainer.step() for _ in range(STEPS)]
     result["losses"] = [(s["ar_loss"], s["diffusion_loss"]) for s in steps]
     result["grad_norms"] = [s["grad_norm"] for s in steps]
-    result["evaluation"] = trainer.evaluate()
     trainer.write_run_folder()
-    trainer.save()
+    trainer.save()  # right after a step: under overlap the weights are still to be gathered
+    result["evaluation"] = trainer.evaluate()
     result["next"] = [trainer.step() for _ in range(STEPS)]
     return result
 
