@@ -51,9 +51,8 @@ class Estimate:
 
     @property
     def stages(self) -> list[int]:
-        """Stages that can differ: the first, one in the middle, the last."""
-        pp = self.sizes.pp
-        return sorted({0, min(1, pp - 1), pp - 1})
+        """One of each kind."""
+        return stages_that_differ(self.sizes.pp)
 
     def traffic(self, stage: int) -> list[Traffic]:
         """Per step, of a rank of ``stage``."""
@@ -151,6 +150,11 @@ class Estimate:
             "tokens_per_second_per_gpu": round(self.tokens_per_second, 1),
             "bytes_per_step": {t.group: round(t.bytes) for t in self.traffic(sizes.pp - 1)},
         }
+
+
+def stages_that_differ(pp: int) -> list[int]:
+    """The first pipeline stage, one from the middle, the last."""
+    return sorted({0, min(1, pp - 1), pp - 1})
 
 
 def recompute_name(sizes: Sizes) -> str:

@@ -6,11 +6,12 @@ block and global batch stay; TP brings sequence parallelism; the distributed opt
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 
 from tidar_megatron.config import Config
 from tidar_megatron.errors import UserError
-from tidar_megatron.planning.estimate import Estimate
+from tidar_megatron.planning.estimate import Estimate, recompute_name, stages_that_differ
 from tidar_megatron.planning.hardware import GIB, Hardware
 from tidar_megatron.planning.memory import memory_of
 from tidar_megatron.planning.shards import build_shard
@@ -85,8 +86,16 @@ def search(config: Config, gpus: int, hardware: Hardware, memory_gib: float) -> 
     if smallest is None:
         raise UserError(no_layout(config, gpus))
     if not best:
-        raise UserError(too_large(smallest, gpus, memory_gib))
+        raise UserError(too_large(smallest, memory_gib, enough_gpus(config, gpus, hardware, memory_gib)))
     return sorted(best.values(), key=lambda e: (e.seconds.step, e.memory.gib))
+
+
+def enough_gpus(config: Config, gpus: int, hardware: Hardware, memory_gib: float) -> int | None:
+    """A number of GPUs, twice as many and so on, that some layout fits; None if 64 times as many do not suffice."""
+    for more in (gpus * 2**n for n in range(1, 7)):
+        if any(Estimate(sizes, hardware).fits(memory_gib) for sizes in candidates(config, more, hardware)):
+            return more
+    return None
 
 
 def no_layout(config: Config, gpus: int) -> str:
@@ -108,7 +117,7 @@ def no_layout(config: Config, gpus: int) -> str:
     raise AssertionError("the plain layout is one of the candidates")
 
 
-def too_large(smallest: Estimate, gpus: int, memory_gib: float) -> str:
+def too_large(smallest: Estimate, memory_gib: float, enough: int | None) -> str:
     """What is short where nothing fits, and what would help."""
     memory, sizes = smallest.memory, smallest.sizes
     parts = {
@@ -119,36 +128,38 @@ def too_large(smallest: Estimate, gpus: int, memory_gib: float) -> str:
         "the loss's logits": memory.loss,
     }
     name, most = max(parts.items(), key=lambda item: item[1])
-    helps = {
-        "activations": "a smaller --seq-length",
-        "the loss's logits": "a smaller --seq-length",
-    }.get(name, "more --gpus")
+    helps = f"--gpus {enough}" if enough else "a smaller --seq-length or model"
     layout = f"TP {sizes.tp}, PP {sizes.pp}, CP {sizes.cp}" + (f", EP {sizes.ep}" if sizes.experts else "")
     return (
-        f"no layout of {gpus} GPUs fits {memory_gib:g} GiB: the smallest ({layout}, recompute full) needs "
-        f"{memory.gib:.1f} GiB, of which {most / GIB:.1f} are {name}; {helps} would help, or --gpu-memory-gib "
-        f"{memory.gib:.0f} or more"
+        f"no layout of {sizes.world_size} GPUs fits {memory_gib:g} GiB: the smallest ({layout}, recompute "
+        f"{recompute_name(sizes)}) needs {memory.gib:.1f} GiB, of which {most / GIB:.1f} GiB are {name}; "
+        f"{helps} would fit, or --gpu-memory-gib {math.ceil(memory.gib)}"
     )
 
 
-def verify(estimate: Estimate) -> list[int]:
+def verify(sizes: Sizes) -> None:
     """Build the shards of the stages that differ and compare the arithmetic with them.
-
-    Returns:
-        Parameters of each of those ranks.
 
     Raises:
         AssertionError: the two disagree: a defect of the planner.
     """
-    counts = []
-    for stage in estimate.stages:
-        built, planned = build_shard(estimate.sizes, stage), memory_of(estimate.sizes, stage)
-        assert built.parameters == planned.parameters, (estimate.sizes, stage, built, planned)
-        assert built.weight_bytes == planned.weights, (estimate.sizes, stage, built, planned)
-        for name, exact, said in (
-            ("gradients", built.gradient_bytes, planned.gradients),
-            ("optimizer", built.optimizer_bytes, planned.optimizer),
+    for stage in stages_that_differ(sizes.pp):
+        built, planned = build_shard(sizes, stage), memory_of(sizes, stage)
+        assert built.parameters == planned.parameters, (sizes, stage, built, planned)
+        assert built.weight_bytes == planned.weights, (sizes, stage, built, planned)
+        for exact, said in (
+            (built.gradient_bytes, planned.gradients),
+            (built.optimizer_bytes, planned.optimizer),
         ):  # the distributed optimizer pads its buffers
-            assert abs(exact - said) <= 0.01 * exact, (name, estimate.sizes, stage, exact, said)
-        counts.append(built.parameters)
-    return counts
+            assert abs(exact - said) <= 0.01 * exact, (sizes, stage, built, planned)
+
+
+def verify_all(estimates: list[Estimate]) -> None:
+    """:func:`verify`, once for layouts whose ranks hold the same: neither VPP nor the division of DP and CP matters."""
+    seen = set()
+    for estimate in estimates:
+        sizes = estimate.sizes
+        key = (sizes.tp, sizes.pp, sizes.ep, sizes.config.parallel.use_distributed_optimizer)
+        if key not in seen:
+            seen.add(key)
+            verify(sizes)

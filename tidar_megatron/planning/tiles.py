@@ -51,8 +51,9 @@ def tiles(seq_length: int, block_size: int, chunk_size: int, rank: int = 0, size
 
 @functools.lru_cache
 def largest_tiles(seq_length: int, block_size: int, chunk_size: int, size: int) -> Tiles:
-    """Those of the rank with the most work; the zigzag leaves little between the ranks."""
-    return max((tiles(seq_length, block_size, chunk_size, rank, size) for rank in range(size)), key=lambda t: t.area)
+    """Those of the rank with more work, of the first and the last; the zigzag leaves little between the ranks."""
+    ends = {0, size - 1}
+    return max((tiles(seq_length, block_size, chunk_size, rank, size) for rank in ends), key=lambda t: t.area)
 
 
 def mask_area(seq_length: int, block_size: int) -> tuple[int, int]:
