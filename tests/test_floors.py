@@ -18,6 +18,7 @@ FLOORS = {
     "checkpoint": 3,
     "training": 4,
     "evaluation": 4,
+    "planning": 5,
 }
 FORBIDDEN = {  # room -> what it must not know
     "data": ("megatron", "tidar_megatron.config"),

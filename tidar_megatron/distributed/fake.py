@@ -1,8 +1,8 @@
 """One process plays any rank of a layout of any size: torch's fake process group, in which collectives do nothing.
 
-What a rank *holds* (parameters, buffers, the optimizer's shards) is then exactly what it holds in the real job, built by
-the same code; on the meta device it takes no memory. What a rank *computes* has the right shapes, and with TP, PP, CP or
-EP values that mean nothing.
+What a rank *holds* (parameters, buffers, the optimizer's shards) is then exactly what it holds in the real job, built
+by the same code; on the meta device it takes no memory. What a rank *computes* has the right shapes, and with TP, PP,
+CP or EP values that mean nothing.
 """
 
 from collections.abc import Iterator

@@ -6,7 +6,7 @@ Of one micro-batch on one pipeline stage::
         + memory traffic of norms, activations and loss / (bandwidth x memory) + TP, CP, EP and PP traffic / links
 
 and of a step, with m micro-batches: every stage once, divided by VPP for all but the slowest, (m - 1) times the slowest
-(Megatron-LM, arXiv 2104.04473: the bubble), then the gradient reduction that no backward hides, and the optimizer.
+(Megatron-LM, arXiv 2104.04473: the bubble), then the data-parallel traffic that no compute hides, and the optimizer.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Seconds:
     memory: float
     communication: float  # TP, CP, EP, PP
     bubble: float  # waiting for other stages
-    gradients: float  # what of the data-parallel traffic nothing hides
+    data: float  # what of the data-parallel traffic nothing hides
     optimizer: float
 
     @property
@@ -67,13 +67,26 @@ class Estimate:
         matmul, attention, memory, communication = (sizes.micro_batches * part for part in work[slowest])
         middle = work.get(1, work[0])
         others = [sum(work.get(stage, middle)) for stage in range(sizes.pp) if stage != slowest]
-        data = sum(t.seconds for t in self.traffic(slowest) if t.group == "DP")
-        parallel = sizes.config.parallel
-        if parallel.overlap_grad_reduce:  # behind the backward of the last micro-batch, two thirds of its work
-            data = max(data * (1 - efficiency("hidden")), data - 2 / 3 * sum(work[slowest]))
-        return Seconds(
-            matmul, attention, memory, communication, sum(others) / sizes.vpp, data, self._optimizer(slowest)
-        )
+        bubble, data = sum(others) / sizes.vpp, self._exposed_data(slowest, sum(work[slowest]))
+        return Seconds(matmul, attention, memory, communication, bubble, data, self._optimizer(slowest))
+
+    def _exposed_data(self, stage: int, micro_batch: float) -> float:
+        """Gradients reduced, and weights gathered by the distributed optimizer, less what is hidden.
+
+        The one behind the last micro-batch's backward, the other behind the first one's forward: two thirds and one
+        third of the work.
+        """
+        parallel, w = self.sizes.config.parallel, self.sizes.w
+        whole = sum(t.seconds for t in self.traffic(stage) if t.group == "DP")
+        gather = whole * w / (4 + w) if parallel.use_distributed_optimizer else 0.0
+        exposed = 0.0
+        for seconds, overlapped, compute in (
+            (whole - gather, parallel.overlap_grad_reduce, 2 / 3 * micro_batch),
+            (gather, parallel.overlap_param_gather, 1 / 3 * micro_batch),
+        ):
+            least = seconds * (1 - efficiency("hidden"))
+            exposed += max(least, seconds - compute) if overlapped else seconds
+        return exposed
 
     def _micro_batch(self, stage: int) -> tuple[float, float, float, float]:
         sizes, hardware = self.sizes, self.hardware

@@ -26,7 +26,15 @@ class Hardware:
 
 HARDWARE = {
     "h100": Hardware(
-        "H100 SXM", 989.4e12, 66.9e12, 79.0, 3.35e12, 450e9, 50e9, 8, "NVIDIA H100 and DGX H100 datasheets; NDR 400 Gb/s"
+        "H100 SXM",
+        989.4e12,
+        66.9e12,
+        79.0,
+        3.35e12,
+        450e9,
+        50e9,
+        8,
+        "NVIDIA H100 and DGX H100 datasheets; NDR 400 Gb/s",
     ),
     "h200": Hardware(
         "H200 SXM",
@@ -102,9 +110,9 @@ ASSUMPTIONS = {
     ),
     "hidden": Assumption(
         0.90,
-        "of the time",
-        "how much of the backward the overlapped gradient reduction can hide behind (--overlap-grad-reduce)",
-        "all buckets but the last travel while earlier layers are computed; TP, CP, PP and EP traffic hides behind nothing",
+        "of the traffic",
+        "data-parallel traffic that compute can hide: --overlap-grad-reduce, --overlap-param-gather",
+        "all buckets but the last travel while other layers compute; TP, CP, PP and EP traffic hides behind nothing",
     ),
     "reserve": Assumption(
         3.0,

@@ -1,7 +1,7 @@
 """Bytes on one rank: weights, gradients, optimizer, activations, loss.
 
-Weights, gradients and the optimizer's state are arithmetic here, and exact; :mod:`tidar_megatron.planning.shards` builds
-the same shards and the tool compares the two.
+Weights, gradients and the optimizer's state are arithmetic here; :mod:`tidar_megatron.planning.shards` builds the same
+shards, and the tool compares the two: equal, but for the padding of the distributed optimizer's buffers.
 
 Activations are what autograd saves for the backward, each storage once, without parameters: what saved-tensor hooks
 count. Two sets of kernels, of which the first is tested against those hooks:
@@ -200,7 +200,9 @@ def in_flight(sizes: Sizes, stage: int) -> int:
     return min(ahead + 1, sizes.micro_batches * sizes.vpp)
 
 
-def memory_of(sizes: Sizes, stage: int, kernels: Kernels = "gpu", exact: tuple[int, int, int, int] | None = None) -> Memory:
+def memory_of(
+    sizes: Sizes, stage: int, kernels: Kernels = "gpu", exact: tuple[int, int, int, int] | None = None
+) -> Memory:
     """A rank of pipeline stage ``stage``; ``exact``: parameters and bytes of weights, gradients, optimizer as built."""
     parameters = parameters_of(sizes, stage)
     first, last = stage == 0, stage == sizes.pp - 1

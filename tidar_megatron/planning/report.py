@@ -82,6 +82,12 @@ def print_plan(plan: Plan) -> None:
     )
     console.print(hardware_table(plan.hardware))
     console.print(assumption_table())
+    console.print(
+        "Activations are counted for chunked attention whose kernel keeps no scores, and fused RMSNorm and SwiGLU; the "
+        "same arithmetic\nwith the CPU's kernels is what saved-tensor hooks count (tests/planning). Nothing here was "
+        "measured on a GPU.\n",
+        highlight=False,
+    )
     console.print(layout_table(plan))
     if plan.configured is None:
         console.print(f"The config's own layout cannot use {plan.gpus} GPUs: {plan.refusal}", highlight=False)

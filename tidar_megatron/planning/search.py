@@ -1,7 +1,8 @@
 """Every layout of a model on a number of GPUs, and of those that fit, the fastest first.
 
-What varies: TP (within a node), PP, VPP, CP, EP, the micro-batch size and what is recomputed. The YAML's model, lengths,
-block and global batch stay; TP brings sequence parallelism; the distributed optimizer is on, or as the YAML has it.
+What varies: TP (within a node), PP, VPP, CP, EP, the micro-batch size and what is recomputed. The YAML's model,
+lengths, block and global batch stay; TP brings sequence parallelism; the distributed optimizer is on, or as in the
+YAML.
 """
 
 import dataclasses

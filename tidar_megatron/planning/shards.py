@@ -28,7 +28,9 @@ def buildable(config: Config) -> Config:
     model = dataclasses.replace(config.model, transformer_impl="local", moe_grouped_gemm=False)
     parallel = dataclasses.replace(config.parallel, recompute_granularity=None)
     # the schedule does not matter here, and may be one that the trainer refuses
-    optimizer = dataclasses.replace(config.optimizer, lr_decay_style="constant", lr_warmup_iters=0, lr_warmup_fraction=None)
+    optimizer = dataclasses.replace(
+        config.optimizer, lr_decay_style="constant", lr_warmup_iters=0, lr_warmup_fraction=None
+    )
     return dataclasses.replace(config, model=model, parallel=parallel, optimizer=optimizer)
 
 
