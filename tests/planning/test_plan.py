@@ -96,6 +96,10 @@ LAYOUTS = {
         2, {"untie_embeddings_and_output_weights": False, "add_qkv_bias": True, "qk_layernorm": False}, **PP2
     ),
     "experts, bf16": lambda: sizes_of(1, MOE, {"bf16": True}),
+    "experts, attention recomputed": lambda: sizes_of(
+        1, MOE, recompute_granularity="selective", recompute_modules=["core_attn", "mlp"]
+    ),
+    "experts recomputed": lambda: sizes_of(1, MOE, recompute_granularity="selective", recompute_modules=["moe"]),
     "DP4, bf16, dist-opt": lambda: sizes_of(4, training={"bf16": True}, use_distributed_optimizer=True),
 }
 
@@ -339,8 +343,9 @@ def run_tool(*arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
 
 
-def test_8b_on_64_gpus(tmp_path):
-    done = run_tool("--config", recipe(tmp_path, QWEN3_8B), "--gpus", 64, "--gpu-memory-gib", 80, "--json")
+def test_the_8b_recipe_on_64_gpus():
+    config = ROOT / "examples/recipes/qwen3-8b-b16.yaml"
+    done = run_tool("--config", config, "--gpus", 64, "--gpu-memory-gib", 80, "--json")
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
     assert plan["total_parameters"] == 8_190_735_360
@@ -355,11 +360,13 @@ def test_8b_on_64_gpus(tmp_path):
     assert steps == sorted(steps)
 
 
-def test_a_plan_for_people(tmp_path):
-    done = run_tool("--config", recipe(tmp_path, QWEN3_8B), "--gpus", 16, "--hardware", "h200", "--top", 2)
+def test_a_plan_for_people():
+    config = ROOT / "examples/quickstart/config.yaml"
+    done = run_tool("--config", config, "--vocab-size", 257, "--gpus", 4, "--hardware", "h200", "--top", 2)
     assert done.returncode == 0, done.stderr
-    for text in ("8,190,735,360 parameters", "> H200 SXM", "B200", "not measured", "2407.08608", "MFU 2S", "MFU S"):
+    for text in ("> H200 SXM", "B200", "not measured", "2407.08608", "MFU 2S", "MFU S", "the best 2"):
         assert text in done.stdout
+    assert "config's own layout cannot use 4 GPUs: --global-batch-size 8: must be a multiple of" in done.stdout
 
 
 def refusal(tmp_path, *arguments, model=QWEN3_8B, **sections):

@@ -58,7 +58,7 @@ def chunk_flops(sizes: Sizes, last: bool) -> Flops:
         modules = parallel.recompute_modules
         if "core_attn" in modules:
             total += Flops(0, attention.attention * n)
-        if ("mlp" in modules) or ("moe" in modules and sizes.experts is not None):
+        if sizes.feed_forward in modules:
             total += feed_forward.times(n)
     if last:
         total += Flops(3 * 2 * sizes.tokens * sizes.h * sizes.vocabulary, 0)

@@ -103,7 +103,7 @@ def core_attention_bytes(sizes: Sizes) -> int:
 
 
 def feed_forward_bytes(sizes: Sizes, kernels: Kernels) -> int:
-    """What recomputing ``mlp`` saves: a layer's feed-forward beyond its input."""
+    """What recomputing ``mlp`` (``moe``) saves: a layer's feed-forward beyond its input."""
     w, t = sizes.w, sizes.tokens
     if sizes.experts is None:
         return t * sizes.f * w * (3 if kernels == "gpu" else 5)
@@ -136,8 +136,7 @@ def layer_bytes(sizes: Sizes, kernels: Kernels, recompute: tuple[str, ...] = ())
         turned += t * groups * d * w
     attention = t * heads * d * w  # the input of the output projection
     attention += 0 if attention_recomputed else core_attention_bytes(sizes)
-    whole_mlp = {"mlp", "moe"} & set(recompute) if sizes.experts else {"mlp"} & set(recompute)
-    feed_forward = 0 if whole_mlp else feed_forward_bytes(sizes, kernels)
+    feed_forward = 0 if sizes.feed_forward in recompute else feed_forward_bytes(sizes, kernels)
     return norms + inputs + rotary + (fused_qkv if keeps_qkv else 0) + qk_norm + turned + attention + feed_forward
 
 
@@ -163,7 +162,9 @@ def activations_of(sizes: Sizes, first: bool, last: bool, kernels: Kernels) -> A
     n, every = sizes.chunk_layers, layer_bytes(sizes, kernels)
     tiles, metadata = sizes.tiles, 16 * sizes.b * sizes.tiles.keys
     bias, angles = sizes.b * tiles.bias * w, 4 * sizes.rows * sizes.d
-    working = t * 2 * sizes.f * w + 2 * s * h * w  # gradients of the feed-forward's first projection and the residuals
+    # gradients of the feed-forward's first projection and of the residuals; tokens on their way to experts
+    rows, dispatched = (t, 0) if sizes.experts is None else (sizes.expert_rows, s * sizes.ep * sizes.etp)
+    working = rows * 2 * sizes.f * w + 2 * s * h * w + dispatched * h * w
     if parallel.recompute_granularity == "full":
         group = min(parallel.recompute_num_layers, n)
         if parallel.recompute_method == "uniform":
@@ -200,10 +201,8 @@ def in_flight(sizes: Sizes, stage: int) -> int:
     return min(ahead + 1, sizes.micro_batches * sizes.vpp)
 
 
-def memory_of(
-    sizes: Sizes, stage: int, kernels: Kernels = "gpu", exact: tuple[int, int, int, int] | None = None
-) -> Memory:
-    """A rank of pipeline stage ``stage``; ``exact``: parameters and bytes of weights, gradients, optimizer as built."""
+def memory_of(sizes: Sizes, stage: int, kernels: Kernels = "gpu") -> Memory:
+    """A rank of pipeline stage ``stage``."""
     parameters = parameters_of(sizes, stage)
     first, last = stage == 0, stage == sizes.pp - 1
     one = activations_of(sizes, first and sizes.vpp == 1, last and sizes.vpp == 1, kernels)
@@ -211,17 +210,11 @@ def memory_of(
     # under interleaving only one chunk in VPP has the ends: as many micro-batches as chunks may be at them
     at_ends = -(-in_flight(sizes, stage) // sizes.vpp)
     loss_transient = ends.loss // 2 if sizes.w == 2 else 0  # the bfloat16 logits beside their float32 softmax
-    number, weights, gradients, optimizer = exact or (
-        parameters.total,
-        sizes.w * parameters.total,
-        4 * parameters.total,
-        optimizer_bytes(sizes, parameters),
-    )
     return Memory(
-        parameters=number,
-        weights=weights,
-        gradients=gradients,
-        optimizer=optimizer,
+        parameters=parameters.total,
+        weights=sizes.w * parameters.total,
+        gradients=4 * parameters.total,
+        optimizer=optimizer_bytes(sizes, parameters),
         activations=in_flight(sizes, stage) * (one.layers + one.shared) + at_ends * ends.ends,
         loss=ends.loss + loss_transient,
         working=ends.working,

@@ -33,7 +33,10 @@ def candidates(config: Config, gpus: int, hardware: Hardware) -> Iterator[Sizes]
     recomputes: list[dict[str, object]] = [
         {"recompute_granularity": None},
         {"recompute_granularity": "selective", "recompute_modules": ("core_attn",)},
-        {"recompute_granularity": "selective", "recompute_modules": ("core_attn", "mlp")},
+        {
+            "recompute_granularity": "selective",
+            "recompute_modules": ("core_attn", "moe" if model.num_experts else "mlp"),
+        },
         {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     ]
     experts = divisors(model.num_experts, 64) if model.num_experts else [1]

@@ -123,6 +123,11 @@ class Sizes:
         """Experts of a layer, over all ranks; None: a dense feed-forward."""
         return self.config.model.num_experts
 
+    @property
+    def feed_forward(self) -> str:
+        """Its name among ``--recompute-modules``: megatron-core ignores ``mlp`` for experts, and ``moe`` without."""
+        return "mlp" if self.experts is None else "moe"
+
     @cached_property
     def f(self) -> int:
         """Width of the feed-forward, or of one expert, on this rank."""

@@ -106,7 +106,7 @@ def expert_bytes(sizes: Sizes) -> float:
     one = sizes.residual_tokens * copies * sizes.h * sizes.w * (size - 1) / size
     forwards = passes(sizes)
     parallel = sizes.config.parallel
-    if parallel.recompute_granularity == "selective" and {"mlp", "moe"} & set(parallel.recompute_modules):
+    if parallel.recompute_granularity == "selective" and "moe" in parallel.recompute_modules:
         forwards += 1
     return 2 * one * (forwards + 1) * sizes.layers * sizes.micro_batches
 
