@@ -4,9 +4,13 @@ A played rank (``distributed/fake.py``) holds and saves exactly what it would am
 that collectives bring mean nothing.
 """
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from tests.planning.models_to_plan import CP2, MOE, PP2, SELECTIVE, TP2, sizes_of
@@ -19,9 +23,11 @@ from tidar_megatron.distributed.groups import shut_down
 from tidar_megatron.models.attention import make_plans
 from tidar_megatron.models.gpt import build_model, run_model
 from tidar_megatron.planning.flops import stage_flops
+from tidar_megatron.planning.hardware import HARDWARE
 from tidar_megatron.planning.memory import activations_of, memory_of
 from tidar_megatron.planning.shards import build_shard
 from tidar_megatron.planning.tiles import mask_area, tiles
+from tidar_megatron.planning.traffic import traffic_of
 from tidar_megatron.training.optimizer import build_optimizer, wrap_model
 from tidar_megatron.training.step import forward_backward
 
@@ -214,3 +220,61 @@ def test_tiles_are_those_of_the_backend(length, block, chunk, size):
         assert found.copied_keys == sum(c for c, plan in zip(columns, plans, strict=True) if len(plan.keys) > 1)
         assert found.bias == sum(plan.bias.numel() for plan in plans if plan.bias is not None)
         assert (found.keys, found.calls) == (keys.shape[1], len(plans))
+
+
+class SentBytes(TorchDispatchMode):
+    """What collectives and sends of a process amount to, by the ranks of the group: ring passes of the whole buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.by_group = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name()
+        if name.startswith("c10d::") and "recv" not in name:
+            groups = [dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject) and is_group(a)]
+            flat = [t for a in args for t in (a if isinstance(a, list | tuple) else [a]) if isinstance(t, torch.Tensor)]
+            for group in groups:
+                whole = max(t.numel() * t.element_size() for t in flat)
+                n = group.size()
+                passes = 1 if "send" in name else (n - 1) / n * (2 if "allreduce" in name else 1)
+                self.by_group[tuple(dist.get_process_group_ranks(group))] += whole * passes
+        return func(*args, **(kwargs or {}))
+
+
+def is_group(script_object):
+    return "ProcessGroup" in str(script_object._type())
+
+
+@pytest.mark.parametrize(
+    ("world_size", "parallel"),
+    [
+        (2, {"tensor_model_parallel_size": 2}),
+        (4, {**TP2, **PP2}),
+        (2, {**TP2, "recompute_granularity": "full"}),
+        (4, {**CP2, **TP2, "recompute_granularity": "selective"}),
+        (4, {**TP2, "use_distributed_optimizer": True}),
+        (2, {**PP2, **VPP2}),
+    ],
+)
+def test_traffic_is_what_a_step_sends(world_size, parallel):
+    """Forward, backward, gradients and weights of a whole step; the planner leaves out scalars and the loss's sums."""
+    sizes = sizes_of(world_size, training={"bf16": True}, **parallel)
+    stage = sizes.pp - 1
+    with play_rank(sizes.config.parallel, stage * world_size // sizes.pp, world_size, "cpu") as ranks:
+        groups = ranks.groups
+        model = wrap_model(build_model(sizes.config, sizes.config.model.vocab_size, ranks), sizes.config)
+        for chunk in model:
+            for group in chunk.bucket_groups:
+                group.ddp_config.check_for_nan_in_grad = False  # the neighbours' gradients are noise
+        optimizer, _ = build_optimizer(model, sizes.config)
+        with SentBytes() as sent:
+            forward_backward(model, [a_batch(sizes, ranks) for _ in range(sizes.micro_batches)], 1.0, ranks)
+            optimizer.step()
+        names = {"TP": groups.tp, "CP": groups.cp, "DP": groups.dp_cp, "PP": groups.pp}
+        expected = Counter()
+        for traffic in traffic_of(sizes, stage, HARDWARE["h100"]):
+            expected[tuple(dist.get_process_group_ranks(names[traffic.group]))] += traffic.bytes
+    assert expected
+    for group, planned in expected.items():
+        assert planned == pytest.approx(sent.by_group[group], rel=0.03)

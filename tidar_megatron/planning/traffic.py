@@ -73,10 +73,11 @@ def tensor_bytes(sizes: Sizes, stage: int) -> float:
     one = sizes.tokens * sizes.h * sizes.w * (sizes.tp - 1) / sizes.tp  # one all-gather, or one reduce-scatter
     blocks = 2 if sizes.experts is None else 1  # attention and feed-forward
     per_layer = blocks * (2 * passes(sizes) + 2)
-    per_layer += blocks if sizes.config.parallel.sequence_parallel else 0
+    again = 1 if sizes.config.parallel.sequence_parallel else 0
+    per_layer += blocks * again
     total = per_layer * one * sizes.layers
     total += 2 * one if stage == 0 else 0  # the embedding
-    total += 3 * one if stage == sizes.pp - 1 else 0  # the output layer
+    total += (2 + again) * one if stage == sizes.pp - 1 else 0  # the output layer
     return total * sizes.micro_batches
 
 
@@ -95,20 +96,23 @@ def context_bytes(sizes: Sizes) -> float:
 def expert_bytes(sizes: Sizes) -> float:
     """Tokens to their experts and back, in forward and in backward; routed evenly.
 
-    All-gather dispatcher: every token of the group to every rank. All-to-all: each token's top-k copies, of which
-    (n - 1) / n leave the rank. Routing probabilities are left out.
+    All-gather dispatcher: every token of the group to every rank, and back in float32, the router's type. All-to-all:
+    each token's top-k copies, of which (n - 1) / n leave the rank. Routing probabilities are left out.
     """
     size = sizes.ep * sizes.etp
     if sizes.experts is None or size == 1:
         return 0.0
     model = sizes.config.model
-    copies = size if model.moe_token_dispatcher_type == "allgather" else model.moe_router_topk * sizes.etp
-    one = sizes.residual_tokens * copies * sizes.h * sizes.w * (size - 1) / size
+    if model.moe_token_dispatcher_type == "allgather":
+        there_and_back = size * (sizes.w + 4)
+    else:
+        there_and_back = model.moe_router_topk * sizes.etp * 2 * sizes.w
+    once = sizes.residual_tokens * sizes.h * there_and_back * (size - 1) / size
     forwards = passes(sizes)
     parallel = sizes.config.parallel
     if parallel.recompute_granularity == "selective" and "moe" in parallel.recompute_modules:
         forwards += 1
-    return 2 * one * (forwards + 1) * sizes.layers * sizes.micro_batches
+    return once * (forwards + 1) * sizes.layers * sizes.micro_batches
 
 
 def pipeline_bytes(sizes: Sizes, stage: int) -> float:
