@@ -84,7 +84,6 @@ def initialize(parallel: ParallelConfig, seed: int) -> Ranks:
 
     May be called again with another layout in the same process: the old groups are destroyed first.
     """
-    world_size = world_size_from_environment()
     platform.make_cpu_first_class()
     timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
     device = platform.device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -100,11 +99,21 @@ def initialize(parallel: ParallelConfig, seed: int) -> Ranks:
             dist.init_process_group(platform.backend(), timeout=timeout)
         else:  # no launcher: a job of one, without a port that could be taken
             dist.init_process_group(platform.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    return lay_out(parallel, seed, device)
+
+
+def lay_out(parallel: ParallelConfig, seed: int, device: torch.device) -> Ranks:
+    """Lay the groups out over the job that was joined; the groups of an earlier layout are destroyed first."""
     _end_groups()
-    parallel_state.initialize_model_parallel(**group_sizes(parallel))
+    parallel_state.initialize_model_parallel(**group_sizes(parallel), create_gloo_process_groups=not is_played())
     groups = ProcessGroupCollection.use_mpu_process_groups()
     seed_everything(seed, groups.pp.rank())
-    return Ranks(groups=groups, device=device, rank=dist.get_rank(), world_size=world_size)
+    return Ranks(groups=groups, device=device, rank=dist.get_rank(), world_size=dist.get_world_size())
+
+
+def is_played() -> bool:
+    """Whether this process only plays a rank (``distributed/fake.py``): there is nobody for gloo to talk to."""
+    return dist.get_backend() == "fake"
 
 
 def group_sizes(parallel: ParallelConfig) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
 from tidar_megatron.config import Config
+from tidar_megatron.distributed.groups import is_played
 from tidar_megatron.errors import UserError
 
 
@@ -89,6 +90,7 @@ def build_optimizer(
             overlap_param_gather=config.parallel.overlap_param_gather,
         ),
         model,
+        use_gloo_process_groups=not is_played(),
     )
     scheduler = OptimizerParamScheduler(
         optimizer,

@@ -1,0 +1,184 @@
+"""The plan: whole models counted, layouts found, and what people and programs are told."""
+
+import json
+import runpy
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+from tests.conftest import ROOT
+from tests.planning.models_to_plan import CP2, MODEL, MOE, PP2, QWEN3_8B, QWEN3_30B_A3B, TP2, sizes_of
+from tidar_megatron.config import build_config
+from tidar_megatron.errors import UserError
+from tidar_megatron.planning.estimate import Estimate
+from tidar_megatron.planning.flops import executed_flops, model_flops
+from tidar_megatron.planning.hardware import HARDWARE
+from tidar_megatron.planning.memory import in_flight
+from tidar_megatron.planning.report import make_plan
+from tidar_megatron.planning.search import search
+from tidar_megatron.planning.shards import count_distinct_parameters
+from tidar_megatron.planning.sizes import Sizes
+
+H100 = HARDWARE["h100"]
+
+
+def huggingface_parameters(model, sizes):
+    """An independent count: transformers' own model on the meta device."""
+    from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
+
+    common = {
+        "num_hidden_layers": model["num_layers"],
+        "hidden_size": model["hidden_size"],
+        "intermediate_size": model["ffn_hidden_size"],
+        "num_attention_heads": model["num_attention_heads"],
+        "num_key_value_heads": model["num_query_groups"],
+        "head_dim": sizes.d,
+        "vocab_size": model["vocab_size"],
+        "tie_word_embeddings": not model["untie_embeddings_and_output_weights"],
+    }
+    if "num_experts" in model:
+        config = Qwen3MoeConfig(**common, num_experts=model["num_experts"], moe_intermediate_size=48)
+    else:
+        config = Qwen3Config(**common)
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+
+
+@pytest.mark.parametrize(
+    ("world_size", "model", "parallel"),
+    [
+        (4, {}, {**TP2, **PP2}),
+        (4, {"untie_embeddings_and_output_weights": False}, {**TP2, **PP2, "virtual_pipeline_model_parallel_size": 2}),
+        (8, MOE, {**TP2, **CP2, "expert_model_parallel_size": 4, "expert_tensor_parallel_size": 2}),
+        (8, MOE, {**PP2, "expert_model_parallel_size": 2}),
+    ],
+)
+def test_distinct_parameters_are_those_of_the_huggingface_model(world_size, model, parallel):
+    sizes = sizes_of(world_size, model, **parallel)
+    assert count_distinct_parameters(sizes) == huggingface_parameters({**MODEL, **model}, sizes)
+
+
+def test_experts_of_a_real_model():
+    """Qwen3-30B-A3B has 30,532,122,624 parameters; its layers are alike, so two of them tell."""
+    two, four = (
+        count_distinct_parameters(sizes_of(8, {**QWEN3_30B_A3B, "num_layers": n}, expert_model_parallel_size=8))
+        for n in (2, 4)
+    )
+    assert two + (48 - 2) // 2 * (four - two) == 30_532_122_624
+
+
+def recipe(tmp_path, model, **sections):
+    path = tmp_path / "recipe.yaml"
+    tree = {
+        "tidar": {"block_size": 16},
+        "model": model,
+        "data": {"seq_length": 4096},
+        "training": {"global_batch_size": 512, "bf16": True},
+        "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True, "use_distributed_optimizer": True},
+    }
+    path.write_text(yaml.safe_dump({**tree, **sections}))
+    return path
+
+
+def run_tool(*arguments):
+    command = [sys.executable, ROOT / "tools/plan.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+
+
+def test_the_8b_recipe_on_64_gpus():
+    config = ROOT / "examples/recipes/qwen3-8b-b16.yaml"
+    done = run_tool("--config", config, "--gpus", 64, "--gpu-memory-gib", 80, "--json")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["total_parameters"] == 8_190_735_360
+    assert plan["layouts"]
+    for layout in [*plan["layouts"], plan["configured"]]:
+        assert layout["tp"] * layout["pp"] * layout["cp"] * layout["dp"] == 64
+        assert {"vpp", "ep", "step_seconds"} <= layout.keys()
+        assert 0 < layout["memory_gib"] <= 80
+        assert 0 < layout["mfu_s"] < layout["mfu"] < 1
+        assert sum(layout["seconds"].values()) == pytest.approx(layout["step_seconds"], rel=1e-3)
+    steps = [layout["step_seconds"] for layout in plan["layouts"]]
+    assert steps == sorted(steps)
+
+
+def test_a_plan_for_people():
+    config = ROOT / "examples/quickstart/config.yaml"
+    done = run_tool("--config", config, "--vocab-size", 257, "--gpus", 4, "--hardware", "h200", "--top", 2)
+    assert done.returncode == 0, done.stderr
+    for text in ("> H200 SXM", "B200", "not measured", "2407.08608", "MFU 2S", "MFU S", "the best 2"):
+        assert text in done.stdout
+    assert "config's own layout cannot use 4 GPUs: --global-batch-size 8: must be a multiple of" in done.stdout
+
+
+def refusal(tmp_path, *arguments, model=QWEN3_8B, **sections):
+    main = runpy.run_path(str(ROOT / "tools/plan.py"))["main"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["plan.py", "--config", str(recipe(tmp_path, model, **sections)), *arguments])
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        with pytest.raises(UserError) as caught:
+            main()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_bad_input(tmp_path):
+    assert "--gpus 0: must be more than 0" in refusal(tmp_path, "--gpus", "0")
+    assert "invalid choice: 'a100'" in refusal(tmp_path, "--gpus", "8", "--hardware", "a100")
+    no_vocabulary = {name: value for name, value in QWEN3_8B.items() if name != "vocab_size"}
+    assert "give --vocab-size N" in refusal(tmp_path, "--gpus", "8", model=no_vocabulary)
+    uneven = refusal(tmp_path, "--gpus", "7", parallel={})
+    assert "--gpus 7: no layout can use them all" in uneven and "nearest: 511" in uneven
+    small = refusal(tmp_path, "--gpus", "2", "--gpu-memory-gib", "40")
+    assert "no layout of 2 GPUs fits 40 GiB" in small
+    assert "GiB are the optimizer's state; --gpus 8 would fit" in small
+
+
+def test_exit_status_where_nothing_fits(tmp_path):
+    done = run_tool("--config", recipe(tmp_path, QWEN3_8B), "--gpus", 1)
+    assert done.returncode == 2 and done.stdout == ""
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: no layout of 1 GPUs fits 79 GiB: the smallest (TP 1, PP 1, CP 1, recompute full)")
+
+
+def big(world_size=64, **parallel):
+    tree = {"model": QWEN3_8B, "data": {"seq_length": 4096}, "training": {"global_batch_size": 512, "bf16": True}}
+    return Sizes.of(build_config({**tree, "tidar": {"block_size": 16}, "parallel": parallel}), world_size)
+
+
+def test_micro_batches_in_flight():
+    assert [in_flight(big(pipeline_model_parallel_size=4), stage) for stage in range(4)] == [4, 3, 2, 1]
+    interleaved = big(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=3)
+    assert [in_flight(interleaved, stage) for stage in range(4)] == [15, 13, 11, 9]  # of chunks a third as deep
+
+
+def test_what_a_layout_costs():
+    """Directions that do not depend on any assumed efficiency."""
+    plain, full = big(**TP2), big(**TP2, recompute_granularity="full")
+    one, two = Estimate(plain, H100), Estimate(full, H100)
+    assert two.memory.activations < one.memory.activations / 5
+    assert two.seconds.step > one.seconds.step
+    assert model_flops(plain) == model_flops(full)
+    assert executed_flops(full) > 1.2 * executed_flops(plain)
+    doubled, clean = model_flops(plain)
+    assert doubled == pytest.approx(2 * clean, rel=0.01)  # B is small beside S
+    sent = {t.group: t for t in one.traffic(0)}
+    assert sent["TP"].link == "NVLink" and sent["DP"].link == "InfiniBand"
+    assert {t.link for t in Estimate(big(8, **TP2), H100).traffic(0)} == {"NVLink"}
+    distributed = Estimate(big(**TP2, use_distributed_optimizer=True), H100)
+    assert distributed.memory.optimizer == pytest.approx(one.memory.optimizer / 32, rel=1e-6)
+    stages = Estimate(big(**PP2), H100)
+    assert stages.seconds.bubble > 0 == one.seconds.bubble
+
+
+def test_experts_are_planned_too():
+    config = sizes_of(8, {**MOE, "moe_token_dispatcher_type": "alltoall"}, {"global_batch_size": 64}).config
+    found = search(config, 8, H100, 79.0)
+    assert {e.sizes.ep for e in found} >= {1, 2, 4}
+    apart = next(e for e in found if e.sizes.ep == 4)
+    assert any(t.group == "EP" and t.bytes > 0 for t in apart.traffic(0))
+    plan = make_plan(config, 8, H100, None, top=3)
+    assert len(plan.layouts) == 3 and plan.total_parameters == count_distinct_parameters(found[0].sizes)

@@ -1,0 +1,108 @@
+"""FLOPs: what a step executes, and what counts as useful.
+
+A matrix product of [m, k] and [k, n] is 2mkn, its backward twice that; attention is two products over its tiles, its
+backward five (the fused kernels recompute the scores). Norms, rotary positions and softmax are not counted, as torch's
+FlopCounterMode does not count them either.
+"""
+
+from dataclasses import dataclass
+
+from tidar_megatron.planning.sizes import Sizes
+from tidar_megatron.planning.tiles import mask_area
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs that one rank executes."""
+
+    matmul: float
+    attention: float
+
+    @property
+    def total(self) -> float:
+        """Both."""
+        return self.matmul + self.attention
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(self.matmul + other.matmul, self.attention + other.attention)
+
+    def times(self, matmul: float, attention: float | None = None) -> "Flops":
+        """Scaled."""
+        return Flops(self.matmul * matmul, self.attention * (matmul if attention is None else attention))
+
+
+def layer_forward(sizes: Sizes) -> tuple[Flops, Flops]:
+    """One layer's forward over one micro-batch: attention with its projections, and the feed-forward."""
+    t, h, d = sizes.tokens, sizes.h, sizes.d
+    projections = 2 * t * h * d * (2 * sizes.heads + 2 * sizes.groups)
+    tiles = 4 * sizes.b * sizes.tiles.area * sizes.heads * d
+    if sizes.experts is None:
+        feed_forward = 2 * t * 3 * h * sizes.f
+    else:
+        router = 2 * sizes.residual_tokens * h * sizes.experts
+        feed_forward = router + 2 * sizes.expert_rows * 3 * h * sizes.f
+    return Flops(projections, tiles), Flops(feed_forward, 0)
+
+
+def chunk_flops(sizes: Sizes, last: bool) -> Flops:
+    """Forward, recomputation and backward of one micro-batch through one model chunk; ``last`` has the output layer."""
+    attention, feed_forward = layer_forward(sizes)
+    parallel, n = sizes.config.parallel, sizes.chunk_layers
+    layer = attention + feed_forward
+    total = layer.times(3 * n, 3.5 * n)
+    if parallel.recompute_granularity == "full":
+        whole = parallel.recompute_method == "uniform"
+        again = n if whole else min(parallel.recompute_num_layers, n)
+        total += layer.times(again)
+    elif parallel.recompute_granularity == "selective":
+        modules = parallel.recompute_modules
+        if "core_attn" in modules:
+            total += Flops(0, attention.attention * n)
+        if sizes.feed_forward in modules:
+            total += feed_forward.times(n)
+    if last:
+        total += Flops(3 * 2 * sizes.tokens * sizes.h * sizes.vocabulary, 0)
+    return total
+
+
+def stage_flops(sizes: Sizes, stage: int) -> Flops:
+    """Of one micro-batch through all chunks of a pipeline stage."""
+    total = chunk_flops(sizes, False).times(sizes.vpp)
+    if stage == sizes.pp - 1:
+        total += Flops(3 * 2 * sizes.tokens * sizes.h * sizes.vocabulary, 0)
+    return total
+
+
+def executed_flops(sizes: Sizes) -> float:
+    """Of one step over all ranks, recomputation and masked keys in tiles included."""
+    each = sum(stage_flops(sizes, stage).total for stage in range(sizes.pp))
+    return each * sizes.micro_batches * sizes.tp * sizes.cp * sizes.dp
+
+
+def active_parameters(sizes: Sizes) -> int:
+    """Weights of matrix products that a token meets: no embedding, no norms, of the experts the chosen ones."""
+    model, h, d = sizes.config.model, sizes.h, sizes.d
+    groups = model.num_query_groups or model.num_attention_heads
+    layer = h * d * (2 * model.num_attention_heads + 2 * groups)
+    if model.num_experts is None:
+        layer += 3 * h * model.ffn_hidden_size
+    else:
+        layer += h * model.num_experts
+        layer += 3 * h * (model.moe_ffn_hidden_size or model.ffn_hidden_size) * model.moe_router_topk
+    assert model.vocab_size is not None
+    return model.num_layers * layer + h * model.vocab_size
+
+
+def model_flops(sizes: Sizes) -> tuple[float, float]:
+    """Useful FLOPs of a step over all ranks, forward and backward (factor 3), nothing recomputed.
+
+    Returns:
+        Of the doubled sequence, 2S tokens under the mask's own area; and of plain AR training on the same clean tokens,
+        S tokens under causal attention: what the 2S are paid for.
+    """
+    model, S = sizes.config.model, sizes.config.data.seq_length
+    doubled, causal = mask_area(S, sizes.config.tidar.block_size)
+    each = 6 * active_parameters(sizes)
+    pair = 12 * model.num_layers * model.num_attention_heads * sizes.d
+    sequences = sizes.config.training.global_batch_size
+    return sequences * (each * 2.0 * S + pair * doubled), sequences * (each * 1.0 * S + pair * causal)

@@ -1,0 +1,222 @@
+"""Bytes on one rank: weights, gradients, optimizer, activations, loss.
+
+Weights, gradients and the optimizer's state are arithmetic here; :mod:`tidar_megatron.planning.shards` builds the same
+shards, and the tool compares the two: equal, but for the padding of the distributed optimizer's buffers.
+
+Activations are what autograd saves for the backward, each storage once, without parameters: what saved-tensor hooks
+count. Two sets of kernels, of which the first is tested against those hooks:
+
+``cpu``  torch's RMSNorm keeps its input in float32 and its normalised output; SwiGLU keeps its product's factors.
+``gpu``  torch's fused RMSNorm keeps its input and a number per row; megatron-core's fused SwiGLU keeps its input.
+
+The attention of both keeps, per chunk of queries, the output and its log-sum-exp, and copies of K and V where a chunk
+sees several ranges of keys (which most chunks of mask tokens do). That is the chunked backend on a kernel which does
+not keep scores; the dense reference is counted the same way, as one chunk.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tidar_megatron.planning.hardware import GIB, efficiency
+from tidar_megatron.planning.sizes import Sizes
+
+Kernels = Literal["cpu", "gpu"]
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameters that one rank holds, counted once each."""
+
+    dense: int  # replicated over DP and CP
+    expert: int  # replicated over the ranks that hold the same experts
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.dense + self.expert
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the rank of one pipeline stage at its fullest."""
+
+    parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    loss: int
+    working: int
+    reserve: int
+
+    @property
+    def gib(self) -> float:
+        """The sum, in GiB."""
+        parts = self.weights + self.gradients + self.optimizer + self.activations + self.loss
+        return (parts + self.working + self.reserve) / GIB
+
+
+def parameters_of(sizes: Sizes, stage: int) -> Parameters:
+    """What a rank of pipeline stage ``stage`` holds; all its tensor- and expert-parallel neighbours hold as many."""
+    model, h, d = sizes.config.model, sizes.h, sizes.d
+    qkv, queries = (sizes.heads + 2 * sizes.groups) * d, sizes.heads * d
+    layer = 2 * h + h * qkv + queries * h
+    layer += qkv if model.add_qkv_bias else 0
+    layer += 2 * d if model.qk_layernorm else 0
+    expert = 0
+    if sizes.experts is None:
+        layer += 3 * h * sizes.f
+    else:
+        layer += h * sizes.experts
+        expert = 3 * h * sizes.f * (sizes.experts // sizes.ep)
+    first, last = stage == 0, stage == sizes.pp - 1
+    ends = h if last else 0
+    ends += sizes.vocabulary * h if first else 0
+    ends += sizes.vocabulary * h if last and not (sizes.tied and first) else 0
+    return Parameters(sizes.layers * layer + ends, sizes.layers * expert)
+
+
+def optimizer_bytes(sizes: Sizes, parameters: Parameters) -> int:
+    """Adam's two float32 moments, and the float32 main weights under bfloat16; sharded by the distributed optimizer.
+
+    The distributed optimizer pads its buffers, so that a shard is this up to some hundred elements.
+    """
+    each = 12 if sizes.w == 2 else 8
+    if not sizes.config.parallel.use_distributed_optimizer:
+        return each * parameters.total
+    return each * (-(-parameters.dense // (sizes.dp * sizes.cp)) - (-parameters.expert // sizes.edp))
+
+
+def norm_bytes(sizes: Sizes, rows: int, width: int, kernels: Kernels) -> int:
+    """An RMSNorm over ``rows`` of ``width`` channels."""
+    kept = rows * width * (sizes.w if kernels == "gpu" else 8)
+    return kept + 4 * rows
+
+
+def core_attention_bytes(sizes: Sizes) -> int:
+    """What recomputing ``core_attn`` saves: a layer's attention beyond its inputs."""
+    tiles, b, w, d = sizes.tiles, sizes.b, sizes.w, sizes.d
+    outputs = sizes.tokens * sizes.heads * (d * w + 4)
+    copies = 2 * b * tiles.copied_keys * sizes.groups * d * w
+    gathered = 2 * b * tiles.keys * sizes.groups * d * w if sizes.cp > 1 else 0
+    return outputs + copies + gathered
+
+
+def feed_forward_bytes(sizes: Sizes, kernels: Kernels) -> int:
+    """What recomputing ``mlp`` (``moe``) saves: a layer's feed-forward beyond its input."""
+    w, t = sizes.w, sizes.tokens
+    if sizes.experts is None:
+        return t * sizes.f * w * (3 if kernels == "gpu" else 5)
+    rows, s, topk = sizes.expert_rows, sizes.residual_tokens, sizes.config.model.moe_router_topk
+    experts = rows * w * (sizes.h + sizes.f * (3 if kernels == "gpu" else 6))
+    seen = s * sizes.ep * sizes.etp  # tokens of the expert-parallel group
+    routing = s * (5 * sizes.experts + 16 * topk) + 5 * seen * sizes.experts // sizes.ep + 8 * rows
+    return experts + routing
+
+
+def layer_bytes(sizes: Sizes, kernels: Kernels, recompute: tuple[str, ...] = ()) -> int:
+    """Activations that one layer saves for one micro-batch, when the modules ``recompute`` are computed twice."""
+    t, s, h, d, w = sizes.tokens, sizes.residual_tokens, sizes.h, sizes.d, sizes.w
+    heads, groups, model = sizes.heads, sizes.groups, sizes.config.model
+    norms = 2 * norm_bytes(sizes, s, h, kernels)
+    inputs = 2 * s * h * w  # of the projection to q, k, v and of the feed-forward
+    rotary = 4 * sizes.rows * d * w
+    attention_recomputed = "core_attn" in recompute
+    fused_qkv, qk_norm = t * (heads + 2 * groups) * d * w, 0
+    keeps_qkv = sizes.cp == 1 or attention_recomputed  # v is a view of it; gathered v is not
+    if model.qk_layernorm:
+        qk_norm = norm_bytes(sizes, t * heads, d, kernels) + 4 * t * groups
+        if kernels == "gpu" or w == 4:  # k's norm keeps its input, a view of q, k, v as well
+            keeps_qkv = True
+        else:
+            qk_norm += 4 * t * groups * d
+        qk_norm += 4 * t * groups * d if kernels == "cpu" else 0
+    turned = t * heads * d * w
+    if sizes.cp == 1 or attention_recomputed:
+        turned += t * groups * d * w
+    attention = t * heads * d * w  # the input of the output projection
+    attention += 0 if attention_recomputed else core_attention_bytes(sizes)
+    feed_forward = 0 if sizes.feed_forward in recompute else feed_forward_bytes(sizes, kernels)
+    return norms + inputs + rotary + (fused_qkv if keeps_qkv else 0) + qk_norm + turned + attention + feed_forward
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that one micro-batch saves on its way through one model chunk."""
+
+    layers: int
+    shared: int  # by all layers: mask tiles, metadata, rotary angles
+    ends: int  # embedding and output layer, where the chunk has them
+    loss: int  # the softmax in float32
+    working: int  # more that lives for a moment in backward: what is recomputed, and the widest gradient
+
+    @property
+    def saved(self) -> int:
+        """What saved-tensor hooks count."""
+        return self.layers + self.shared + self.ends + self.loss
+
+
+def activations_of(sizes: Sizes, first: bool, last: bool, kernels: Kernels) -> Activations:
+    """Of a chunk that is the ``first`` or the ``last`` of the model, or neither."""
+    parallel, t, s, h, w = sizes.config.parallel, sizes.tokens, sizes.residual_tokens, sizes.h, sizes.w
+    n, every = sizes.chunk_layers, layer_bytes(sizes, kernels)
+    tiles, metadata = sizes.tiles, 16 * sizes.b * sizes.tiles.keys
+    bias, angles = sizes.b * tiles.bias * w, 4 * sizes.rows * sizes.d
+    # gradients of the feed-forward's first projection and of the residuals; tokens on their way to experts
+    rows, dispatched = (t, 0) if sizes.experts is None else (sizes.expert_rows, s * sizes.ep * sizes.etp)
+    working = rows * 2 * sizes.f * w + 2 * s * h * w + dispatched * h * w
+    if parallel.recompute_granularity == "full":
+        group = min(parallel.recompute_num_layers, n)
+        if parallel.recompute_method == "uniform":
+            layers, plain = -(-n // group) * s * h * w, False
+            working += group * every
+        else:  # the first layers of the chunk, each for itself
+            layers, plain = group * s * h * w + (n - group) * every, group < n
+            working += every
+        shared = metadata + angles + (bias if plain else 0)
+        working += 0 if plain else bias
+    else:
+        modules = parallel.recompute_modules if parallel.recompute_granularity == "selective" else ()
+        one = layer_bytes(sizes, kernels, tuple(modules))
+        layers, working = n * one, working + every - one
+        recomputed = "core_attn" in modules
+        shared = metadata if recomputed else bias
+        working += bias if recomputed else 0
+    ends = t * (8 + (1 if sizes.tp > 1 else 0)) if first else 0
+    loss = 0
+    if last:
+        ends += norm_bytes(sizes, s, h, kernels) + s * h * w + 9 * t
+        loss = 4 * t * sizes.vocabulary
+    return Activations(layers, shared, ends, loss, working)
+
+
+def in_flight(sizes: Sizes, stage: int) -> int:
+    """Chunk-micro-batches whose activations a stage holds at once: 1F1B, or its interleaved form.
+
+    Megatron-LM (arXiv 2104.04473, section 2.2): a stage runs ahead by as many forwards as stages follow it.
+    """
+    if sizes.vpp == 1:
+        return min(sizes.pp - stage, sizes.micro_batches)
+    ahead = 2 * (sizes.pp - stage - 1) + (sizes.vpp - 1) * sizes.pp
+    return min(ahead + 1, sizes.micro_batches * sizes.vpp)
+
+
+def memory_of(sizes: Sizes, stage: int, kernels: Kernels = "gpu") -> Memory:
+    """A rank of pipeline stage ``stage``."""
+    parameters = parameters_of(sizes, stage)
+    first, last = stage == 0, stage == sizes.pp - 1
+    one = activations_of(sizes, first and sizes.vpp == 1, last and sizes.vpp == 1, kernels)
+    ends = activations_of(sizes, first, last, kernels)
+    # under interleaving only one chunk in VPP has the ends: as many micro-batches as chunks may be at them
+    at_ends = -(-in_flight(sizes, stage) // sizes.vpp)
+    loss_transient = ends.loss // 2 if sizes.w == 2 else 0  # the bfloat16 logits beside their float32 softmax
+    return Memory(
+        parameters=parameters.total,
+        weights=sizes.w * parameters.total,
+        gradients=4 * parameters.total,
+        optimizer=optimizer_bytes(sizes, parameters),
+        activations=in_flight(sizes, stage) * (one.layers + one.shared) + at_ends * ends.ends,
+        loss=ends.loss + loss_transient,
+        working=ends.working,
+        reserve=round(efficiency("reserve") * GIB),
+    )

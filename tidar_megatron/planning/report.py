@@ -1,0 +1,194 @@
+"""``tools/plan.py``: search, build the ranks of what is shown, and say it as JSON or as tables."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from tidar_megatron.config import Config
+from tidar_megatron.errors import UserError
+from tidar_megatron.planning.estimate import Estimate, recompute_name
+from tidar_megatron.planning.flops import active_parameters, executed_flops, model_flops
+from tidar_megatron.planning.hardware import ASSUMPTIONS, GIB, HARDWARE, Hardware
+from tidar_megatron.planning.memory import memory_of
+from tidar_megatron.planning.search import search, verify_all
+from tidar_megatron.planning.shards import count_distinct_parameters
+from tidar_megatron.planning.sizes import Sizes, require_vocabulary
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the tool found."""
+
+    gpus: int
+    hardware: Hardware
+    memory_gib: float
+    total_parameters: int  # of the Hugging Face model
+    found: int  # layouts that fit
+    layouts: list[Estimate]  # the best of them
+    configured: Estimate | None  # the YAML's own layout
+    refusal: str  # why there is none
+
+    def as_json(self) -> str:
+        """One object."""
+        own = self.configured
+        return json.dumps(
+            {
+                "total_parameters": self.total_parameters,
+                "gpus": self.gpus,
+                "hardware": dataclasses.asdict(self.hardware),
+                "gpu_memory_gib": self.memory_gib,
+                "layouts_that_fit": self.found,
+                "layouts": [layout.as_dict() for layout in self.layouts],
+                "configured": None if own is None else {**own.as_dict(), "fits": own.fits(self.memory_gib)},
+                "assumptions": {name: dataclasses.asdict(a) for name, a in ASSUMPTIONS.items()},
+            }
+        )
+
+
+def make_plan(config: Config, gpus: int, hardware: Hardware, memory_gib: float | None, top: int) -> Plan:
+    """Search, then build the ranks of the layouts that will be shown, so that what is said of them is exact.
+
+    Raises:
+        UserError: no layout fits, or the configuration lacks something.
+    """
+    require_vocabulary(config)
+    memory_gib = hardware.memory_gib if memory_gib is None else memory_gib
+    own, refusal = None, ""
+    try:
+        own = Estimate(Sizes.of(config, gpus), hardware)
+    except UserError as error:
+        refusal = str(error)
+    layouts = search(config, gpus, hardware, memory_gib)
+    shown = layouts[:top]
+    verify_all(shown + ([own] if own else []))
+    total = count_distinct_parameters((own or shown[0]).sizes)
+    return Plan(gpus, hardware, memory_gib, total, len(layouts), shown, own, refusal)
+
+
+def print_plan(plan: Plan) -> None:
+    """What a person reads."""
+    console = Console(width=None if Console().is_terminal else 150)
+    config = plan.layouts[0].sizes.config
+    doubled, clean = model_flops(plan.layouts[0].sizes)
+    console.print(
+        f"{plan.total_parameters:,} parameters, {active_parameters(plan.layouts[0].sizes):,} in a token's matrix "
+        f"products; S = {config.data.seq_length:,}, B = {config.tidar.block_size}, "
+        f"{config.training.global_batch_size} sequences a step: {doubled:.3e} useful FLOPs on 2S tokens, "
+        f"{clean:.3e} on S (plain AR)",
+        highlight=False,
+    )
+    console.print(hardware_table(plan.hardware))
+    console.print(assumption_table())
+    console.print(
+        "Activations are counted for chunked attention whose kernel keeps no scores, and fused RMSNorm and SwiGLU; the "
+        "same arithmetic\nwith the CPU's kernels is what saved-tensor hooks count (tests/planning). Nothing here was "
+        "measured on a GPU.\n",
+        highlight=False,
+    )
+    console.print(layout_table(plan))
+    if plan.configured is None:
+        console.print(f"The config's own layout cannot use {plan.gpus} GPUs: {plan.refusal}", highlight=False)
+    for title, estimate in (("Best", plan.layouts[0]), ("The config's own", plan.configured)):
+        if estimate is not None:
+            console.print(stage_table(title, estimate))
+            console.print(traffic_table(estimate))
+            console.print(time_line(estimate), highlight=False)
+
+
+def table(title: str, *columns: str) -> Table:
+    """Numbers to the right."""
+    made = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        made.add_column(column, justify="left" if number == 0 else "right")
+    return made
+
+
+def hardware_table(chosen: Hardware) -> Table:
+    """The whole table, the chosen one marked."""
+    made = table(
+        "Hardware, per GPU", "", "bf16 dense TFLOP/s", "GiB", "HBM TB/s", "NVLink GB/s", "InfiniBand GB/s", "source"
+    )
+    for hardware in HARDWARE.values():
+        made.add_row(
+            ("> " if hardware is chosen else "  ") + hardware.name,
+            f"{hardware.bf16_flops / 1e12:.1f}",
+            f"{hardware.memory_gib:g}",
+            f"{hardware.memory_bandwidth / 1e12:.2f}",
+            f"{hardware.nvlink / 1e9:g}",
+            f"{hardware.infiniband / 1e9:g}",
+            hardware.source,
+        )
+    made.caption = "links per direction; nodes of 8 GPUs"
+    return made
+
+
+def assumption_table() -> Table:
+    """What was chosen, not measured."""
+    made = Table(title="Assumptions: chosen, not measured by this project", title_justify="left")
+    for column in ("", "value", "of what", "why"):
+        made.add_column(column)
+    for name, assumption in ASSUMPTIONS.items():
+        made.add_row(name, f"{assumption.value:g} {assumption.unit}", assumption.meaning, assumption.reason)
+    return made
+
+
+def layout_table(plan: Plan) -> Table:
+    """The layouts that fit, best first, and the config's own."""
+    title = f"{plan.found} layouts of {plan.gpus} {plan.hardware.name} fit {plan.memory_gib:g} GiB"
+    made = table(
+        f"{title}; the best {len(plan.layouts)}",
+        *("", "TP", "PP", "VPP", "CP", "DP", "EP", "b", "recompute", "parameters", "GiB"),
+        *("s/step", "MFU 2S", "MFU S", "tokens/s/GPU"),
+    )
+    rows = [(str(number), layout) for number, layout in enumerate(plan.layouts, 1)]
+    if plan.configured is not None:
+        rows.append(("config" if plan.configured.fits(plan.memory_gib) else "config: does NOT fit", plan.configured))
+    for name, layout in rows:
+        s, memory = layout.sizes, layout.memory
+        made.add_row(
+            name,
+            *(str(n) for n in (s.tp, s.pp, s.vpp, s.cp, s.dp, s.ep, s.b)),
+            recompute_name(s),
+            f"{memory.parameters:,}",
+            f"{memory.gib:.1f}",
+            f"{layout.seconds.step:.2f}",
+            f"{layout.mfu[0]:.1%}",
+            f"{layout.mfu[1]:.1%}",
+            f"{layout.tokens_per_second:,.0f}",
+        )
+    made.caption = "parameters and GiB of the fullest rank; tokens are clean ones"
+    return made
+
+
+def stage_table(title: str, estimate: Estimate) -> Table:
+    """Memory, stage by stage."""
+    names = ("weights", "gradients", "optimizer", "activations", "loss", "working", "reserve")
+    made = table(f"{title} layout: GiB of a rank", "pipeline stage", "parameters", *names, "sum")
+    for stage in estimate.stages:
+        memory = memory_of(estimate.sizes, stage)
+        parts = (f"{getattr(memory, name) / GIB:.2f}" for name in names)
+        made.add_row(str(stage), f"{memory.parameters:,}", *parts, f"{memory.gib:.2f}")
+    return made
+
+
+def traffic_table(estimate: Estimate) -> Table:
+    """Bytes by group."""
+    made = table("sent by a GPU per step", "group", "ranks", "link", "GB", "s on the link")
+    for traffic in estimate.traffic(estimate.sizes.pp - 1):
+        made.add_row(
+            traffic.group, str(traffic.size), traffic.link, f"{traffic.bytes / 1e9:.2f}", f"{traffic.seconds:.3f}"
+        )
+    return made
+
+
+def time_line(estimate: Estimate) -> str:
+    """Where the step's time goes."""
+    parts = ", ".join(f"{name} {value:.3f}" for name, value in vars(estimate.seconds).items())
+    executed, sizes = executed_flops(estimate.sizes), estimate.sizes
+    return (
+        f"step {estimate.seconds.step:.2f} s = {parts}; {sizes.micro_batches} micro-batches a rank; "
+        f"{executed:.3e} FLOPs executed, {executed / model_flops(sizes)[0]:.2f} x the useful ones\n"
+    )

@@ -1,0 +1,169 @@
+"""Every layout of a model on a number of GPUs, and of those that fit, the fastest first.
+
+What varies: TP (within a node), PP, VPP, CP, EP, the micro-batch size and what is recomputed. The YAML's model,
+lengths, block and global batch stay; TP brings sequence parallelism; the distributed optimizer is on, or as in the
+YAML.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+
+from tidar_megatron.config import Config
+from tidar_megatron.errors import UserError
+from tidar_megatron.planning.estimate import Estimate, recompute_name, stages_that_differ
+from tidar_megatron.planning.hardware import GIB, Hardware
+from tidar_megatron.planning.memory import memory_of
+from tidar_megatron.planning.shards import build_shard
+from tidar_megatron.planning.sizes import Sizes
+
+MICRO_BATCH_SIZES = (1, 2, 4, 8)
+LARGEST_CP, LARGEST_VPP = 16, 8
+
+
+def divisors(number: int, largest: int) -> list[int]:
+    """Those up to ``largest``, ascending."""
+    return [n for n in range(1, min(number, largest) + 1) if number % n == 0]
+
+
+def candidates(config: Config, gpus: int, hardware: Hardware) -> Iterator[Sizes]:
+    """Layouts that the configuration's own checks let pass."""
+    model, parallel = config.model, config.parallel
+    recomputes: list[dict[str, object]] = [
+        {"recompute_granularity": None},
+        {"recompute_granularity": "selective", "recompute_modules": ("core_attn",)},
+        {
+            "recompute_granularity": "selective",
+            "recompute_modules": ("core_attn", "moe" if model.num_experts else "mlp"),
+        },
+        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    ]
+    experts = divisors(model.num_experts, 64) if model.num_experts else [1]
+    sizes = itertools.product(
+        divisors(gpus, hardware.gpus_per_node), divisors(model.num_layers, gpus), divisors(gpus, LARGEST_CP), experts
+    )
+    for tp, pp, cp, ep in sizes:
+        if gpus % (tp * pp * cp):
+            continue
+        vpps = divisors(model.num_layers // pp, LARGEST_VPP) if pp > 1 else [1]
+        for vpp, distributed in itertools.product(vpps, sorted({True, parallel.use_distributed_optimizer})):
+            layout = dataclasses.replace(
+                parallel,
+                tensor_model_parallel_size=tp,
+                pipeline_model_parallel_size=pp,
+                virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
+                context_parallel_size=cp,
+                expert_model_parallel_size=ep,
+                sequence_parallel=tp > 1,
+                use_distributed_optimizer=distributed,
+                overlap_param_gather=parallel.overlap_param_gather and distributed,
+            )
+            for b in MICRO_BATCH_SIZES:
+                training = dataclasses.replace(config.training, micro_batch_size=b)
+                try:
+                    whole = Sizes.of(dataclasses.replace(config, parallel=layout, training=training), gpus)
+                except UserError:
+                    break  # what a small micro-batch cannot do, a larger one cannot
+                for recompute in recomputes:
+                    again = dataclasses.replace(layout, **recompute)  # type: ignore[arg-type]
+                    yield Sizes(dataclasses.replace(whole.config, parallel=again), gpus)
+
+
+def search(config: Config, gpus: int, hardware: Hardware, memory_gib: float) -> list[Estimate]:
+    """The layouts that fit, fastest first; of each (TP, PP, VPP, CP, EP) the best micro-batch size and recomputation.
+
+    Raises:
+        UserError: nothing fits, or no layout can fill the GPUs: what is short, and what would help.
+    """
+    best: dict[tuple[int, ...], Estimate] = {}
+    smallest: Estimate | None = None
+    for sizes in candidates(config, gpus, hardware):
+        estimate = Estimate(sizes, hardware)
+        if smallest is None or estimate.memory.gib < smallest.memory.gib:
+            smallest = estimate
+        if not estimate.fits(memory_gib):
+            continue
+        key = (sizes.tp, sizes.pp, sizes.vpp, sizes.cp, sizes.ep)
+        if key not in best or estimate.seconds.step < best[key].seconds.step:
+            best[key] = estimate
+    if smallest is None:
+        raise UserError(no_layout(config, gpus))
+    if not best:
+        raise UserError(too_large(smallest, memory_gib, enough_gpus(config, gpus, hardware, memory_gib)))
+    return sorted(best.values(), key=lambda e: (e.seconds.step, e.memory.gib))
+
+
+def enough_gpus(config: Config, gpus: int, hardware: Hardware, memory_gib: float) -> int | None:
+    """A number of GPUs, twice as many and so on, that some layout fits; None if 64 times as many do not suffice."""
+    for more in (gpus * 2**n for n in range(1, 7)):
+        if any(Estimate(sizes, hardware).fits(memory_gib) for sizes in candidates(config, more, hardware)):
+            return more
+    return None
+
+
+def no_layout(config: Config, gpus: int) -> str:
+    """Why no layout fills the GPUs: the refusal of the plainest one."""
+    plain = {
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+        "virtual_pipeline_model_parallel_size": None,
+        "context_parallel_size": 1,
+        "expert_model_parallel_size": 1,
+        "sequence_parallel": False,
+    }
+    training = dataclasses.replace(config.training, micro_batch_size=1)
+    parallel = dataclasses.replace(config.parallel, **plain)  # type: ignore[arg-type]
+    try:
+        Sizes.of(dataclasses.replace(config, parallel=parallel, training=training), gpus)
+    except UserError as error:
+        return f"--gpus {gpus}: no layout can use them all; data parallelism alone: {error}"
+    raise AssertionError("the plain layout is one of the candidates")
+
+
+def too_large(smallest: Estimate, memory_gib: float, enough: int | None) -> str:
+    """What is short where nothing fits, and what would help."""
+    memory, sizes = smallest.memory, smallest.sizes
+    parts = {
+        "weights": memory.weights,
+        "gradients": memory.gradients,
+        "the optimizer's state": memory.optimizer,
+        "activations": memory.activations + memory.working,
+        "the loss's logits": memory.loss,
+    }
+    name, most = max(parts.items(), key=lambda item: item[1])
+    helps = f"--gpus {enough}" if enough else "a smaller --seq-length or model"
+    layout = f"TP {sizes.tp}, PP {sizes.pp}, CP {sizes.cp}" + (f", EP {sizes.ep}" if sizes.experts else "")
+    return (
+        f"no layout of {sizes.world_size} GPUs fits {memory_gib:g} GiB: the smallest ({layout}, recompute "
+        f"{recompute_name(sizes)}) needs {memory.gib:.1f} GiB, of which {most / GIB:.1f} GiB are {name}; "
+        f"{helps} would fit, or --gpu-memory-gib {math.ceil(memory.gib)}"
+    )
+
+
+def verify(sizes: Sizes) -> None:
+    """Build the shards of the stages that differ and compare the arithmetic with them.
+
+    Raises:
+        AssertionError: the two disagree: a defect of the planner.
+    """
+    for stage in stages_that_differ(sizes.pp):
+        built, planned = build_shard(sizes, stage), memory_of(sizes, stage)
+        assert built.parameters == planned.parameters, (sizes, stage, built, planned)
+        assert built.weight_bytes == planned.weights, (sizes, stage, built, planned)
+        for exact, said in (
+            (built.gradient_bytes, planned.gradients),
+            (built.optimizer_bytes, planned.optimizer),
+        ):  # the distributed optimizer pads its buffers
+            assert abs(exact - said) <= 0.01 * exact, (sizes, stage, built, planned)
+
+
+def verify_all(estimates: list[Estimate]) -> None:
+    """:func:`verify`, once for layouts whose ranks hold the same: neither VPP nor the division of DP and CP matters."""
+    seen = set()
+    for estimate in estimates:
+        sizes = estimate.sizes
+        key = (sizes.tp, sizes.pp, sizes.ep, sizes.config.parallel.use_distributed_optimizer)
+        if key not in seen:
+            seen.add(key)
+            verify(sizes)

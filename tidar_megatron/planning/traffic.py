@@ -1,0 +1,132 @@
+"""Bytes that a GPU sends per step, by group, and over which link: ring collectives, (n - 1) / n of a buffer per pass.
+
+Groups are laid over ranks as megatron-core lays them: TP innermost, then CP, DP, and PP outermost; experts TP, EP, DP,
+PP. So a group whose ranks all stand in one node uses NVLink; one that reaches further uses a network card of each of
+its ranks in a node, at most NVLink's bandwidth.
+"""
+
+from dataclasses import dataclass
+
+from tidar_megatron.planning.hardware import Hardware, efficiency
+from tidar_megatron.planning.memory import parameters_of
+from tidar_megatron.planning.sizes import Sizes
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a GPU of one pipeline stage sends in a step."""
+
+    group: str
+    size: int
+    link: str
+    bytes: float
+    seconds: float
+
+    @property
+    def per_link(self) -> float:
+        """Bytes/s that the link is assumed to give."""
+        return self.bytes / self.seconds if self.seconds else 0.0
+
+
+def link_of(hardware: Hardware, stride: int, size: int) -> tuple[str, float]:
+    """The link of a group of ``size`` ranks ``stride`` apart, and the bytes/s it is assumed to give each of them."""
+    nvlink = hardware.nvlink * efficiency("nvlink")
+    if stride * size <= hardware.gpus_per_node:
+        return "NVLink", nvlink
+    together = max(1, hardware.gpus_per_node // stride)
+    return "InfiniBand", min(nvlink, together * hardware.infiniband * efficiency("infiniband"))
+
+
+def traffic_of(sizes: Sizes, stage: int, hardware: Hardware) -> list[Traffic]:
+    """Every group's, for a rank of pipeline stage ``stage``; groups of one rank send nothing."""
+    groups = {
+        "TP": (sizes.tp, 1, tensor_bytes(sizes, stage)),
+        "CP": (sizes.cp, sizes.tp, context_bytes(sizes)),
+        "EP": (sizes.ep * sizes.etp, 1, expert_bytes(sizes)),
+        "PP": (sizes.pp, sizes.tp * sizes.cp * sizes.dp, pipeline_bytes(sizes, stage)),
+        "DP": (sizes.dp * sizes.cp, sizes.tp, data_bytes(sizes, stage)),
+    }
+    result = []
+    for name, (size, stride, sent) in groups.items():
+        if size > 1 and sent:
+            link, rate = link_of(hardware, stride, 2 if name == "PP" else size)
+            result.append(Traffic(name, size, link, sent, sent / rate))
+    return result
+
+
+def passes(sizes: Sizes) -> float:
+    """Forward passes of a layer per micro-batch: one, and one more where the whole layer is recomputed."""
+    parallel, n = sizes.config.parallel, sizes.chunk_layers
+    if parallel.recompute_granularity != "full":
+        return 1.0
+    return 2.0 if parallel.recompute_method == "uniform" else 1.0 + min(parallel.recompute_num_layers, n) / n
+
+
+def tensor_bytes(sizes: Sizes, stage: int) -> float:
+    """A layer gathers and reduces its residual stream twice in forward and twice in backward.
+
+    Without sequence parallelism these are all-reduces; with it, all-gathers and reduce-scatters of the same sum, and
+    two more gathers in backward for the weights' gradients. A dense feed-forward; experts gather over TP x EP instead.
+    """
+    if sizes.tp == 1:
+        return 0.0
+    one = sizes.tokens * sizes.h * sizes.w * (sizes.tp - 1) / sizes.tp  # one all-gather, or one reduce-scatter
+    blocks = 2 if sizes.experts is None else 1  # attention and feed-forward
+    per_layer = blocks * (2 * passes(sizes) + 2)
+    again = 1 if sizes.config.parallel.sequence_parallel else 0
+    per_layer += blocks * again
+    total = per_layer * one * sizes.layers
+    total += 2 * one if stage == 0 else 0  # the embedding
+    total += (2 + again) * one if stage == sizes.pp - 1 else 0  # the output layer
+    return total * sizes.micro_batches
+
+
+def context_bytes(sizes: Sizes) -> float:
+    """Clean keys and values of all ranks, gathered in forward, their gradients scattered in backward."""
+    if sizes.cp == 1:
+        return 0.0
+    clean = sizes.b * sizes.config.data.seq_length * 2 * sizes.groups * sizes.d * sizes.w
+    parallel = sizes.config.parallel
+    forwards = passes(sizes)
+    if parallel.recompute_granularity == "selective" and "core_attn" in parallel.recompute_modules:
+        forwards += 1
+    return (forwards + 1) * clean * (sizes.cp - 1) / sizes.cp * sizes.layers * sizes.micro_batches
+
+
+def expert_bytes(sizes: Sizes) -> float:
+    """Tokens to their experts and back, in forward and in backward; routed evenly.
+
+    All-gather dispatcher: every token of the group to every rank, and back in float32, the router's type. All-to-all:
+    each token's top-k copies, of which (n - 1) / n leave the rank. Routing probabilities are left out.
+    """
+    size = sizes.ep * sizes.etp
+    if sizes.experts is None or size == 1:
+        return 0.0
+    model = sizes.config.model
+    if model.moe_token_dispatcher_type == "allgather":
+        there_and_back = size * (sizes.w + 4)
+    else:
+        there_and_back = model.moe_router_topk * sizes.etp * 2 * sizes.w
+    once = sizes.residual_tokens * sizes.h * there_and_back * (size - 1) / size
+    forwards = passes(sizes)
+    parallel = sizes.config.parallel
+    if parallel.recompute_granularity == "selective" and "moe" in parallel.recompute_modules:
+        forwards += 1
+    return once * (forwards + 1) * sizes.layers * sizes.micro_batches
+
+
+def pipeline_bytes(sizes: Sizes, stage: int) -> float:
+    """Residual streams to the next stage and gradients to the one before, once per chunk."""
+    if sizes.pp == 1:
+        return 0.0
+    forward = sizes.vpp - (1 if stage == sizes.pp - 1 else 0)
+    backward = sizes.vpp - (1 if stage == 0 else 0)
+    return float(sizes.residual_tokens * sizes.h * sizes.w * (forward + backward) * sizes.micro_batches)
+
+
+def data_bytes(sizes: Sizes, stage: int) -> float:
+    """Float32 gradients reduced once a step; with the distributed optimizer scattered, and the new weights gathered."""
+    parameters = parameters_of(sizes, stage)
+    each = 4 + sizes.w if sizes.config.parallel.use_distributed_optimizer else 8
+    dense, expert = sizes.dp * sizes.cp, sizes.edp
+    return each * (parameters.dense * (dense - 1) / dense + parameters.expert * (expert - 1) / expert)

@@ -1,0 +1,47 @@
+#!/usr/bin/env python
+"""Which layouts of a model fit a number of GPUs, and how long would a step be? Needs no GPU.
+
+python tools/plan.py --config examples/quickstart/config.yaml --vocab-size 257 --gpus 8 --hardware h100
+"""
+
+import os
+
+from tidar_megatron.errors import OneLineParser, UserError, run_tool
+
+
+def main() -> None:
+    """Parse, plan, print."""
+    parser = OneLineParser(description="Layouts that fit, the fastest first; predictions rest on printed assumptions.")
+    parser.add_argument("--config", required=True, metavar="FILE.yaml", help="the run's configuration")
+    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs of the job")
+    parser.add_argument("--hardware", default="h100", choices=["h100", "h200", "b200"], help="kind of GPU [h100]")
+    parser.add_argument("--gpu-memory-gib", type=float, metavar="M", help="memory of a GPU; default: the hardware's")
+    parser.add_argument("--vocab-size", type=int, metavar="N", help="ids in use, where the config leaves it open")
+    parser.add_argument("--top", type=int, default=10, metavar="N", help="layouts to show [10]")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    arguments = parser.parse_args()
+    for name, value in (
+        ("--gpus", arguments.gpus),
+        ("--gpu-memory-gib", arguments.gpu_memory_gib),
+        ("--top", arguments.top),
+    ):
+        if value is not None and value <= 0:
+            raise UserError(f"{name} {value}: must be more than 0")
+    from tidar_megatron.config import load_config
+
+    sizes = {} if arguments.vocab_size is None else {"model": {"vocab_size": arguments.vocab_size}}
+    config = load_config(arguments.config, sizes)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a plan computes nothing, and must not disturb a GPU that trains
+    from tidar_megatron.planning.hardware import HARDWARE  # heavy: after the command line is known to be sound
+    from tidar_megatron.planning.report import make_plan, print_plan
+
+    hardware = HARDWARE[arguments.hardware]
+    plan = make_plan(config, arguments.gpus, hardware, arguments.gpu_memory_gib, arguments.top)
+    if arguments.json:
+        print(plan.as_json())
+    else:
+        print_plan(plan)
+
+
+if __name__ == "__main__":
+    run_tool(main)
