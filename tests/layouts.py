@@ -21,6 +21,7 @@ LAYOUTS = {
     "pp2": {"pipeline_model_parallel_size": 2},
     "pp2vpp2": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
     "cp2": {"context_parallel_size": 2},
+    "ep2": {"expert_model_parallel_size": 2},  # of a model with experts
     "dp2sharded": {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True},
 }
 STEPS = 3

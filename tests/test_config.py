@@ -4,6 +4,8 @@ import dataclasses
 import re
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tidar_megatron.config import (
     FIELDS,
@@ -127,12 +129,12 @@ SHORT = {  # longest first: VPP before PP
     "EP": "--expert-model-parallel-size",
 }
 IMPOSSIBLE_LAYOUTS = [  # over 12 layers, 12 heads, 4 groups, S = 1024, B = 8, a global batch of 16, on 8 processes
-    ("TP 3", "TP 3: must divide --num-query-groups 4; nearest that works for the model: TP 2"),
-    ("TP 8", "TP 8: must divide --num-attention-heads 12; nearest that works for the model: TP 4"),
-    ("TP 4 --ffn-hidden-size 2050", "must divide --ffn-hidden-size 2050; nearest that works for the model: TP 2"),
+    ("TP 3", "TP 3: must divide --num-query-groups 4; nearest: TP 2"),
+    ("TP 8", "TP 8: must divide --num-attention-heads 12; nearest: TP 4"),
+    ("TP 4 --ffn-hidden-size 2050", "must divide --ffn-hidden-size 2050; nearest: TP 2"),
     ("PP 5", "PP 5: must divide --num-layers 12; nearest: PP 4"),
     ("PP 4 VPP 4", "PP 4 x VPP 4: must divide --num-layers 12; nearest: PP 4 VPP 3"),
-    ("VPP 2", "VPP 2: interleaves pipeline stages, but there is one; leave it out, or give PP 2"),
+    ("VPP 2", "VPP 2: interleaves pipeline stages, and there is one; leave it out, or give PP 2"),
     ("--seq-length 1028", "--seq-length 1028: must be a multiple of 8 (--block-size 8); nearest: 1024"),
     ("CP 4 --seq-length 1032", "must be a multiple of 64 (2 x CP 4 x --block-size 8); nearest: 1024"),
     ("TP 4 PP 4", "needs a multiple of 16 processes, but there are 8; try torchrun --nproc-per-node 16"),
@@ -146,7 +148,9 @@ IMPOSSIBLE_LAYOUTS = [  # over 12 layers, 12 heads, 4 groups, S = 1024, B = 8, a
     ("EP 2", "EP 2: there are no experts to spread"),
     ("--num-experts 6 EP 4", "EP 4: must divide --num-experts 6; nearest: EP 3"),
     ("--num-experts 4 EP 4 PP 4", "needs a multiple of 16 processes"),
-    ("--num-experts 4 --moe-router-topk 5", "there are 4 experts; nearest: 4"),
+    ("--num-experts 4 --moe-router-topk 5", "must be 2 to 4, the experts there are; nearest: 4"),
+    ("--num-experts 4 --moe-router-topk 1", "nearest: 2"),
+    ("--hidden-size 36 --num-query-groups 12", "--num-attention-heads 12: channels of a head 3: must be even"),
     ("--num-experts 4 TP 2", "megatron-core needs --sequence-parallel with it"),
     ("--recompute-granularity selective --recompute-modules layernorm", "needs --transformer-impl transformer_engine"),
     ("--moe-grouped-gemm", "needs --transformer-impl transformer_engine"),
@@ -166,15 +170,69 @@ def test_impossible_layouts_name_the_nearest_that_works(flags, said):
     assert "\n" not in str(error.value)
 
 
-def test_the_layouts_named_do_work():
-    base = "--num-query-groups 4 --global-batch-size 16 "
-    for flags in (
-        "TP 2 --sequence-parallel CP 2",
-        "PP 2 VPP 3",
-        "CP 4 --seq-length 1024",
-        "--num-experts 6 EP 2",
-    ):
-        assert check_world_size(parse_config((base + spelled_out(flags)).split()), 8) >= 1
+def mend(flags, world_size, message):
+    """Do what a refusal says: ``flags`` is a dict of flag -> value (None for a switch)."""
+    flags, wrong = dict(flags), re.match(r"--[a-z-]+", message).group()
+    if found := re.search(r"try torchrun --nproc-per-node (\d+)", message):
+        return flags, int(found.group(1))
+    if found := re.search(r"nearest: (\d+)$", message):
+        flags[wrong] = found.group(1)
+    elif found := re.search(r"nearest: (--.*)$", message):
+        given, _, without = found.group(1).partition(" without ")
+        words = given.split()
+        flags |= dict(zip(words[::2], words[1::2], strict=True))
+        flags.pop(without, None)
+    elif "leave it out" in message:
+        flags.pop(wrong)
+    elif found := re.search(r"give (--[a-z-]+) (\d+)$", message):
+        flags[found.group(1)] = found.group(2)
+    else:
+        flags[re.search(r"needs (--[a-z-]+)", message).group(1)] = None
+    return flags, world_size
+
+
+def remedies_until_accepted(flags, world_size):
+    """How many remedies it takes until the configuration is accepted."""
+    for rounds in range(12):
+        words = [word for flag, value in flags.items() for word in (flag, value) if word is not None]
+        try:
+            check_world_size(parse_config(words), world_size)
+        except UserError as error:
+            flags, world_size = mend(flags, world_size, str(error))
+        else:
+            return rounds
+    raise AssertionError(flags)
+
+
+@pytest.mark.parametrize("flags", [flags for flags, _ in IMPOSSIBLE_LAYOUTS if "layernorm" not in flags])
+def test_following_the_remedy_works(flags):
+    text = spelled_out("--num-query-groups 4 --global-batch-size 16 " + flags)
+    given = {flag: value or None for flag, value in re.findall(r"(--[a-z-]+)(?: (\d+))?", text)}
+    assert 1 <= remedies_until_accepted(given, 8) <= 4
+
+
+counts = st.sampled_from([1, 2, 3, 4, 5, 6, 8, 12, 16])
+
+
+@settings(deadline=None)
+@given(
+    sizes=st.fixed_dictionaries(dict.fromkeys([*SHORT.values(), "--num-layers", "--num-query-groups"], counts)),
+    multiple=st.integers(1, 4),
+    lengths=st.tuples(st.integers(1, 300), st.integers(1, 9), st.integers(1, 40), st.integers(1, 4)),
+    experts=st.one_of(st.none(), st.integers(1, 9)),
+    etp=st.integers(1, 4),
+    switches=st.sets(st.sampled_from(["--sequence-parallel", "--overlap-param-gather", "--use-distributed-optimizer"])),
+    world_size=st.integers(1, 24),
+)
+def test_remedies_lead_to_a_layout_that_works(sizes, multiple, lengths, experts, etp, switches, world_size):
+    flags = {**sizes, "--num-attention-heads": sizes["--num-query-groups"] * multiple, "--kv-channels": 16}
+    flags["--expert-tensor-parallel-size"] = etp
+    names = ("--seq-length", "--block-size", "--global-batch-size", "--micro-batch-size")
+    flags |= dict(zip(names, lengths, strict=True))
+    if experts is not None:
+        flags["--num-experts"] = experts
+    written = {flag: str(value) for flag, value in flags.items()} | dict.fromkeys(sorted(switches))
+    remedies_until_accepted(written, world_size)
 
 
 def test_lists_of_modules():

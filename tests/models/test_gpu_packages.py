@@ -11,9 +11,8 @@ import pytest
 
 from tests.conftest import ROOT
 from tidar_megatron.config import build_config
-from tidar_megatron.distributed.groups import initialize, shut_down
+from tidar_megatron.distributed.platform import check_backend
 from tidar_megatron.errors import UserError
-from tidar_megatron.models.gpt import layer_spec, transformer_config
 
 CHOICES = """
 import json
@@ -97,7 +96,5 @@ def test_nothing_installed():
 
 def test_asking_for_what_is_not_installed():
     config = build_config({"model": {"transformer_impl": "transformer_engine", "num_layers": 2}})
-    initialize(config.parallel, 0)
     with pytest.raises(UserError, match=r"not installed; pip install 'tidar-megatron\[gpu\]'"):
-        layer_spec(config, transformer_config(config), None)
-    shut_down()
+        check_backend(config)

@@ -130,8 +130,11 @@ def _state(
     model: list[GPTModel], optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, *, loading: bool
 ) -> dict[str, Any]:
     weights = _weights(model)
-    # of the distributed optimizer's formats the one that knows no layout
-    metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
+    # of the distributed optimizer's formats the one that knows no layout, gathered on one rank of each group alone
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": True,
+    }
     return {
         **weights,
         "optimizer": optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata),

@@ -15,6 +15,7 @@ TP, PP, VPP, CP, EP = (
     "--context-parallel-size",
     "--expert-model-parallel-size",
 )
+ETP = "--expert-tensor-parallel-size"
 
 
 def check_config(config: Config) -> None:
@@ -27,6 +28,7 @@ def check_config(config: Config) -> None:
         raise UserError(f"--block-size {config.tidar.block_size}: must be at least 1")
     check_lengths(config)
     check_switches(config)
+    check_schedule(config)
     if config.training.init_from and config.model == ModelConfig():
         return  # the folder decides; checked again once it is read
     check_model(config.model)
@@ -62,6 +64,19 @@ def check_switches(config: Config) -> None:
         raise UserError("--moe-grouped-gemm: needs --transformer-impl transformer_engine; or leave it out")
 
 
+def check_schedule(config: Config) -> None:
+    """A learning rate that can be followed."""
+    opt, warmup, decay = config.optimizer, config.lr_warmup_steps, config.lr_decay_steps
+    if opt.lr_warmup_iters is not None and opt.lr_warmup_fraction is not None:
+        raise UserError("--lr-warmup-iters and --lr-warmup-fraction exclude each other: give one")
+    if warmup >= decay:
+        raise UserError(f"--lr-warmup-iters {warmup}: must be less than the {decay} steps of the decay")
+    if opt.min_lr > opt.lr:
+        raise UserError(f"--min-lr {opt.min_lr}: must not exceed --lr {opt.lr}")
+    if opt.lr_decay_style == "WSD" and opt.lr_wsd_decay_iters is None:
+        raise UserError("--lr-decay-style WSD needs --lr-wsd-decay-iters, the length of the final decay")
+
+
 def check_model(model: ModelConfig) -> None:
     """A model that exists in any layout at all."""
     heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
@@ -72,12 +87,17 @@ def check_model(model: ModelConfig) -> None:
             f"--hidden-size {model.hidden_size}: must be a multiple of --num-attention-heads {heads}, "
             "or give --kv-channels"
         )
-    if model.kv_channels is not None and model.kv_channels % 2:
-        raise UserError(f"--kv-channels {model.kv_channels}: must be even, rotary positions turn pairs of channels")
-    if model.num_experts is not None and model.moe_router_topk > model.num_experts:
+    channels = model.kv_channels or model.hidden_size // heads
+    if channels % 2:
+        given = "--kv-channels" if model.kv_channels else f"--num-attention-heads {heads}: channels of a head"
+        mended = f"give --kv-channels {channels + 1}"
+        raise UserError(f"{given} {channels}: must be even, rotary positions turn pairs of channels; {mended}")
+    if model.num_experts is not None and not 2 <= model.moe_router_topk <= model.num_experts:
+        if model.num_experts == 1:
+            raise UserError("--num-experts 1: is a dense feed-forward; leave it out, or give 2 or more")
         raise UserError(
-            f"--moe-router-topk {model.moe_router_topk}: there are {model.num_experts} experts; "
-            f"nearest: {model.num_experts}"
+            f"--moe-router-topk {model.moe_router_topk}: must be 2 to {model.num_experts}, the experts there are; "
+            f"nearest: {min(max(model.moe_router_topk, 2), model.num_experts)}"
         )
 
 
@@ -96,17 +116,20 @@ def check_layout(config: Config) -> None:
     for flag, value in shared.items():
         if value % tp:
             works = nearest_divisor(tp, *shared.values())
-            raise UserError(f"{TP} {tp}: must divide {flag} {value}; nearest that works for the model: {TP} {works}")
+            but = " without --sequence-parallel" if works == 1 and parallel.sequence_parallel else ""
+            raise UserError(f"{TP} {tp}: must divide {flag} {value}; nearest: {TP} {works}{but}")
     if vpp > 1 and pp == 1:
-        raise UserError(f"{VPP} {vpp}: interleaves pipeline stages, but there is one; leave it out, or give {PP} 2")
+        raise UserError(f"{VPP} {vpp}: interleaves pipeline stages, and there is one; leave it out, or give {PP} 2")
     if model.num_layers % (pp * vpp):
         works = nearest_divisor(pp * vpp, model.num_layers)
         stages = nearest_divisor(pp, works)
-        nearest_layout = f"{PP} {stages}" + (f" {VPP} {works // stages}" if works // stages > 1 and stages > 1 else "")
+        chunks = works // stages if stages > 1 else 1
+        nearest_layout = f"{PP} {stages}" + (f" {VPP} {chunks}" if chunks > 1 else f" without {VPP}" if vpp > 1 else "")
         given = f"{PP} {pp}" + (f" x {VPP} {vpp}" if vpp > 1 else "")
         raise UserError(f"{given}: must divide --num-layers {model.num_layers}; nearest: {nearest_layout}")
-    if (ep > 1 or parallel.expert_tensor_parallel_size > 1) and model.num_experts is None:
-        raise UserError(f"{EP} {ep}: there are no experts to spread; give --num-experts, or leave it out")
+    for flag, value in ((EP, ep), (ETP, parallel.expert_tensor_parallel_size)):
+        if value > 1 and model.num_experts is None:
+            raise UserError(f"{flag} {value}: there are no experts to spread; leave it out, or give --num-experts")
     if model.num_experts is not None:
         if model.num_experts % ep:
             works = nearest_divisor(ep, model.num_experts)
@@ -114,7 +137,8 @@ def check_layout(config: Config) -> None:
         width, etp = model.moe_ffn_hidden_size or model.ffn_hidden_size, parallel.expert_tensor_parallel_size
         if width % etp:
             works = nearest_divisor(etp, width)
-            raise UserError(f"--expert-tensor-parallel-size {etp}: must divide {width}; nearest that works: {works}")
+            flag = "--moe-ffn-hidden-size" if model.moe_ffn_hidden_size else "--ffn-hidden-size"
+            raise UserError(f"{ETP} {etp}: must divide {flag} {width}; nearest: {ETP} {works}")
         if tp > 1 and not parallel.sequence_parallel:
             raise UserError(f"{TP} {tp} with --num-experts: megatron-core needs --sequence-parallel with it; add it")
 
@@ -137,7 +161,7 @@ def check_world_size(config: Config, world_size: int) -> int:
     sizes = ((TP, tp), (PP, pp), (CP, cp)) if cp > 1 else ((TP, tp), (PP, pp))
     refuse_world_size(" x ".join(f"{flag} {n}" for flag, n in sizes), tp * pp * cp, world_size)
     ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
-    experts = " x ".join((f"{EP} {ep}", f"--expert-tensor-parallel-size {etp}", f"{PP} {pp}"))
+    experts = " x ".join((f"{EP} {ep}", f"{ETP} {etp}", f"{PP} {pp}"))
     refuse_world_size(experts, math.lcm(ep * etp * pp, tp * pp * cp), world_size)
     dp = world_size // (tp * pp * cp)
     together = training.micro_batch_size * dp

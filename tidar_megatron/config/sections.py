@@ -174,6 +174,17 @@ class Config(Section):
         """Steps of plain AR training before the joint objective begins."""
         return round(self.tidar.ar_warmup_fraction * self.training.train_iters)
 
+    @property
+    def lr_decay_steps(self) -> int:
+        """Steps from the first to the end of the learning rate's decay."""
+        return self.optimizer.lr_decay_iters or self.training.train_iters
+
+    @property
+    def lr_warmup_steps(self) -> int:
+        """Steps of linear warm-up, part of the decay's."""
+        given = self.optimizer.lr_warmup_iters
+        return given if given is not None else round((self.optimizer.lr_warmup_fraction or 0.0) * self.lr_decay_steps)
+
     def to_yaml(self) -> str:
         """The resolved tree as YAML, readable by :func:`tidar_megatron.config.load_config`."""
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)

@@ -7,6 +7,7 @@ GPU it does nothing. It changes process-wide state: call it once, before buildin
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -39,11 +40,16 @@ def backend() -> str:
 
 
 def check_backend(config: Config) -> None:
-    """Refuse what gloo cannot do.
+    """Refuse what is not installed, or what gloo cannot do.
 
     Raises:
         UserError: names the flag and what works instead.
     """
+    if config.model.transformer_impl == "transformer_engine" and find_spec("transformer_engine") is None:
+        raise UserError(
+            "--transformer-impl transformer_engine: the package transformer-engine is not installed; "
+            "pip install 'tidar-megatron[gpu]' on a CUDA machine, or use --transformer-impl local"
+        )
     parallel, dispatcher = config.parallel, config.model.moe_token_dispatcher_type
     if has_gpu() or dispatcher == "allgather":
         return

@@ -61,6 +61,18 @@ def use_balanced_router(layer: ModuleSpec) -> None:
     submodules.router = BalancedRouter
 
 
+def keep_experts_apart(model: GPTModel) -> None:
+    """Let data parallelism reduce experts over the ranks that hold the same ones, also with EP = 1.
+
+    megatron-core marks them so only for EP > 1. Without the mark, experts that tensor-parallel ranks hold whole (ETP
+    1) are never summed over those ranks, whose tokens differ, and parts of different experts (ETP > TP) are added up:
+    wrong gradients, without a word. It also makes a checkpoint's optimizer state the same for every EP.
+    """
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            parameter.allreduce = False
+
+
 def take_balancing_loss(chunks: Iterable[GPTModel]) -> Tensor:
     """This rank's balancing losses since the last call, summed over its layers: float64 ``[2]``, sum and tokens.
 

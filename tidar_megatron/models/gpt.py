@@ -20,8 +20,7 @@ from tidar_megatron.config import Config
 from tidar_megatron.data.doubled import Batch
 from tidar_megatron.distributed.groups import Ranks
 from tidar_megatron.distributed.platform import has_gpu
-from tidar_megatron.errors import UserError
-from tidar_megatron.models.experts import use_balanced_router
+from tidar_megatron.models.experts import keep_experts_apart, use_balanced_router
 from tidar_megatron.models.layers import HybridCoreAttention, PositionRotaryEmbedding, RMSNorm
 
 
@@ -103,13 +102,6 @@ def layer_spec(config: Config, transformer: TransformerConfig, vp_stage: int | N
     qk_layernorm, impl = config.model.qk_layernorm, config.model.transformer_impl
     experts = {"num_experts": config.model.num_experts, "moe_grouped_gemm": config.model.moe_grouped_gemm}
     if impl == "transformer_engine":
-        try:
-            import transformer_engine  # noqa: F401
-        except ImportError:
-            raise UserError(
-                "--transformer-impl transformer_engine: the package transformer-engine is not installed; "
-                "pip install 'tidar-megatron[gpu]' on a CUDA machine, or use --transformer-impl local"
-            ) from None
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm, **experts)
         from megatron.core.extensions.transformer_engine import TENorm
 
@@ -172,6 +164,7 @@ def build_model(config: Config, vocab_size: int, ranks: Ranks) -> list[GPTModel]
             vp_stage=vp_stage,
         )
         model.rotary_pos_emb = PositionRotaryEmbedding(transformer, config.model.rotary_base)
+        keep_experts_apart(model)
         chunks.append(model.to(ranks.device))
     return chunks
 

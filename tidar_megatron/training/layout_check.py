@@ -157,6 +157,9 @@ ALL_LAYOUTS = (
         "experts, EP4, all-to-all, distributed optimizer", "experts", ep=4, dispatcher="alltoall", distributed=True
     ),
     _layout("experts, EP2xPP2xVPP2", "experts", ep=2, pp=2, vpp=2),
+    _layout("experts, TP2+SP", "experts", tp=2, sp=True),
+    _layout("experts, TP4+SP, ETP2, all-to-all", "experts", tp=4, sp=True, etp=2, dispatcher="alltoall"),
+    _layout("experts, ETP2, distributed optimizer", "experts", etp=2, distributed=True),
     _layout("experts, EP2xTP2+SP", "experts", ep=2, tp=2, sp=True),
     _layout("experts, EP2xTP2xPP2+SP", "experts", ep=2, tp=2, pp=2, sp=True),
     _layout("experts, EP2xCP2", "experts", ep=2, cp=2),

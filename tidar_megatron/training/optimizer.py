@@ -12,7 +12,6 @@ from megatron.core.transformer.module import Float16Module
 
 from tidar_megatron.config import Config
 from tidar_megatron.distributed.groups import is_played
-from tidar_megatron.errors import UserError
 
 
 def wrap_model(chunks: list[GPTModel], config: Config) -> list[DistributedDataParallel]:
@@ -58,22 +57,8 @@ def whole_weights(model: list[DistributedDataParallel]) -> Iterator[None]:
 def build_optimizer(
     model: list[DistributedDataParallel], config: Config
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """Adam with decoupled weight decay (none on biases and norms), and the schedule in units of steps.
-
-    Raises:
-        UserError: a schedule that contradicts itself.
-    """
+    """Adam with decoupled weight decay (none on biases and norms), and the schedule in units of steps."""
     opt = config.optimizer
-    decay = opt.lr_decay_iters or config.training.train_iters
-    if opt.lr_warmup_iters is not None and opt.lr_warmup_fraction is not None:
-        raise UserError("--lr-warmup-iters and --lr-warmup-fraction exclude each other: give one")
-    warmup = opt.lr_warmup_iters if opt.lr_warmup_iters is not None else round((opt.lr_warmup_fraction or 0.0) * decay)
-    if warmup >= decay:
-        raise UserError(f"--lr-warmup-iters {warmup}: must be less than the {decay} steps of the decay")
-    if opt.min_lr > opt.lr:
-        raise UserError(f"--min-lr {opt.min_lr}: must not exceed --lr {opt.lr}")
-    if opt.lr_decay_style == "WSD" and opt.lr_wsd_decay_iters is None:
-        raise UserError("--lr-decay-style WSD needs --lr-wsd-decay-iters, the length of the final decay")
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -97,12 +82,12 @@ def build_optimizer(
         init_lr=0.0,
         max_lr=opt.lr,
         min_lr=opt.min_lr,
-        lr_warmup_steps=warmup,
-        lr_decay_steps=decay,
+        lr_warmup_steps=config.lr_warmup_steps,
+        lr_decay_steps=config.lr_decay_steps,
         lr_decay_style=opt.lr_decay_style,
         start_wd=opt.weight_decay,
         end_wd=opt.weight_decay,
-        wd_incr_steps=decay,
+        wd_incr_steps=config.lr_decay_steps,
         wd_incr_style="constant",
         wsd_decay_steps=opt.lr_wsd_decay_iters,
         lr_wsd_decay_style=opt.lr_wsd_decay_style,

@@ -19,6 +19,10 @@ def resolve(config: Config, tokenizer: TokenizerEntry) -> Config:
             small for the data.
     """
     given, model, mask = config.model, config.model, config.tidar.mask_token_id
+    if config.training.init_from and given.num_experts is not None:
+        raise UserError(
+            "--init-from: experts cannot be imported yet; leave it out to start anew, or leave --num-experts out"
+        )
     if config.training.init_from:
         model = model_from_huggingface(config.training.init_from, given)
         for field in dataclasses.fields(ModelConfig):

@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -94,14 +95,19 @@ def train_step(
     _, grad_norm, _ = optimizer.step()
     scheduler.step(increment=1)
     ar, diffusion = (sums / counts.clamp(min=1)).tolist()
-    balancing = take_balancing_loss(unwrap(chunk) for chunk in model).to(ranks.device)
-    balanced, tokens = ranks.sum_over_all(balancing).tolist()
     return StepResult(
         ar_loss=ar,
         diffusion_loss=diffusion if batches[0].doubled else None,
         grad_norm=float(grad_norm),
-        balancing_loss=balanced / tokens if tokens else None,
+        balancing_loss=_balancing_loss([unwrap(chunk) for chunk in model], ranks),
     )
+
+
+def _balancing_loss(chunks: list[GPTModel], ranks: Ranks) -> float | None:
+    if chunks[0].config.num_moe_experts is None or not chunks[0].config.moe_aux_loss_coeff:
+        return None
+    total, tokens = ranks.sum_over_all(take_balancing_loss(chunks).to(ranks.device)).tolist()
+    return total / tokens
 
 
 def evaluate(model: Model, batches: list[Batch], block_size: int, ranks: Ranks) -> dict[str, float | list[float]]:
