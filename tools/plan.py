@@ -4,6 +4,7 @@
 python tools/plan.py --config examples/quickstart/config.yaml --vocab-size 257 --gpus 8 --hardware h100
 """
 
+import math
 import os
 
 from tidar_megatron.errors import OneLineParser, UserError, run_tool
@@ -25,8 +26,8 @@ def main() -> None:
         ("--gpu-memory-gib", arguments.gpu_memory_gib),
         ("--top", arguments.top),
     ):
-        if value is not None and value <= 0:
-            raise UserError(f"{name} {value}: must be more than 0")
+        if value is not None and not (0 < value < math.inf):
+            raise UserError(f"{name} {value}: must be a number above 0")
     from tidar_megatron.config import load_config
 
     sizes = {} if arguments.vocab_size is None else {"model": {"vocab_size": arguments.vocab_size}}

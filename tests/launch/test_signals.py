@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -141,3 +142,21 @@ def test_what_the_launcher_is_told(shards, tmp_path, monkeypatch):
         assert state() == (ZeroDivisionError, 6, None)
     assert state() == (None, 8, "finished")
     assert state() == (None, 8, "finished")  # started once more by mistake
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_waiting_for_ranks_that_do_not_come_can_be_ended(shards, tmp_path, number):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def listens():
+        with socket.socket() as caller:
+            return caller.connect_ex(("127.0.0.1", port)) == 0
+
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, "tools/pretrain.py", *program(shards, tmp_path / "run")]
+    with started(command, tmp_path / "log", **alone) as run:
+        wait_for(listens, 120, "rank 0 waits for rank 1", tmp_path / "log")
+        run.send_signal(number)
+        assert run.wait(20) == -number

@@ -105,6 +105,22 @@ def test_the_8b_recipe_on_64_gpus():
     assert steps == sorted(steps)
 
 
+def test_the_yaml_of_the_best_is_the_best(tmp_path):
+    """What the plan says to write, written into the recipe, is the layout that it meant."""
+
+    def plan(path):
+        return json.loads(run_tool("--config", path, "--gpus", 64, "--top", 1, "--json").stdout)
+
+    recipe = ROOT / "examples/recipes/qwen3-8b-b16.yaml"
+    (best,) = plan(recipe)["layouts"]
+    tree = yaml.safe_load(recipe.read_text())
+    tree["training"] |= best["yaml"]["training"]
+    tree["parallel"] = best["yaml"]["parallel"]
+    (tmp_path / "best.yaml").write_text(yaml.safe_dump(tree))
+    again = plan(tmp_path / "best.yaml")["configured"]
+    assert {name: again[name] for name in best if name != "yaml"} == {k: v for k, v in best.items() if k != "yaml"}
+
+
 def test_a_plan_for_people():
     config = ROOT / "examples/quickstart/config.yaml"
     done = run_tool("--config", config, "--vocab-size", 257, "--gpus", 4, "--hardware", "h200", "--top", 2)
@@ -126,7 +142,7 @@ def refusal(tmp_path, *arguments, model=QWEN3_8B, **sections):
 
 
 def test_bad_input(tmp_path):
-    assert "--gpus 0: must be more than 0" in refusal(tmp_path, "--gpus", "0")
+    assert "--gpus 0: must be a number above 0" in refusal(tmp_path, "--gpus", "0")
     assert "invalid choice: 'a100'" in refusal(tmp_path, "--gpus", "8", "--hardware", "a100")
     no_vocabulary = {name: value for name, value in QWEN3_8B.items() if name != "vocab_size"}
     assert "give --vocab-size N" in refusal(tmp_path, "--gpus", "8", model=no_vocabulary)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -41,7 +42,7 @@ class Plan:
                 "hardware": dataclasses.asdict(self.hardware),
                 "gpu_memory_gib": self.memory_gib,
                 "layouts_that_fit": self.found,
-                "layouts": [layout.as_dict() for layout in self.layouts],
+                "layouts": [{**layout.as_dict(), "yaml": sections_of(layout.sizes)} for layout in self.layouts],
                 "configured": None if own is None else {**own.as_dict(), "fits": own.fits(self.memory_gib)},
                 "assumptions": {name: dataclasses.asdict(a) for name, a in ASSUMPTIONS.items()},
             }
@@ -80,15 +81,10 @@ def print_plan(plan: Plan) -> None:
         f"{clean:.3e} on S (plain AR)",
         highlight=False,
     )
-    console.print(hardware_table(plan.hardware))
-    console.print(assumption_table())
-    console.print(
-        "Activations are counted for chunked attention whose kernel keeps no scores, and fused RMSNorm and SwiGLU; the "
-        "same arithmetic\nwith the CPU's kernels is what saved-tensor hooks count (tests/planning). Nothing here was "
-        "measured on a GPU.\n",
-        highlight=False,
-    )
     console.print(layout_table(plan))
+    console.print("the best in the YAML, its section parallel being", highlight=False)
+    written = yaml.safe_dump(sections_of(plan.layouts[0].sizes), default_flow_style=None, sort_keys=False, width=1000)
+    console.print(written, highlight=False, soft_wrap=True)
     if plan.configured is None:
         console.print(f"The config's own layout cannot use {plan.gpus} GPUs: {plan.refusal}", highlight=False)
     for title, estimate in (("Best", plan.layouts[0]), ("The config's own", plan.configured)):
@@ -96,6 +92,30 @@ def print_plan(plan: Plan) -> None:
             console.print(stage_table(title, estimate))
             console.print(traffic_table(estimate))
             console.print(time_line(estimate), highlight=False)
+    console.print(hardware_table(plan.hardware))
+    console.print(assumption_table())
+    console.print(
+        "Activations are counted for chunked attention whose kernel keeps no scores, and fused RMSNorm and SwiGLU; the "
+        "same arithmetic\nwith the CPU's kernels is what saved-tensor hooks count (tests/planning). Nothing here was "
+        "measured on a GPU: leave some GiB free.",
+        highlight=False,
+    )
+
+
+def sections_of(sizes: Sizes) -> dict[str, dict[str, object]]:
+    """What the YAML must say to train in this layout: its whole ``parallel`` section, and the micro-batch size."""
+    parallel = sizes.config.parallel
+    unused = {
+        "full": ("recompute_modules",),
+        "selective": ("recompute_method", "recompute_num_layers"),
+        None: ("recompute_modules", "recompute_method", "recompute_num_layers"),
+    }[parallel.recompute_granularity]
+    section: dict[str, object] = {}
+    for field in dataclasses.fields(parallel):
+        value = getattr(parallel, field.name)
+        if value != field.default and field.name not in unused:
+            section[field.name] = list(value) if isinstance(value, tuple) else value
+    return {"training": {"micro_batch_size": sizes.b}, "parallel": section}
 
 
 def table(title: str, *columns: str) -> Table:
@@ -159,7 +179,7 @@ def layout_table(plan: Plan) -> Table:
             f"{layout.mfu[1]:.1%}",
             f"{layout.tokens_per_second:,.0f}",
         )
-    made.caption = "parameters and GiB of the fullest rank; tokens are clean ones"
+    made.caption = "b: sequences of a micro-batch; parameters and GiB of the fullest rank; tokens are clean ones"
     return made
 
 
@@ -176,7 +196,7 @@ def stage_table(title: str, estimate: Estimate) -> Table:
 
 def traffic_table(estimate: Estimate) -> Table:
     """Bytes by group."""
-    made = table("sent by a GPU per step", "group", "ranks", "link", "GB", "s on the link")
+    made = table("sent by a GPU per step", "group", "ranks", "slowest link", "GB", "s, all links")
     for traffic in estimate.traffic(estimate.sizes.pp - 1):
         made.add_row(
             traffic.group, str(traffic.size), traffic.link, f"{traffic.bytes / 1e9:.2f}", f"{traffic.seconds:.3f}"

@@ -37,7 +37,8 @@ def report(names: list[str] | None, *, list_only: bool, as_json: bool) -> None:
     """
     world_size = world_size_from_environment()
     layouts = layouts_for(world_size)
-    for name in names or []:
+    names = [next((x.name for x in layouts if same(x.name, name)), name) for name in names or []]
+    for name in names:
         if name not in [layout.name for layout in layouts]:
             raise UserError(
                 f"--layout {name!r}: does not fit {world_size} processes or does not exist; --list names all"
@@ -61,6 +62,11 @@ def report(names: list[str] | None, *, list_only: bool, as_json: bool) -> None:
             Console().print(as_table(comparisons, layouts, world_size))
         if not ok:
             sys.exit(1)
+
+
+def same(name: str, given: str) -> bool:
+    """Whether two names differ in spaces and case at most: "CP 2" is CP2."""
+    return name.replace(" ", "").lower() == given.replace(" ", "").lower()
 
 
 def run(layouts: list[Layout], world_size: int, console: Console, is_main: bool) -> list[Comparison]:

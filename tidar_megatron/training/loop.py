@@ -76,7 +76,8 @@ class Trainer:
         valid_data = data(config.data.valid_data) if config.data.valid_data else None
         if valid_data is not None:
             train_data.check_same_tokenizer(valid_data)
-        ranks = initialize(config.parallel, config.training.seed)
+        with signals.mortal():
+            ranks = initialize(config.parallel, config.training.seed)
         model = build_model(config, config.model.vocab_size, ranks)
         if start is None and config.training.init_from:
             load_huggingface_weights(model, config.training.init_from, config.model.vocab_size)
@@ -250,6 +251,14 @@ def describe(trainer: Trainer, logger: MetricsLogger) -> None:
         f"{name} {group.size()}" for name, group in sizes.items() if group.size() > 1 or name in ("TP", "PP", "DP")
     ]
     layout = " x ".join(shown) + (f", {len(trainer.model)} chunks a stage" if len(trainer.model) > 1 else "")
+    with_what = [
+        name.replace("_", " ")
+        for name in ("sequence_parallel", "use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")
+        if getattr(config.parallel, name)
+    ]
+    if config.parallel.recompute_granularity:
+        with_what.append(f"{config.parallel.recompute_granularity} recompute")
+    layout += f" ({', '.join(with_what)})" if with_what else ""
     logger.say(f"{layout} on {trainer.ranks.device.type}, {parameters:,} parameters on this rank")
     data = trainer.train_data.documents.manifest
     logger.say(

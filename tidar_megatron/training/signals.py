@@ -48,6 +48,20 @@ def received() -> bool:
 
 
 @contextmanager
+def mortal() -> Iterator[None]:
+    """While this process waits for the others to appear there is nothing to save: SIGTERM and SIGINT end it at once.
+
+    Waiting happens outside of Python, where a handler would not be heard. SIGUSR1 is still noted.
+    """
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
 def shielded() -> Iterator[None]:
     """Processes started in this block never hear SIGUSR1; one that comes for this process is noted after it.
 
