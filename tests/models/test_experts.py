@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from tidar_megatron.checkpoint.initialize import initialize_weights
 from tidar_megatron.data.doubled import TokenCounts, set_loss_weights
@@ -22,7 +21,6 @@ def setup():
     initialize_weights([model], 0)
     batches = Documents(config, 9).batches(0, config, ranks, doubled=True)
     yield config, model, batches
-    MoEAuxLossAutoScaler.main_loss_backward_scale = None  # set here by a backward outside of a schedule (0.19)
     shut_down()
 
 

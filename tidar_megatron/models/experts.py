@@ -59,6 +59,8 @@ def use_balanced_router(layer: ModuleSpec) -> None:
     mlp = layer.submodules.mlp
     submodules = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules  # 0.19.x, 0.16.1
     submodules.router = BalancedRouter
+    # a backward outside of a schedule leaves this in a shape that the next schedule's scale cannot be copied into
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
 
 def keep_experts_apart(model: GPTModel) -> None:
