@@ -83,8 +83,8 @@ def take_balancing_loss(chunks: Iterable[GPTModel]) -> Tensor:
     """
     total = torch.zeros(2, dtype=torch.float64)
     for chunk in chunks:
-        for router in chunk.modules():
-            if isinstance(router, BalancedRouter):
-                total = total.to(router.balancing_loss.device) + router.balancing_loss
-                router.balancing_loss = torch.zeros_like(router.balancing_loss)
+        for layer in chunk.decoder.layers:
+            router = layer.mlp.router
+            total = total.to(router.balancing_loss.device) + router.balancing_loss
+            router.balancing_loss = torch.zeros_like(router.balancing_loss)
     return total

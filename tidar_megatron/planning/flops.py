@@ -67,10 +67,7 @@ def chunk_flops(sizes: Sizes, last: bool) -> Flops:
 
 def stage_flops(sizes: Sizes, stage: int) -> Flops:
     """Of one micro-batch through all chunks of a pipeline stage."""
-    total = chunk_flops(sizes, False).times(sizes.vpp)
-    if stage == sizes.pp - 1:
-        total += Flops(3 * 2 * sizes.tokens * sizes.h * sizes.vocabulary, 0)
-    return total
+    return chunk_flops(sizes, False).times(sizes.vpp - 1) + chunk_flops(sizes, stage == sizes.pp - 1)
 
 
 def executed_flops(sizes: Sizes) -> float:

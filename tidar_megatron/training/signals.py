@@ -51,8 +51,12 @@ def received() -> bool:
 def mortal() -> Iterator[None]:
     """While this process waits for the others to appear there is nothing to save: SIGTERM and SIGINT end it at once.
 
-    Waiting happens outside of Python, where a handler would not be heard. SIGUSR1 is still noted.
+    Waiting happens outside of Python, where a handler would not be heard. SIGUSR1 is still noted. A program that has
+    not installed the handlers keeps its own.
     """
+    if signal.getsignal(signal.SIGTERM) is not _note:
+        yield
+        return
     before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield

@@ -1,7 +1,7 @@
 """One optimizer step, and one evaluation: megatron-core's forward-backward schedule over our batches."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 
 import torch
@@ -68,7 +68,7 @@ def forward_backward(model: Model, batches: list[Batch], ar_loss_weight: float, 
         The sums of the AR and the diffusion losses, float64 ``[2]``, and their counts, int64 ``[2]``, both over the
         global batch and the same on every rank.
     """
-    counts = torch.tensor([[b.ar_tokens, b.diffusion_tokens, b.num_tokens] for b in batches]).sum(0)
+    counts = torch.tensor(astuple(TokenCounts.of(batches)))
     counts = ranks.sum_over_data(counts.to(ranks.device))
     total = TokenCounts(*counts.tolist())
     for batch in batches:
