@@ -65,6 +65,18 @@ def training_layout(document: Tensor, index: Tensor, block_size: int) -> Tensor:
     return torch.cat([clean_tokens(document, index), masks], dim=-2)
 
 
+def training_area(seq_length: int, block_size: int) -> tuple[int, int]:
+    """Pairs of query and key that the rule allows to one document of ``seq_length`` tokens, in whole blocks.
+
+    Returns:
+        In the doubled sequence; and in its clean half alone, plain AR training on the same tokens.
+    """
+    causal = seq_length * (seq_length + 1) // 2
+    blocks = seq_length // block_size
+    masks = block_size * block_size * (blocks * (blocks - 1) // 2 + blocks)  # the clean blocks before, and its own
+    return causal + masks, causal
+
+
 def decode_layout(prefix_length: int, num_drafts: int, branches: Sequence[int], draft_length: int) -> Tensor:
     """One draft/verify forward: the tokens after ``prefix_length`` committed ones whose K/V are cached.
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from tests.planning.models_to_plan import CP2, MOE, PP2, SELECTIVE, TP2, sizes_of
-from tidar_megatron.attention_mask import may_attend, training_layout
+from tidar_megatron.attention_mask import may_attend, training_area, training_layout
 from tidar_megatron.context_parallel import key_tokens, query_slices
 from tidar_megatron.data.doubled import make_batch
 from tidar_megatron.data.packing import Piece, pack
@@ -26,7 +26,7 @@ from tidar_megatron.planning.flops import stage_flops
 from tidar_megatron.planning.hardware import HARDWARE
 from tidar_megatron.planning.memory import activations_of, memory_of
 from tidar_megatron.planning.shards import build_shard
-from tidar_megatron.planning.tiles import mask_area, tiles
+from tidar_megatron.planning.tiles import tiles
 from tidar_megatron.planning.traffic import traffic_of
 from tidar_megatron.training.optimizer import build_optimizer, wrap_model
 from tidar_megatron.training.step import forward_backward
@@ -208,7 +208,7 @@ def test_the_peak_of_a_whole_step(world_size, parallel):
 )
 def test_tiles_are_those_of_the_backend(length, block, chunk, size):
     visibility = training_layout(torch.zeros(length, dtype=torch.long), torch.arange(length), block)
-    assert mask_area(length, block)[0] == int(may_attend(visibility, visibility).sum())
+    assert training_area(length, block)[0] == int(may_attend(visibility, visibility).sum())
     for rank in range(size):
         keys = visibility[key_tokens(length, rank, size, doubled=True)].unsqueeze(0)
         queries = query_slices(2 * length // size, keys.shape[1], rank, size)

@@ -27,14 +27,12 @@ def play_rank(
     """
     assert not dist.is_initialized(), "a process plays a rank or is one"
     platform.make_cpu_first_class()
-    current_device = torch.cuda.current_device
     where = torch.device(device)
-    torch.cuda.current_device = lambda: where  # megatron-core's gradient buffers and main weights go there
     try:
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-        ranks = lay_out(parallel, seed, where)
-        with where:
-            yield ranks
+        with platform.pretend_current_device(where):
+            ranks = lay_out(parallel, seed, where)
+            with where:
+                yield ranks
     finally:
-        torch.cuda.current_device = current_device
         shut_down()

@@ -61,6 +61,17 @@ def check_backend(config: Config) -> None:
         )
 
 
+@contextlib.contextmanager
+def pretend_current_device(where: torch.device) -> Iterator[None]:
+    """What megatron-core puts on the current CUDA device (gradient buffers, main weights) goes to ``where``."""
+    before = torch.cuda.current_device
+    torch.cuda.current_device = lambda: where
+    try:
+        yield
+    finally:
+        torch.cuda.current_device = before
+
+
 class _CudaLiteralsToCpu(TorchFunctionMode):
     """``device="cuda"`` -> cpu, ``Tensor.cuda()`` -> itself, ``Tensor.type()`` -> the CUDA spelling."""
 

@@ -7,8 +7,8 @@ FlopCounterMode does not count them either.
 
 from dataclasses import dataclass
 
+from tidar_megatron.attention_mask import training_area
 from tidar_megatron.planning.sizes import Sizes
-from tidar_megatron.planning.tiles import mask_area
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def model_flops(sizes: Sizes) -> tuple[float, float]:
         S tokens under causal attention: what the 2S are paid for.
     """
     model, S = sizes.config.model, sizes.config.data.seq_length
-    doubled, causal = mask_area(S, sizes.config.tidar.block_size)
+    doubled, causal = training_area(S, sizes.config.tidar.block_size)
     each = 6 * active_parameters(sizes)
     pair = 12 * model.num_layers * model.num_attention_heads * sizes.d
     sequences = sizes.config.training.global_batch_size

@@ -54,15 +54,3 @@ def largest_tiles(seq_length: int, block_size: int, chunk_size: int, size: int) 
     """Those of the rank with more work, of the first and the last; the zigzag leaves little between the ranks."""
     ends = {0, size - 1}
     return max((tiles(seq_length, block_size, chunk_size, rank, size) for rank in ends), key=lambda t: t.area)
-
-
-def mask_area(seq_length: int, block_size: int) -> tuple[int, int]:
-    """Pairs of query and key that one document of ``seq_length`` tokens allows.
-
-    Returns:
-        In the doubled sequence; and in plain AR training on the same tokens.
-    """
-    causal = seq_length * (seq_length + 1) // 2
-    blocks = seq_length // block_size
-    masks = block_size * block_size * (blocks * (blocks - 1) // 2 + blocks)  # the clean blocks before, and its own
-    return causal + masks, causal

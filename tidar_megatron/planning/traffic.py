@@ -22,11 +22,6 @@ class Traffic:
     bytes: float
     seconds: float
 
-    @property
-    def per_link(self) -> float:
-        """Bytes/s that the link is assumed to give."""
-        return self.bytes / self.seconds if self.seconds else 0.0
-
 
 def link_of(hardware: Hardware, stride: int, size: int) -> tuple[str, float]:
     """The link of a group of ``size`` ranks ``stride`` apart, and the bytes/s it is assumed to give each of them."""
