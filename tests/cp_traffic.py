@@ -34,9 +34,8 @@ def counted(function):
 
 def main():
     # before megatron-core binds them to names of its own
-    for (
-        name
-    ) in "all_gather_into_tensor reduce_scatter_tensor all_reduce all_gather all_to_all_single broadcast".split():
+    gathers = "all_gather_into_tensor reduce_scatter_tensor all_gather".split()
+    for name in [*gathers, "all_reduce", "all_to_all_single", "broadcast"]:
         setattr(dist, name, counted(getattr(dist, name)))
 
     from tidar_megatron.checkpoint.initialize import initialize_weights

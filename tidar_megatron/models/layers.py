@@ -58,13 +58,13 @@ class HybridCoreAttention(MegatronModule):
         for first in range(0, groups, self.heads_per_gather):
             heads = slice(first, min(first + self.heads_per_gather, groups))
             queries = slice(*(query.shape[2] // groups * edge for edge in (heads.start, heads.stop)))
-            keys_values = torch.stack([key[:, :, heads], value[:, :, heads]])
             gathered = gather_from_sequence_parallel_region(
-                keys_values[:, :clean].transpose(0, 1).contiguous(),
+                torch.stack([key[:clean, :, heads], value[:clean, :, heads]], dim=1),
                 tensor_parallel_output_grad=True,  # the backward reduce-scatters: every rank's queries used them
                 group=self.cp_group,
             )
-            all_keys, all_values = torch.cat([gathered.transpose(0, 1), keys_values[:, clean:]], dim=1)
+            all_keys = torch.cat([gathered[:, 0], key[clean:, :, heads]])
+            all_values = torch.cat([gathered[:, 1], value[clean:, :, heads]])
             outputs.append(self._attend(query[:, :, queries], all_keys, all_values, attention_mask))
         return torch.cat(outputs, dim=-1)
 
