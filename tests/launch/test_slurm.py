@@ -34,7 +34,8 @@ SlurmctldPort={controller_port}
 SlurmdPort={node_port}
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=15
+SchedulerParameters=sched_interval=5
 CredType=cred/munge
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -113,6 +114,9 @@ def slurm():
                 lambda: "idle" in (say("sinfo", "-h", "-o", "%T") or ""), 60, "an idle node", folder / "slurmd.out"
             )
             yield folder
+            for name in ("slurmctld.log", "slurmd.log"):  # pytest shows them if a test failed
+                print(f"{name}:\n{(folder / name).read_text()[-6000:]}")
+            print(say("scontrol", "show", "job"), say("scontrol", "show", "node"))
             for job in (say("squeue", "-h", "-o", "%A") or "").split():  # of a test that failed
                 say("scancel", "--full", "--signal=KILL", job)
                 say("scancel", job)
@@ -165,8 +169,9 @@ def test_signalled_saved_requeued_and_finished(slurm, uninterrupted, shards, tmp
     between = latest_iteration(run)
     assert between is not None and 1 <= between < last
     wait_for(lambda: field("JobState") == "PENDING", 60, "requeued", log)
-    # a requeued job waits two minutes; this one may start now, and has the time it needs
-    assert say("scontrol", "update", f"jobid={job}", "StartTime=now", "TimeLimit=10") is not None
+    # A requeued job waits for cred_expire: started before, the node may take it for the one it has just ended, and
+    # SLURM holds it for good. The second attempt has the time it needs
+    assert say("scontrol", "update", f"jobid={job}", "TimeLimit=10") is not None
     wait_for(lambda: said("attempt 2 ended"), 400, "the end of the second attempt", log, every=1)
     wait_for(lambda: field("JobState") not in ("RUNNING", "COMPLETING"), 60, "the end of the job", log, every=1)
     text = log.read_text()
