@@ -87,6 +87,7 @@ def test_only_one_place_knows_the_rule_and_one_the_missing_gpu():
             "context_parallel.py",
             "data/doubled.py",
             "models/layers.py",
+            "models/attention/plans.py",
             "planning/tiles.py",
         ):  # batch and attention use it, and the plan counts what they do
             assert "tidar_megatron.context_parallel" not in text, relative

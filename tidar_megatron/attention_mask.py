@@ -10,7 +10,7 @@ Each token carries four integers, its *visibility metadata* ``[..., tokens, 4]``
 ``MASK_BLOCK``   the block of a mask token, ``-1`` for a clean token
 ===============  =====================================================================================
 
-and one predicate over two tokens' metadata (:func:`may_attend`) decides. It commutes with any permutation of the
+and one predicate over two tokens' metadata (:func:`sees`) decides. It commutes with any permutation of the
 tokens, so the training mask, packed documents, shards of a sequence and every decode step use it as it is: they
 differ only in the *layout*, the function that writes the metadata. Attention backends derive everything from it.
 
@@ -26,17 +26,76 @@ DOCUMENT, INDEX, HORIZON, MASK_BLOCK = range(4)
 CLEAN = -1  # MASK_BLOCK of a clean token
 
 
-def may_attend(query: Tensor, key: Tensor) -> Tensor:
-    """The rule. ``query [..., q, 4]``, ``key [..., k, 4]`` -> bool ``[..., q, k]``, True where q may attend to k.
+def sees(query: Sequence[Tensor], key: Sequence[Tensor]) -> Tensor:
+    """The rule. The four columns of queries and of keys, which broadcast -> bool, True where the query sees the key.
 
     Same document, and either the key is a clean token before the query's horizon, or both are mask tokens of the
     same block (both directions).
     """
-    q, k = query.unsqueeze(-2), key.unsqueeze(-3)
-    key_is_clean = k[..., MASK_BLOCK] == CLEAN
-    clean_before_horizon = key_is_clean & (k[..., INDEX] < q[..., HORIZON])
-    same_mask_block = ~key_is_clean & (k[..., MASK_BLOCK] == q[..., MASK_BLOCK])
-    return (q[..., DOCUMENT] == k[..., DOCUMENT]) & (clean_before_horizon | same_mask_block)
+    key_is_clean = key[MASK_BLOCK] == CLEAN
+    clean_before_horizon = key_is_clean & (key[INDEX] < query[HORIZON])
+    same_mask_block = (key[MASK_BLOCK] == query[MASK_BLOCK]) & ~key_is_clean
+    return (query[DOCUMENT] == key[DOCUMENT]) & (clean_before_horizon | same_mask_block)
+
+
+def may_attend(query: Tensor, key: Tensor) -> Tensor:
+    """The rule for all pairs: ``query [..., q, 4]``, ``key [..., k, 4]`` -> bool ``[..., q, k]``."""
+    return sees(query.unsqueeze(-2).unbind(-1), key.unsqueeze(-3).unbind(-1))
+
+
+def stretches(visibility: Tensor, edges: Sequence[int]) -> Tensor:
+    """Cut tokens into stretches whose ends speak for all of them, as queries and as clean keys.
+
+    A stretch lies in one document, is of one kind, and along it INDEX rises and HORIZON does not fall. So its last
+    query sees every clean token that any of its queries sees, its first query sees none that another does not; and of
+    its clean keys the first is the one seen by most, the last by fewest.
+
+    Args:
+        visibility: ``[t, 4]``.
+        edges: places 0 .. t at which a stretch must end as well.
+
+    Returns:
+        int64, where each stretch starts, and t at the end.
+    """
+    before, after = visibility[:-1], visibility[1:]
+    cut = before[:, DOCUMENT] != after[:, DOCUMENT]
+    cut |= is_clean(before) != is_clean(after)
+    cut |= (before[:, INDEX] >= after[:, INDEX]) | (before[:, HORIZON] > after[:, HORIZON])
+    inner = [edge for edge in edges if 0 < edge < len(visibility)]
+    cut[torch.tensor(inner, dtype=torch.int64) - 1] = True
+    ends = torch.tensor([0, len(visibility)])
+    return torch.cat([ends[:1], cut.nonzero().flatten() + 1, ends[1:]])
+
+
+def mask_blocks(visibility: Tensor) -> Tensor:
+    """Where the blocks of mask tokens stand: ``visibility [t, 4]`` -> int64 ``[blocks, 2]``, from and up to.
+
+    Raises:
+        ValueError: the tokens of a block do not stand side by side.
+    """
+    same = torch.zeros(len(visibility) + 1, dtype=torch.bool)
+    same[1:-1] = (visibility[1:, [DOCUMENT, MASK_BLOCK]] == visibility[:-1, [DOCUMENT, MASK_BLOCK]]).all(-1)
+    edges = (~same).nonzero().flatten()
+    blocks = torch.stack([edges[:-1], edges[1:]], dim=-1)
+    blocks = blocks[~is_clean(visibility[blocks[:, 0]])]
+    names = visibility[blocks[:, 0]][:, [DOCUMENT, MASK_BLOCK]]
+    if len(torch.unique(names, dim=0)) < len(names):
+        raise ValueError("a block's mask tokens must stand side by side")
+    return blocks
+
+
+def is_clean(visibility: Tensor) -> Tensor:
+    """``[..., 4]`` -> bool ``[...]``: clean tokens, not masks."""
+    return visibility[..., MASK_BLOCK] == CLEAN
+
+
+def leaps(visibility: Tensor) -> Tensor:
+    """``[..., t, 4]`` -> bool ``[..., t]``: where a document's clean tokens do not go on with the next one."""
+    before, after = visibility[..., :-1, :], visibility[..., 1:, :]
+    leap = torch.zeros(visibility.shape[:-1], dtype=torch.bool)
+    same = (before[..., DOCUMENT] == after[..., DOCUMENT]) & is_clean(before) & is_clean(after)
+    leap[..., 1:] = same & (before[..., INDEX] + 1 != after[..., INDEX])
+    return leap
 
 
 def clean_tokens(document: Tensor, index: Tensor) -> Tensor:

@@ -1,22 +1,31 @@
-"""The chunked backend equals the dense reference, forward and backward, whatever the documents."""
+"""Every backend equals the dense reference, forward and (those that have one on a CPU) backward."""
+
+import gc
+import sys
+import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tidar_megatron.attention_mask import clean_tokens, training_layout
-from tidar_megatron.models.attention import hybrid_attention, make_plans
+from tidar_megatron.attention_mask import clean_tokens, may_attend, training_layout
+from tidar_megatron.context_parallel import key_tokens, own_tokens, query_slices
+from tidar_megatron.models.attention import choose_backend, flex, hybrid_attention, kernels, make_plan
+from tidar_megatron.models.attention.plans import AttentionPlans
+from tidar_megatron.models.attention.tiles import make_tilings
 
-BATCH, HEADS, GROUPS, CHANNELS = 2, 4, 2, 8
+BATCH, HEADS, CHANNELS = 2, 4, 8
 
 
-def documents(lengths, total, batch=BATCH):
-    """Rows of documents of the given lengths, the last one cut or grown to ``total``."""
+def documents(lengths, total, batch=BATCH, alike=False):
+    """Rows of documents of the given lengths, the last one cut or grown to ``total``; every second row the other way
+    round, unless they are to be ``alike``."""
     document, index = torch.zeros(batch, total, dtype=torch.long), torch.zeros(batch, total, dtype=torch.long)
     for row in range(batch):
         start = 0
-        order = lengths if row % 2 == 0 else lengths[::-1]
+        order = lengths if row % 2 == 0 or alike else lengths[::-1]
         for number, length in enumerate([*order, total]):
             stop = min(start + length, total)
             document[row, start:stop] = number
@@ -25,63 +34,283 @@ def documents(lengths, total, batch=BATCH):
     return document, index
 
 
-def run(backend, chunk, visibility, query, key, value, upstream):
+def single(length, block):
+    """The doubled sequence of one document."""
+    return training_layout(torch.zeros(1, length, dtype=torch.long), torch.arange(length)[None], block)
+
+
+def draw(seed, batch, groups, tokens, keys=None, dtype=torch.float64):
+    """Query, key, value, and a gradient from above."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((HEADS, tokens), (groups, keys or tokens), (groups, keys or tokens), (HEADS, tokens))
+    return [torch.randn(batch, n, t, CHANNELS, generator=generator, dtype=dtype) for n, t in shapes]
+
+
+def run(plan, query, key, value, upstream):
     inputs = [t.clone().requires_grad_() for t in (query, key, value)]
-    out = hybrid_attention(*inputs, visibility, backend=backend, chunk_size=chunk, scale=0.3)
+    out = hybrid_attention(*inputs, plan, 0.3)
     return [out, *torch.autograd.grad((out * upstream).sum(), inputs)]
+
+
+def equal(ours, theirs):
+    """To 1e-10; gradients to 1e-8."""
+    for tolerance, mine, other in zip([1e-10, 1e-8, 1e-8, 1e-8], ours, theirs, strict=False):
+        torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance / 100)
+
+
+CASES = {
+    "total": st.integers(1, 40),
+    "block": st.integers(1, 9),
+    "chunk": st.integers(1, 50),
+    "lengths": st.lists(st.integers(1, 20), max_size=4),
+    "doubled": st.booleans(),
+    "alike": st.booleans(),
+    "groups": st.sampled_from([1, 2, 4]),
+    "seed": st.integers(0, 2**31),
+}
+
+
+@settings(deadline=None)
+@given(**CASES, plain=st.booleans())
+def test_chunked_equals_dense_in_float64(total, block, chunk, lengths, doubled, alike, groups, seed, plain):
+    """With torch's CPU kernel, and with the plain one of other devices."""
+    document, index = documents(lengths, total, alike=alike)
+    visibility = training_layout(document, index, block) if doubled else clean_tokens(document, index)
+    tensors = draw(seed, BATCH, groups, visibility.shape[1])
+    dense = run(make_plan(visibility, backend="dense", chunk_size=1), *tensors)
+    with pytest.MonkeyPatch.context() as patch:
+        if plain:
+            patch.setattr(kernels, "has_flash", lambda device: False)
+        equal(run(make_plan(visibility, backend="chunked", chunk_size=chunk), *tensors), dense)
 
 
 @settings(deadline=None)
 @given(
-    total=st.integers(1, 40),
-    block=st.integers(1, 9),
+    size=st.integers(1, 4),
+    blocks=st.integers(1, 4),
+    block=st.integers(1, 5),
     chunk=st.integers(1, 50),
-    lengths=st.lists(st.integers(1, 20), max_size=4),
+    lengths=st.lists(st.integers(1, 6), max_size=4),
     doubled=st.booleans(),
+    groups=st.sampled_from([1, 2, 4]),
     seed=st.integers(0, 2**31),
 )
-def test_chunked_equals_dense_in_float64(total, block, chunk, lengths, doubled, seed):
-    document, index = documents(lengths, total)
+def test_context_parallel_ranks_compute_the_whole(size, blocks, block, chunk, lengths, doubled, groups, seed):
+    """Random documents (in whole blocks): the ranks together equal dense, outputs and gradients. flex: outputs."""
+    S = 2 * size * blocks * block
+    document, index = documents([length * block for length in lengths], S)
     visibility = training_layout(document, index, block) if doubled else clean_tokens(document, index)
-    tokens = visibility.shape[1]
-    draw = torch.Generator().manual_seed(seed)
-    query, upstream = (
-        torch.randn(BATCH, HEADS, tokens, CHANNELS, generator=draw, dtype=torch.float64) for _ in range(2)
-    )
-    key, value = (torch.randn(BATCH, GROUPS, tokens, CHANNELS, generator=draw, dtype=torch.float64) for _ in range(2))
-    dense = run("dense", 1, visibility, query, key, value, upstream)
-    for ours, theirs in zip(run("chunked", chunk, visibility, query, key, value, upstream), dense, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    *inputs, upstream = draw(seed, BATCH, groups, visibility.shape[1])
+    wanted = run(make_plan(visibility, backend="dense", chunk_size=1), *inputs, upstream)
+    got = [torch.zeros_like(t) for t in wanted]
+    for rank in range(size):
+        own, keys = own_tokens(S, rank, size, doubled), key_tokens(S, rank, size, doubled)
+        queries = query_slices(len(own), len(keys), rank, size)
+        parts = inputs[0][:, :, own], inputs[1][:, :, keys], inputs[2][:, :, keys]
+        out, *grads = run(
+            make_plan(visibility[:, keys], queries, backend="chunked", chunk_size=chunk), *parts, upstream[:, :, own]
+        )
+        got[0][:, :, own] = out.detach()
+        got[1][:, :, own] = grads[0]
+        got[2][:, :, keys] += grads[1]  # what reduce-scatter adds up
+        got[3][:, :, keys] += grads[2]
+        with torch.no_grad():
+            plan = make_plan(visibility[:, keys], queries, backend="flex", chunk_size=1)
+            equal([hybrid_attention(*parts, plan, 0.3)], [wanted[0][:, :, own]])
+    equal(got, wanted)
+
+
+@settings(deadline=None)
+@given(**CASES)
+def test_flex_equals_dense_in_float64(total, block, chunk, lengths, doubled, alike, groups, seed):
+    """Its eager mode: the rule and the BlockMask. The kernel's blocks made small, so that there are many."""
+    document, index = documents(lengths, total, alike=alike)
+    visibility = training_layout(document, index, block) if doubled else clean_tokens(document, index)
+    query, key, value, _ = draw(seed, BATCH, groups, visibility.shape[1])
+    dense = hybrid_attention(query, key, value, make_plan(visibility, backend="dense", chunk_size=1), 0.3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flex, "BLOCK", chunk)
+        plan = make_plan(visibility, backend="flex", chunk_size=1)
+    equal([hybrid_attention(query, key, value, plan, 0.3)], [dense])
+    # the kernel skips by the BlockMask alone, which the eager mode does not: what it would compute is right as well
+    mask = may_attend(visibility, visibility)
+    some, full = (part[:, 0].bool() for part in (plan.block_mask.to_dense(), full_blocks(plan.block_mask)))
+    cells = mask_cells(mask, chunk)
+    assert torch.equal(some, cells.any(-1)), "blocks that hold a visible pair, and no others"
+    assert bool((cells | ~inside(visibility.shape[1], chunk) | ~full[..., None]).all()), "full blocks are full"
+    assert not bool((full[:, :, -1] & bool(visibility.shape[1] % chunk)).any()), "no full block beyond the end"
+
+
+def full_blocks(mask):
+    dense = torch.zeros(mask.kv_indices.shape, dtype=torch.int)
+    for at in torch.cartesian_prod(*(torch.arange(n) for n in dense.shape[:3])).reshape(-1, 3).tolist():
+        b, h, row = at
+        dense[b, h, row, mask.full_kv_indices[b, h, row, : mask.full_kv_num_blocks[b, h, row]].long()] = 1
+    return dense
+
+
+def mask_cells(mask, size):
+    """bool ``[b, t, k]`` -> ``[b, rows, columns, size * size]``, False where there is no token."""
+    pad = -mask.shape[1] % size
+    mask = F.pad(mask, (0, pad, 0, pad))
+    rows = mask.shape[1] // size
+    return mask.reshape(len(mask), rows, size, rows, size).transpose(2, 3).flatten(3)
+
+
+def inside(tokens, size):
+    return mask_cells(torch.ones(1, tokens, tokens, dtype=torch.bool), size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunked_equals_dense_in_lower_precision(dtype):
+    visibility = training_layout(*documents([70, 90], 256), 8)
+    tensors = [t.to(dtype) for t in draw(0, BATCH, 2, 512)]
+    exact = run(make_plan(visibility, backend="dense", chunk_size=1), *(t.double() for t in tensors))
+    chunked = run(make_plan(visibility, backend="chunked", chunk_size=32), *tensors)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for ours, theirs in zip(chunked, exact, strict=True):
+        assert ours.dtype == dtype
+        assert (ours - theirs).norm() <= tolerance * theirs.norm()
+
+
+def test_flex_compiles_once():
+    """As a compiled CPU forward: other documents of the same shape are other inputs, not another kernel."""
+    torch._dynamo.reset()
+    attention = torch.compile(flex.flex_attention, dynamic=False)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(flex, "flex_attention", attention)
+        for number, lengths in enumerate(([], [40, 60], [20] * 5, [128])):
+            visibility = training_layout(*documents(lengths, 128), 16)
+            query, key, value, _ = draw(number, BATCH, 2, 256, dtype=torch.float32)
+            dense = make_plan(visibility, backend="dense", chunk_size=1)
+            plan = make_plan(visibility, backend="flex", chunk_size=1)
+            with torch._dynamo.config.patch(error_on_recompile=number > 0):
+                ours = hybrid_attention(query, key, value, plan, 0.3)
+            torch.testing.assert_close(ours, hybrid_attention(query, key, value, dense, 0.3), rtol=1e-5, atol=1e-5)
+
+
+class CausalOverDocuments(torch.nn.Module):
+    """What transformer-engine's fused attention is asked for, in plain torch."""
+
+    def __init__(
+        self, heads, channels, *, num_gqa_groups, attention_dropout, qkv_format, attn_mask_type, softmax_scale
+    ):
+        super().__init__()
+        assert (attention_dropout, qkv_format, attn_mask_type) == (0.0, "thd", "padding_causal")
+        self.scale = softmax_scale
+
+    def forward(self, query, key, value, *, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv):
+        assert cu_seqlens_q.dtype == torch.int32 and torch.equal(cu_seqlens_q, cu_seqlens_kv)
+        out = []
+        for begin, end in zip(cu_seqlens_q[:-1].tolist(), cu_seqlens_q[1:].tolist(), strict=True):
+            assert 0 < end - begin <= max_seqlen_q == max_seqlen_kv
+            parts = (t[begin:end].transpose(0, 1)[None] for t in (query, key, value))
+            one = F.scaled_dot_product_attention(*parts, is_causal=True, scale=self.scale, enable_gqa=True)
+            out.append(one[0].transpose(0, 1).flatten(1))
+        return torch.cat(out)
+
+
+@pytest.mark.parametrize("doubled", [True, False])
+def test_fused_clean_half(monkeypatch, doubled):
+    """transformer-engine cannot be run here: a stand-in shows what it is asked for, and that both halves fit."""
+    engine = types.ModuleType("transformer_engine.pytorch")
+    engine.DotProductAttention = CausalOverDocuments
+    monkeypatch.setitem(sys.modules, "transformer_engine", types.ModuleType("transformer_engine"))
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", engine)
+    document, index = documents([12, 30], 64)
+    visibility = training_layout(document, index + 5, 4) if doubled else clean_tokens(document, index + 5)
+    query, key, value, _ = draw(3, BATCH, 2, visibility.shape[1])
+    dense = hybrid_attention(query, key, value, make_plan(visibility, backend="dense", chunk_size=1), 0.3)
+    plan = make_plan(visibility, backend="transformer_engine", chunk_size=1)
+    assert type(plan).__name__ == "FusedCleanPlan"
+    equal([hybrid_attention(query, key, value, plan, 0.3)], [dense])
+    # clean keys of other ranks among the keys: flex does both halves
+    keys = key_tokens(64, 0, 2, doubled)
+    parts = query_slices(visibility.shape[1] // 2, len(keys), 0, 2)
+    other = make_plan(visibility[:, keys], parts, backend="transformer_engine", chunk_size=1)
+    assert type(other).__name__ == "FlexPlan"
+
+
+def test_auto(monkeypatch):
+    assert choose_backend("auto", "cpu") == "chunked"
+    assert choose_backend("dense", "cuda:0") == "dense"
+    for found, best in ((None, "flex"), (object(), "transformer_engine")):
+        monkeypatch.setattr("tidar_megatron.models.attention.hybrid.find_spec", lambda name, found=found: found)
+        assert choose_backend("auto", "cuda:0") == best
 
 
 def test_cost_follows_the_area_of_the_mask():
-    """Scores computed over a single document: about half of each half's S x S, not (2S)^2."""
+    """Pairs computed over a single document: about half of each half's S x S, in few tiles, with two masks."""
     S, chunk = 512, 32
-    visibility = training_layout(torch.zeros(1, S, dtype=torch.long), torch.arange(S)[None], 8)
-    plans = make_plans(visibility, chunk, torch.float32)
-    area = sum((p.queries.stop - p.queries.start) * sum(k.stop - k.start for k in p.keys) for p in plans)
-    assert area <= 1.2 * S * S
-    assert all(len(p.keys) <= 2 for p in plans)
+    (tiling,) = make_tilings(single(S, 8), (slice(0, 2 * S),), chunk)
+    assert tiling.area <= 1.1 * S * S
+    assert len(tiling.tiles) == 2 * (2 * S // chunk - 1)  # a masked tile for each chunk, the rest a binary tree
+    assert [mask.shape for mask in tiling.masks] == [(1, chunk, chunk)] * 2
+    assert len(tiling.blocks) == 1
 
 
 def test_documents_out_of_sight_are_skipped():
     S, chunk = 256, 16
-    document, index = documents([32] * 8, S, batch=1)
-    plans = make_plans(training_layout(document, index, 8), chunk, torch.float32)
-    assert max(sum(k.stop - k.start for k in p.keys) for p in plans) <= 32 + chunk
+    (tiling,) = make_tilings(training_layout(*documents([32] * 8, S, batch=1), 8), (slice(0, 2 * S),), chunk)
+    assert tiling.area <= 2 * S * (32 + 16) / 2 + S * 8
+    # not on chunks' edges, and smaller than a chunk: still no more than the chunks beside the diagonal
+    (tiling,) = make_tilings(training_layout(*documents([8, 24, 8] * 6, S, batch=1), 8), (slice(0, 2 * S),), chunk)
+    assert tiling.area <= 2 * S * 2 * chunk + S * 8
+
+
+def test_rows_are_tiled_together_or_apart_as_is_cheaper():
+    few, many = documents([16], 32), documents([1536, 256], 2048)
+    whole = slice(0, 64), slice(0, 4096)
+    assert len(make_tilings(training_layout(*few, 4), whole[:1], 16)) == 1
+    assert len(make_tilings(training_layout(*many, 4), whole[1:], 128)) == 2
+    assert len(make_tilings(single(2048, 4).repeat(3, 1, 1), whole[1:], 128)) == 1
+
+
+def test_nothing_larger_than_a_chunks_mask_is_made():
+    """No tensor of the forward or the backward, and no mask, comes near S x S; K and V are never expanded (GQA)."""
+    S, chunk, groups = 1024, 64, 1
+    query, key, value, upstream = draw(0, 1, groups, 2 * S, dtype=torch.float32)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            made = [t for t in (out if isinstance(out, tuple | list) else [out]) if isinstance(t, torch.Tensor)]
+            largest = max([largest, *(t.untyped_storage().nbytes() // 4 for t in made)])
+            return out
+
+    with Watch():
+        run(make_plan(single(S, 8), backend="chunked", chunk_size=chunk), query, key, value, upstream)
+    assert largest <= max(query.numel(), HEADS * chunk * chunk)
+    assert largest < S * S / 8
 
 
 @pytest.mark.parametrize("change", ["in place", "new tensor"])
 def test_plans_are_never_stale(change):
-    """A second batch, also one written over the first one's memory, gets its own mask."""
-    draw = torch.Generator().manual_seed(0)
-    query = torch.randn(1, HEADS, 32, CHANNELS, generator=draw)
-    key = torch.randn(1, GROUPS, 32, CHANNELS, generator=draw)
+    """A second batch, also one written over the first one's memory, gets its own plan; one not prepared, too."""
+    plans = AttentionPlans("chunked", 8, types.SimpleNamespace(rank=lambda: 0, size=lambda: 1))
+    query, key, value, _ = draw(0, 1, 2, 32, dtype=torch.float32)
     one = training_layout(*documents([], 16, batch=1), 4)
     two = training_layout(*documents([8], 16, batch=1), 4)
     buffer = one.clone()
-    for visibility in (one, two):
-        buffer = visibility.clone() if change == "new tensor" else buffer.copy_(visibility)
-        ours = hybrid_attention(query, key, key, buffer, backend="chunked", chunk_size=8, scale=1.0)
-        dense = hybrid_attention(query, key, key, visibility, backend="dense", chunk_size=8, scale=1.0)
-        torch.testing.assert_close(ours, dense)
+    for prepared in (True, False):
+        for visibility in (one, two):
+            buffer = visibility.clone() if change == "new tensor" else buffer.copy_(visibility)
+            if prepared:
+                plans.prepare(buffer, visibility, 32)
+            plan = plans.find(buffer.detach().view(buffer.shape), 32)  # as a recomputed layer gets it
+            assert (plan is plans.find(buffer, 32)) == prepared
+            dense = make_plan(visibility, backend="dense", chunk_size=8)
+            ours, theirs = (hybrid_attention(query, key, value, p, 1.0) for p in (plan, dense))
+            torch.testing.assert_close(ours, theirs)
+    del buffer
+    gc.collect()
+    assert not plans._plans, "a plan outlives its batch"
+
+
+def test_blocks_torn_apart_are_refused():
+    visibility = single(16, 4)
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="side by side"):
+        make_plan(visibility[:, order], backend="chunked", chunk_size=8)

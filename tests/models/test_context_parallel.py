@@ -4,14 +4,11 @@ import json
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tests.conftest import torchrun
-from tests.models.test_attention import documents
 from tidar_megatron.attention_mask import clean_tokens, may_attend, training_layout
 from tidar_megatron.context_parallel import key_tokens, own_positions, own_tokens, query_slices
-from tidar_megatron.models.attention import hybrid_attention, make_plans
+from tidar_megatron.models.attention.tiles import make_tilings
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
@@ -33,57 +30,6 @@ def test_every_token_is_on_one_rank(size, doubled):
         assert torch.cat([keys[part] for part in rows]).tolist() == own.tolist()
 
 
-def attend(size, rank, backend, chunk, visibility, doubled, query, key, value):
-    """What one rank computes, from whole tensors [b, heads, tokens, channels]."""
-    S = visibility.shape[1] // 2 if doubled else visibility.shape[1]
-    own, keys = own_tokens(S, rank, size, doubled), key_tokens(S, rank, size, doubled)
-    return hybrid_attention(
-        query[:, :, own],
-        key[:, :, keys],
-        value[:, :, keys],
-        visibility[:, keys],
-        queries=query_slices(len(own), len(keys), rank, size),
-        backend=backend,
-        chunk_size=chunk,
-        scale=0.3,
-    )
-
-
-@settings(deadline=None)
-@given(
-    size=st.integers(1, 4),
-    blocks=st.integers(1, 4),
-    block=st.integers(1, 5),
-    chunk=st.integers(1, 50),
-    lengths=st.lists(st.integers(1, 6), max_size=4),
-    doubled=st.booleans(),
-    backend=st.sampled_from(["dense", "chunked"]),
-    seed=st.integers(0, 2**31),
-)
-def test_the_ranks_together_compute_the_whole(size, blocks, block, chunk, lengths, doubled, backend, seed):
-    """In float64, for random documents (in whole blocks), block and chunk sizes: outputs and gradients."""
-    S = 2 * size * blocks * block
-    document, index = documents([length * block for length in lengths], S)
-    visibility = training_layout(document, index, block) if doubled else clean_tokens(document, index)
-    tokens = visibility.shape[1]
-    draw = torch.Generator().manual_seed(seed)
-    query, upstream = (torch.randn(2, 4, tokens, 8, generator=draw, dtype=torch.float64) for _ in range(2))
-    key, value = (torch.randn(2, 2, tokens, 8, generator=draw, dtype=torch.float64) for _ in range(2))
-    inputs = [t.requires_grad_() for t in (query, key, value)]
-    one = hybrid_attention(*inputs, visibility, backend="dense", chunk_size=1, scale=0.3)
-    wanted = [one, *torch.autograd.grad((one * upstream).sum(), inputs)]
-    got = torch.empty_like(one)
-    grads = [torch.zeros_like(t) for t in inputs]
-    for rank in range(size):
-        own = own_tokens(S, rank, size, doubled)
-        out = attend(size, rank, backend, chunk, visibility, doubled, *inputs)
-        got[:, :, own] = out.detach()
-        for total, part in zip(grads, torch.autograd.grad((out * upstream[:, :, own]).sum(), inputs), strict=True):
-            total += part  # what reduce-scatter adds up
-    for ours, theirs in zip([got, *grads], wanted, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
-
-
 @pytest.mark.parametrize("size", [2, 4, 8])
 @pytest.mark.parametrize("doubled", [True, False])
 def test_the_work_is_shared_evenly(size, doubled):
@@ -97,10 +43,8 @@ def test_the_work_is_shared_evenly(size, doubled):
         rows = query_slices(len(own_tokens(S, rank, size, doubled)), keys.shape[1], rank, size)
         queries = torch.cat([keys[:, part] for part in rows], dim=1)
         allowed.append(sum(int(may_attend(part, keys).sum()) for part in queries.split(512, dim=1)))
-        plans = make_plans(keys, 128, torch.float32, rows)
-        computed.append(
-            sum(sum(s.stop - s.start for s in plan.keys) * (plan.queries.stop - plan.queries.start) for plan in plans)
-        )
+        (tiling,) = make_tilings(keys, rows, 128)
+        computed.append(tiling.area)
     whole = sum(int(may_attend(part, visibility).sum()) for part in visibility.split(512, dim=1))
     assert sum(allowed) == whole  # divided, nothing repeated
     for work in (allowed, computed):

@@ -32,7 +32,7 @@ def name(part):
     part = getattr(part, "module", part)  # a ModuleSpec
     return getattr(part, "__name__", str(part))
 
-block = gpt.layer_spec(config, transformer, None)
+block = gpt.layer_spec(config, transformer, None, None)
 layer = block.layer_specs[0].submodules
 attention = layer.self_attention.submodules
 mlp = layer.mlp
@@ -92,6 +92,12 @@ def test_nothing_installed():
     seen = choices("nothing")
     assert seen["adam"].startswith("torch.optim")
     assert seen["accumulation"] is False
+
+
+def test_asking_for_what_cannot_run_here():
+    for backend, why in (("flex", "needs a CUDA device"), ("transformer_engine", "not installed")):
+        with pytest.raises(UserError, match=rf"--attention-backend {backend}: .*{why}.* use --attention-backend auto"):
+            check_backend(build_config({"tidar": {"attention_backend": backend}}))
 
 
 def test_asking_for_what_is_not_installed():

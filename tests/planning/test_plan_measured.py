@@ -20,7 +20,7 @@ from tidar_megatron.data.doubled import make_batch
 from tidar_megatron.data.packing import Piece, pack
 from tidar_megatron.distributed.fake import play_rank
 from tidar_megatron.distributed.groups import shut_down
-from tidar_megatron.models.attention import make_plans
+from tidar_megatron.models.attention.tiles import make_tilings
 from tidar_megatron.models.gpt import build_model, run_model
 from tidar_megatron.planning.flops import stage_flops
 from tidar_megatron.planning.hardware import HARDWARE
@@ -212,14 +212,20 @@ def test_tiles_are_those_of_the_backend(length, block, chunk, size):
     for rank in range(size):
         keys = visibility[key_tokens(length, rank, size, doubled=True)].unsqueeze(0)
         queries = query_slices(2 * length // size, keys.shape[1], rank, size)
-        plans = make_plans(keys, chunk, torch.float32, queries)
-        rows = [plan.queries.stop - plan.queries.start for plan in plans]
-        columns = [sum(part.stop - part.start for part in plan.keys) for plan in plans]
+        (tiling,) = make_tilings(keys, queries, chunk)
         found = tiles(length, block, chunk, rank, size)
-        assert found.area == sum(r * c for r, c in zip(rows, columns, strict=True))
-        assert found.copied_keys == sum(c for c, plan in zip(columns, plans, strict=True) if len(plan.keys) > 1)
-        assert found.bias == sum(plan.bias.numel() for plan in plans if plan.bias is not None)
-        assert (found.keys, found.calls) == (keys.shape[1], len(plans))
+        executed = torch.zeros(2 * length // size, keys.shape[1], dtype=torch.int)
+        for tile in tiling.tiles:
+            executed[tile.queries, tile.keys] += 1
+        for blocks in tiling.blocks:
+            for n in range(blocks.count):
+                q, k = blocks.queries + n * blocks.size, blocks.keys + n * blocks.size
+                executed[q : q + blocks.size, k : k + blocks.size] += 1
+        asking = torch.cat([keys[0, part] for part in queries])
+        assert int(executed.max()) == 1 and bool(executed[may_attend(asking, keys[0])].all())
+        assert found.area == int(executed.sum())
+        assert found.masks == sum(mask.numel() for mask in tiling.masks)
+        assert (found.keys, found.calls) == (keys.shape[1], len(tiling.tiles) + len(tiling.blocks))
 
 
 class SentBytes(TorchDispatchMode):

@@ -34,8 +34,10 @@ class TiDARConfig(Section):
     ar_loss_weight: Rate = described("alpha, the weight of the next-token loss: (alpha*AR + diffusion)/(1+alpha)", 1.0)
     mask_token_id: NonNegative | None = described("default: the first id that the tokenizer does not use", None)
     ar_warmup_fraction: Fraction = described("fraction of train-iters of plain AR training before the joint loss", 0.0)
-    attention_backend: Literal["chunked", "dense"] = described("dense is the reference: a 2S x 2S mask", "chunked")
-    attention_chunk_size: Count = described("query tokens per chunk of the chunked backend", 128)
+    attention_backend: Literal["auto", "chunked", "flex", "transformer_engine", "dense"] = described(
+        "auto: transformer_engine or flex on a GPU, chunked on a CPU; dense is the reference, a 2S x 2S mask", "auto"
+    )
+    attention_chunk_size: Count = described("tokens of a chunk of the chunked backend", 128)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,7 @@ class Batch:
         padding: bool ``[b, L]``, True for fill (megatron-core's ``padding_mask``).
         position_ids: int64 ``[b, L]``, one row expanded (stride 0 over b), also after :meth:`to`.
         visibility: int32 ``[b, K, 4]``, the metadata of ``attention_mask`` of the keys; K = L on one rank.
+        visibility_on_host: the same, wherever the batch has been moved to.
         loss_weights: float32 ``[b, L]``, zero until :func:`set_loss_weights`.
         ar_tokens: supervised clean tokens.
         diffusion_tokens: supervised mask tokens; 0 in a batch of the clean half alone.
@@ -44,6 +45,7 @@ class Batch:
     padding: Tensor
     position_ids: Tensor
     visibility: Tensor
+    visibility_on_host: Tensor
     loss_weights: Tensor
     ar_tokens: int
     diffusion_tokens: int
@@ -63,13 +65,15 @@ class Batch:
         keys = key_tokens(self.seq_length, rank, size, self.doubled)
         supervised = self.supervised[:, own]
         clean = self.seq_length // size
+        visibility = self.visibility[:, keys]
         return Batch(
             tokens=self.tokens[:, own],
             labels=self.labels[:, own],
             supervised=supervised,
             padding=self.padding[:, own],
             position_ids=self.position_ids[0, own].expand(len(self.tokens), -1),
-            visibility=self.visibility[:, keys],
+            visibility=visibility,
+            visibility_on_host=visibility,
             loss_weights=self.loss_weights[:, own],
             ar_tokens=int(supervised[:, :clean].sum()),
             diffusion_tokens=int(supervised[:, clean:].sum()),
@@ -82,6 +86,7 @@ class Batch:
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
         # Copying an expanded tensor would write out every row.
+        moved["visibility_on_host"] = self.visibility_on_host
         moved["position_ids"] = self.position_ids[:1].to(device, non_blocking=True).expand(len(self.tokens), -1)
         return replace(self, **moved)
 
@@ -113,6 +118,7 @@ def make_batch(sequences: Sequence[PackedSequence], block_size: int, mask_token_
         padding=padding,
         position_ids=positions.expand(tokens.shape),
         visibility=visibility,
+        visibility_on_host=visibility,
         loss_weights=torch.zeros(tokens.shape),
         ar_tokens=int(ar_supervised.sum()),
         diffusion_tokens=int(diffusion_supervised.sum()) if doubled else 0,

@@ -50,6 +50,17 @@ def check_backend(config: Config) -> None:
             "--transformer-impl transformer_engine: the package transformer-engine is not installed; "
             "pip install 'tidar-megatron[gpu]' on a CUDA machine, or use --transformer-impl local"
         )
+    attention = config.tidar.attention_backend
+    if attention == "transformer_engine" and find_spec("transformer_engine") is None:
+        raise UserError(
+            "--attention-backend transformer_engine: the package transformer-engine is not installed; "
+            "pip install 'tidar-megatron[gpu]' on a CUDA machine, or use --attention-backend auto"
+        )
+    if attention in ("flex", "transformer_engine") and not has_gpu():
+        raise UserError(
+            f"--attention-backend {attention}: needs a CUDA device (FlexAttention has no backward on CPUs); "
+            "use --attention-backend auto"
+        )
     parallel, dispatcher = config.parallel, config.model.moe_token_dispatcher_type
     if has_gpu() or dispatcher == "allgather":
         return

@@ -20,6 +20,7 @@ from tidar_megatron.config import Config
 from tidar_megatron.data.doubled import Batch
 from tidar_megatron.distributed.groups import Ranks
 from tidar_megatron.distributed.platform import has_gpu
+from tidar_megatron.models.attention.plans import AttentionPlans
 from tidar_megatron.models.experts import keep_experts_apart, use_balanced_router
 from tidar_megatron.models.layers import HybridCoreAttention, PositionRotaryEmbedding, RMSNorm
 
@@ -97,7 +98,9 @@ def has_gradient_accumulation_kernel(transformer_impl: str) -> bool:
     return transformer_impl == "transformer_engine" or find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
-def layer_spec(config: Config, transformer: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+def layer_spec(
+    config: Config, transformer: TransformerConfig, plans: AttentionPlans, vp_stage: int | None
+) -> TransformerBlockSubmodules:
     """The stock layer spec with our modules in it."""
     qk_layernorm, impl = config.model.qk_layernorm, config.model.transformer_impl
     experts = {"num_experts": config.model.num_experts, "moe_grouped_gemm": config.model.moe_grouped_gemm}
@@ -115,8 +118,7 @@ def layer_spec(config: Config, transformer: TransformerConfig, vp_stage: int | N
             layer.submodules.self_attention.submodules.k_layernorm = norm
     layer.submodules.self_attention.submodules.core_attention = partial(
         HybridCoreAttention,
-        backend=config.tidar.attention_backend,
-        chunk_size=config.tidar.attention_chunk_size,
+        plans=plans,
         heads_per_gather=config.parallel.context_parallel_kv_heads,
     )
     if config.model.num_experts is not None:
@@ -147,12 +149,13 @@ def build_model(config: Config, vocab_size: int, ranks: Ranks) -> list[GPTModel]
     """
     transformer = transformer_config(config)
     vpp = config.parallel.virtual_pipeline_model_parallel_size or 1
+    plans = AttentionPlans(config.tidar.attention_backend, config.tidar.attention_chunk_size, ranks.groups.cp)
     chunks = []
     for stage in range(vpp):
         vp_stage = stage if vpp > 1 else None
         model = GPTModel(
             transformer,
-            layer_spec(config, transformer, vp_stage),
+            layer_spec(config, transformer, plans, vp_stage),
             vocab_size=padded_vocab_size(vocab_size, config),
             max_sequence_length=2 * config.data.seq_length,
             pre_process=ranks.holds_embedding(stage),
@@ -163,6 +166,7 @@ def build_model(config: Config, vocab_size: int, ranks: Ranks) -> list[GPTModel]
             pg_collection=ranks.groups,
             vp_stage=vp_stage,
         )
+        model.attention_plans = plans
         model.rotary_pos_emb = PositionRotaryEmbedding(transformer, config.model.rotary_base)
         keep_experts_apart(model)
         chunks.append(model.to(ranks.device))
@@ -183,6 +187,7 @@ def run_model(model: Any, batch: Batch, labels: Tensor | None = None) -> Tensor:
     """
     padding = None
     chunk = unwrap(model)
+    chunk.attention_plans.prepare(batch.visibility, batch.visibility_on_host, batch.tokens.shape[1])
     if chunk.config.num_moe_experts is not None:
         padding, group = batch.padding, chunk.pg_collection.tp
         if chunk.config.sequence_parallel and not chunk.pre_process:  # megatron-core cuts it on the first stage alone

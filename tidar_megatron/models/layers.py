@@ -11,8 +11,9 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
-from tidar_megatron.context_parallel import own_clean_tokens, query_slices
-from tidar_megatron.models.attention import hybrid_attention
+from tidar_megatron.context_parallel import own_clean_tokens
+from tidar_megatron.models.attention import AttentionPlan, hybrid_attention
+from tidar_megatron.models.attention.plans import AttentionPlans
 
 
 class HybridCoreAttention(MegatronModule):
@@ -35,13 +36,12 @@ class HybridCoreAttention(MegatronModule):
         softmax_scale: float | None = None,
         pg_collection: Any = None,
         *,
-        backend: str,
-        chunk_size: int,
+        plans: AttentionPlans,
         heads_per_gather: int,
         **unused: Any,
     ) -> None:
         super().__init__(config=config)
-        self.backend, self.chunk_size, self.heads_per_gather = backend, chunk_size, heads_per_gather
+        self.plans, self.heads_per_gather = plans, heads_per_gather
         self.cp_group = pg_collection.cp
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
@@ -49,9 +49,9 @@ class HybridCoreAttention(MegatronModule):
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *args: Any, **unused: Any
     ) -> Tensor:
         """``query [t, b, h, d]``, ``key``/``value [t, b, g, d]``, metadata ``[b, keys, 4]`` -> ``[t, b, h*d]``."""
-        size = self.cp_group.size()
+        plan, size = self.plans.find(attention_mask, len(query)), self.cp_group.size()
         if size == 1:
-            return self._attend(query, key, value, attention_mask)
+            return self._attend(query, key, value, plan)
         clean = own_clean_tokens(len(query), attention_mask.shape[1], size)
         outputs = []
         groups = key.shape[2]
@@ -65,22 +65,12 @@ class HybridCoreAttention(MegatronModule):
             )
             all_keys = torch.cat([gathered[:, 0], key[clean:, :, heads]])
             all_values = torch.cat([gathered[:, 1], value[clean:, :, heads]])
-            outputs.append(self._attend(query[:, :, queries], all_keys, all_values, attention_mask))
+            outputs.append(self._attend(query[:, :, queries], all_keys, all_values, plan))
         return torch.cat(outputs, dim=-1)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, visibility: Tensor) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
         q_bhtd, k_bgkd, v_bgkd = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        rank, size = self.cp_group.rank(), self.cp_group.size()
-        out_bhtd = hybrid_attention(
-            q_bhtd,
-            k_bgkd,
-            v_bgkd,
-            visibility,
-            queries=query_slices(len(query), len(key), rank, size),
-            backend=self.backend,
-            chunk_size=self.chunk_size,
-            scale=self.softmax_scale,
-        )
+        out_bhtd = hybrid_attention(q_bhtd, k_bgkd, v_bgkd, plan, self.softmax_scale)
         return out_bhtd.permute(2, 0, 1, 3).flatten(2)
 
 

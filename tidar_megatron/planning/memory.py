@@ -9,9 +9,8 @@ count. Two sets of kernels, of which the first is tested against those hooks:
 ``cpu``  torch's RMSNorm keeps its input in float32 and its normalised output; SwiGLU keeps its product's factors.
 ``gpu``  torch's fused RMSNorm keeps its input and a number per row; megatron-core's fused SwiGLU keeps its input.
 
-The attention of both keeps, per chunk of queries, the output and its log-sum-exp, and copies of K and V where a chunk
-sees several ranges of keys (which most chunks of mask tokens do). That is the chunked backend on a kernel which does
-not keep scores; the dense reference is counted the same way, as one chunk.
+The attention of both keeps q, k, v, the output and its log-sum-exp. That is the chunked backend on a kernel which does
+not keep scores; the other backends are counted the same way.
 """
 
 from dataclasses import dataclass
@@ -95,11 +94,12 @@ def norm_bytes(sizes: Sizes, rows: int, width: int, kernels: Kernels) -> int:
 
 def core_attention_bytes(sizes: Sizes) -> int:
     """What recomputing ``core_attn`` saves: a layer's attention beyond its inputs."""
-    tiles, b, w, d = sizes.tiles, sizes.b, sizes.w, sizes.d
-    outputs = sizes.tokens * sizes.heads * (d * w + 4)
-    copies = 2 * b * tiles.copied_keys * sizes.groups * d * w
-    gathered = 2 * b * tiles.keys * sizes.groups * d * w if sizes.cp > 1 else 0
-    return outputs + copies + gathered
+    w, d = sizes.w, sizes.d
+    log_sum_exp = 4 * sizes.tokens * sizes.heads
+    # folded heads are unfolded into a copy; otherwise the output projection keeps the very same tensor
+    outputs = sizes.tokens * sizes.heads * d * w if sizes.heads != sizes.groups or sizes.cp > 1 else 0
+    gathered = 2 * sizes.b * sizes.tiles.keys * sizes.groups * d * w if sizes.cp > 1 else 0
+    return outputs + log_sum_exp + gathered
 
 
 def feed_forward_bytes(sizes: Sizes, kernels: Kernels) -> int:
@@ -145,7 +145,7 @@ class Activations:
     """Bytes that one micro-batch saves on its way through one model chunk."""
 
     layers: int
-    shared: int  # by all layers: mask tiles, metadata, rotary angles
+    shared: int  # by all layers: metadata, rotary angles
     ends: int  # embedding and output layer, where the chunk has them
     loss: int  # the softmax in float32
     working: int  # more that lives for a moment in backward: what is recomputed, and the widest gradient
@@ -160,28 +160,25 @@ def activations_of(sizes: Sizes, first: bool, last: bool, kernels: Kernels) -> A
     """Of a chunk that is the ``first`` or the ``last`` of the model, or neither."""
     parallel, t, s, h, w = sizes.config.parallel, sizes.tokens, sizes.residual_tokens, sizes.h, sizes.w
     n, every = sizes.chunk_layers, layer_bytes(sizes, kernels)
-    tiles, metadata = sizes.tiles, 16 * sizes.b * sizes.tiles.keys
-    bias, angles = sizes.b * tiles.bias * w, 4 * sizes.rows * sizes.d
+    metadata, angles = 16 * sizes.b * sizes.tiles.keys, 4 * sizes.rows * sizes.d
     # gradients of the feed-forward's first projection and of the residuals; tokens on their way to experts
     rows, dispatched = (t, 0) if sizes.experts is None else (sizes.expert_rows, s * sizes.ep * sizes.etp)
     working = rows * 2 * sizes.f * w + 2 * s * h * w + dispatched * h * w
+    working += sizes.tiles.masks * (1 + w * (sizes.heads // sizes.groups))  # one document's, and what they add
     if parallel.recompute_granularity == "full":
         group = min(parallel.recompute_num_layers, n)
         if parallel.recompute_method == "uniform":
-            layers, plain = -(-n // group) * s * h * w, False
+            layers = -(-n // group) * s * h * w
             working += group * every
         else:  # the first layers of the chunk, each for itself
-            layers, plain = group * s * h * w + (n - group) * every, group < n
+            layers = group * s * h * w + (n - group) * every
             working += every
-        shared = metadata + angles + (bias if plain else 0)
-        working += 0 if plain else bias
+        shared = metadata + angles
     else:
         modules = parallel.recompute_modules if parallel.recompute_granularity == "selective" else ()
         one = layer_bytes(sizes, kernels, tuple(modules))
         layers, working = n * one, working + every - one
-        recomputed = "core_attn" in modules
-        shared = metadata if recomputed else bias
-        working += bias if recomputed else 0
+        shared = metadata if "core_attn" in modules else 0
     ends = t * (8 + (1 if sizes.tp > 1 else 0)) if first else 0
     loss = 0
     if last:

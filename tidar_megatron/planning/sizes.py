@@ -171,7 +171,7 @@ class Sizes:
     def tiles(self) -> Tiles:
         """What attention executes for one sequence, on the context-parallel rank with the most work."""
         tidar = self.config.tidar
-        chunk = tidar.attention_chunk_size if tidar.attention_backend == "chunked" else self.rows
+        chunk = self.rows if tidar.attention_backend == "dense" else tidar.attention_chunk_size
         return largest_tiles(self.config.data.seq_length, tidar.block_size, chunk, self.cp)
 
 

@@ -1,9 +1,7 @@
-"""What the chunked attention backend executes, from the geometry alone: sizes of tiles, no tensor of them.
+"""What the chunked attention backend executes for one sequence: its tiles, counted.
 
 A masked key inside a tile that is executed costs as much as a visible one, so this, not the mask's area, is what a GPU
-does. The one rule of :mod:`tidar_megatron.attention_mask` is asked, as the backend asks it, but only for the first and
-the last query of each block: in a chunk of consecutive tokens no other query sees a key that those do not, and none
-misses a key that those all see. One document fills the window: the most work that a packed sequence can be.
+does. One document fills the window: the most work that a packed sequence can be.
 """
 
 import functools
@@ -11,17 +9,17 @@ from dataclasses import dataclass
 
 import torch
 
-from tidar_megatron.attention_mask import may_attend, training_layout
-from tidar_megatron.context_parallel import key_tokens, own_tokens
+from tidar_megatron.attention_mask import training_layout
+from tidar_megatron.context_parallel import key_tokens, own_tokens, query_slices
+from tidar_megatron.models.attention.tiles import make_tilings
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Sums over the chunks of one sequence's queries on one context-parallel rank."""
+    """Sums over the tiles of one sequence's queries on one context-parallel rank."""
 
     area: int  # queries x keys executed
-    copied_keys: int  # keys of chunks that see several ranges of them, whose K and V are therefore copied
-    bias: int  # queries x keys of chunks that need a mask
+    masks: int  # queries x keys of the different masks
     keys: int  # keys that the rank holds: under context parallelism all clean tokens and its own masks
     calls: int  # attention kernels
 
@@ -33,20 +31,9 @@ def tiles(seq_length: int, block_size: int, chunk_size: int, rank: int = 0, size
         visibility = training_layout(torch.zeros(seq_length, dtype=torch.int64), torch.arange(seq_length), block_size)
         own = own_tokens(seq_length, rank, size, doubled=True)
         keys = visibility[key_tokens(seq_length, rank, size, doubled=True)]
-        area = copied = bias = calls = 0
-        for chunk in own.split(chunk_size):
-            block = chunk // block_size
-            edge = torch.ones(len(chunk) + 1, dtype=torch.bool)
-            edge[1:-1] = block[1:] != block[:-1]
-            seen = may_attend(visibility[chunk[edge[:-1] | edge[1:]]], keys)
-            some = seen.any(0)
-            count = int(some.sum())
-            ranges = int(torch.diff(some.int(), prepend=torch.zeros(1, dtype=torch.int32)).eq(1).sum())
-            area += len(chunk) * count
-            copied += count if ranges > 1 else 0
-            bias += 0 if bool(seen[:, some].all()) else len(chunk) * count
-            calls += 1
-    return Tiles(area, copied, bias, len(keys), calls)
+        (tiling,) = make_tilings(keys[None], query_slices(len(own), len(keys), rank, size), chunk_size)
+    masks = sum(mask.numel() for mask in tiling.masks)
+    return Tiles(tiling.area, masks, len(keys), len(tiling.tiles) + len(tiling.blocks))
 
 
 @functools.lru_cache

@@ -1,0 +1,82 @@
+"""FlexAttention: the rule compiled into one kernel, blocks that nobody sees skipped. For CUDA.
+
+The BlockMask comes from the same cells as the chunked backend's tiles, so it is made on the host, in time that does not
+grow with the mask's area, and all layers share it. The compiled kernel depends on shapes alone: metadata are its
+inputs, so other documents do not compile anew. On a CPU flex_attention has a forward only: enough to test the mask.
+"""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from tidar_megatron.attention_mask import mask_blocks, sees
+from tidar_megatron.models.attention.tiles import cells
+
+BLOCK = 128  # queries and keys of a block of the kernel
+
+
+class FlexPlan:
+    """The BlockMask of a batch."""
+
+    def __init__(self, visibility: Tensor, queries: tuple[slice, ...], device: str) -> None:
+        asking = torch.cat([visibility[:, part] for part in queries], dim=1)
+        rows = [_blocks(a[None], v[None], queries) for a, v in zip(asking, visibility, strict=True)]
+        some, every = (torch.from_numpy(np.stack(part)).unsqueeze(1) for part in zip(*rows, strict=True))
+        columns = [part.contiguous().to(device, non_blocking=True) for part in asking.unbind(-1)]
+        key_columns = [part.contiguous().to(device, non_blocking=True) for part in visibility.unbind(-1)]
+        one_row = len(visibility) == 1
+
+        def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            row = torch.zeros_like(b) if one_row else b
+            return sees([column[row, q] for column in columns], [column[row, k] for column in key_columns])
+
+        partial, full = (_ordered(part, device) for part in (some & ~every, every))
+        lengths = asking.shape[1], visibility.shape[1]
+        self.block_mask = BlockMask.from_kv_blocks(
+            *partial, *full, BLOCK_SIZE=BLOCK, mask_mod=rule, seq_lengths=lengths
+        )
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """As :func:`tidar_megatron.models.attention.hybrid_attention`."""
+        grouped = query.shape[1] != key.shape[1]
+        attention = compiled() if query.is_cuda else flex_attention
+        out = attention(query, key, value, block_mask=self.block_mask, scale=scale, enable_gqa=grouped)
+        assert isinstance(out, Tensor)
+        return out
+
+
+@cache
+def compiled() -> Any:
+    """The compiled kernel, one for all layers and steps."""
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _blocks(
+    asking: Tensor, visibility: Tensor, queries: tuple[slice, ...]
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Of one row: which blocks of the kernel hold a pair that sees, and which nothing else."""
+    q_edges, k_edges = ([*range(0, part.shape[1], BLOCK), part.shape[1]] for part in (asking, visibility))
+    some, every = cells(asking, visibility, q_edges, k_edges)
+    blocks, place = mask_blocks(visibility[0]).numpy(), 0
+    for part in queries:
+        inside = blocks[(blocks[:, 0] >= part.start) & (blocks[:, 1] <= part.stop)]
+        first_q, last_q = ((edge - part.start + place) // BLOCK for edge in (inside[:, 0], inside[:, 1] - 1))
+        first_k, last_k = (edge // BLOCK for edge in (inside[:, 0], inside[:, 1] - 1))
+        wide = max((last_q - first_q).max(initial=0), (last_k - first_k).max(initial=0)) + 1
+        for q, k in np.ndindex(wide, wide):
+            some[np.minimum(first_q + q, last_q), np.minimum(first_k + k, last_k)] = True
+        place += part.stop - part.start
+    every[:, -1] &= visibility.shape[1] % BLOCK == 0  # what lies behind the end is nobody's to see
+    return some, every
+
+
+def _ordered(wanted: Tensor, device: str) -> tuple[Tensor, Tensor]:
+    """bool ``[b, 1, rows, columns]`` -> how many columns of each row, and which, those first: int32."""
+    counts = wanted.sum(-1, dtype=torch.int32)
+    order = wanted.int().argsort(dim=-1, descending=True, stable=True).int()
+    return counts.to(device, non_blocking=True), order.contiguous().to(device, non_blocking=True)

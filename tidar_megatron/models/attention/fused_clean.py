@@ -1,0 +1,65 @@
+"""transformer-engine's fused causal attention for the clean half, FlexAttention for the masks. For CUDA.
+
+The clean half is plain causal attention over packed documents, which fused kernels do best: its tokens go in as one
+row ("thd") with the places where documents begin. Masks need the rule, so they stay with ``flex.py``.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tidar_megatron.attention_mask import is_clean, stretches
+from tidar_megatron.models.attention.flex import FlexPlan
+
+
+def fits(visibility: Tensor, queries: tuple[slice, ...]) -> bool:
+    """Whether every token is a query and the clean ones come first: always, but under context parallelism."""
+    clean = is_clean(visibility)
+    return queries == (slice(0, visibility.shape[1]),) and bool((clean[:, 1:] <= clean[:, :-1]).all())
+
+
+class FusedCleanPlan:
+    """Where documents begin, and the BlockMask of the masks."""
+
+    def __init__(self, visibility: Tensor, device: str) -> None:
+        self.clean = int(is_clean(visibility)[0].sum())
+        total = visibility.shape[1]
+        starts = [stretches(row[: self.clean], [])[:-1] + n * self.clean for n, row in enumerate(visibility)]
+        edges = torch.cat([*starts, torch.tensor([len(visibility) * self.clean])]).int()
+        self.longest = int(edges.diff().max())
+        self.edges = edges.to(device, non_blocking=True)
+        self.masks = FlexPlan(visibility, (slice(self.clean, total),), device) if total > self.clean else None
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """As :func:`tidar_megatron.models.attention.hybrid_attention`."""
+        b, heads, _, d = query.shape
+        rows = (x[:, :, : self.clean].transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # [b * S, heads, d]
+        fused = _fused(heads, key.shape[1], d, scale)
+        clean = fused(
+            *rows,
+            cu_seqlens_q=self.edges,
+            cu_seqlens_kv=self.edges,
+            max_seqlen_q=self.longest,
+            max_seqlen_kv=self.longest,
+        )
+        out = clean.reshape(b, self.clean, heads, d).transpose(1, 2)
+        if self.masks is None:
+            return out
+        return torch.cat([out, self.masks.attend(query[:, :, self.clean :], key, value, scale)], dim=2)
+
+
+@cache
+def _fused(heads: int, groups: int, channels: int, scale: float) -> Any:
+    from transformer_engine.pytorch import DotProductAttention
+
+    return DotProductAttention(
+        heads,
+        channels,
+        num_gqa_groups=groups,
+        attention_dropout=0.0,
+        qkv_format="thd",
+        attn_mask_type="padding_causal",
+        softmax_scale=scale,
+    )

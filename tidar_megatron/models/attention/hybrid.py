@@ -1,0 +1,82 @@
+"""One call for attention. Which backend serves it is nobody else's business.
+
+A *plan* is what a backend derives, once per batch, from the visibility metadata and the one predicate of
+:mod:`tidar_megatron.attention_mask`; no backend knows the layout of the doubled sequence. All layers share it.
+
+======================  ===============================================================================================
+``dense``               the reference: the whole mask
+``chunked``             portable: unmasked and masked tiles, no mask beyond a chunk's (``tiles.py``, ``chunked.py``)
+``flex``                FlexAttention with a BlockMask (``flex.py``): CUDA; on a CPU it has no backward
+``transformer_engine``  its fused causal kernel for the clean half, flex for the masks (``fused_clean.py``): CUDA
+``auto``                the best that this machine has
+======================  ===============================================================================================
+
+Shapes: b batch, h query heads, g K/V heads (GQA: never expanded), G = h / g, t queries, k keys, d channels of a head.
+"""
+
+from importlib.util import find_spec
+from typing import Protocol
+
+from torch import Tensor
+
+from tidar_megatron.models.attention.chunked import ChunkedPlan
+from tidar_megatron.models.attention.dense import DensePlan
+
+
+class AttentionPlan(Protocol):
+    """What a backend has prepared for a batch."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """See :func:`hybrid_attention`."""
+
+
+def choose_backend(backend: str, device: str) -> str:
+    """What ``auto`` stands for on a device (``cpu``, ``cuda``, ``cuda:1``); any other name is its own."""
+    if backend != "auto":
+        return backend
+    if not device.startswith("cuda"):
+        return "chunked"
+    return "transformer_engine" if find_spec("transformer_engine") else "flex"
+
+
+def make_plan(
+    visibility: Tensor, queries: tuple[slice, ...] | None = None, *, backend: str, chunk_size: int, device: str = "cpu"
+) -> AttentionPlan:
+    """Prepare attention for all layers of a batch. Nothing here waits for the device.
+
+    Args:
+        visibility: metadata of the keys on the host, int32 ``[b, k, 4]``, or ``[1, k, 4]`` shared by the batch.
+        queries: which of the keys are the queries (context parallelism); default: all of them.
+        backend: see above.
+        chunk_size: tokens of a chunk (``chunked``).
+        device: where attention is computed.
+    """
+    queries = queries or (slice(0, visibility.shape[1]),)
+    backend = choose_backend(backend, device)
+    if backend == "dense":
+        return DensePlan(visibility, queries, device)
+    if backend == "chunked":
+        return ChunkedPlan(visibility, queries, chunk_size, device)
+    from tidar_megatron.models.attention.flex import FlexPlan
+
+    if backend == "transformer_engine":
+        from tidar_megatron.models.attention.fused_clean import FusedCleanPlan, fits
+
+        if fits(visibility, queries):
+            return FusedCleanPlan(visibility, device)
+    return FlexPlan(visibility, queries, device)
+
+
+def hybrid_attention(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
+    """Softmax attention under the rule.
+
+    Args:
+        query: ``[b, h, t, d]``.
+        key, value: ``[b, g, k, d]``; h is a multiple of g.
+        plan: made by :func:`make_plan` for these tokens.
+        scale: factor on the scores.
+
+    Returns:
+        ``[b, h, t, d]``.
+    """
+    return plan.attend(query, key, value, scale)
