@@ -1,0 +1,63 @@
+"""The output layer and its cross-entropy in chunks, over the plain way: all logits, then their loss."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tidar_megatron.benchmark.measuring import Timings, peak_bytes, rounded
+from tidar_megatron.config import ParallelConfig
+from tidar_megatron.distributed.groups import initialize, shut_down
+from tidar_megatron.distributed.platform import has_gpu
+from tidar_megatron.models.cross_entropy import linear_cross_entropy
+
+HIDDEN, VOCABULARY, TOKENS = 256, 49152, 4096
+
+
+def loss(repeats: int) -> dict[str, Any]:
+    """``peak_ratio`` and ``time_ratio`` of forward and backward, and the largest relative error of a gradient."""
+    ranks = initialize(ParallelConfig(), seed=0)
+    try:
+        dtype = torch.bfloat16 if has_gpu() else torch.float32
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(TOKENS, HIDDEN, generator=generator).to(ranks.device, dtype)
+        weight = (torch.randn(VOCABULARY, HIDDEN, generator=generator) * 0.05).to(ranks.device, dtype)
+        labels = torch.randint(VOCABULARY, (TOKENS,), generator=generator).to(ranks.device)
+        weights = torch.rand(TOKENS, generator=generator).to(ranks.device)
+
+        def fused(hidden: Tensor, weight: Tensor) -> Tensor:
+            return linear_cross_entropy(hidden, weight, labels, weights, ranks.groups.tp)[0]
+
+        def plain(hidden: Tensor, weight: Tensor) -> Tensor:
+            return (F.cross_entropy((hidden @ weight.t()).float(), labels, reduction="none") * weights).sum()
+
+        runs = {"chunked": _both_ways(fused, hidden, weight), "plain": _both_ways(plain, hidden, weight)}
+        peaks = {name: peak_bytes(run) for name, run in runs.items()}
+        grads = {name: run() for name, run in runs.items()}
+        errors = [
+            float((ours - theirs).norm() / theirs.norm())
+            for ours, theirs in zip(grads["chunked"], grads["plain"], strict=True)
+        ]
+        times = Timings(runs, repeats)
+    finally:
+        shut_down()
+    ratio = times.ratio("chunked", "plain")
+    return {
+        "settings": {"hidden_size": HIDDEN, "vocabulary": VOCABULARY, "tokens": TOKENS, "dtype": str(dtype)},
+        "peak_ratio": round(peaks["chunked"] / peaks["plain"], 4),
+        "time_ratio": round(ratio.median, 3),
+        "spread": rounded(ratio),
+        "peak_bytes": peaks,
+        "seconds": {name: rounded(times.of(name)) for name in runs},
+        "largest_gradient_error": max(errors),
+    }
+
+
+def _both_ways(loss: Callable[..., Tensor], *tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    def run() -> tuple[Tensor, ...]:
+        inputs = [tensor.detach().requires_grad_() for tensor in tensors]
+        return torch.autograd.grad(loss(*inputs), inputs)
+
+    return run

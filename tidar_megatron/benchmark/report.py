@@ -1,0 +1,63 @@
+"""Results as files, as tables, as a plot."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def write(result: dict[str, Any], folder: str | Path) -> Path:
+    """``FOLDER/NAME.json``; ``NAME.cuda.json`` where a GPU was measured."""
+    gpu = ".cuda" if "gpu" in result["machine"] else ""
+    path = Path(folder) / f"{result['benchmark']}{gpu}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def show(result: dict[str, Any]) -> None:
+    """Each list of rows as a table."""
+    console = Console()
+    lists = {name: value for name, value in result.items() if isinstance(value, list)}
+    if not lists:
+        lists = {result["benchmark"]: [{k: v for k, v in result.items() if isinstance(v, float)}]}
+    for name, rows in lists.items():
+        columns = [column for column in rows[0] if not isinstance(rows[0][column], dict)]
+        table = Table(*columns, title=name)
+        for row in rows:
+            table.add_row(*(f"{row.get(column, '')}" for column in columns))
+        console.print(table)
+
+
+def plot(result: dict[str, Any], path: str | Path) -> None:
+    """Step time over tokens, AR and each fraction of the blocks, from the rows of ``training``."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (seconds, ratio) = plt.subplots(1, 2, figsize=(9, 3.5))
+    fractions = sorted({row["diffusion_block_fraction"] for row in result["rows"]}, reverse=True)
+    for number, fraction in enumerate(fractions):
+        rows = [row for row in result["rows"] if row["diffusion_block_fraction"] == fraction]
+        lengths = [row["seq_length"] for row in rows]
+        if number == 0:
+            seconds.plot(lengths, [row["ar_seconds"]["median"] for row in rows], "k--o", label="AR")
+        name = f"TiDAR, {fraction:.0%} of the blocks"
+        seconds.plot(lengths, [row["tidar_seconds"]["median"] for row in rows], "-o", label=name)
+        spreads = [row["spread"] for row in rows]
+        ratio.plot(lengths, [spread["median"] for spread in spreads], "-o", label=name)
+        ratio.fill_between(lengths, [s["low"] for s in spreads], [s["high"] for s in spreads], alpha=0.2)
+    for axes, title in ((seconds, "seconds per step"), (ratio, "step time over AR's")):
+        axes.set(xscale="log", xlabel="S, clean tokens of a sequence", title=title)
+        axes.set_xticks(lengths, [str(length) for length in lengths])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    seconds.set_yscale("log")
+    ratio.set_ylim(bottom=1)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,94 @@
+"""A whole training step, optimizer included, over a step of plain AR training of the same model on the same tokens."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tidar_megatron.benchmark.measuring import Timings, rounded
+from tidar_megatron.checkpoint.initialize import initialize_weights
+from tidar_megatron.config import Config, build_config
+from tidar_megatron.data.blocks import choose_blocks
+from tidar_megatron.data.doubled import Batch, make_batch
+from tidar_megatron.data.packing import PackedSequence, Piece, pack
+from tidar_megatron.distributed.groups import initialize, shut_down
+from tidar_megatron.distributed.platform import has_gpu
+from tidar_megatron.models.gpt import build_model
+from tidar_megatron.training.optimizer import build_optimizer, wrap_model
+from tidar_megatron.training.step import train_step
+
+VOCABULARY = 4096
+MODEL: dict[str, Any] = {
+    "num_layers": 6,
+    "hidden_size": 384,
+    "ffn_hidden_size": 1024,
+    "num_attention_heads": 6,
+    "num_query_groups": 2,
+    "vocab_size": VOCABULARY,
+}
+
+
+def training(seq_lengths: list[int], fractions: list[float], repeats: int, chunk_size: int = 128) -> dict[str, Any]:
+    """One row for each S and fraction of the blocks; one document fills a sequence, and one sequence is a step."""
+    rows = []
+    for S in seq_lengths:
+        config = _config(S, chunk_size)
+        try:
+            steps, parameters = _steps(config, fractions)
+            times = Timings(steps, repeats)
+        finally:
+            shut_down()
+        for fraction in fractions:
+            spread = times.ratio(_name(fraction), "AR")
+            rows.append(
+                {"seq_length": S, "parameters": parameters, "diffusion_block_fraction": fraction}
+                | {"tidar_over_ar": round(spread.median, 3), "spread": rounded(spread)}
+                | {"tidar_seconds": rounded(times.of(_name(fraction))), "ar_seconds": rounded(times.of("AR"))}
+            )
+    settings = {**MODEL, "block_size": config.tidar.block_size, "chunk_size": chunk_size, "bf16": config.training.bf16}
+    return {"settings": settings, "rows": rows}
+
+
+def _name(fraction: float) -> str:
+    return f"TiDAR {fraction:g}"
+
+
+def _config(seq_length: int, chunk_size: int) -> Config:
+    return build_config(
+        {
+            "tidar": {"block_size": 16, "mask_token_id": VOCABULARY - 1, "attention_chunk_size": chunk_size},
+            "model": MODEL,
+            "data": {"seq_length": seq_length},
+            "training": {"global_batch_size": 1, "train_iters": 1000, "bf16": has_gpu()},
+        }
+    )
+
+
+def _steps(config: Config, fractions: list[float]) -> tuple[dict[str, Callable[[], object]], int]:
+    """Steps of one model to take in turns, AR and each fraction; and the model's parameters."""
+    ranks = initialize(config.parallel, config.training.seed)
+    chunks = build_model(config, VOCABULARY, ranks)
+    initialize_weights(chunks, config.training.seed)
+    model = wrap_model(chunks, config)
+    optimizer, scheduler = build_optimizer(model, config)
+    S = config.data.seq_length
+    document = np.random.Generator(np.random.Philox(0)).integers(0, VOCABULARY - 1, S + 1)
+    sequence = pack([Piece(0, 0, S)], [document], 0)
+
+    def step(fraction: float | None) -> Callable[[], object]:
+        def take() -> object:
+            batches = [_batch(sequence, config, fraction)]
+            return train_step(model, optimizer, scheduler, batches, config.tidar.ar_loss_weight, ranks)
+
+        return take
+
+    named = {"AR": step(None), **{_name(fraction): step(fraction) for fraction in fractions}}
+    return named, sum(p.numel() for chunk in chunks for p in chunk.parameters())
+
+
+def _batch(sequence: PackedSequence, config: Config, fraction: float | None) -> Batch:
+    chosen = None
+    if fraction is not None and fraction < 1:
+        m = max(1, round(fraction * config.blocks))
+        chosen = choose_blocks(config.blocks, m, seed=0, number=0)[None]
+    return make_batch([sequence], config.tidar.block_size, VOCABULARY - 1, fraction is not None, chosen)

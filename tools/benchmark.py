@@ -1,0 +1,84 @@
+#!/usr/bin/env python
+"""What training costs over plain AR, measured side by side in one process.
+
+python tools/benchmark.py training|attention|loss|loader [--json]
+"""
+
+import json
+import shlex
+import sys
+
+from tidar_megatron.errors import OneLineParser, UserError, run_tool
+
+SEQ_LENGTHS = {"training": [1024, 2048], "attention": [1024, 2048, 4096], "loader": [1024, 4096], "loss": []}
+REPEATS = {"training": 7, "attention": 9, "loader": 20, "loss": 7}
+
+
+def main() -> None:
+    """Parse, measure, write, print."""
+    parser = OneLineParser(description="Ratios of interleaved runs; the results are kept as JSON.", allow_abbrev=False)
+    parser.add_argument("what", choices=sorted(REPEATS))
+    parser.add_argument("--seq-lengths", type=int, nargs="+", metavar="S", help="clean tokens of a sequence")
+    parser.add_argument(
+        "--diffusion-block-fractions", type=float, nargs="+", default=[1.0, 0.25], metavar="F", help="training [1 0.25]"
+    )
+    parser.add_argument("--repeats", type=int, metavar="N", help="rounds; each runs everything that is compared once")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of torch on the CPU")
+    parser.add_argument("--chunk-size", type=int, default=128, metavar="N", help="of the chunked attention [128]")
+    parser.add_argument("--output", default="benchmarks", metavar="DIR", help="folder of the results [benchmarks]")
+    parser.add_argument("--plot", metavar="FILE.png", help="training: draw step time over S")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, as the last line")
+    arguments = parser.parse_args()
+    seq_lengths = arguments.seq_lengths or SEQ_LENGTHS[arguments.what]
+    repeats = arguments.repeats or REPEATS[arguments.what]
+    for name, values in (
+        ("--seq-lengths", seq_lengths),
+        ("--repeats", [repeats]),
+        ("--threads", [arguments.threads or 1]),
+        ("--chunk-size", [arguments.chunk_size]),
+    ):
+        if wrong := [value for value in values if value < 1]:
+            raise UserError(f"{name} {wrong[0]}: must be at least 1")
+    if wrong_lengths := [value for value in seq_lengths if value % 256]:
+        raise UserError(f"--seq-lengths {wrong_lengths[0]}: must be a multiple of 256, of 16 documents of whole blocks")
+    if wrong_fractions := [value for value in arguments.diffusion_block_fractions if not 0 < value <= 1]:
+        raise UserError(f"--diffusion-block-fractions {wrong_fractions[0]:g}: must be above 0 and at most 1")
+
+    import torch  # heavy: after the command line is known to be sound
+
+    from tidar_megatron.benchmark import report
+    from tidar_megatron.benchmark.measuring import machine
+
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    before = machine()
+    if arguments.what == "training":
+        from tidar_megatron.benchmark.training import training
+
+        result = training(seq_lengths, arguments.diffusion_block_fractions, repeats, arguments.chunk_size)
+    elif arguments.what == "attention":
+        from tidar_megatron.benchmark.attention import attention
+
+        result = attention(seq_lengths, repeats, arguments.chunk_size)
+    elif arguments.what == "loss":
+        from tidar_megatron.benchmark.loss import loss
+
+        result = loss(repeats)
+    else:
+        from tidar_megatron.benchmark.loader import loader
+
+        result = loader(seq_lengths, repeats)
+    command = shlex.join(["python", "tools/benchmark.py", *sys.argv[1:]])
+    result = {"benchmark": arguments.what, "command": command, "machine": before, "repeats": repeats, **result}
+    path = report.write(result, arguments.output)
+    if arguments.plot:
+        report.plot(result, arguments.plot)
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        report.show(result)
+        print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    run_tool(main)
