@@ -22,6 +22,7 @@ from tidar_megatron.distributed.fake import play_rank
 from tidar_megatron.distributed.groups import shut_down
 from tidar_megatron.models.attention import make_plans
 from tidar_megatron.models.gpt import build_model, run_model
+from tidar_megatron.models.loss import joint_loss
 from tidar_megatron.planning.flops import stage_flops
 from tidar_megatron.planning.hardware import HARDWARE
 from tidar_megatron.planning.memory import activations_of, memory_of
@@ -79,7 +80,8 @@ def forward(sizes, chunk, batch):
     if not chunk.pre_process:
         shape = sizes.residual_tokens // sizes.b, sizes.b, sizes.h
         chunk.set_input_tensor(torch.randn(shape, dtype=chunk.config.params_dtype).requires_grad_())
-    return run_model(chunk, batch, batch.labels)
+    hidden = run_model(chunk, batch)
+    return joint_loss(chunk, batch, hidden)[0] if chunk.post_process else hidden
 
 
 def saved_bytes(chunk, run):

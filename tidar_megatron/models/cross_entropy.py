@@ -79,14 +79,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = slice(first, first + chunk)
             states = hidden[rows]
             logits = torch.mm(states, weight.t(), out=buffer[: len(states)])
-            exponentials = logits.to(exact)  # float32 logits: the buffer itself
-            target = own_columns(labels[rows], len(weight), group)
-            losses[rows], total = exponentials_(exponentials, *target, group)
+            column, mine = own_columns(labels[rows], len(weight), group)
+            exponentials, losses[rows], total = exponentiate(logits, column, mine, group)
             if hidden_needs or weight_needs:
-                column, mine = target
                 exponentials.scatter_add_(-1, column.unsqueeze(-1), -(total * mine).unsqueeze(-1))
                 torch.mul(exponentials, (loss_weights[rows] / total).unsqueeze(-1), out=logits)
-                del exponentials  # of bfloat16 logits: gone before the products
+            del exponentials  # a tensor of its own beside bfloat16 logits: gone before the products
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[rows])
             if grad_weight is not None:
@@ -119,24 +117,31 @@ def own_columns(labels: Tensor, part: int, group: dist.ProcessGroup) -> tuple[Te
     return columns.clamp(0, part - 1), mine
 
 
-def exponentials_(logits: Tensor, column: Tensor, mine: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Turn logits into ``exp(logit - largest of the row)``, in place.
+def exponentiate(
+    logits: Tensor, column: Tensor, mine: Tensor, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Numerators and denominators of the softmax, and the cross-entropies.
 
     Args:
-        logits: ``[n, V / TP]``, float32 or float64.
+        logits: ``[n, V / TP]``; overwritten, unless they are bfloat16.
         column, mine: of the labels, from :func:`own_columns`.
         group: the ranks that share the vocabulary.
 
     Returns:
-        Cross-entropies ``[n]``, and what to divide a row by to make it this rank's part of the softmax, ``[n]``.
+        ``exp(logit - largest of the row)``, ``[n, V / TP]``, in the memory of the logits unless they are bfloat16;
+        cross-entropies ``[n]``; and the sums ``[n]`` over the whole vocabulary, to divide the rows by. All float32, or
+        float64 for such logits.
     """
-    top = logits.amax(-1)
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    top = logits.amax(-1).to(exact)
     if group.size() > 1:
         dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
-    logits -= top.unsqueeze(-1)
-    target = logits.gather(-1, column.unsqueeze(-1)).squeeze(-1) * mine
-    sums = torch.stack([logits.exp_().sum(-1), target])
+    shifted = logits if logits.dtype == exact else torch.empty_like(logits, dtype=exact)
+    torch.sub(logits, top.unsqueeze(-1), out=shifted)
+    target = shifted.gather(-1, column.unsqueeze(-1)).squeeze(-1) * mine
+    exponentials = shifted.exp_()
+    sums = torch.stack([exponentials.sum(-1), target])
     if group.size() > 1:
         dist.all_reduce(sums, group=group)
     total, target = sums
-    return total.log() - target, total
+    return exponentials, total.log() - target, total

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tidar_megatron.data.doubled import Batch
-from tidar_megatron.models.cross_entropy import chunk_tokens, exponentials_, own_columns
+from tidar_megatron.models.cross_entropy import chunk_tokens, exponentiate, own_columns
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def evaluation_sums(
         rows = slice(first, first + pairs)
         logits = torch.cat([clean[rows], masks[rows]]) @ weight.t()
         labels = torch.cat([clean_labels[rows], mask_labels[rows]])
-        parts.append(_pair_figures(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, tp_group))
+        parts.append(_pair_figures(logits, labels, tp_group))
     ar_loss, diffusion_loss, overlap, agree = torch.cat(parts, dim=1).view(4, S, -1).transpose(1, 2)
     ar, diffusion = batch.supervised[:, :S], batch.supervised[:, S:]
 
@@ -99,10 +99,10 @@ def evaluation_sums(
 
 
 def _pair_figures(logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """``[2n, V / TP]``, n clean tokens and n masks -> ``[4, n]``: both losses, overlap of distributions, same argmax."""
+    """``[2n, V / TP]``, of clean tokens and masks -> ``[4, n]``: both losses, overlap, whether argmaxes agree."""
     best = vocab_parallel_argmax(logits, group)
-    losses, total = exponentials_(logits, *own_columns(labels, logits.shape[-1], group), group)
-    p_ar, q_diffusion = logits.div_(total.unsqueeze(-1)).chunk(2)
+    exponentials, losses, total = exponentiate(logits, *own_columns(labels, logits.shape[-1], group), group)
+    p_ar, q_diffusion = exponentials.div_(total.unsqueeze(-1)).chunk(2)
     overlap = torch.minimum(p_ar, q_diffusion).sum(-1)
     dist.all_reduce(overlap, group=group)
     best_ar, best_diffusion = best.chunk(2)
