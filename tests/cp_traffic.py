@@ -41,6 +41,7 @@ def main():
     from tidar_megatron.checkpoint.initialize import initialize_weights
     from tidar_megatron.distributed.groups import initialize, shut_down
     from tidar_megatron.models.gpt import build_model, run_model
+    from tidar_megatron.models.loss import joint_loss
     from tidar_megatron.training.layout_check import Documents, variant_config
 
     for size in (2, 4):
@@ -53,7 +54,7 @@ def main():
             for doubled in (True, False):
                 (batch, *_) = Documents(config, 200).batches(0, config, ranks, doubled)
                 SENT.clear()
-                run_model(chunks[0], batch, batch.labels).sum().backward()
+                joint_loss(chunks[0], batch, run_model(chunks[0], batch))[0].backward()
                 attention = sum(count for group, count in SENT if group is ranks.groups.cp)
                 other = sum(count for group, count in SENT if group is not ranks.groups.cp)
                 line = {"cp": size, "heads": heads, "doubled": doubled, "other": other}

@@ -31,6 +31,7 @@ def run_layout(setup, name, folder):
     """The first step's token losses and this rank's gradients, then losses and gradient norms of three steps."""
     from tidar_megatron.checkpoint.mapping import own_parameters
     from tidar_megatron.config import build_config
+    from tidar_megatron.models.loss import token_losses
     from tidar_megatron.training.layout_check import gather_gradients
     from tidar_megatron.training.loop import Trainer
     from tidar_megatron.training.step import forward_backward
@@ -39,18 +40,19 @@ def run_layout(setup, name, folder):
     config = build_config({**setup, "parallel": LAYOUTS[name], "checkpoint": {"save": str(folder / name)}})
     trainer = Trainer.build(config)
     ranks, alpha = trainer.ranks, config.tidar.ar_loss_weight
-    token_losses = []
-    last = trainer.model[-1]
-    handle = last.register_forward_hook(lambda module, args, out: token_losses.append(out.detach().clone()))
+    last, hidden = trainer.model[-1], []
+    handle = last.register_forward_hook(lambda module, args, out: hidden.append(out.detach().clone()))
     sums, counts = forward_backward(trainer.ddp, trainer.step_batches(), alpha, ranks)
     handle.remove()
+    batches = trainer.step_batches() if ranks.is_last_stage else []
+    losses = [token_losses(last, batch, states)[1] for batch, states in zip(batches, hidden, strict=bool(batches))]
     gather_gradients(trainer.ddp)
     result = {
         "tp_rank": ranks.groups.tp.rank(),
         "dp_rank": ranks.groups.dp.rank(),
         "first_losses": (sums / counts).tolist(),
         "supervised": [(b.ar_tokens, b.diffusion_tokens) for b in trainer.step_batches()],
-        "token_losses": token_losses if ranks.is_last_stage else [],
+        "token_losses": losses,
         "grads": {n: p.main_grad.detach().clone() for n, p, _ in own_parameters(trainer.model)},
         "weights": {n: p.detach().clone() for n, p, _ in own_parameters(trainer.model)},
     }

@@ -19,6 +19,7 @@ FLOORS = {
     "training": 4,
     "evaluation": 4,
     "planning": 5,
+    "benchmark": 5,
 }
 FORBIDDEN = {  # room -> what it must not know
     "data": ("megatron", "tidar_megatron.config"),

@@ -10,6 +10,7 @@ from tidar_megatron.data.doubled import TokenCounts, set_loss_weights
 from tidar_megatron.distributed.groups import initialize, shut_down
 from tidar_megatron.models.experts import BalancedRouter, take_balancing_loss
 from tidar_megatron.models.gpt import build_model, run_model
+from tidar_megatron.models.loss import joint_loss
 from tidar_megatron.training.layout_check import Documents, variant_config
 
 
@@ -41,7 +42,7 @@ def test_statistics_count_every_token_but_fill(setup):
     assert len(routers) == config.model.num_layers
     handles = [r.register_forward_pre_hook(lambda router, args: seen.append((router, args[0]))) for r in routers]
     take_balancing_loss([model])
-    run_model(model, batch, batch.labels)
+    run_model(model, batch)
     for handle in handles:
         handle.remove()
     total, tokens = take_balancing_loss([model]).tolist()
@@ -66,7 +67,7 @@ def test_its_weight_is_the_coefficient(setup):
         model.zero_grad()
         for batch in batches:
             set_loss_weights(batch, total, 1.0)
-            (run_model(model, batch, batch.labels) * batch.loss_weights).sum().backward()
+            joint_loss(model, batch, run_model(model, batch))[0].backward()
         take_balancing_loss([model])
         return first.weight.grad.double() / total.all
 

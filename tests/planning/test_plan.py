@@ -150,7 +150,7 @@ def test_bad_input(tmp_path):
     assert "--gpus 7: no layout can use them all" in uneven and "nearest: 511" in uneven
     small = refusal(tmp_path, "--gpus", "2", "--gpu-memory-gib", "40")
     assert "no layout of 2 GPUs fits 40 GiB" in small
-    assert "GiB are the optimizer's state; --gpus 8 would fit" in small
+    assert "GiB are the optimizer's state; --gpus 4 would fit" in small
 
 
 def test_exit_status_where_nothing_fits(tmp_path):

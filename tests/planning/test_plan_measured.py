@@ -4,6 +4,7 @@ A played rank (``distributed/fake.py``) holds and saves exactly what it would am
 that collectives bring mean nothing.
 """
 
+import weakref
 from collections import Counter
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from tests.planning.models_to_plan import CP2, MOE, PP2, SELECTIVE, TP2, sizes_of
@@ -22,9 +24,10 @@ from tidar_megatron.distributed.fake import play_rank
 from tidar_megatron.distributed.groups import shut_down
 from tidar_megatron.models.attention.tiles import make_tilings
 from tidar_megatron.models.gpt import build_model, run_model
+from tidar_megatron.models.loss import joint_loss
 from tidar_megatron.planning.flops import stage_flops
 from tidar_megatron.planning.hardware import HARDWARE
-from tidar_megatron.planning.memory import activations_of, memory_of
+from tidar_megatron.planning.memory import activations_of, loss_bytes, memory_of
 from tidar_megatron.planning.shards import build_shard
 from tidar_megatron.planning.tiles import tiles
 from tidar_megatron.planning.traffic import traffic_of
@@ -79,7 +82,8 @@ def forward(sizes, chunk, batch):
     if not chunk.pre_process:
         shape = sizes.residual_tokens // sizes.b, sizes.b, sizes.h
         chunk.set_input_tensor(torch.randn(shape, dtype=chunk.config.params_dtype).requires_grad_())
-    return run_model(chunk, batch, batch.labels)
+    hidden = run_model(chunk, batch)
+    return joint_loss(chunk, batch, hidden)[0] if chunk.post_process else hidden
 
 
 def saved_bytes(chunk, run):
@@ -200,6 +204,41 @@ def test_the_peak_of_a_whole_step(world_size, parallel):
             assert planned.activations + loss < live.peak < planned.activations + loss + planned.working
         else:
             assert planned.activations + loss == pytest.approx(live.peak, rel=0.05)
+
+
+class LiveTensors(TorchDispatchMode):
+    """Bytes of the tensors that operators made and that are still there, at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {leaf.untyped_storage()._cdata for leaf in tensors_of((args, kwargs))}
+        for leaf in tensors_of(out):
+            storage = leaf.untyped_storage()
+            if storage._cdata not in given and storage._cdata not in self.alive:
+                self.alive[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.alive.pop, storage._cdata)
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return out
+
+
+def tensors_of(tree):
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_loss_at_its_fullest(bf16):
+    sizes = sizes_of(1, {"vocab_size": 9984, "hidden_size": 320}, {"bf16": bf16})
+    with play_rank(sizes.config.parallel, 0, 1, "cpu") as ranks:
+        (chunk,) = build_model(sizes.config, sizes.config.model.vocab_size, ranks)
+        batch = a_batch(sizes, ranks)
+        hidden = run_model(chunk, batch).detach().requires_grad_()
+        with LiveTensors() as live:
+            joint_loss(chunk, batch, hidden)[0].backward()
+    assert loss_bytes(sizes) - hidden.nbytes == pytest.approx(live.peak, rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def _tensors(tokens: int, kv_heads: int) -> list[Tensor]:
 
 def _hybrid(tensors: list[Tensor], visibility: Tensor, backend: str, chunk_size: int) -> Callable[[], object]:
     plan = make_plan(visibility, backend=backend, chunk_size=chunk_size, device=str(device()))
-    return _both_ways(tensors, lambda *inputs: hybrid_attention(*inputs, plan, CHANNELS**-0.5))
+    return _both_ways(tensors, lambda q, k, v: hybrid_attention(q, k, v, plan, CHANNELS**-0.5))
 
 
 def _causal(tensors: list[Tensor], kernel: SDPBackend = SDPBackend.FLASH_ATTENTION) -> Callable[[], object]:
@@ -118,7 +118,7 @@ def _extra(tensors: list[Tensor], visibility: Tensor, backend: str, chunk_size: 
     def run() -> None:
         plan = make_plan(visibility, backend=backend, chunk_size=chunk_size, device=str(device()))
         inputs = [tensor.detach().requires_grad_() for tensor in tensors]
-        out = hybrid_attention(*inputs, plan, CHANNELS**-0.5)
+        out = hybrid_attention(inputs[0], inputs[1], inputs[2], plan, CHANNELS**-0.5)
         results.extend([out, *torch.autograd.grad(out, inputs, grad)])
 
     peak = peak_bytes(run)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tidar_megatron.data.doubled import Batch
+from tidar_megatron.models.cross_entropy import chunk_tokens, exponentiate, own_columns
 
 
 @dataclass(frozen=True)
@@ -45,41 +46,49 @@ class EvaluationSums:
         }
 
 
-def evaluation_sums(logits: Tensor, batch: Batch, block_size: int, tp_group: dist.ProcessGroup) -> EvaluationSums:
+@torch.no_grad()
+def evaluation_sums(
+    states: Tensor, weight: Tensor, batch: Batch, block_size: int, tp_group: dist.ProcessGroup, chunk: int | None = None
+) -> EvaluationSums:
     """Both losses and the draft metrics of one micro-batch.
 
+    The logits of ``chunk`` tokens exist at a time: of clean tokens, and of the mask tokens at the positions after them.
+
     Args:
-        logits: ``[b, 2S, V / TP]``, this rank's part of the vocabulary.
+        states: ``[2S, b, h]``, the last hidden states of the whole micro-batch.
+        weight: ``[V / TP, h]``, this rank's rows of the output layer.
         batch: the doubled micro-batch they belong to.
         block_size: B.
         tp_group: the ranks that share the vocabulary.
+        chunk: by default :func:`~tidar_megatron.models.cross_entropy.chunk_tokens`.
     """
-    logits = logits.float()
-    S = logits.shape[1] // 2
-    log_z = vocab_parallel_logsumexp(logits, tp_group)
-    losses = log_z - vocab_parallel_gather(logits, batch.labels, tp_group)
+    S = len(states) // 2
+    # p_AR for position i stands at clean token i - 1: pair clean tokens with the masks after them, the last with the
+    # first, which is offset 0 of a block and never looked at
+    clean, masks = states[:S].flatten(0, 1), states[S:].roll(-1, 0).flatten(0, 1)
+    labels_tb = batch.labels.t()
+    clean_labels, mask_labels = labels_tb[:S].flatten(), labels_tb[S:].roll(-1, 0).flatten()
+    pairs = max((chunk or chunk_tokens(states.shape[2])) // 2, 1)
+    parts = []
+    for first in range(0, len(clean), pairs):
+        rows = slice(first, first + pairs)
+        logits = torch.cat([clean[rows], masks[rows]]) @ weight.t()
+        labels = torch.cat([clean_labels[rows], mask_labels[rows]])
+        parts.append(_pair_figures(logits, labels, tp_group))
+    ar_loss, diffusion_loss, overlap, agree = torch.cat(parts, dim=1).view(4, S, -1).transpose(1, 2)
     ar, diffusion = batch.supervised[:, :S], batch.supervised[:, S:]
 
-    probabilities = (logits - log_z.unsqueeze(-1)).exp_()
-    # p_AR for position i stands at clean token i - 1; position 0 of the row is offset 0 of a block and never looked at
-    p_ar, q_diffusion = probabilities[:, : S - 1], probabilities[:, S + 1 :]
-    overlap = torch.minimum(p_ar, q_diffusion).sum(-1)
-    dist.all_reduce(overlap, group=tp_group)
-    best = vocab_parallel_argmax(logits, tp_group)
-    agree = (best[:, : S - 1] == best[:, S + 1 :]).to(overlap)
-
-    def by_offset(per_position: Tensor) -> Tensor:
-        """``[b, S - 1]`` (positions 1 ..) -> ``[blocks, B - 1]`` (offsets 1 ..): blocks start at multiples of B."""
-        first = per_position.new_zeros(per_position.shape[0], 1)
-        return torch.cat([first, per_position], dim=1).reshape(-1, block_size)[:, 1:].double()
+    def by_offset(per_pair: Tensor) -> Tensor:
+        """``[b, S]``, at clean tokens -> ``[blocks, B - 1]``, at the masks after them: blocks start at multiples."""
+        return per_pair.roll(1, 1).reshape(-1, block_size)[:, 1:].double()
 
     accepted, agreed = by_offset(overlap), by_offset(agree)
     supervised = diffusion.reshape(-1, block_size)
     complete, counted = supervised.all(-1), supervised[:, 1:].double()
     scalars = [
-        (losses[:, :S] * ar).sum(),
+        (ar_loss * ar).sum(),
         ar.sum(),
-        (losses[:, S:] * diffusion).sum(),
+        (diffusion_loss.roll(1, 1) * diffusion).sum(),
         diffusion.sum(),
         complete.sum(),
         (1 + accepted.cumprod(-1).sum(-1))[complete].sum(),
@@ -89,23 +98,15 @@ def evaluation_sums(logits: Tensor, batch: Batch, block_size: int, tp_group: dis
     return EvaluationSums(torch.cat([torch.stack([s.double() for s in scalars]), *per_offset]))
 
 
-def vocab_parallel_logsumexp(logits: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """``[..., V / TP]`` -> ``[...]``, over the whole vocabulary."""
-    top = logits.amax(-1)
-    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
-    total = (logits - top.unsqueeze(-1)).exp_().sum(-1)
-    dist.all_reduce(total, group=group)
-    return top + total.log()
-
-
-def vocab_parallel_gather(logits: Tensor, ids: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The logit of each id: ``[..., V / TP]``, ``[...]`` -> ``[...]``."""
-    part = logits.shape[-1]
-    local = ids - group.rank() * part
-    mine = (local >= 0) & (local < part)
-    values = logits.gather(-1, local.clamp(0, part - 1).unsqueeze(-1)).squeeze(-1) * mine
-    dist.all_reduce(values, group=group)
-    return values
+def _pair_figures(logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """``[2n, V / TP]``, of clean tokens and masks -> ``[4, n]``: both losses, overlap, whether argmaxes agree."""
+    best = vocab_parallel_argmax(logits, group)
+    exponentials, losses, total = exponentiate(logits, *own_columns(labels, logits.shape[-1], group), group)
+    p_ar, q_diffusion = exponentials.div_(total.unsqueeze(-1)).chunk(2)
+    overlap = torch.minimum(p_ar, q_diffusion).sum(-1)
+    dist.all_reduce(overlap, group=group)
+    best_ar, best_diffusion = best.chunk(2)
+    return torch.stack([*losses.chunk(2), overlap, (best_ar == best_diffusion).to(overlap)])
 
 
 def vocab_parallel_argmax(logits: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -23,6 +23,7 @@ from tidar_megatron.distributed.platform import has_gpu
 from tidar_megatron.models.attention.plans import AttentionPlans
 from tidar_megatron.models.experts import keep_experts_apart, use_balanced_router
 from tidar_megatron.models.layers import HybridCoreAttention, PositionRotaryEmbedding, RMSNorm
+from tidar_megatron.models.output_layer import OutputLayer
 
 
 def transformer_config(config: Config) -> TransformerConfig:
@@ -168,31 +169,35 @@ def build_model(config: Config, vocab_size: int, ranks: Ranks) -> list[GPTModel]
         )
         model.attention_plans = plans
         model.rotary_pos_emb = PositionRotaryEmbedding(transformer, config.model.rotary_base)
+        if model.post_process:
+            model.output_layer = OutputLayer(model.output_layer)
         keep_experts_apart(model)
         chunks.append(model.to(ranks.device))
     return chunks
 
 
-def run_model(model: Any, batch: Batch, labels: Tensor | None = None) -> Tensor:
+def run_model(model: Any, batch: Batch) -> Tensor:
     """One chunk's forward over a micro-batch.
 
     Args:
         model: a chunk of :func:`build_model`, or a wrapper around one.
         batch: what this context-parallel rank holds, t tokens a row.
-        labels: int64 ``[b, t]``.
 
     Returns:
-        From the last chunk: per-token losses float32 ``[b, t]`` with labels, else logits ``[b, t, V / TP]`` of the
-        padded vocabulary. From others: hidden states ``[t, b, hidden]``.
+        Hidden states ``[t, b, hidden]`` in the model's dtype, of the last chunk after the final norm; under sequence
+        parallelism this rank's ``[t / TP, b, hidden]``. What becomes of the last chunk's is the matter of
+        ``models/loss.py`` and ``models/draft_metrics.py``: a chunk makes no logits.
     """
     padding = None
     chunk = unwrap(model)
     chunk.attention_plans.prepare(batch.visibility, batch.visibility_on_host, batch.tokens.shape[1])
+    # the wrapper that training puts around a bfloat16 chunk would turn the last one's hidden states to float32
+    precision = {"fp32_output": False} if chunk.config.bf16 and model is not chunk else {}
     if chunk.config.num_moe_experts is not None:
         padding, group = batch.padding, chunk.pg_collection.tp
         if chunk.config.sequence_parallel and not chunk.pre_process:  # megatron-core cuts it on the first stage alone
             padding = padding.chunk(group.size(), dim=1)[group.rank()]
-    return model(batch.tokens, batch.position_ids, batch.visibility, labels=labels, padding_mask=padding)
+    return model(batch.tokens, batch.position_ids, batch.visibility, padding_mask=padding, **precision)
 
 
 def unwrap(model: Any) -> GPTModel:

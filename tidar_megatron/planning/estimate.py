@@ -9,9 +9,11 @@ and of a step, with m micro-batches: every stage once, divided by VPP for all bu
 (Megatron-LM, arXiv 2104.04473: the bubble), then the data-parallel traffic that no compute hides, and the optimizer.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
+from tidar_megatron.models.cross_entropy import chunk_tokens
 from tidar_megatron.planning.flops import model_flops, stage_flops
 from tidar_megatron.planning.hardware import GIB, Hardware, efficiency
 from tidar_megatron.planning.memory import Memory, layer_bytes, memory_of, parameters_of
@@ -94,7 +96,9 @@ class Estimate:
         flops = stage_flops(sizes, stage)
         touched = layer_bytes(sizes, "gpu") * sizes.layers * efficiency("touches") * (1 + passes(sizes)) / 2
         if stage == sizes.pp - 1:
-            touched += 4 * sizes.tokens * sizes.vocabulary * efficiency("loss_touches")
+            chunks = math.ceil(sizes.tokens / chunk_tokens(sizes.h))  # each adds to the weight's gradient
+            adding = 4 * sizes.vocabulary * sizes.h * chunks * (3 if sizes.w == 2 else 2)
+            touched += 4 * sizes.tokens * sizes.vocabulary * efficiency("loss_touches") + adding
         links = sum(t.seconds for t in self.traffic(stage) if t.group != "DP") / sizes.micro_batches
         return (
             flops.matmul / (peak * efficiency("matmul")),

@@ -103,10 +103,10 @@ ASSUMPTIONS = {
         "written and read in forward, read in backward beside a gradient of the same size",
     ),
     "loss_touches": Assumption(
-        12.0,
+        8.0,
         "passes",
         "memory traffic of the loss, in units of its float32 logits",
-        "cast, max, subtract, exp, sum, divide; one-hot, scale, cast: megatron-core's unfused cross-entropy",
+        "written, max, subtract, exp, sum, scale, read by two products; float32 read and written, bfloat16 half of it",
     ),
     "hidden": Assumption(
         0.90,

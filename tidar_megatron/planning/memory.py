@@ -16,6 +16,7 @@ not keep scores; the other backends are counted the same way.
 from dataclasses import dataclass
 from typing import Literal
 
+from tidar_megatron.models.cross_entropy import chunk_tokens
 from tidar_megatron.planning.hardware import GIB, efficiency
 from tidar_megatron.planning.sizes import Sizes
 
@@ -147,7 +148,7 @@ class Activations:
     layers: int
     shared: int  # by all layers: metadata, rotary angles
     ends: int  # embedding and output layer, where the chunk has them
-    loss: int  # the softmax in float32
+    loss: int  # the gradients that the loss forms in its forward
     working: int  # more that lives for a moment in backward: what is recomputed, and the widest gradient
 
     @property
@@ -182,9 +183,21 @@ def activations_of(sizes: Sizes, first: bool, last: bool, kernels: Kernels) -> A
     ends = t * (8 + (1 if sizes.tp > 1 else 0)) if first else 0
     loss = 0
     if last:
-        ends += norm_bytes(sizes, s, h, kernels) + s * h * w + 9 * t
-        loss = 4 * t * sizes.vocabulary
+        ends += norm_bytes(sizes, s, h, kernels)
+        loss = w * h * (t + sizes.vocabulary)
     return Activations(layers, shared, ends, loss, working)
+
+
+def loss_bytes(sizes: Sizes) -> int:
+    """The loss in its forward, at its fullest (``models/cross_entropy.py``).
+
+    The hidden states and their gradient, the weight's gradient in float32, and a chunk of logits; under bfloat16 those
+    beside their float32 softmax, or beside the chunk's own part of the weight's gradient.
+    """
+    t, h, v, w = sizes.tokens, sizes.h, sizes.vocabulary, sizes.w
+    chunk = min(chunk_tokens(h), t)
+    logits = 4 * chunk * v if w == 4 else 2 * chunk * v + max(4 * chunk * v, 2 * v * h)
+    return 2 * t * h * w + 4 * v * h + logits
 
 
 def in_flight(sizes: Sizes, stage: int) -> int:
@@ -206,14 +219,13 @@ def memory_of(sizes: Sizes, stage: int, kernels: Kernels = "gpu") -> Memory:
     ends = activations_of(sizes, first, last, kernels)
     # under interleaving only one chunk in VPP has the ends: as many micro-batches as chunks may be at them
     at_ends = -(-in_flight(sizes, stage) // sizes.vpp)
-    loss_transient = ends.loss // 2 if sizes.w == 2 else 0  # the bfloat16 logits beside their float32 softmax
     return Memory(
         parameters=parameters.total,
         weights=sizes.w * parameters.total,
         gradients=4 * parameters.total,
         optimizer=optimizer_bytes(sizes, parameters),
         activations=in_flight(sizes, stage) * (one.layers + one.shared) + at_ends * ends.ends,
-        loss=ends.loss + loss_transient,
+        loss=loss_bytes(sizes) if last else 0,
         working=ends.working,
         reserve=round(efficiency("reserve") * GIB),
     )

@@ -129,7 +129,7 @@ def too_large(smallest: Estimate, memory_gib: float, enough: int | None) -> str:
         "gradients": memory.gradients,
         "the optimizer's state": memory.optimizer,
         "activations": memory.activations + memory.working,
-        "the loss's logits": memory.loss,
+        "the loss's gradients and logits": memory.loss,
     }
     name, most = max(parts.items(), key=lambda item: item[1])
     helps = f"--gpus {enough}" if enough else "a smaller --seq-length or model"

@@ -72,7 +72,7 @@ def tensor_bytes(sizes: Sizes, stage: int) -> float:
     per_layer += blocks * again
     total = per_layer * one * sizes.layers
     total += 2 * one if stage == 0 else 0  # the embedding
-    total += (2 + again) * one if stage == sizes.pp - 1 else 0  # the output layer
+    total += 2 * one if stage == sizes.pp - 1 else 0  # the output layer, whose gradients are formed in forward
     return total * sizes.micro_batches
 
 

@@ -18,6 +18,7 @@ from tidar_megatron.models.draft_metrics import EvaluationSums, evaluation_sums
 from tidar_megatron.models.experts import take_balancing_loss
 from tidar_megatron.models.gpt import run_model, unwrap
 from tidar_megatron.models.loss import joint_loss
+from tidar_megatron.models.output_layer import output_weight, whole_states
 from tidar_megatron.training.optimizer import whole_weights
 
 
@@ -54,8 +55,7 @@ def _run_schedule(model: Model, batches: list[Batch], forward_step: Callable, *,
 
 def _training_forward(data_iterator: Iterator[Batch], model: DistributedDataParallel) -> tuple[Tensor, partial]:
     batch = next(data_iterator)
-    losses = run_model(model, batch, batch.labels)
-    return losses, partial(joint_loss, batch)
+    return run_model(model, batch), partial(joint_loss, unwrap(model), batch)
 
 
 def forward_backward(model: Model, batches: list[Batch], ar_loss_weight: float, ranks: Ranks) -> tuple[Tensor, Tensor]:
@@ -118,13 +118,14 @@ def evaluate(model: Model, batches: list[Batch], block_size: int, ranks: Ranks) 
 
     def forward(data_iterator: Iterator[Batch], model: DistributedDataParallel) -> tuple[Tensor, Callable]:
         batch = next(data_iterator)
-        logits = run_model(model, batch)
+        chunk = unwrap(model)
 
-        def report(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            sums = evaluation_sums(logits, batch, block_size, ranks.groups.tp)
-            return logits.new_zeros(()), logits.new_zeros((), dtype=torch.int32), sums.values
+        def report(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            states = whole_states(chunk, hidden)
+            sums = evaluation_sums(states, output_weight(chunk), batch, block_size, ranks.groups.tp)
+            return hidden.new_zeros(()), hidden.new_zeros((), dtype=torch.int32), sums.values
 
-        return logits, report
+        return run_model(model, batch), report
 
     for chunk in model:
         chunk.eval()

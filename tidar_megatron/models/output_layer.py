@@ -1,0 +1,56 @@
+"""The output layer of a GPTModel, whose product with the hidden states is left to the loss, chunk by chunk."""
+
+from typing import Any
+
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor
+
+
+class OutputLayer(ColumnParallelLinear):
+    """Takes the place of a GPTModel's output layer: the same weight under the same name, and no logits.
+
+    It stays a module that the model calls: DDP waits, before that call, for weights which are still being gathered.
+    """
+
+    def __init__(self, layer: ColumnParallelLinear) -> None:
+        """Adopt the weight of ``layer``, or its lack of one (tied to the embedding of the same stage)."""
+        super().__init__(
+            layer.input_size,
+            layer.output_size,
+            config=layer.config,
+            init_method=layer.config.init_method,
+            bias=False,
+            skip_weight_param_allocation=True,
+            tp_group=layer.tp_group,
+        )
+        self.weight = layer.weight
+
+    def forward(self, hidden: Tensor, *unused: Any, **unused_too: Any) -> tuple[Tensor, None]:
+        """``[t, b, h]`` as ``[b, t, h]``, a view: GPTModel transposes what it takes for logits, and so back."""
+        return hidden.transpose(0, 1), None
+
+
+def output_weight(chunk: GPTModel) -> Tensor:
+    """The weight ``[V / TP, h]`` of the last chunk's output layer: its own, or the embedding's."""
+    return chunk.shared_embedding_or_output_weight() if chunk.output_layer.weight is None else chunk.output_layer.weight
+
+
+def whole_states(chunk: GPTModel, hidden: Tensor) -> Tensor:
+    """What the last chunk gave, for products with this rank's rows of the output layer's weight.
+
+    Args:
+        chunk: the last chunk of the model.
+        hidden: ``[t, b, h]``; under sequence parallelism this rank's part of it, ``[t / TP, b, h]``.
+
+    Returns:
+        ``[t, b, h]``, of all tokens. In backward its gradient is summed over the tensor-parallel ranks.
+    """
+    group = chunk.pg_collection.tp
+    if chunk.config.sequence_parallel:
+        return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)
+    return copy_to_tensor_model_parallel_region(hidden, group=group)
