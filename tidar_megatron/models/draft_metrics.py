@@ -49,13 +49,14 @@ def evaluation_sums(logits: Tensor, batch: Batch, block_size: int, tp_group: dis
     """Both losses and the draft metrics of one micro-batch.
 
     Args:
-        logits: ``[b, 2S, V / TP]``, this rank's part of the vocabulary.
-        batch: the doubled micro-batch they belong to.
+        logits: ``[b, 2S, V / TP]`` (of this context-parallel rank), this rank's part of the vocabulary.
+        batch: the doubled micro-batch they belong to, with masks of every block.
         block_size: B.
         tp_group: the ranks that share the vocabulary.
     """
     logits = logits.float()
-    S = logits.shape[1] // 2
+    S = batch.seq_length
+    assert batch.mask_length == S, "drafts are measured at every block"
     log_z = vocab_parallel_logsumexp(logits, tp_group)
     losses = log_z - vocab_parallel_gather(logits, batch.labels, tp_group)
     ar, diffusion = batch.supervised[:, :S], batch.supervised[:, S:]

@@ -19,10 +19,10 @@ def joint_loss(batch: Batch, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns:
         The weighted sum, differentiable; the count to divide by once summed over the global batch (int32); and, for
-        the log, the unweighted sums float64 ``[2]`` of the AR and the diffusion losses.
+        the log, the sums float64 ``[2]`` of the AR and the diffusion losses, each token for those it stands for.
     """
-    supervised = losses.detach() * batch.supervised
+    supervised = losses.detach() * batch.stands_for
     clean = batch.seq_length
     sums = torch.stack([supervised[:, :clean].sum(), supervised[:, clean:].sum()]).double()
-    count = torch.tensor(batch.num_tokens, dtype=torch.int32, device=losses.device)
+    count = losses.new_full((), batch.num_tokens, dtype=torch.int32)  # filled on its device: nobody waits for a copy
     return (losses * batch.loss_weights).sum(), count, sums
