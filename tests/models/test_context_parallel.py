@@ -11,6 +11,7 @@ from tests.conftest import torchrun
 from tests.models.test_attention import documents
 from tidar_megatron.attention_mask import clean_tokens, may_attend, training_layout
 from tidar_megatron.context_parallel import key_tokens, own_positions, own_tokens, query_slices
+from tidar_megatron.data.blocks import choose_blocks
 from tidar_megatron.models.attention import hybrid_attention, make_plans
 
 
@@ -33,10 +34,10 @@ def test_every_token_is_on_one_rank(size, doubled):
         assert torch.cat([keys[part] for part in rows]).tolist() == own.tolist()
 
 
-def attend(size, rank, backend, chunk, visibility, doubled, query, key, value):
+def attend(size, rank, backend, chunk, visibility, S, query, key, value):
     """What one rank computes, from whole tensors [b, heads, tokens, channels]."""
-    S = visibility.shape[1] // 2 if doubled else visibility.shape[1]
-    own, keys = own_tokens(S, rank, size, doubled), key_tokens(S, rank, size, doubled)
+    masks = visibility.shape[1] - S
+    own, keys = (tokens(S, rank, size, masks > 0, masks) for tokens in (own_tokens, key_tokens))
     return hybrid_attention(
         query[:, :, own],
         key[:, :, keys],
@@ -49,6 +50,11 @@ def attend(size, rank, backend, chunk, visibility, doubled, query, key, value):
     )
 
 
+def some_blocks(blocks, chosen, seed):
+    """Of two rows: int64 [2, chosen]."""
+    return torch.stack([torch.from_numpy(choose_blocks(blocks, chosen, seed, row)) for row in (0, 1)])
+
+
 @settings(deadline=None)
 @given(
     size=st.integers(1, 4),
@@ -56,15 +62,22 @@ def attend(size, rank, backend, chunk, visibility, doubled, query, key, value):
     block=st.integers(1, 5),
     chunk=st.integers(1, 50),
     lengths=st.lists(st.integers(1, 6), max_size=4),
-    doubled=st.booleans(),
+    masks=st.sampled_from(["none", "all", "some"]),
     backend=st.sampled_from(["dense", "chunked"]),
     seed=st.integers(0, 2**31),
 )
-def test_the_ranks_together_compute_the_whole(size, blocks, block, chunk, lengths, doubled, backend, seed):
-    """In float64, for random documents (in whole blocks), block and chunk sizes: outputs and gradients."""
+def test_the_ranks_together_compute_the_whole(size, blocks, block, chunk, lengths, masks, backend, seed):
+    """In float64, for random documents (in whole blocks), block and chunk sizes: outputs and gradients.
+
+    "some": each row has masks of blocks of its own, one of each chunk or two.
+    """
     S = 2 * size * blocks * block
     document, index = documents([length * block for length in lengths], S)
-    visibility = training_layout(document, index, block) if doubled else clean_tokens(document, index)
+    visibility = clean_tokens(document, index) if masks == "none" else training_layout(document, index, block)
+    if masks == "some":
+        chosen = some_blocks(2 * size * blocks, 2 * size * min(blocks, 1 + seed % 2), seed)
+        places = S + (chosen.unsqueeze(-1) * block + torch.arange(block)).flatten(1)
+        visibility = torch.cat([visibility[:, :S], visibility[torch.arange(2)[:, None], places]], dim=1)
     tokens = visibility.shape[1]
     draw = torch.Generator().manual_seed(seed)
     query, upstream = (torch.randn(2, 4, tokens, 8, generator=draw, dtype=torch.float64) for _ in range(2))
@@ -75,8 +88,8 @@ def test_the_ranks_together_compute_the_whole(size, blocks, block, chunk, length
     got = torch.empty_like(one)
     grads = [torch.zeros_like(t) for t in inputs]
     for rank in range(size):
-        own = own_tokens(S, rank, size, doubled)
-        out = attend(size, rank, backend, chunk, visibility, doubled, *inputs)
+        own = own_tokens(S, rank, size, masks != "none", tokens - S)
+        out = attend(size, rank, backend, chunk, visibility, S, *inputs)
         got[:, :, own] = out.detach()
         for total, part in zip(grads, torch.autograd.grad((out * upstream[:, :, own]).sum(), inputs), strict=True):
             total += part  # what reduce-scatter adds up
@@ -85,16 +98,22 @@ def test_the_ranks_together_compute_the_whole(size, blocks, block, chunk, length
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
-@pytest.mark.parametrize("doubled", [True, False])
-def test_the_work_is_shared_evenly(size, doubled):
+@pytest.mark.parametrize("fraction", [0, 0.25, 0.5, 1])
+def test_the_work_is_shared_evenly(size, fraction):
     """Of the pairs that the rule allows, and of those that the chunked backend computes: busiest <= 1.1 x mean."""
-    S, block = 4096, 16
+    S, block, doubled = 4096, 16, fraction > 0
     document, index = torch.zeros(1, S, dtype=torch.long), torch.arange(S)[None]
     visibility = training_layout(document, index, block) if doubled else clean_tokens(document, index)
-    allowed, computed = [], []
+    masks = int(S * fraction)
+    if doubled:
+        chosen = some_blocks(S // block, masks // block, 0)[:1]
+        places = S + (chosen.unsqueeze(-1) * block + torch.arange(block)).flatten(1)
+        visibility = torch.cat([visibility[:, :S], visibility[:, places[0]]], dim=1)
+    allowed, computed, held = [], [], set()
     for rank in range(size):
-        keys = visibility[:, key_tokens(S, rank, size, doubled)]
-        rows = query_slices(len(own_tokens(S, rank, size, doubled)), keys.shape[1], rank, size)
+        keys = visibility[:, key_tokens(S, rank, size, doubled, masks)]
+        rows = query_slices(len(own_tokens(S, rank, size, doubled, masks)), keys.shape[1], rank, size)
+        held.add(tuple(part.stop - part.start for part in rows))
         queries = torch.cat([keys[:, part] for part in rows], dim=1)
         allowed.append(sum(int(may_attend(part, keys).sum()) for part in queries.split(512, dim=1)))
         plans = make_plans(keys, 128, torch.float32, rows)
@@ -103,9 +122,10 @@ def test_the_work_is_shared_evenly(size, doubled):
         )
     whole = sum(int(may_attend(part, visibility).sum()) for part in visibility.split(512, dim=1))
     assert sum(allowed) == whole  # divided, nothing repeated
+    assert held == {(S // size, masks // size)}  # as many clean tokens, and as many masks, on every rank
     for work in (allowed, computed):
         assert max(work) <= 1.1 * sum(work) / size
-    assert sum(computed) <= 1.2 * whole
+    assert sum(computed) <= (1.2 if fraction in (0, 1) else 1.3) * whole
 
 
 @pytest.fixture(scope="module")

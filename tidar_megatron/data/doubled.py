@@ -109,7 +109,9 @@ class Batch:
 
 def _each_row(rows: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """``function`` of ``[b, ...]``; of one row where all are one, since a copy would write out every one of them."""
-    return function(rows[:1]).expand(len(rows), -1) if rows.stride(0) == 0 else function(rows)
+    if rows.stride(0) != 0:
+        return function(rows)
+    return function(rows[:1]).expand(len(rows), *(-1 for _ in rows.shape[1:]))
 
 
 def make_batch(
