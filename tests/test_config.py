@@ -163,7 +163,10 @@ IMPOSSIBLE_LAYOUTS = [  # over 12 layers, 12 heads, 4 groups, S = 1024, B = 8, a
     ("--num-experts 4 TP 2", "megatron-core needs --sequence-parallel with it"),
     ("--recompute-granularity selective --recompute-modules layernorm", "needs --transformer-impl transformer_engine"),
     ("--num-experts 4 --recompute-granularity selective --recompute-modules mlp", "nearest: --recompute-modules moe"),
-    ("CP 4 --diffusion-block-fraction 0.3", "38 of 128 blocks, which must be a multiple of 8 (2 x CP 4); nearest: 0.3"),
+    (
+        "CP 4 --diffusion-block-fraction 0.3",
+        "38 of 128 blocks, which must be a multiple of 8 (2 x CP 4); nearest: 0.31",
+    ),
     ("CP 2 --diffusion-block-fraction 0.001", "is 1 of 128 blocks, which must be a multiple of 4"),
     (
         "TP 4 --sequence-parallel --seq-length 72 --block-size 6 --diffusion-block-fraction 0.25",
@@ -171,7 +174,7 @@ IMPOSSIBLE_LAYOUTS = [  # over 12 layers, 12 heads, 4 groups, S = 1024, B = 8, a
     ),
     (
         "CP 2 TP 4 --sequence-parallel --seq-length 72 --block-size 3 --diffusion-block-fraction 0.5",
-        "is 12 of 24 blocks, which must be a multiple of 8 (2 x CP 2, and TP 4); nearest: 0.7",
+        "is 12 of 24 blocks, which must be a multiple of 8 (2 x CP 2, and TP 4); nearest: 0.67",
     ),
     ("--moe-grouped-gemm", "needs --transformer-impl transformer_engine"),
 ]
@@ -272,13 +275,11 @@ def test_a_fraction_of_the_blocks(blocks, data):
     """The nearest whole number of blocks and at least one; a remedy names any number in as few digits as will do."""
     chosen = data.draw(st.integers(1, blocks))
     text = shortest_fraction(chosen, blocks)
-    config = build_config(
-        {"tidar": {"block_size": 1, "diffusion_block_fraction": text}, "data": {"seq_length": blocks}}
-    )
-    assert (config.blocks, config.chosen_blocks) == (blocks, chosen)
     assert len(text) <= 8
-    tiny = build_config({"tidar": {"block_size": 1, "diffusion_block_fraction": 1e-9}, "data": {"seq_length": blocks}})
-    assert tiny.chosen_blocks == 1
+    for fraction, expected in ((text, chosen), (1.0, blocks), (1e-9, 1)):
+        tidar = {"block_size": 1, "diffusion_block_fraction": fraction}
+        config = build_config({"tidar": tidar, "data": {"seq_length": blocks}})
+        assert (config.blocks, config.chosen_blocks) == (blocks, expected)
 
 
 def test_mlp_of_experts_is_refused_only_where_it_is_asked_for():

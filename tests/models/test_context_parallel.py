@@ -34,10 +34,10 @@ def test_every_token_is_on_one_rank(size, doubled):
         assert torch.cat([keys[part] for part in rows]).tolist() == own.tolist()
 
 
-def attend(size, rank, backend, chunk, visibility, S, query, key, value):
+def attend(size, rank, backend, chunk, visibility, clean, query, key, value):
     """What one rank computes, from whole tensors [b, heads, tokens, channels]."""
-    masks = visibility.shape[1] - S
-    own, keys = (tokens(S, rank, size, masks > 0, masks) for tokens in (own_tokens, key_tokens))
+    masks = visibility.shape[1] - clean
+    own, keys = (tokens(clean, rank, size, masks > 0, masks) for tokens in (own_tokens, key_tokens))
     return hybrid_attention(
         query[:, :, own],
         key[:, :, keys],
