@@ -128,7 +128,7 @@ def test_half_of_the_blocks(half, whole):
 
 @pytest.mark.parametrize("change", [{}, {"micro_batch_size": 1}])
 def test_a_resume_chooses_the_same_blocks(half, shards, tmp_path, change):
-    """Also in other micro-batches; the fraction itself may be changed at a resume, as alpha may."""
+    """Also in other micro-batches."""
     run, tidar = {"save": str(tmp_path), "load": str(tmp_path)}, {"diffusion_block_fraction": 0.5}
     pretrain(small(shards, checkpoint=run, training={"exit_interval": 5}, tidar=tidar))
     pretrain(small(shards, checkpoint=run, training=change, tidar=tidar))

@@ -78,7 +78,7 @@ class DataConfig(Section):
 
     train_data: str | None = described("folder of training shards", None)
     valid_data: str | None = described("folder of held-out shards", None)
-    seq_length: Count = described("S, clean tokens per packed sequence; the model sees 2S, masks included", 1024)
+    seq_length: Count = described("S, clean tokens per packed sequence; with all masks the model sees 2S", 1024)
 
 
 @dataclass(frozen=True, kw_only=True)
