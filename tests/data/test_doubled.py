@@ -197,3 +197,10 @@ def test_shards_of_chosen_blocks(size: int, chosen: int) -> None:
         for row in range(3):
             clean, masks = shard.position_ids[row, : shard.seq_length], shard.position_ids[row, shard.seq_length :]
             assert set(masks.tolist()) <= set(clean.tolist())
+
+
+def test_shards_of_the_clean_half_count_no_masks() -> None:
+    batch = make_batch(some_rows(4, seq_length=64)[:3], 4, MASK, doubled=False)
+    shards = [batch.shard(rank, 2) for rank in (0, 1)]
+    assert [(shard.doubled, shard.diffusion_tokens, shard.seq_length) for shard in shards] == [(False, 0, 32)] * 2
+    assert sum(shard.num_tokens for shard in shards) == batch.num_tokens
