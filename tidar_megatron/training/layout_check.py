@@ -68,8 +68,8 @@ VARIANTS = {
         {"model": {"num_experts": 4, "moe_ffn_hidden_size": 48, "moe_aux_loss_coeff": 0.1}}, longest_document=30
     ),
     # half of the blocks, in strata of two; and three quarters, in strata of one and of two
-    "half": Variant({"tidar": {"diffusion_block_fraction": 0.5}}),
-    "three quarters, packed": Variant({"tidar": {"diffusion_block_fraction": 0.75}}, longest_document=30),
+    "half": Variant({"tidar": {"diffusion_block_fraction": 0.5}}, longest_document=30),
+    "three quarters": Variant({"tidar": {"diffusion_block_fraction": 0.75}}),
     "half, experts": Variant(
         {
             "model": {"num_experts": 4, "moe_ffn_hidden_size": 48, "moe_aux_loss_coeff": 0.1},
@@ -167,8 +167,8 @@ ALL_LAYOUTS = (
     _layout("half of the blocks, CP2", "half", cp=2),
     _layout("half of the blocks, CP4", "half", cp=4),
     _layout("half of the blocks, CP2xTP2+SP", "half", cp=2, tp=2, sp=True),
-    _layout("three quarters of the blocks, packed documents", "three quarters, packed"),
-    _layout("three quarters of the blocks, CP2xPP2, packed documents", "three quarters, packed", cp=2, pp=2),
+    _layout("three quarters of the blocks", "three quarters"),
+    _layout("three quarters of the blocks, CP2xPP2", "three quarters", cp=2, pp=2),
     _layout("half of the blocks, experts, EP2xCP2", "half, experts", ep=2, cp=2),
     _layout("experts", "experts"),
     _layout("experts, EP2, all-gather", "experts", ep=2),
