@@ -17,6 +17,7 @@ from tidar_megatron.config import (
     load_config,
     parse_config,
 )
+from tidar_megatron.config.checks import shortest_fraction
 from tidar_megatron.errors import UserError
 
 
@@ -105,6 +106,14 @@ def test_errors_of_the_file_name_the_key(tmp_path, text, said):
         ("--num-attention-heads 6 --num-query-groups 4".split(), "--num-query-groups 4: must divide"),
         ("--num-attention-heads 7".split(), "--hidden-size 768: must be a multiple of --num-attention-heads 7"),
         (
+            "--diffusion-block-fraction 0".split(),
+            "(--diffusion-block-fraction): Input should be greater than 0",
+        ),
+        (
+            "--diffusion-block-fraction 1.01".split(),
+            "(--diffusion-block-fraction): Input should be less than or equal to 1",
+        ),
+        (
             "--ar-loss-weight -1".split(),
             "(--ar-loss-weight): Input should be greater than or equal to 0",
         ),
@@ -153,6 +162,20 @@ IMPOSSIBLE_LAYOUTS = [  # over 12 layers, 12 heads, 4 groups, S = 1024, B = 8, a
     ("--hidden-size 36 --num-query-groups 12", "--num-attention-heads 12: channels of a head 3: must be even"),
     ("--num-experts 4 TP 2", "megatron-core needs --sequence-parallel with it"),
     ("--recompute-granularity selective --recompute-modules layernorm", "needs --transformer-impl transformer_engine"),
+    ("--num-experts 4 --recompute-granularity selective --recompute-modules mlp", "nearest: --recompute-modules moe"),
+    (
+        "CP 4 --diffusion-block-fraction 0.3",
+        "38 of 128 blocks, which must be a multiple of 8 (2 x CP 4); nearest: 0.31",
+    ),
+    ("CP 2 --diffusion-block-fraction 0.001", "is 1 of 128 blocks, which must be a multiple of 4"),
+    (
+        "TP 4 --sequence-parallel --seq-length 72 --block-size 6 --diffusion-block-fraction 0.25",
+        "is 3 of 12 blocks, which must be a multiple of 2 (TP 4); nearest: 0.3",
+    ),
+    (
+        "CP 2 TP 4 --sequence-parallel --seq-length 72 --block-size 3 --diffusion-block-fraction 0.5",
+        "is 12 of 24 blocks, which must be a multiple of 8 (2 x CP 2, and TP 4); nearest: 0.67",
+    ),
     ("--moe-grouped-gemm", "needs --transformer-impl transformer_engine"),
 ]
 
@@ -175,7 +198,7 @@ def mend(flags, world_size, message):
     flags, wrong = dict(flags), re.match(r"--[a-z-]+", message).group()
     if found := re.search(r"try torchrun --nproc-per-node (\d+)", message):
         return flags, int(found.group(1))
-    if found := re.search(r"nearest: (\d+)$", message):
+    if found := re.search(r"nearest: ([\d.e-]+)$", message):
         flags[wrong] = found.group(1)
     elif found := re.search(r"nearest: (--.*)$", message):
         given, _, without = found.group(1).partition(" without ")
@@ -204,10 +227,10 @@ def remedies_until_accepted(flags, world_size):
     raise AssertionError(flags)
 
 
-@pytest.mark.parametrize("flags", [flags for flags, _ in IMPOSSIBLE_LAYOUTS if "layernorm" not in flags])
+@pytest.mark.parametrize("flags", [flags for flags, _ in IMPOSSIBLE_LAYOUTS])
 def test_following_the_remedy_works(flags):
     text = spelled_out("--num-query-groups 4 --global-batch-size 16 " + flags)
-    given = {flag: value or None for flag, value in re.findall(r"(--[a-z-]+)(?: (\d+))?", text)}
+    given = {flag: value or None for flag, value in re.findall(r"(--[a-z-]+)(?: ([\w.]+))?", text)}
     assert 1 <= remedies_until_accepted(given, 8) <= 4
 
 
@@ -222,11 +245,12 @@ counts = st.sampled_from([1, 2, 3, 4, 5, 6, 8, 12, 16])
     experts=st.one_of(st.none(), st.integers(1, 9)),
     etp=st.integers(1, 4),
     switches=st.sets(st.sampled_from(["--sequence-parallel", "--overlap-param-gather", "--use-distributed-optimizer"])),
+    fraction=st.floats(0, 1, exclude_min=True),
     world_size=st.integers(1, 24),
 )
-def test_remedies_lead_to_a_layout_that_works(sizes, multiple, lengths, experts, etp, switches, world_size):
+def test_remedies_lead_to_a_layout_that_works(sizes, multiple, lengths, experts, etp, switches, fraction, world_size):
     flags = {**sizes, "--num-attention-heads": sizes["--num-query-groups"] * multiple, "--kv-channels": 16}
-    flags["--expert-tensor-parallel-size"] = etp
+    flags |= {"--expert-tensor-parallel-size": etp, "--diffusion-block-fraction": fraction}
     names = ("--seq-length", "--block-size", "--global-batch-size", "--micro-batch-size")
     flags |= dict(zip(names, lengths, strict=True))
     if experts is not None:
@@ -244,3 +268,24 @@ def test_lists_of_modules():
 
 def test_defaults_stand():
     assert build_config({}) == Config()
+
+
+@given(st.integers(1, 5000), st.data())
+def test_a_fraction_of_the_blocks(blocks, data):
+    """The nearest whole number of blocks and at least one; a remedy names any number in as few digits as will do."""
+    chosen = data.draw(st.integers(1, blocks))
+    text = shortest_fraction(chosen, blocks)
+    assert len(text) <= 8
+    for fraction, expected in ((text, chosen), (1.0, blocks), (1e-9, 1)):
+        tidar = {"block_size": 1, "diffusion_block_fraction": fraction}
+        config = build_config({"tidar": tidar, "data": {"seq_length": blocks}})
+        assert (config.blocks, config.chosen_blocks) == (blocks, expected)
+
+
+def test_mlp_of_experts_is_refused_only_where_it_is_asked_for():
+    experts = "--num-experts 4 --recompute-modules mlp".split()
+    parse_config(experts)  # nothing is recomputed at all
+    with pytest.raises(UserError, match="--recompute-modules mlp"):
+        parse_config([*experts, "--recompute-granularity", "selective"])
+    parse_config("--num-experts 4 --recompute-modules moe core_attn --recompute-granularity selective".split())
+    parse_config("--recompute-modules mlp --recompute-granularity selective".split())

@@ -3,7 +3,9 @@
 The S clean positions are cut into 2 x CP chunks, and rank r holds chunks r and 2 x CP - 1 - r (zigzag): a late chunk
 sees many keys and an early one few, so all ranks have the same attention work. The mask token of a position lives with
 its clean token. S is a multiple of 2 x CP x B and documents start at block boundaries, so no block is ever cut: its
-masks see each other on their own rank, and only clean keys and values travel, as in plain AR training.
+masks see each other on their own rank, and only clean keys and values travel, as in plain AR training. Where masks of
+chosen blocks alone exist (``data/blocks.py``), M of them in the order of their blocks, each chunk has as many: M is a
+multiple of 2 x CP x B as well, and the masks are cut as the positions are.
 
 A rank's *keys* are all clean tokens, in the order in which an all-gather lays them (rank by rank), then its own masks;
 its *queries* are its own clean tokens, one slice of those, then its own masks. The rule of who may attend to whom does
@@ -22,16 +24,23 @@ def own_positions(seq_length: int, rank: int, size: int) -> Tensor:
     return chunks[[rank, 2 * size - 1 - rank]].flatten()
 
 
-def own_tokens(seq_length: int, rank: int, size: int, doubled: bool) -> Tensor:
-    """Which of the S or 2S tokens ``rank`` holds, and in which order: int64 ``[halves * S / CP]``."""
-    clean = own_positions(seq_length, rank, size)
-    return torch.cat([clean, clean + seq_length]) if doubled else clean
+def own_tokens(seq_length: int, rank: int, size: int, doubled: bool, mask_length: int | None = None) -> Tensor:
+    """Which of the S or S + M tokens ``rank`` holds, and in which order: int64 ``[(S + M) / CP]``.
+
+    M is ``mask_length``, by default S.
+    """
+    return torch.cat([own_positions(seq_length, rank, size), *_own_masks(seq_length, rank, size, doubled, mask_length)])
 
 
-def key_tokens(seq_length: int, rank: int, size: int, doubled: bool) -> Tensor:
-    """Which of the S or 2S tokens are keys on ``rank``: all the clean ones, then its own masks: int64 ``[keys]``."""
-    clean = torch.cat([own_positions(seq_length, r, size) for r in range(size)])
-    return torch.cat([clean, own_positions(seq_length, rank, size) + seq_length]) if doubled else clean
+def key_tokens(seq_length: int, rank: int, size: int, doubled: bool, mask_length: int | None = None) -> Tensor:
+    """Which of the S or S + M tokens are keys on ``rank``: all the clean ones, then its own masks: int64 ``[keys]``."""
+    clean = [own_positions(seq_length, r, size) for r in range(size)]
+    return torch.cat([*clean, *_own_masks(seq_length, rank, size, doubled, mask_length)])
+
+
+def _own_masks(seq_length: int, rank: int, size: int, doubled: bool, mask_length: int | None) -> list[Tensor]:
+    masks = seq_length if mask_length is None else mask_length
+    return [own_positions(masks, rank, size) + seq_length] if doubled else []
 
 
 def own_clean_tokens(queries: int, keys: int, size: int) -> int:

@@ -1,5 +1,7 @@
 """The doubled sequence and the loss weights, against the formulas of the method."""
 
+from itertools import pairwise, product
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tidar_megatron.attention_mask import clean_tokens, training_layout
+from tidar_megatron.data.blocks import choose_blocks, strata
 from tidar_megatron.data.doubled import Batch, TokenCounts, make_batch, set_loss_weights
 from tidar_megatron.data.packing import PackedSequence, PackedSequences, fill_sequence, pack
 
@@ -114,3 +117,90 @@ def test_no_supervised_tokens_of_a_kind() -> None:
     assert (nothing.num_tokens, nothing.loss_weights.sum()) == (0, 0)
     assert not weights(nothing).loss_weights.any()
     assert not weights(make_batch([fill_sequence(16, EOS)], 4, MASK, doubled=False)).loss_weights.any()
+
+
+def some_choice(rows: int, blocks: int, chosen: int) -> np.ndarray:
+    return np.stack([choose_blocks(blocks, chosen, 1, n) for n in range(rows)])
+
+
+def test_chosen_blocks_are_a_selection_of_the_masks() -> None:
+    """What is not chosen does not exist; what is, is as it would be among all; each row has its own positions."""
+    rows = some_rows(0)[:4]
+    chosen = some_choice(4, 4, 2)
+    assert len(set(map(tuple, chosen.tolist()))) > 1
+    batch, whole = make_batch(rows, 4, MASK, chosen=chosen), make_batch(rows, 4, MASK)
+    assert (batch.tokens.shape, batch.visibility.shape) == ((4, 24), (4, 24, 4))
+    assert (batch.seq_length, batch.mask_length, batch.doubled) == (16, 8, True)
+    for row in range(4):
+        places = [*range(16), *(16 + 4 * block + k for block in chosen[row].tolist() for k in range(4))]
+        for name in ("tokens", "labels", "supervised", "padding", "position_ids", "visibility"):
+            assert torch.equal(getattr(batch, name)[row], getattr(whole, name)[row, places]), name
+        assert torch.equal(batch.stands_for[row], batch.supervised[row] * torch.tensor([1.0] * 16 + [2.0] * 8))
+    assert (batch.ar_tokens, batch.diffusion_tokens) == (whole.ar_tokens, whole.diffusion_tokens)
+    assert batch.num_tokens == (~batch.padding).sum() < whole.num_tokens
+    assert torch.equal(batch.to("cpu").position_ids, batch.position_ids)
+
+
+def test_every_block_chosen_is_the_whole() -> None:
+    rows = some_rows(3)[:3]
+    batch, whole = make_batch(rows, 4, MASK, chosen=some_choice(3, 4, 4)), make_batch(rows, 4, MASK)
+    for each in (batch, whole):
+        set_loss_weights(each, TokenCounts.of([each]), 0.7)
+    for name, value in vars(whole).items():
+        other = getattr(batch, name)
+        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, name
+    # and that is, to the bit, what it was before there were choices
+    counts = whole.ar_tokens, whole.diffusion_tokens
+    each = [part * whole.num_tokens / count for part, count in zip((0.7 / 1.7, 1 / 1.7), counts, strict=True)]
+    assert torch.equal(whole.loss_weights, whole.supervised * torch.tensor(each).repeat_interleave(16))
+    assert torch.equal(whole.stands_for, whole.supervised.float())
+
+
+@given(st.integers(0, 10**6), st.integers(1, 5), st.integers(1, 5))
+@settings(deadline=None)
+def test_weights_are_unbiased_exactly(seed: int, blocks: int, chosen: int) -> None:
+    """Over all choices, each as likely as the other, what a place's mask stands for is 1 on average: no rounding."""
+    chosen = min(blocks, chosen)
+    for row in some_rows(seed, seq_length=4 * blocks)[:2]:
+        edges = strata(blocks, chosen).tolist()
+        choices = list(product(*(range(a, b) for a, b in pairwise(edges))))
+        total = torch.zeros(4 * blocks, dtype=torch.float64)
+        whole = make_batch([row], 4, MASK)
+        for choice in choices:
+            batch = make_batch([row], 4, MASK, chosen=np.array([choice], dtype=np.int64))
+            masks = slice(4 * blocks, None)
+            total.index_add_(0, batch.position_ids[0, masks], batch.stands_for[0, masks].double())
+            assert torch.equal(batch.stands_for[0, : 4 * blocks], whole.stands_for[0, : 4 * blocks])
+            assert batch.diffusion_tokens == whole.diffusion_tokens
+        assert torch.equal(total, len(choices) * whole.stands_for[0, 4 * blocks :].double())
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("chosen", [8, 16])
+def test_shards_of_chosen_blocks(size: int, chosen: int) -> None:
+    """Together the whole batch, counts included; each with as many masks."""
+    rows = some_rows(4, seq_length=64)[:3]
+    batch = make_batch(rows, 4, MASK, chosen=None if chosen == 16 else some_choice(3, 16, chosen))
+    shards = [batch.shard(rank, size) for rank in range(size)]
+    for name in ("ar_tokens", "diffusion_tokens", "num_tokens"):
+        assert sum(getattr(shard, name) for shard in shards) == getattr(batch, name), name
+    assert {(shard.seq_length, shard.mask_length) for shard in shards} == {(64 // size, 4 * chosen // size)}
+    assert {shard.visibility.shape for shard in shards} == {(3, 64 + 4 * chosen // size, 4)}
+
+    def tokens(parts: list[Batch]) -> list[list[tuple]]:
+        names = ("tokens", "labels", "stands_for", "padding", "position_ids")
+        columns = [torch.cat([getattr(part, name) for part in parts], dim=1) for name in names]
+        return [sorted(zip(*(column[row].tolist() for column in columns), strict=True)) for row in range(3)]
+
+    assert tokens(shards) == tokens([batch])
+    for shard in shards:  # a chosen block's clean tokens are on the rank of its masks
+        for row in range(3):
+            clean, masks = shard.position_ids[row, : shard.seq_length], shard.position_ids[row, shard.seq_length :]
+            assert set(masks.tolist()) <= set(clean.tolist())
+
+
+def test_shards_of_the_clean_half_count_no_masks() -> None:
+    batch = make_batch(some_rows(4, seq_length=64)[:3], 4, MASK, doubled=False)
+    shards = [batch.shard(rank, 2) for rank in (0, 1)]
+    assert [(shard.doubled, shard.diffusion_tokens, shard.seq_length) for shard in shards] == [(False, 0, 32)] * 2
+    assert sum(shard.num_tokens for shard in shards) == batch.num_tokens

@@ -132,3 +132,35 @@ def larger() -> object:
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["<extra>"])
     return tokenizer
+
+
+@pytest.fixture(scope="module")
+def half(shards_once: Path) -> TrainingData:
+    return TrainingData(shards_once, seq_length=32, block_size=4, mask_token_id=300, seed=7, chosen_blocks=4)
+
+
+def test_chosen_blocks_do_not_depend_on_ranks_or_micro_batches(half: TrainingData) -> None:
+    reference = Counter(rows(half.step_batches(21, 16, 16, 0, 1)))
+    for micro_batch_size, dp_size in [(1, 1), (4, 1), (2, 2), (4, 4), (2, 8)]:
+        shares = [half.step_batches(21, 16, micro_batch_size, rank, dp_size) for rank in range(dp_size)]
+        assert all(batch.tokens.shape == (micro_batch_size, 48) for share in shares for batch in share)
+        assert sum((Counter(rows(share)) for share in shares), Counter()) == reference
+
+
+def test_blocks_are_chosen_anew_for_every_sequence_and_epoch(half: TrainingData, data: TrainingData) -> None:
+    """Keyed on the number over all epochs: the next epoch trains other blocks of the same text."""
+    count = half.sequences_per_epoch
+    chosen = [batch.position_ids[0, 32::4].tolist() for batch in half.step_batches(0, 2 * count, 1, 0, 1)]
+    assert len(set(map(tuple, chosen))) > min(count, 10)
+    assert chosen[:count] != chosen[count:]
+    first, second = half.step_batches(0, 8, 8, 0, 1)[0], half.step_batches(8, 8, 8, 0, 1)[0]
+    assert torch.equal(half.step_batches(4, 8, 8, 0, 1)[0].tokens, torch.cat([first.tokens[4:], second.tokens[:4]]))
+    everything = data.step_batches(0, 8, 8, 0, 1)[0]
+    assert torch.equal(first.tokens[:, :32], everything.tokens[:, :32])
+    assert (first.diffusion_tokens, first.ar_tokens) == (everything.diffusion_tokens, everything.ar_tokens)
+
+
+def test_evaluation_and_the_ar_phase_know_no_choice(half: TrainingData, data: TrainingData) -> None:
+    assert rows(half.evaluation_batches(5, 2, 0, 1)) == rows(data.evaluation_batches(5, 2, 0, 1))
+    ours, theirs = (each.step_batches(4, 4, 4, 0, 1, doubled=False) for each in (half, data))
+    assert rows(ours) == rows(theirs)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tidar_megatron.attention_mask import clean_tokens, may_attend, training_layout
 from tidar_megatron.context_parallel import key_tokens, own_tokens, query_slices
+from tidar_megatron.data.blocks import choose_blocks
 from tidar_megatron.models.attention import choose_backend, flex, hybrid_attention, kernels, make_plan
 from tidar_megatron.models.attention.plans import AttentionPlans
 from tidar_megatron.models.attention.tiles import make_tilings
@@ -44,6 +45,15 @@ def draw(seed, batch, groups, tokens, keys=None, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     shapes = ((HEADS, tokens), (groups, keys or tokens), (groups, keys or tokens), (HEADS, tokens))
     return [torch.randn(batch, n, t, CHANNELS, generator=generator, dtype=dtype) for n, t in shapes]
+
+
+def choose(visibility, block, chosen, seed):
+    """Of the doubled sequence, the clean tokens and the masks of ``chosen`` blocks of each row."""
+    S = visibility.shape[1] // 2
+    rows = [torch.from_numpy(choose_blocks(S // block, chosen, seed, row)) for row in range(len(visibility))]
+    places = S + (torch.stack(rows).unsqueeze(-1) * block + torch.arange(block)).flatten(1)
+    masks = visibility[torch.arange(len(visibility))[:, None], places]
+    return torch.cat([visibility[:, :S], masks], dim=1)
 
 
 def run(plan, query, key, value, upstream):
@@ -91,20 +101,26 @@ def test_chunked_equals_dense_in_float64(total, block, chunk, lengths, doubled, 
     block=st.integers(1, 5),
     chunk=st.integers(1, 50),
     lengths=st.lists(st.integers(1, 6), max_size=4),
-    doubled=st.booleans(),
+    masks=st.sampled_from(["none", "all", "some"]),
     groups=st.sampled_from([1, 2, 4]),
     seed=st.integers(0, 2**31),
 )
-def test_context_parallel_ranks_compute_the_whole(size, blocks, block, chunk, lengths, doubled, groups, seed):
-    """Random documents (in whole blocks): the ranks together equal dense, outputs and gradients. flex: outputs."""
+def test_context_parallel_ranks_compute_the_whole(size, blocks, block, chunk, lengths, masks, groups, seed):
+    """Random documents (in whole blocks): the ranks together equal dense, outputs and gradients. flex: outputs.
+
+    "some": each row has masks of blocks of its own, one of each zigzag chunk or two.
+    """
     S = 2 * size * blocks * block
     document, index = documents([length * block for length in lengths], S)
-    visibility = training_layout(document, index, block) if doubled else clean_tokens(document, index)
+    visibility = clean_tokens(document, index) if masks == "none" else training_layout(document, index, block)
+    if masks == "some":
+        visibility = choose(visibility, block, 2 * size * min(blocks, 1 + seed % 2), seed)
+    doubled, length = masks != "none", visibility.shape[1] - S
     *inputs, upstream = draw(seed, BATCH, groups, visibility.shape[1])
     wanted = run(make_plan(visibility, backend="dense", chunk_size=1), *inputs, upstream)
     got = [torch.zeros_like(t) for t in wanted]
     for rank in range(size):
-        own, keys = own_tokens(S, rank, size, doubled), key_tokens(S, rank, size, doubled)
+        own, keys = (tokens(S, rank, size, doubled, length) for tokens in (own_tokens, key_tokens))
         queries = query_slices(len(own), len(keys), rank, size)
         parts = inputs[0][:, :, own], inputs[1][:, :, keys], inputs[2][:, :, keys]
         out, *grads = run(

@@ -47,7 +47,7 @@ LAYOUTS = {
     ),
     "experts, bf16": lambda: sizes_of(1, MOE, {"bf16": True}),
     "experts, attention recomputed": lambda: sizes_of(
-        1, MOE, recompute_granularity="selective", recompute_modules=["core_attn", "mlp"]
+        1, MOE, recompute_granularity="selective", recompute_modules=["core_attn"]
     ),
     "experts recomputed": lambda: sizes_of(1, MOE, recompute_granularity="selective", recompute_modules=["moe"]),
     "DP4, bf16, dist-opt": lambda: sizes_of(4, training={"bf16": True}, use_distributed_optimizer=True),

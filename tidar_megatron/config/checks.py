@@ -46,6 +46,24 @@ def check_lengths(config: Config) -> None:
         step, why = math.lcm(step, cp * tp), f"{why}, and {TP} {tp}"
     if S % step:
         raise UserError(f"--seq-length {S}: must be a multiple of {step} ({why}); nearest: {nearest(S, step)}")
+    check_fraction(config)
+
+
+def check_fraction(config: Config) -> None:
+    """The chosen blocks' masks must divide as the clean tokens do: over zigzag chunks, and over TP shards."""
+    parallel, blocks, chosen = config.parallel, config.blocks, config.chosen_blocks
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    step, why = (2 * cp, f"2 x {CP} {cp}") if cp > 1 else (1, "")
+    if parallel.sequence_parallel:
+        shards = cp * tp // math.gcd(cp * tp, config.tidar.block_size)  # blocks that hold a multiple of CP x TP tokens
+        if math.lcm(step, shards) != step:
+            step, why = math.lcm(step, shards), f"{why}, and {TP} {tp}" if why else f"{TP} {tp}"
+    if chosen % step:
+        works = shortest_fraction(nearest(chosen, step), blocks)
+        raise UserError(
+            f"--diffusion-block-fraction {config.tidar.diffusion_block_fraction:g}: is {chosen} of {blocks} blocks, "
+            f"which must be a multiple of {step} ({why}); nearest: {works}"
+        )
 
 
 def check_switches(config: Config) -> None:
@@ -58,8 +76,14 @@ def check_switches(config: Config) -> None:
     if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
         raise UserError("--overlap-param-gather: needs --overlap-grad-reduce as well")
     local = model.transformer_impl == "local"
-    if local and parallel.recompute_granularity == "selective" and "layernorm" in parallel.recompute_modules:
+    selective = parallel.recompute_granularity == "selective"
+    if local and selective and "layernorm" in parallel.recompute_modules:
         raise UserError("--recompute-modules layernorm: needs --transformer-impl transformer_engine; or leave it out")
+    if selective and "mlp" in parallel.recompute_modules and model.num_experts is not None:
+        raise UserError(
+            "--recompute-modules mlp: recomputes nothing with --num-experts, whose feed-forward goes by another name; "
+            "nearest: --recompute-modules moe"
+        )
     if model.moe_grouped_gemm and local:
         raise UserError("--moe-grouped-gemm: needs --transformer-impl transformer_engine; or leave it out")
 
@@ -187,6 +211,12 @@ def refuse_world_size(layout: str, size: int, world_size: int) -> None:
             f"{layout} needs a multiple of {size} processes, but there are {world_size}; "
             f"try torchrun --nproc-per-node {needed}"
         )
+
+
+def shortest_fraction(part: int, whole: int) -> str:
+    """The shortest decimal fraction of ``whole`` that rounds to ``part``."""
+    texts = (f"{part / whole:.{digits}g}" for digits in range(1, 18))
+    return next(text for text in texts if round(float(text) * whole) == part)
 
 
 def nearest(value: int, step: int) -> int:

@@ -17,6 +17,7 @@ class Section:
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
@@ -34,6 +35,9 @@ class TiDARConfig(Section):
     ar_loss_weight: Rate = described("alpha, the weight of the next-token loss: (alpha*AR + diffusion)/(1+alpha)", 1.0)
     mask_token_id: NonNegative | None = described("default: the first id that the tokenizer does not use", None)
     ar_warmup_fraction: Fraction = described("fraction of train-iters of plain AR training before the joint loss", 0.0)
+    diffusion_block_fraction: Share = described(
+        "fraction of each sequence's blocks, drawn anew, that a step trains drafts for; evaluation takes all", 1.0
+    )
     attention_backend: Literal["auto", "chunked", "flex", "transformer_engine", "dense"] = described(
         "auto: transformer_engine or flex on a GPU, chunked on a CPU; dense is the reference, a 2S x 2S mask", "auto"
     )
@@ -76,7 +80,7 @@ class DataConfig(Section):
 
     train_data: str | None = described("folder of training shards", None)
     valid_data: str | None = described("folder of held-out shards", None)
-    seq_length: Count = described("S, clean tokens per packed sequence; the model sees 2S", 1024)
+    seq_length: Count = described("S, clean tokens per packed sequence; with all masks the model sees 2S", 1024)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +174,16 @@ class Config(Section):
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a packed sequence."""
+        return self.data.seq_length // self.tidar.block_size
+
+    @property
+    def chosen_blocks(self) -> int:
+        """Those of them that have masks in a training step."""
+        return max(1, round(self.tidar.diffusion_block_fraction * self.blocks))
 
     @property
     def ar_warmup_iters(self) -> int:

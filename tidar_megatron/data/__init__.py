@@ -8,8 +8,10 @@
 ``shard_writer`` documents -> token arrays in webdataset tars, written whole or not at all
 ``shards``       the documents of such tars, read with suspicion
 ``packing``      packed sequence n of an epoch: a pure function of (seed, epoch, n)
-``doubled``      packed sequences -> the doubled sequence of length 2S: tokens, labels, visibility, loss weights
+``blocks``       which blocks of packed sequence n have masks: a pure function of (seed, n)
+``doubled``      packed sequences -> the doubled sequence: tokens, labels, visibility, loss weights
 ``loader``       the above for one data-parallel rank; its only state is the number of sequences consumed
+``prefetch``     the next step's batches, built by a background thread
 ===============  ====================================================================================
 
 New sources of documents (Megatron's ``.bin/.idx``, an offset index over tars, blends) belong beside ``shards``:

@@ -1,21 +1,26 @@
 """Packed sequences -> what the model sees: the doubled sequence, and the weight of each token's loss.
 
-S clean tokens, then S mask tokens, both at positions 0 .. S-1. A clean token is to give its document's next token, a
-mask token the token of its own place. The AR warm-up phase has the clean half alone.
+S clean tokens at positions 0 .. S-1, then mask tokens: one for each of them, or for those of chosen blocks alone
+(``blocks.py``). A clean token is to give its document's next token, a mask token the token of its own place. The AR
+warm-up phase has the clean half alone.
 
-Shapes: b rows, S packed length, L = 2S (doubled) or S (clean half alone). Under context parallelism a rank holds L / CP
-of the tokens, and the metadata of K keys: all S clean tokens and its own masks (``context_parallel.py``).
+Shapes: b rows, S packed length, M masks a row (S; fewer where blocks are chosen; 0 in the AR warm-up), L = S + M. Under
+context parallelism a rank holds L / CP of the tokens, S / CP clean ones first, and the metadata of K keys: all S clean
+tokens and its own masks (``context_parallel.py``).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tidar_megatron.attention_mask import clean_tokens, training_layout
 from tidar_megatron.context_parallel import key_tokens, own_tokens
+from tidar_megatron.data.blocks import strata
 from tidar_megatron.data.packing import PackedSequence
 
 
@@ -27,21 +32,26 @@ class Batch:
         tokens: int64 ``[b, L]``.
         labels: int64 ``[b, L]``, 0 where not supervised.
         supervised: bool ``[b, L]``.
+        stands_for: float32 ``[b, L]``, the tokens whose loss this one's estimates: 0 where not supervised, else 1; the
+            mask of a chosen block counts for the blocks of its stratum.
         padding: bool ``[b, L]``, True for fill (megatron-core's ``padding_mask``).
-        position_ids: int64 ``[b, L]``, one row expanded (stride 0 over b), also after :meth:`to`.
+        position_ids: int64 ``[b, L]``; one row expanded (stride 0 over b), also after :meth:`to`, unless blocks are
+            chosen, of which each row has its own.
         visibility: int32 ``[b, K, 4]``, the metadata of ``attention_mask`` of the keys; K = L on one rank.
         visibility_on_host: the same, wherever the batch has been moved to.
         loss_weights: float32 ``[b, L]``, zero until :func:`set_loss_weights`.
         ar_tokens: supervised clean tokens.
-        diffusion_tokens: supervised mask tokens; 0 in a batch of the clean half alone.
-        num_tokens: tokens that are not fill, of both halves: the micro-batch's part of the loss's denominator
+        diffusion_tokens: tokens that the diffusion loss is the mean over: the supervised masks that there are, or
+            would be were every block chosen; 0 in a batch of the clean half alone.
+        num_tokens: tokens that are not fill, clean ones and masks: the micro-batch's part of the loss's denominator
             (Megatron's ``num_tokens``).
-        doubled: whether there is a mask half.
+        seq_length: clean tokens of a row on this rank, S / CP; the others are its masks.
     """
 
     tokens: Tensor
     labels: Tensor
     supervised: Tensor
+    stands_for: Tensor
     padding: Tensor
     position_ids: Tensor
     visibility: Tensor
@@ -50,81 +60,136 @@ class Batch:
     ar_tokens: int
     diffusion_tokens: int
     num_tokens: int
-    doubled: bool
+    seq_length: int
 
     @property
-    def seq_length(self) -> int:
-        """Clean tokens of a row on this rank."""
-        return self.tokens.shape[1] // 2 if self.doubled else self.tokens.shape[1]
+    def mask_length(self) -> int:
+        """Mask tokens of a row on this rank, M / CP."""
+        return self.tokens.shape[1] - self.seq_length
+
+    @property
+    def doubled(self) -> bool:
+        """Whether there are masks; else the clean half alone."""
+        return self.mask_length > 0
 
     def shard(self, rank: int, size: int) -> "Batch":
-        """The part of a whole batch that one context-parallel rank holds; S must be a multiple of 2 x CP x B."""
+        """The part of a whole batch that one context-parallel rank holds; S and M are multiples of 2 x CP x B."""
         if size == 1:
             return self
-        own = own_tokens(self.seq_length, rank, size, self.doubled)
-        keys = key_tokens(self.seq_length, rank, size, self.doubled)
-        supervised = self.supervised[:, own]
+        own = own_tokens(self.seq_length, rank, size, self.doubled, self.mask_length)
+        keys = key_tokens(self.seq_length, rank, size, self.doubled, self.mask_length)
+        supervised, padding = self.supervised[:, own], self.padding[:, own]
         clean = self.seq_length // size
         visibility = self.visibility[:, keys]
         return Batch(
             tokens=self.tokens[:, own],
             labels=self.labels[:, own],
             supervised=supervised,
-            padding=self.padding[:, own],
-            position_ids=self.position_ids[0, own].expand(len(self.tokens), -1),
+            stands_for=self.stands_for[:, own],
+            padding=padding,
+            position_ids=_each_row(self.position_ids, lambda positions: positions[:, own]),
             visibility=visibility,
             visibility_on_host=visibility,
             loss_weights=self.loss_weights[:, own],
             ar_tokens=int(supervised[:, :clean].sum()),
-            diffusion_tokens=int(supervised[:, clean:].sum()),
-            num_tokens=int((~self.padding[:, own]).sum()),
-            doubled=self.doubled,
+            # the mask of a token that is not fill is supervised
+            diffusion_tokens=int((~padding[:, :clean]).sum()) if self.doubled else 0,
+            num_tokens=int((~padding).sum()),
+            seq_length=clean,
         )
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on ``device``; without waiting for it where the memory allows."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-        # Copying an expanded tensor would write out every row.
-        moved["visibility_on_host"] = self.visibility_on_host
-        moved["position_ids"] = self.position_ids[:1].to(device, non_blocking=True).expand(len(self.tokens), -1)
-        return replace(self, **moved)
+        """The batch on ``device``; without waiting for it where the memory allows (:meth:`pinned`)."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "Batch":
+        """The batch in page-locked memory, from which a GPU copies it while the program goes on."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "visibility_on_host"}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **{name: _each_row(tensor, function) for name, tensor in tensors.items()})
 
 
-def make_batch(sequences: Sequence[PackedSequence], block_size: int, mask_token_id: int, doubled: bool = True) -> Batch:
-    """Stack packed sequences of one length into a micro-batch, doubled or the clean half alone."""
+def _each_row(rows: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """``function`` of ``[b, ...]``; of one row where all are one, since a copy would write out every one of them."""
+    if rows.stride(0) != 0:
+        return function(rows)
+    return function(rows[:1]).expand(len(rows), *(-1 for _ in rows.shape[1:]))
+
+
+def make_batch(
+    sequences: Sequence[PackedSequence],
+    block_size: int,
+    mask_token_id: int,
+    doubled: bool = True,
+    chosen: NDArray[np.int64] | None = None,
+) -> Batch:
+    """Stack packed sequences of one length into a micro-batch, doubled or the clean half alone.
+
+    Args:
+        sequences: the rows.
+        block_size: B.
+        mask_token_id: what a mask token is.
+        doubled: whether there are masks.
+        chosen: int64 ``[b, m]`` of :func:`tidar_megatron.data.blocks.choose_blocks`, the blocks of each row that have
+            masks; default: all of them.
+    """
 
     def stack(name: str) -> Tensor:
         return torch.from_numpy(np.stack([getattr(sequence, name) for sequence in sequences]))
 
     clean, document, index = stack("tokens"), stack("document"), stack("index")
     ar_supervised, diffusion_supervised = stack("ar_supervised"), stack("diffusion_supervised")
-    padding = ~diffusion_supervised
-    positions = torch.arange(clean.shape[1])
+    S = clean.shape[1]
+    labels, supervised, padding = stack("labels"), ar_supervised, ~diffusion_supervised
+    stands_for = supervised.float()
+    positions = torch.arange(S).expand(clean.shape)
     if doubled:
-        tokens = torch.cat([clean, torch.full_like(clean, mask_token_id)], dim=1)
-        labels = torch.cat([stack("labels"), clean * diffusion_supervised], dim=1)
-        supervised = torch.cat([ar_supervised, diffusion_supervised], dim=1)
-        padding = torch.cat([padding, padding], dim=1)
-        positions = positions.repeat(2)
-        visibility = training_layout(document, index, block_size)
+        picked, weight = _masks(len(clean), S, block_size, chosen)
+
+        def join(of_clean: Tensor, of_masks: Tensor) -> Tensor:
+            """``[b, S, ...]``, and what a mask of each place would have ``[b, S, ...]`` -> ``[b, S + M, ...]``."""
+            return torch.cat([of_clean, of_masks[picked]], dim=1)
+
+        tokens = join(clean, torch.full_like(clean, mask_token_id))
+        labels = join(labels, clean * diffusion_supervised)
+        supervised = join(supervised, diffusion_supervised)
+        padding = join(padding, padding)
+        stands_for = join(stands_for, diffusion_supervised.float())
+        stands_for[:, S:] *= weight
+        visibility = join(*training_layout(document, index, block_size).split(S, dim=1))
+        positions = join(positions, positions)
+        if chosen is None:
+            positions = positions[:1].expand(tokens.shape)
     else:
-        tokens, labels, supervised = clean, stack("labels"), ar_supervised
+        tokens = clean
         visibility = clean_tokens(document, index)
     return Batch(
         tokens=tokens,
         labels=labels,
         supervised=supervised,
+        stands_for=stands_for,
         padding=padding,
-        position_ids=positions.expand(tokens.shape),
+        position_ids=positions,
         visibility=visibility,
         visibility_on_host=visibility,
         loss_weights=torch.zeros(tokens.shape),
         ar_tokens=int(ar_supervised.sum()),
         diffusion_tokens=int(diffusion_supervised.sum()) if doubled else 0,
         num_tokens=int((~padding).sum()),
-        doubled=doubled,
+        seq_length=S,
     )
+
+
+def _masks(rows: int, seq_length: int, block_size: int, chosen: NDArray[np.int64] | None) -> tuple[Any, Tensor]:
+    """Which places of ``[b, S]`` have masks, as an index; and the blocks that each stands for, float32 ``[M]``."""
+    if chosen is None:
+        return (slice(None), slice(None)), torch.ones(seq_length)
+    places = torch.from_numpy(chosen).unsqueeze(-1) * block_size + torch.arange(block_size)
+    sizes = torch.from_numpy(np.diff(strata(seq_length // block_size, chosen.shape[1])))
+    return (torch.arange(rows).unsqueeze(-1), places.flatten(1)), sizes.float().repeat_interleave(block_size)
 
 
 @dataclass(frozen=True)
@@ -142,7 +207,7 @@ class TokenCounts:
 
 
 def set_loss_weights(batch: Batch, total: TokenCounts, ar_loss_weight: float) -> None:
-    """Give each token its weight in the joint loss, before the forward.
+    """Give each token its weight in the joint loss, before the forward; on the batch's device, without waiting for it.
 
     With the totals over the whole global batch (every rank, every micro-batch) and alpha = ``ar_loss_weight``::
 
@@ -150,17 +215,20 @@ def set_loss_weights(batch: Batch, total: TokenCounts, ar_loss_weight: float) ->
 
     over the global batch, and ``total.all == sum(num_tokens)``: means over the global batch, so the loss depends
     neither on micro-batching nor on ranks. A mean over no tokens counts as 0. For the clean half alone the loss is the
-    mean CE of the clean tokens. The denominator is what went through the model, so that the balancing loss of a mixture
-    of experts, which megatron-core divides by it as well, is a mean over the same tokens.
+    mean CE of the clean tokens. Where blocks are chosen, ``mean(CE, masks)`` is the unbiased estimate of the mean over
+    every block's masks: each chosen one as often as it stands for another, over the count of all.
+
+    The denominator is what went through the model, so that the balancing loss of a mixture of experts, which
+    megatron-core divides by it as well, is a mean over the same tokens.
     """
 
     def mean(weight: float, count: int) -> float:
         return weight * total.all / count if count else 0.0
 
+    weights = batch.stands_for.clone()
     if batch.doubled:
-        ar = mean(ar_loss_weight / (1.0 + ar_loss_weight), total.ar)
-        diffusion = mean(1.0 / (1.0 + ar_loss_weight), total.diffusion)
-        weights = torch.tensor([ar, diffusion], dtype=torch.float32).repeat_interleave(batch.seq_length)
+        weights[:, : batch.seq_length] *= mean(ar_loss_weight / (1.0 + ar_loss_weight), total.ar)
+        weights[:, batch.seq_length :] *= mean(1.0 / (1.0 + ar_loss_weight), total.diffusion)
     else:
-        weights = torch.full((batch.seq_length,), mean(1.0, total.ar))
-    batch.loss_weights = batch.supervised * weights.to(batch.supervised.device)
+        weights *= mean(1.0, total.ar)
+    batch.loss_weights = weights

@@ -4,8 +4,12 @@ The only state is the number of packed sequences consumed so far by all ranks: p
 whoever asks for it and whenever, so a run resumed on another number of ranks goes on with the same global batches.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
+from tidar_megatron.data.blocks import choose_blocks
 from tidar_megatron.data.doubled import Batch, make_batch
 from tidar_megatron.data.packing import PackedSequence, PackedSequences, fill_sequence, pack
 from tidar_megatron.data.shards import ShardedDocuments
@@ -20,8 +24,9 @@ class TrainingData:
         seq_length: S, clean tokens in a packed sequence.
         block_size: B.
         mask_token_id: outside the ids the tokenizer uses.
-        seed: of the order of the documents in each epoch.
+        seed: of the order of the documents in each epoch, and of the choice of blocks.
         verify: compare the shards' hashes with the manifest.
+        chosen_blocks: blocks of a sequence that have masks in a training step, 1 to S / B; default: all of them.
 
     Attributes:
         documents: the shards; ``documents.manifest`` and ``documents.load_tokenizer()`` tell of the tokenizer.
@@ -39,6 +44,7 @@ class TrainingData:
         mask_token_id: int,
         seed: int,
         verify: bool = True,
+        chosen_blocks: int | None = None,
     ) -> None:
         self.documents = ShardedDocuments(folder, verify)
         tokenizer = self.documents.manifest.tokenizer
@@ -48,7 +54,7 @@ class TrainingData:
                 f"nearest that works: {tokenizer.vocab_size}"
             )
         self.seq_length, self.block_size, self.mask_token_id = seq_length, block_size, mask_token_id
-        self._fill_token = tokenizer.eos_token_id
+        self._fill_token, self._seed, self._chosen_blocks = tokenizer.eos_token_id, seed, chosen_blocks
         lengths = self.documents.lengths
         self._shuffled = PackedSequences(lengths, seq_length, block_size, seed)
         self._in_order = PackedSequences(lengths, seq_length, block_size, seed, shuffle=False)
@@ -70,7 +76,8 @@ class TrainingData:
         """One rank's micro-batches of the step that consumes the next ``global_batch_size`` sequences.
 
         Over the ranks they are exactly the sequences ``consumed_sequences .. + global_batch_size - 1``, across the end
-        of an epoch if need be. Loss weights are not set yet: their totals are summed over the ranks first.
+        of an epoch if need be. Which blocks of a sequence have masks depends on its number alone. Loss weights are not
+        set yet: their totals are summed over the ranks first.
 
         Raises:
             UserError: the global batch does not divide into micro-batches on each rank.
@@ -78,7 +85,7 @@ class TrainingData:
         check_batch_sizes(global_batch_size, micro_batch_size, dp_size)
         micro_batches = global_batch_size // (micro_batch_size * dp_size)
         return [
-            self._batch([self.sequence(consumed_sequences + n) for n in share], doubled)
+            self._training_batch([consumed_sequences + n for n in share], doubled)
             for share in _shares(micro_batches, micro_batch_size, dp_rank, dp_size)
         ]
 
@@ -93,6 +100,8 @@ class TrainingData:
     ) -> list[Batch]:
         """One rank's part of the first ``max_sequences`` packed sequences (None: all) in the documents' own order.
 
+        Every block has masks.
+
         Each sequence is on one rank once. Every rank gets as many micro-batches of the same shape, since all must take
         part in a collective; where the sequences run out, fill without any supervised token stands in. The number of
         micro-batches is a ``multiple`` (interleaved pipelines take them in groups).
@@ -101,7 +110,12 @@ class TrainingData:
         micro_batches = -(-total // (micro_batch_size * dp_size * multiple)) * multiple
         fill = fill_sequence(self.seq_length, self._fill_token)
         return [
-            self._batch([self._pack(self._in_order, n) if n < total else fill for n in share], doubled)
+            make_batch(
+                [self._pack(self._in_order, n) if n < total else fill for n in share],
+                self.block_size,
+                self.mask_token_id,
+                doubled,
+            )
             for share in _shares(micro_batches, micro_batch_size, dp_rank, dp_size)
         ]
 
@@ -121,8 +135,12 @@ class TrainingData:
     def _pack(self, sequences: PackedSequences, number: int) -> PackedSequence:
         return pack(sequences.pieces(*sequences.locate(number)), self.documents, self._fill_token)
 
-    def _batch(self, sequences: list[PackedSequence], doubled: bool) -> Batch:
-        return make_batch(sequences, self.block_size, self.mask_token_id, doubled)
+    def _training_batch(self, numbers: Sequence[int], doubled: bool) -> Batch:
+        blocks, chosen = self.seq_length // self.block_size, None
+        if doubled and self._chosen_blocks not in (None, blocks):
+            chosen = np.stack([choose_blocks(blocks, self._chosen_blocks, self._seed, n) for n in numbers])
+        sequences = [self.sequence(n) for n in numbers]
+        return make_batch(sequences, self.block_size, self.mask_token_id, doubled, chosen)
 
 
 def check_batch_sizes(global_batch_size: int, micro_batch_size: int, dp_size: int) -> None:

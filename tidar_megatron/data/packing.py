@@ -16,7 +16,7 @@ fill         none                                   no                          
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +51,12 @@ class PackedSequence:
     index: NDArray[np.int64]  # place in the whole document
 
 
+class _Epoch(NamedTuple):
+    order: NDArray[np.int64]  # of the documents
+    ends: NDArray[np.int64]  # where each of them ends, in that order
+    windows: NDArray[np.int64]  # which cut is packed sequence n
+
+
 class PackedSequences:
     """Which places of which documents make up each packed sequence.
 
@@ -78,9 +84,7 @@ class PackedSequences:
         self._filled = -(-lengths.astype(np.int64) // block_size) * block_size
         self._sequences = -(-int(self._filled.sum()) // seq_length)
         self._seed, self._shuffle = seed, shuffle
-        self._epoch = -1  # the epoch whose order is at hand
-        self._order: NDArray[np.int64] = np.empty(0, dtype=np.int64)
-        self._ends = self._windows = self._order
+        self._laid_out: tuple[int, _Epoch] | None = None  # the epoch last asked for
 
     def __len__(self) -> int:
         """Packed sequences in an epoch, the same in each."""
@@ -93,30 +97,30 @@ class PackedSequences:
     def pieces(self, epoch: int, n: int) -> list[Piece]:
         """What packed sequence ``n`` of ``epoch`` is made of, in order; together S places."""
         assert 0 <= n < len(self)
-        self._lay_out(epoch)
-        window = int(self._windows[n])
+        order, ends, windows = self._lay_out(epoch)
+        window = int(windows[n])
         begin, end = window * self.seq_length, (window + 1) * self.seq_length
         pieces = []
         place = begin
-        rank = int(np.searchsorted(self._ends, begin, side="right"))
-        while place < end and rank < len(self._order):
-            document = int(self._order[rank])
-            document_begin = int(self._ends[rank] - self._filled[document])
-            stop = min(end, int(self._ends[rank]))
+        rank = int(np.searchsorted(ends, begin, side="right"))
+        while place < end and rank < len(order):
+            document = int(order[rank])
+            document_begin = int(ends[rank] - self._filled[document])
+            stop = min(end, int(ends[rank]))
             pieces.append(Piece(document, place - document_begin, stop - document_begin))
             place, rank = stop, rank + 1
         if place < end:
             pieces.append(Piece(-1, 0, end - place))
         return pieces
 
-    def _lay_out(self, epoch: int) -> None:
-        if epoch == self._epoch:
-            return
-        count = len(self._filled)
-        self._order = permutation(count, self._seed, epoch) if self._shuffle else np.arange(count)
-        self._windows = permutation(len(self), self._seed, epoch, 1) if self._shuffle else np.arange(len(self))
-        self._ends = np.cumsum(self._filled[self._order])
-        self._epoch = epoch
+    def _lay_out(self, epoch: int) -> "_Epoch":
+        laid_out = self._laid_out  # read once, and replaced whole: threads may ask for different epochs
+        if laid_out is None or laid_out[0] != epoch:
+            count = len(self._filled)
+            order = permutation(count, self._seed, epoch) if self._shuffle else np.arange(count)
+            windows = permutation(len(self), self._seed, epoch, 1) if self._shuffle else np.arange(len(self))
+            laid_out = self._laid_out = (epoch, _Epoch(order, np.cumsum(self._filled[order]), windows))
+        return laid_out[1]
 
 
 def pack(pieces: list[Piece], documents: Documents, fill_token: int) -> PackedSequence:

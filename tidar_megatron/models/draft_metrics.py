@@ -55,14 +55,15 @@ def evaluation_sums(
     The logits of ``chunk`` tokens exist at a time: of clean tokens, and of the mask tokens at the positions after them.
 
     Args:
-        states: ``[2S, b, h]``, the last hidden states of the whole micro-batch.
+        states: ``[2S, b, h]``, the last hidden states of this context-parallel rank's micro-batch.
         weight: ``[V / TP, h]``, this rank's rows of the output layer.
-        batch: the doubled micro-batch they belong to.
+        batch: the doubled micro-batch they belong to, with masks of every block.
         block_size: B.
         tp_group: the ranks that share the vocabulary.
         chunk: by default :func:`~tidar_megatron.models.cross_entropy.chunk_tokens`.
     """
-    S = len(states) // 2
+    S = batch.seq_length
+    assert batch.mask_length == S, "drafts are measured at every block"
     # p_AR for position i stands at clean token i - 1: pair clean tokens with the masks after them, the last with the
     # first, which is offset 0 of a block and never looked at
     clean, masks = states[:S].flatten(0, 1), states[S:].roll(-1, 0).flatten(0, 1)

@@ -75,10 +75,11 @@ class HybridCoreAttention(MegatronModule):
 
 
 class PositionRotaryEmbedding(nn.Module):
-    """Rotary angles of the positions that the batch names: 0..S-1 for the clean half, and again for the masks.
+    """Rotary angles of the positions that the batch names: 0..S-1 for the clean tokens, and again for their masks.
 
     Built on megatron-core's RotaryEmbedding for the frequencies. It takes the place of the module that GPTModel calls
-    with ``position_ids`` (its "mrope" path), so no method of GPTModel needs an override.
+    with ``position_ids`` (its "mrope" path), so no method of GPTModel needs an override. The angles are computed once,
+    for as many positions as the longest batch so far has tokens: a position is that of a clean token.
     """
 
     def __init__(self, config: TransformerConfig, rotary_base: float) -> None:
@@ -86,15 +87,20 @@ class PositionRotaryEmbedding(nn.Module):
         rotary = RotaryEmbedding(
             config.kv_channels, rotary_percent=1.0, rotary_base=rotary_base, use_cpu_initialization=True
         )
-        self.inv_freq = rotary.inv_freq  # no buffer: it must stay float32 in a bfloat16 model
+        self.inv_freq = rotary.inv_freq  # no buffers, neither of the two: they must stay float32 in a bfloat16 model
+        self.angles = self.inv_freq.new_empty(0, config.kv_channels)
+        self.cp_size = config.context_parallel_size
 
     def forward(self, position_ids: Tensor, mrope_section: Any = None, cp_group: Any = None) -> Tensor:
         """``position_ids`` int64 ``[b, t]`` -> float32 angles ``[t, b, 1, d]`` (one row: ``[t, 1, 1, d]``)."""
         if position_ids.stride(0) == 0:  # one row, expanded over the batch: the angles need not be repeated
             position_ids = position_ids[:1]
-        self.inv_freq = self.inv_freq.to(position_ids.device)
-        angles_tbf = position_ids.t().float().unsqueeze(-1) * self.inv_freq
-        return torch.cat([angles_tbf, angles_tbf], dim=-1).unsqueeze(2)
+        longest = position_ids.shape[1] * self.cp_size  # to read the largest position would be to wait for the device
+        if len(self.angles) < longest or self.angles.device != position_ids.device:
+            half = torch.arange(longest, device=position_ids.device).float().unsqueeze(-1)
+            half = half * self.inv_freq.to(position_ids.device)
+            self.angles = torch.cat([half, half], dim=-1)
+        return self.angles[position_ids.t()].unsqueeze(2)
 
 
 class RMSNorm(nn.Module):

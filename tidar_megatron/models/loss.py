@@ -45,11 +45,11 @@ def joint_loss(chunk: GPTModel, batch: Batch, hidden: Tensor) -> tuple[Tensor, T
 
     Returns:
         The weighted sum, differentiable; the count to divide by once summed over the global batch (int32); and, for
-        the log, the unweighted sums float64 ``[2]`` of the AR and the diffusion losses.
+        the log, the sums float64 ``[2]`` of the AR and the diffusion losses, each token for those it stands for.
     """
     total, losses = token_losses(chunk, batch, hidden)
-    supervised = losses * batch.supervised
+    supervised = losses * batch.stands_for
     clean = batch.seq_length
     sums = torch.stack([supervised[:, :clean].sum(), supervised[:, clean:].sum()]).double()
-    count = torch.tensor(batch.num_tokens, dtype=torch.int32, device=losses.device)
+    count = losses.new_full((), batch.num_tokens, dtype=torch.int32)  # filled on its device: nobody waits for a copy
     return total, count, sums

@@ -16,6 +16,7 @@ from torch import Tensor
 from tidar_megatron.checkpoint.initialize import initialize_weights
 from tidar_megatron.checkpoint.mapping import cut, entry_of, own_parameters, shard_group
 from tidar_megatron.config import Config, build_config, check_world_size
+from tidar_megatron.data.blocks import choose_blocks
 from tidar_megatron.data.doubled import Batch, make_batch
 from tidar_megatron.data.packing import PackedSequences, pack
 from tidar_megatron.distributed.groups import Ranks, initialize
@@ -65,6 +66,16 @@ VARIANTS = {
     ),
     "experts": Variant(
         {"model": {"num_experts": 4, "moe_ffn_hidden_size": 48, "moe_aux_loss_coeff": 0.1}}, longest_document=30
+    ),
+    # half of the blocks, in strata of two; and three quarters, in strata of one and of two
+    "half": Variant({"tidar": {"diffusion_block_fraction": 0.5}}, longest_document=30),
+    "three quarters": Variant({"tidar": {"diffusion_block_fraction": 0.75}}),
+    "half, experts": Variant(
+        {
+            "model": {"num_experts": 4, "moe_ffn_hidden_size": 48, "moe_aux_loss_coeff": 0.1},
+            "tidar": {"diffusion_block_fraction": 0.5},
+        },
+        longest_document=30,
     ),
     # a bfloat16 has 8 significant bits, and layouts add in another order
     "bf16": Variant({"training": {"bf16": True}}, loss_tolerance=5e-3, grad_tolerance=5e-2, argmax=False),
@@ -150,6 +161,15 @@ ALL_LAYOUTS = (
     _layout("CP2xPP2xVPP2, distributed optimizer, overlaps", "packed", cp=2, pp=2, vpp=2, **OVERLAPS),
     _layout("TP2xPP2+SP, bf16, distributed optimizer", "bf16", tp=2, pp=2, sp=True, distributed=True),
     _layout("CP2xTP2xPP2xVPP2+SP, distributed optimizer", cp=2, tp=2, pp=2, vpp=2, sp=True, distributed=True),
+    _layout("half of the blocks", "half", recompute="full"),
+    _layout("half of the blocks, TP2+SP", "half", tp=2, sp=True),
+    _layout("half of the blocks, PP2xVPP2", "half", pp=2, vpp=2),
+    _layout("half of the blocks, CP2", "half", cp=2),
+    _layout("half of the blocks, CP4", "half", cp=4),
+    _layout("half of the blocks, CP2xTP2+SP", "half", cp=2, tp=2, sp=True),
+    _layout("three quarters of the blocks", "three quarters"),
+    _layout("three quarters of the blocks, CP2xPP2", "three quarters", cp=2, pp=2),
+    _layout("half of the blocks, experts, EP2xCP2", "half, experts", ep=2, cp=2),
     _layout("experts", "experts"),
     _layout("experts, EP2, all-gather", "experts", ep=2),
     _layout("experts, EP2, all-to-all", "experts", ep=2, dispatcher="alltoall"),
@@ -202,13 +222,17 @@ class Documents:
         self.block_size = config.tidar.block_size
         self.packed = PackedSequences(lengths, config.data.seq_length, self.block_size, seed=1)
 
-    def batches(self, step: int, config: Config, ranks: Ranks, doubled: bool) -> list[Batch]:
+    def batches(self, step: int, config: Config, ranks: Ranks, doubled: bool, every_block: bool = False) -> list[Batch]:
         """This rank's micro-batches of a step: as ``data/loader.py`` deals them out."""
         dp, cp = ranks.groups.dp, ranks.groups.cp
         first = step * config.training.global_batch_size
         own = range(first + dp.rank(), first + config.training.global_batch_size, dp.size())
-        sequences = [pack(self.packed.pieces(*self.packed.locate(n)), self.tokens, 0) for n in own]
-        whole = [make_batch([sequence], self.block_size, MASK_TOKEN_ID, doubled) for sequence in sequences]
+        whole = []
+        for n in own:
+            sequence = pack(self.packed.pieces(*self.packed.locate(n)), self.tokens, 0)
+            some = doubled and not every_block and config.chosen_blocks < config.blocks
+            chosen = choose_blocks(config.blocks, config.chosen_blocks, 1, n)[None] if some else None
+            whole.append(make_batch([sequence], self.block_size, MASK_TOKEN_ID, doubled, chosen))
         return [batch.shard(cp.rank(), cp.size()) for batch in whole]
 
 
@@ -246,7 +270,7 @@ def measure(config: Config, variant: Variant) -> Measured:
         result = train_step(model, optimizer, scheduler, batches, alpha, ranks)
         balancing = [] if result.balancing_loss is None else [result.balancing_loss]
         losses.append([result.ar_loss, result.diffusion_loss or 0.0, result.grad_norm, *balancing])
-    held_out = documents.batches(len(STEPS), config, ranks, doubled=True)
+    held_out = documents.batches(len(STEPS), config, ranks, doubled=True, every_block=True)
     evaluation = evaluate(model, held_out, config.tidar.block_size, ranks)
     names = [name for name in sorted(evaluation) if variant.argmax or not name.startswith(("agreement", "greedy"))]
     flat = np.hstack([np.asarray(evaluation[name], dtype=np.float64) for name in names]).tolist()

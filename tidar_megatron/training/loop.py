@@ -1,5 +1,6 @@
 """The loop: data, model, optimizer; step, evaluate, save; first plain AR (the warm-up), then the joint objective."""
 
+import contextlib
 import shutil
 import time
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from tidar_megatron.config import CONFIG_FILE, Config, check_world_size
 from tidar_megatron.data.doubled import Batch
 from tidar_megatron.data.loader import TrainingData
 from tidar_megatron.data.manifest import TOKENIZER_FOLDER, read_manifest
+from tidar_megatron.data.prefetch import Prefetcher
 from tidar_megatron.distributed.groups import Ranks, initialize, shut_down, world_size_from_environment
 from tidar_megatron.distributed.platform import check_backend
 from tidar_megatron.errors import Interrupted, UserError
@@ -44,6 +46,9 @@ class Trainer:
     iteration: int = 0
     consumed_sequences: int = 0
 
+    def __post_init__(self) -> None:
+        self.prefetcher = Prefetcher(self._build_batches, self.ranks.device)
+
     @classmethod
     def build(cls, config: Config) -> "Trainer":
         """Everything up to the first step; bad input is refused before any process group exists."""
@@ -69,6 +74,7 @@ class Trainer:
                 config.tidar.block_size,
                 config.tidar.mask_token_id or 0,
                 config.training.seed,
+                chosen_blocks=config.chosen_blocks,
             )
 
         train_data = data(folder)
@@ -103,23 +109,35 @@ class Trainer:
         return [batch.shard(cp.rank(), cp.size()) for batch in batches]
 
     def step_batches(self) -> list[Batch]:
-        """This rank's micro-batches of the next step."""
+        """This rank's micro-batches of the next step, built ahead where that was foreseen."""
+        return self.prefetcher.get(self.consumed_sequences, self.doubled)
+
+    def _build_batches(self, consumed_sequences: int, doubled: bool) -> list[Batch]:
+        """In the background, so from nothing that a step changes."""
         training, groups = self.config.training, self.ranks.groups
         return self._own(
             self.train_data.step_batches(
-                self.consumed_sequences,
+                consumed_sequences,
                 training.global_batch_size,
                 training.micro_batch_size,
                 groups.dp.rank(),
                 groups.dp.size(),
-                self.doubled,
+                doubled,
             )
         )
+
+    def _prefetch(self) -> None:
+        """Let the batches of the step after the next be built, unless that is the last."""
+        following = self.iteration + 1
+        if following < self.config.training.train_iters:
+            consumed = self.consumed_sequences + self.config.training.global_batch_size
+            self.prefetcher.start(consumed, following >= self.config.ar_warmup_iters)
 
     def step(self) -> dict:
         """One optimizer step; what of it is logged."""
         phase = "joint" if self.doubled else "AR"
         batches = self.step_batches()
+        self._prefetch()
         alpha = self.config.tidar.ar_loss_weight
         learning_rate = self.optimizer.param_groups[0]["lr"]
         result = train_step(self.ddp, self.optimizer, self.scheduler, batches, alpha, self.ranks)
@@ -155,6 +173,7 @@ class Trainer:
     def save(self) -> None:
         """A checkpoint of this moment, if the run has a folder."""
         if self.config.checkpoint.save:
+            self.prefetcher.settle()  # megatron-core forks its writers, which must not inherit a lock that is held
             with whole_weights(self.ddp), signals.shielded():
                 save_checkpoint(
                     self.config.checkpoint.save,
@@ -164,6 +183,10 @@ class Trainer:
                     self.optimizer,
                     self.scheduler,
                 )
+
+    def close(self) -> None:
+        """End what runs beside the loop."""
+        self.prefetcher.close()
 
     def write_run_folder(self) -> None:
         """What makes the run's folder complete in itself: the resolved configuration and the tokenizer."""
@@ -185,8 +208,10 @@ def pretrain(config: Config) -> None:
     Raises:
         Interrupted: a signal asked a rank to leave; all ranks have saved.
     """
-    try:
+    with contextlib.ExitStack() as ending:
+        ending.callback(shut_down)
         trainer = Trainer.build(config)
+        ending.callback(trainer.close)
         trainer.write_run_folder()
         dist.barrier()  # the run's folder exists before anyone writes into it
         with signals.shielded():  # W&B has a process of its own
@@ -202,8 +227,6 @@ def pretrain(config: Config) -> None:
             dist.barrier()  # torchrun ends all ranks once one has left with a failure: leave together
             signals.ignore()
             raise Interrupted
-    finally:
-        shut_down()
 
 
 def _loop(trainer: Trainer, logger: MetricsLogger) -> str | None:
@@ -269,6 +292,8 @@ def describe(trainer: Trainer, logger: MetricsLogger) -> None:
         f"{config.ar_warmup_iters} steps of AR warm-up, then the joint objective to {config.training.train_iters}; "
         f"block size {tidar.block_size}, alpha {tidar.ar_loss_weight}, mask token {tidar.mask_token_id}"
     )
+    if config.chosen_blocks < config.blocks:
+        logger.say(f"masks for {config.chosen_blocks} of the {config.blocks} blocks of each sequence, drawn anew")
     if trainer.iteration:
         done = "; nothing is left to do" if trainer.iteration >= config.training.train_iters else ""
         logger.say(f"continuing {config.checkpoint.load} from iteration {trainer.iteration}{done}")

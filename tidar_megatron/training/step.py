@@ -66,16 +66,16 @@ def forward_backward(model: Model, batches: list[Batch], ar_loss_weight: float, 
 
     Returns:
         The sums of the AR and the diffusion losses, float64 ``[2]``, and their counts, int64 ``[2]``, both over the
-        global batch and the same on every rank.
+        global batch and the same on every rank. Where blocks are chosen, the second sum is an estimate of all blocks'.
     """
     counts = torch.tensor(astuple(TokenCounts.of(batches)))
     counts = ranks.sum_over_data(counts.to(ranks.device))
     total = TokenCounts(*counts.tolist())
+    batches = [batch.to(ranks.device) for batch in batches]
     for batch in batches:
         set_loss_weights(batch, total, ar_loss_weight)
     for chunk in model:
         chunk.zero_grad_buffer()
-    batches = [batch.to(ranks.device) for batch in batches]
     reports = _run_schedule(model, batches, _training_forward, forward_only=False)
     sums = torch.stack(reports).sum(0) if reports else torch.zeros(2, dtype=torch.float64, device=ranks.device)
     return ranks.sum_over_data(ranks.from_last_stage(sums)), counts[:2]

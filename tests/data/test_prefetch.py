@@ -1,0 +1,113 @@
+"""Batches built ahead are the batches; an error in the thread is the caller's; nothing is left running."""
+
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from tidar_megatron.data.doubled import Batch, make_batch
+from tidar_megatron.data.packing import fill_sequence
+from tidar_megatron.data.prefetch import Prefetcher
+from tidar_megatron.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def batch_of(number: int, doubled: bool) -> list[Batch]:
+    batch = make_batch([fill_sequence(8, 256)], 4, 300, doubled, np.array([[number % 2]]) if doubled else None)
+    batch.num_tokens = number
+    return [batch]
+
+
+@pytest.fixture
+def log() -> list[tuple[int, bool, str]]:
+    return []
+
+
+@pytest.fixture
+def prefetcher(log: list) -> Iterator[Prefetcher]:
+    def build(number: int, doubled: bool) -> list[Batch]:
+        log.append((number, doubled, threading.current_thread().name))
+        if number == 13:
+            raise UserError("shard 13: is damaged")
+        return batch_of(number, doubled)
+
+    made = Prefetcher(build, CPU)
+    yield made
+    made.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+def test_what_was_foreseen_is_built_once_and_in_the_thread(prefetcher: Prefetcher, log: list) -> None:
+    for number in range(5):
+        (batch,) = prefetcher.get(number, number >= 2)
+        prefetcher.start(number + 1, number + 1 >= 2)
+        (expected,) = batch_of(number, number >= 2)
+        assert (batch.num_tokens, batch.doubled) == (number, number >= 2)
+        assert torch.equal(batch.visibility, expected.visibility)
+    prefetcher.settle()
+    assert [entry[:2] for entry in log] == [(0, False), (1, False), *((n, True) for n in range(2, 6))]
+    assert {name for *_, name in log} == {"prefetch_0"}
+
+
+def test_what_was_not_foreseen_is_built_all_the_same(prefetcher: Prefetcher) -> None:
+    """A start that nobody takes, the same step asked for twice, another phase than expected."""
+    prefetcher.start(3, True)
+    assert prefetcher.get(7, True)[0].num_tokens == 7
+    assert prefetcher.get(7, True)[0].num_tokens == 7
+    prefetcher.start(8, True)
+    assert not prefetcher.get(8, False)[0].doubled
+    prefetcher.start(9, True)
+    prefetcher.start(10, True)
+    assert prefetcher.get(10, True)[0].num_tokens == 10
+
+
+def test_an_error_reaches_whoever_needs_the_batches(prefetcher: Prefetcher) -> None:
+    prefetcher.start(13, True)
+    prefetcher.settle()  # raised by now, but not to somebody who wants something else
+    assert prefetcher.get(12, True)[0].num_tokens == 12
+    prefetcher.start(13, True)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"^shard 13: is damaged$"):
+            prefetcher.get(13, True)
+    assert prefetcher.get(14, True)[0].num_tokens == 14
+
+
+def test_closing_waits_for_what_is_being_built() -> None:
+    begun, go, ended = threading.Event(), threading.Event(), []
+
+    def build(number: int) -> list[Batch]:
+        begun.set()
+        assert go.wait(60)
+        ended.append(number)
+        return []
+
+    prefetcher = Prefetcher(build, CPU)
+    prefetcher.start(1)
+    assert begun.wait(60)
+    prefetcher.start(2)
+    threading.Timer(0.05, go.set).start()
+    prefetcher.close()
+    assert ended == [1]  # what had not begun is not begun any more
+
+
+def test_nothing_is_started_for_nothing() -> None:
+    before = threading.active_count()
+    Prefetcher(batch_of, CPU).close()
+    assert threading.active_count() == before
+
+
+def test_page_locked_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one: that every tensor is asked for, positions as the one row they are, and the thread's device set."""
+    devices, pinned = [], []
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.shape) or tensor.clone())
+    prefetcher = Prefetcher(lambda: [make_batch([fill_sequence(8, 256)] * 3, 4, 300)], torch.device("cuda", 5))
+    (batch,) = prefetcher.get()
+    prefetcher.close()
+    assert devices == [torch.device("cuda", 5)]
+    assert len(pinned) == len([value for value in vars(batch).values() if isinstance(value, torch.Tensor)]) == 8
+    assert torch.Size((1, 16)) in pinned
+    assert batch.position_ids.stride() == (0, 1)
