@@ -47,6 +47,37 @@ def table(summary):
     return "\n".join(rows)
 
 
+def costs(training, attention, loss):
+    """The README's table of benchmarks/*.json."""
+    rows = ["| S | step / AR's | f = 0.25 | attention / causal | dense / causal | extra memory, of dense |"]
+    rows.append("|---|---|---|---|---|---|")
+    steps = {(row["seq_length"], row["diffusion_block_fraction"]): row["tidar_over_ar"] for row in training["rows"]}
+    tiles = {(row["seq_length"], row["backend"]): row for row in attention["rows"]}
+    for S in sorted({S for S, _ in steps}):
+        cells = [f"{steps[S, 1.0]:.2f}", f"{steps[S, 0.25]:.2f}"]
+        if (S, "chunked") in tiles:
+            chunked, dense = tiles[S, "chunked"], tiles[S, "dense"]
+            memory = chunked["peak_extra_bytes"] / dense["peak_extra_bytes"]
+            cells += [f"{chunked['over_causal']:.2f}", f"{dense['over_causal']:.2f}", f"{memory:.0%}"]
+        else:
+            cells += [""] * 3
+        rows.append(f"| {S} | {' | '.join(cells)} |")
+    machine = attention["machine"]
+    rows.append("")
+    rows.append(
+        f"Output layer and loss against megatron-core's: {loss['peak_ratio']:.1%} of the peak memory, "
+        f"{loss['time_ratio']:.2f} of the time. {machine['processor']}, {machine['threads']} threads, "
+        f"torch {machine['torch']}."
+    )
+    return "\n".join(rows)
+
+
+def test_the_costs_are_what_was_measured():
+    read = [json.loads((ROOT / f"benchmarks/{name}.json").read_text()) for name in ("training", "attention", "loss")]
+    shown = README.split("<!-- table: benchmarks -->\n")[1].split("\n<!-- end of table -->")[0]
+    assert shown == costs(*read)
+
+
 def test_the_table_is_what_was_measured():
     summary = json.loads((ROOT / "examples/quickstart/result.json").read_text())
     shown = README.split("<!-- table: examples/quickstart/result.json -->\n")[1].split("\n<!-- end of table -->")[0]

@@ -24,17 +24,17 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, metavar="N", help="rounds; each runs everything that is compared once")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of torch on the CPU")
-    parser.add_argument("--chunk-size", type=int, default=128, metavar="N", help="of the chunked attention [128]")
+    parser.add_argument("--chunk-size", type=int, default=256, metavar="N", help="of the chunked attention [256]")
     parser.add_argument("--output", default="benchmarks", metavar="DIR", help="folder of the results [benchmarks]")
     parser.add_argument("--plot", metavar="FILE.png", help="training: draw step time over S")
     parser.add_argument("--json", action="store_true", help="print one JSON object, as the last line")
     arguments = parser.parse_args()
     seq_lengths = arguments.seq_lengths or SEQ_LENGTHS[arguments.what]
-    repeats = arguments.repeats or REPEATS[arguments.what]
+    repeats = REPEATS[arguments.what] if arguments.repeats is None else arguments.repeats
     for name, values in (
         ("--seq-lengths", seq_lengths),
         ("--repeats", [repeats]),
-        ("--threads", [arguments.threads or 1]),
+        ("--threads", [1 if arguments.threads is None else arguments.threads]),
         ("--chunk-size", [arguments.chunk_size]),
     ):
         if wrong := [value for value in values if value < 1]:

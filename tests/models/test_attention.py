@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tidar_megatron.attention_mask import clean_tokens, may_attend, training_layout
+from tidar_megatron.benchmark.measuring import peak_bytes
 from tidar_megatron.context_parallel import key_tokens, own_tokens, query_slices
 from tidar_megatron.data.blocks import choose_blocks
 from tidar_megatron.models.attention import choose_backend, flex, hybrid_attention, kernels, make_plan
 from tidar_megatron.models.attention.plans import AttentionPlans
-from tidar_megatron.models.attention.tiles import make_tilings
+from tidar_megatron.models.attention.tiles import Squares, make_tilings
 
 BATCH, HEADS, CHANNELS = 2, 4, 8
 
@@ -259,10 +260,41 @@ def test_cost_follows_the_area_of_the_mask():
     """Pairs computed over a single document: about half of each half's S x S, in few tiles, with two masks."""
     S, chunk = 512, 32
     (tiling,) = make_tilings(single(S, 8), (slice(0, 2 * S),), chunk)
+    assert tiling.area <= 1.05 * S * S
+    tree = 2 * S // chunk - 1  # a masked tile for each chunk, the rest a binary tree
+    assert len(tiling.steps) == 1 + 1 + tree  # all blocks with themselves, the clean half, the masks' clean keys
+    assert [mask.shape for mask in tiling.masks] == [(1, chunk, chunk)]
+    (tiling,) = make_tilings(single(S, 8), (slice(0, 2 * S),), chunk, causal=False)
     assert tiling.area <= 1.1 * S * S
-    assert len(tiling.tiles) == 2 * (2 * S // chunk - 1)  # a masked tile for each chunk, the rest a binary tree
+    assert len(tiling.steps) == 1 + 2 * tree
     assert [mask.shape for mask in tiling.masks] == [(1, chunk, chunk)] * 2
-    assert len(tiling.blocks) == 1
+
+
+@settings(deadline=None)
+@given(**CASES, size=st.integers(1, 3), causal=st.booleans())
+def test_the_tiles_hold_each_visible_pair_once(
+    total, block, chunk, lengths, doubled, alike, groups, seed, size, causal
+):
+    """Without what their masks hide: the rule itself, no more and no less."""
+    S = 2 * size * block * (1 + total // 8)
+    document, index = documents([length * block for length in lengths], S, alike=alike)
+    visibility = training_layout(document, index, block) if doubled else clean_tokens(document, index)
+    for rank in range(size):
+        own, keys = (tokens(S, rank, size, doubled) for tokens in (own_tokens, key_tokens))
+        tilings = make_tilings(visibility[:, keys], query_slices(len(own), len(keys), rank, size), chunk, causal)
+        held = torch.zeros(BATCH, len(own), len(keys), dtype=torch.int)
+        for tiling in tilings:
+            for step in tiling.steps:
+                n, k = step.queries.stop - step.queries.start, step.keys.stop - step.keys.start
+                seen = torch.ones(n, k, dtype=torch.int)
+                if isinstance(step, Squares):
+                    seen = torch.block_diag(*[torch.ones(step.size, step.size, dtype=torch.int)] * (n // step.size))
+                elif step.causal:
+                    seen = seen.tril()
+                elif step.mask is not None:
+                    seen = tiling.masks[step.mask].int()
+                held[tiling.rows, step.queries, step.keys] += seen
+        assert torch.equal(held, may_attend(visibility[:, own], visibility[:, keys]).int())
 
 
 def test_documents_out_of_sight_are_skipped():
@@ -296,10 +328,19 @@ def test_nothing_larger_than_a_chunks_mask_is_made():
             largest = max([largest, *(t.untyped_storage().nbytes() // 4 for t in made)])
             return out
 
+    plan = make_plan(single(S, 8), backend="chunked", chunk_size=chunk)
     with Watch():
-        run(make_plan(single(S, 8), backend="chunked", chunk_size=chunk), query, key, value, upstream)
+        run(plan, query, key, value, upstream)
     assert largest <= max(query.numel(), HEADS * chunk * chunk)
     assert largest < S * S / 8
+
+    def expanded():
+        inputs = [t.clone().requires_grad_() for t in (query, key, value)]
+        heads = inputs[0], *(t.repeat_interleave(HEADS, 1) for t in inputs[1:])
+        return torch.autograd.grad((hybrid_attention(*heads, plan, 0.3) * upstream).sum(), inputs)
+
+    grouped = peak_bytes(lambda: run(plan, query, key, value, upstream))
+    assert grouped < peak_bytes(expanded) - key.numel() * 4 * HEADS  # at least one of K and V less, expanded
 
 
 @pytest.mark.parametrize("change", ["in place", "new tensor"])
@@ -329,4 +370,4 @@ def test_blocks_torn_apart_are_refused():
     visibility = single(16, 4)
     order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match="side by side"):
-        make_plan(visibility[:, order], backend="chunked", chunk_size=8)
+        make_tilings(visibility[:, order], (slice(0, 32),), 8)

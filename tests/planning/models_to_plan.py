@@ -39,7 +39,7 @@ SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["core_a
 
 def sizes_of(world_size, model=None, training=None, **parallel):
     tree = {
-        "tidar": {"block_size": 8, "attention_chunk_size": 32},
+        "tidar": {"block_size": 8, "attention_backend": "chunked", "attention_chunk_size": 32},
         "model": {**MODEL, **(model or {})},
         "data": {"seq_length": 128},
         "training": {"global_batch_size": 8, **(training or {})},

@@ -22,7 +22,7 @@ from tidar_megatron.data.doubled import make_batch
 from tidar_megatron.data.packing import Piece, pack
 from tidar_megatron.distributed.fake import play_rank
 from tidar_megatron.distributed.groups import shut_down
-from tidar_megatron.models.attention.tiles import make_tilings
+from tidar_megatron.models.attention.tiles import Squares, make_tilings
 from tidar_megatron.models.gpt import build_model, run_model
 from tidar_megatron.models.loss import joint_loss
 from tidar_megatron.planning.flops import stage_flops
@@ -251,20 +251,21 @@ def test_tiles_are_those_of_the_backend(length, block, chunk, size):
     for rank in range(size):
         keys = visibility[key_tokens(length, rank, size, doubled=True)].unsqueeze(0)
         queries = query_slices(2 * length // size, keys.shape[1], rank, size)
-        (tiling,) = make_tilings(keys, queries, chunk)
+        (tiling,) = make_tilings(keys, queries, chunk, causal=False)
         found = tiles(length, block, chunk, rank, size)
         executed = torch.zeros(2 * length // size, keys.shape[1], dtype=torch.int)
-        for tile in tiling.tiles:
-            executed[tile.queries, tile.keys] += 1
-        for blocks in tiling.blocks:
-            for n in range(blocks.count):
-                q, k = blocks.queries + n * blocks.size, blocks.keys + n * blocks.size
-                executed[q : q + blocks.size, k : k + blocks.size] += 1
+        for step in tiling.steps:
+            if isinstance(step, Squares):
+                for n in range(0, step.queries.stop - step.queries.start, step.size):
+                    q, k = (slice(part.start + n, part.start + n + step.size) for part in (step.queries, step.keys))
+                    executed[q, k] += 1
+            else:
+                executed[step.queries, step.keys] += 1
         asking = torch.cat([keys[0, part] for part in queries])
         assert int(executed.max()) == 1 and bool(executed[may_attend(asking, keys[0])].all())
         assert found.area == int(executed.sum())
         assert found.masks == sum(mask.numel() for mask in tiling.masks)
-        assert (found.keys, found.calls) == (keys.shape[1], len(tiling.tiles) + len(tiling.blocks))
+        assert (found.keys, found.calls) == (keys.shape[1], len(tiling.steps))
 
 
 class SentBytes(TorchDispatchMode):

@@ -17,7 +17,7 @@ HEADS, CHANNELS, BLOCK = 8, 64, 16
 DOCUMENTS = 16
 
 
-def attention(seq_lengths: list[int], repeats: int, chunk_size: int = 128, dense_up_to: int = 4096) -> dict[str, Any]:
+def attention(seq_lengths: list[int], repeats: int, chunk_size: int = 256, dense_up_to: int = 4096) -> dict[str, Any]:
     """One row for each S and backend, and what grouped K/V heads and packing change.
 
     ``peak_extra_bytes`` is the peak of forward and backward, plan included, beyond the output and the gradients that
@@ -53,7 +53,8 @@ def attention(seq_lengths: list[int], repeats: int, chunk_size: int = 128, dense
         grouped.append(
             {"seq_length": S, "backend": best, "query_heads": HEADS, "kv_heads": 1}
             | {"over_own_kv_heads": round(ratio.median, 3), "spread": rounded(ratio)}
-            | {"peak_extra_bytes": _extra(few, one, best, chunk_size), "expanded_kv_bytes": 2 * _bytes(tensors[1])}
+            | {"peak_bytes": peak_bytes(_hybrid(few, one, best, chunk_size))}
+            | {"peak_bytes_expanded": peak_bytes(_hybrid(few, one, best, chunk_size, expanded=True))}
         )
         many = _documents(S, DOCUMENTS)
         together = Timings(
@@ -83,9 +84,18 @@ def _tensors(tokens: int, kv_heads: int) -> list[Tensor]:
     return [torch.randn(shape, generator=generator).to(device(), dtype) for shape in shapes]
 
 
-def _hybrid(tensors: list[Tensor], visibility: Tensor, backend: str, chunk_size: int) -> Callable[[], object]:
+def _hybrid(
+    tensors: list[Tensor], visibility: Tensor, backend: str, chunk_size: int, expanded: bool = False
+) -> Callable[[], object]:
+    """``expanded``: as peers do it, K/V heads repeated for each query head."""
     plan = make_plan(visibility, backend=backend, chunk_size=chunk_size, device=str(device()))
-    return _both_ways(tensors, lambda q, k, v: hybrid_attention(q, k, v, plan, CHANNELS**-0.5))
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if expanded:
+            key, value = (tensor.repeat_interleave(HEADS // tensor.shape[1], 1) for tensor in (key, value))
+        return hybrid_attention(query, key, value, plan, CHANNELS**-0.5)
+
+    return _both_ways(tensors, attend)
 
 
 def _causal(tensors: list[Tensor], kernel: SDPBackend = SDPBackend.FLASH_ATTENTION) -> Callable[[], object]:

@@ -28,7 +28,7 @@ MODEL: dict[str, Any] = {
 }
 
 
-def training(seq_lengths: list[int], fractions: list[float], repeats: int, chunk_size: int = 128) -> dict[str, Any]:
+def training(seq_lengths: list[int], fractions: list[float], repeats: int, chunk_size: int = 256) -> dict[str, Any]:
     """One row for each S and fraction of the blocks; one document fills a sequence, and one sequence is a step."""
     rows = []
     for S in seq_lengths:

@@ -41,7 +41,7 @@ class TiDARConfig(Section):
     attention_backend: Literal["auto", "chunked", "flex", "transformer_engine", "dense"] = described(
         "auto: transformer_engine or flex on a GPU, chunked on a CPU; dense is the reference, a 2S x 2S mask", "auto"
     )
-    attention_chunk_size: Count = described("tokens of a chunk of the chunked backend", 128)
+    attention_chunk_size: Count = described("tokens of a chunk of the chunked backend", 256)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,7 +72,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         bias_activation_fusion=gpu,
         bias_dropout_fusion=gpu,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=gpu and has_gradient_accumulation_kernel(model.transformer_impl),
+        gradient_accumulation_fusion=gpu and has_gradient_accumulation_kernel(),
         persist_layer_norm=False,
         **(_expert_settings(config) if model.num_experts is not None else {}),
     )
@@ -94,9 +94,13 @@ def _expert_settings(config: Config) -> dict[str, Any]:
     }
 
 
-def has_gradient_accumulation_kernel(transformer_impl: str) -> bool:
-    """Whether weight gradients can be added to the float32 buffer by the matmul: transformer-engine's or apex's."""
-    return transformer_impl == "transformer_engine" or find_spec("fused_weight_gradient_mlp_cuda") is not None
+def has_gradient_accumulation_kernel() -> bool:
+    """Whether weight gradients can be added to the float32 buffer by the matmul: apex's kernel.
+
+    transformer-engine's layers have one of their own, but the output layer stays megatron-core's, which refuses the
+    setting without apex.
+    """
+    return find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 def layer_spec(

@@ -9,6 +9,7 @@ from functools import cached_property
 
 from tidar_megatron.config import Config, check_config, check_world_size
 from tidar_megatron.errors import UserError
+from tidar_megatron.models.attention.flex import BLOCK as FLEX_BLOCK
 from tidar_megatron.models.gpt import padded_vocab_size
 from tidar_megatron.planning.tiles import Tiles, largest_tiles
 
@@ -171,7 +172,8 @@ class Sizes:
     def tiles(self) -> Tiles:
         """What attention executes for one sequence, on the context-parallel rank with the most work."""
         tidar = self.config.tidar
-        chunk = self.rows if tidar.attention_backend == "dense" else tidar.attention_chunk_size
+        chunks = {"dense": self.rows, "chunked": tidar.attention_chunk_size}
+        chunk = chunks.get(tidar.attention_backend, FLEX_BLOCK)
         return largest_tiles(self.config.data.seq_length, tidar.block_size, chunk, self.cp)
 
 

@@ -1,7 +1,8 @@
 """What the chunked attention backend executes for one sequence: its tiles, counted.
 
 A masked key inside a tile that is executed costs as much as a visible one, so this, not the mask's area, is what a GPU
-does. One document fills the window: the most work that a packed sequence can be.
+does. One document fills the window: the most work that a packed sequence can be. Without causal tiles, which the
+backend takes where K/V heads are not grouped: FlexAttention, which a GPU takes, has none either.
 """
 
 import functools
@@ -31,9 +32,10 @@ def tiles(seq_length: int, block_size: int, chunk_size: int, rank: int = 0, size
         visibility = training_layout(torch.zeros(seq_length, dtype=torch.int64), torch.arange(seq_length), block_size)
         own = own_tokens(seq_length, rank, size, doubled=True)
         keys = visibility[key_tokens(seq_length, rank, size, doubled=True)]
-        (tiling,) = make_tilings(keys[None], query_slices(len(own), len(keys), rank, size), chunk_size)
+        queries = query_slices(len(own), len(keys), rank, size)
+        (tiling,) = make_tilings(keys[None], queries, chunk_size, causal=False)
     masks = sum(mask.numel() for mask in tiling.masks)
-    return Tiles(tiling.area, masks, len(keys), len(tiling.tiles) + len(tiling.blocks))
+    return Tiles(tiling.area, masks, len(keys), len(tiling.steps))
 
 
 @functools.lru_cache

@@ -5,51 +5,56 @@ K/V head into the rows of a tile (token by token, so that a slice of tokens stay
 expanded. Kept for the backward: q, k, v, the output and its log-sum-exp.
 """
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tidar_megatron.models.attention import kernels
 from tidar_megatron.models.attention.kernels import HIDDEN, attend, attend_backward
-from tidar_megatron.models.attention.tiles import Blocks, Tiling, make_tilings
+from tidar_megatron.models.attention.tiles import Squares, Tiling, make_tilings
 
 
 class ChunkedPlan:
     """The tilings of a batch, and their masks on the device."""
 
     def __init__(self, visibility: Tensor, queries: tuple[slice, ...], chunk_size: int, device: str) -> None:
-        self.tilings = make_tilings(visibility, queries, chunk_size)
-        self._masks = [[mask.to(device, non_blocking=True) for mask in tiling.masks] for tiling in self.tilings]
-        self._biases: dict[tuple, list[list[Tensor]]] = {}
+        self._make = partial(make_tilings, visibility, queries, chunk_size)
+        self._device = torch.device(device)
+        self._made: dict[tuple, list[tuple[Tiling, list[Tensor]]]] = {}
 
-    def biases(self, dtype: torch.dtype, heads_per_group: int) -> list[list[Tensor]]:
-        """What the masks add to scores, ``[rows, 1, queries * G, keys]``; made once for all layers."""
+    def tilings(self, dtype: torch.dtype, heads_per_group: int) -> list[tuple[Tiling, list[Tensor]]]:
+        """The tilings, and what each one's masks add to scores, ``[rows, 1, queries * G, keys]``; made once.
+
+        A causal tile is the fastest for heads each with K and V of its own; folded heads would have to be unfolded.
+        """
         key = dtype, heads_per_group
-        if key not in self._biases:
-            self._biases[key] = [
-                [_bias(mask.repeat_interleave(heads_per_group, dim=1), dtype) for mask in masks]
-                for masks in self._masks
+        if key not in self._made:
+            tilings = self._make(causal=heads_per_group == 1 and kernels.has_flash(self._device))
+            self._made[key] = [
+                (tiling, [self._bias(mask, dtype, heads_per_group) for mask in tiling.masks]) for tiling in tilings
             ]
-        return self._biases[key]
+        return self._made[key]
+
+    def _bias(self, mask: Tensor, dtype: torch.dtype, heads_per_group: int) -> Tensor:
+        hidden = ~mask.to(self._device, non_blocking=True).repeat_interleave(heads_per_group, dim=1).unsqueeze(1)
+        return torch.zeros(hidden.shape, dtype=dtype, device=self._device).masked_fill_(hidden, HIDDEN)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """As :func:`tidar_megatron.models.attention.hybrid_attention`."""
-        groups = key.shape[1]
-        biases = self.biases(query.dtype, query.shape[1] // groups)
-        if len(self.tilings) == 1:  # rows alike, also where one row of metadata stands for the batch
-            out = _Tiles.apply(query, key, value, self.tilings[0], biases[0], scale)
+        tilings = self.tilings(query.dtype, query.shape[1] // key.shape[1])
+        if len(tilings) == 1:  # rows alike, also where one row of metadata stands for the batch
+            out = _Tiles.apply(query, key, value, *tilings[0], scale)
             assert isinstance(out, Tensor)
             return out
         parts = [
-            _Tiles.apply(query[tiling.rows], key[tiling.rows], value[tiling.rows], tiling, bias, scale)
-            for tiling, bias in zip(self.tilings, biases, strict=True)
+            _Tiles.apply(query[tiling.rows], key[tiling.rows], value[tiling.rows], tiling, biases, scale)
+            for tiling, biases in tilings
         ]
         return torch.cat(parts)
-
-
-def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, HIDDEN).unsqueeze(1)
 
 
 def _fold(heads: Tensor, groups: int) -> Tensor:
@@ -68,15 +73,8 @@ def _unfold(rows: Tensor, heads: int) -> Tensor:
     return tokens_first.flatten(2, 3).permute(1, 2, 0, 3)
 
 
-def _squares(rows: Tensor, batch_row: int, start: int, blocks: Blocks, heads_per_group: int) -> Tensor:
-    """``[b, g, rows(, d)]`` -> the blocks of one row of the batch, a view ``[count, g, size * G(, d)]``."""
-    first, size = start * heads_per_group, blocks.size * heads_per_group
-    part = rows[batch_row, :, first : first + size * blocks.count]
-    return part.unflatten(1, (blocks.count, size)).transpose(0, 1)
-
-
 class _Tiles(torch.autograd.Function):
-    """Attention over the tiles of a tiling, whose rows are the whole batch given."""
+    """Attention over the steps of a tiling, whose rows are the whole batch given."""
 
     @staticmethod
     def forward(
@@ -87,28 +85,23 @@ class _Tiles(torch.autograd.Function):
         G = heads // groups
         query = _fold(query, groups)
         wide = torch.float32 if query.dtype in (torch.bfloat16, torch.float16) else query.dtype
-        # laid out as the output projection reads it where nothing is folded
-        out = (
-            query.new_zeros(t, b, heads, d, dtype=wide).permute(1, 2, 0, 3)
-            if G == 1
-            else query.new_zeros(query.shape, dtype=wide)
-        )
-        lse = query.new_full((b, groups, t * G), -torch.inf, dtype=wide)
-        for blocks in tiling.blocks:
-            for row in range(b):
-                q = _squares(query, row, blocks.queries, blocks, G)
-                k, v = (_squares(tensor, row, blocks.keys, blocks, 1) for tensor in (key, value))
-                part, part_lse = attend(q, k, v, None, scale)
-                _squares(out, row, blocks.queries, blocks, G).copy_(part)
-                _squares(lse, row, blocks.queries, blocks, G).copy_(part_lse)
-        for tile in tiling.tiles:
-            rows = slice(tile.queries.start * G, tile.queries.stop * G)
-            bias = None if tile.mask is None else biases[tile.mask]
-            part, part_lse = attend(query[:, :, rows], key[:, :, tile.keys], value[:, :, tile.keys], bias, scale)
-            if tile.first:
-                out[:, :, rows], lse[:, :, rows] = part, part_lse
+        # where nothing is folded, laid out as the output projection reads it
+        shape, order = ((t, b, heads, d), (1, 2, 0, 3)) if G == 1 else (query.shape, (0, 1, 2, 3))
+        out = query.new_empty(shape, dtype=wide).permute(order)
+        lse = query.new_empty((b, groups, t * G), dtype=wide)
+        if not tiling.gapless:
+            out.zero_()
+            lse.fill_(-torch.inf)
+        for call in _calls(tiling, b, G):
+            bias = None if call.mask is None else biases[call.mask]
+            k, v = call.keys(key), call.keys(value)
+            part, part_lse = attend(call.queries(query), k, v, bias, scale, call.causal)
+            if call.first_queries:
+                call.queries(out).copy_(part)
+                call.queries(lse).copy_(part_lse)
             else:
-                _merge(out[:, :, rows], lse[:, :, rows], part, part_lse)
+                _merge(call.queries(out), call.queries(lse), part, part_lse)
+            del part  # before the next one is made
         out = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.tiling, ctx.biases, ctx.scale, ctx.heads = tiling, biases, scale, heads
@@ -119,31 +112,64 @@ class _Tiles(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
         groups = key.shape[1]
-        G = ctx.heads // groups
         grad = _fold(grad, groups)
         # sums over many tiles, so in float32 at least
-        d_query, d_key, d_value = (torch.zeros_like(tensor, dtype=lse.dtype) for tensor in (query, key, value))
-        for blocks in ctx.tiling.blocks:
-            for row in range(len(query)):
-                g, q, o, z = (_squares(x, row, blocks.queries, blocks, G) for x in (grad, query, out, lse))
-                k, v = (_squares(x, row, blocks.keys, blocks, 1) for x in (key, value))
-                dq, dk, dv = attend_backward(g, q, k, v, o, z, None, ctx.scale)
-                _squares(d_query, row, blocks.queries, blocks, G).copy_(dq)
-                _squares(d_key, row, blocks.keys, blocks, 1).copy_(dk)
-                _squares(d_value, row, blocks.keys, blocks, 1).copy_(dv)
-        for tile in ctx.tiling.tiles:
-            rows = slice(tile.queries.start * G, tile.queries.stop * G)
-            bias = None if tile.mask is None else ctx.biases[tile.mask]
-            g, q, o, z = (x[:, :, rows] for x in (grad, query, out, lse))
-            dq, dk, dv = attend_backward(g, q, key[:, :, tile.keys], value[:, :, tile.keys], o, z, bias, ctx.scale)
-            if tile.first:
-                d_query[:, :, rows] = dq
-            else:
-                d_query[:, :, rows] += dq
-            d_key[:, :, tile.keys] += dk
-            d_value[:, :, tile.keys] += dv
+        empty = torch.empty_like if ctx.tiling.gapless else torch.zeros_like
+        d_query, d_key, d_value = (empty(tensor, dtype=lse.dtype) for tensor in (query, key, value))
+        for call in _calls(ctx.tiling, len(query), ctx.heads // groups):
+            bias = None if call.mask is None else ctx.biases[call.mask]
+            g, q, o, z = (call.queries(tensor) for tensor in (grad, query, out, lse))
+            k, v = call.keys(key), call.keys(value)
+            dq, dk, dv = attend_backward(g, q, k, v, o, z, bias, ctx.scale, call.causal)
+            _add(call.queries(d_query), dq, call.first_queries)
+            _add(call.keys(d_key), dk, call.first_keys)
+            _add(call.keys(d_value), dv, call.first_keys)
+            del dq, dk, dv  # before the next ones are made
         d_query = _unfold(d_query.to(query.dtype), ctx.heads)
         return d_query, d_key.to(key.dtype), d_value.to(value.dtype), None, None, None
+
+
+class _Call(NamedTuple):
+    """One call of the kernel: views of its part of tensors ``[b, g, rows or keys(, d)]``, and the rest of its step."""
+
+    queries: Callable[[Tensor], Tensor]
+    keys: Callable[[Tensor], Tensor]
+    mask: int | None
+    causal: bool
+    first_queries: bool
+    first_keys: bool
+
+
+def _calls(tiling: Tiling, batch_rows: int, heads_per_group: int) -> Iterator[_Call]:
+    """A tile is one call, with all G query heads of a group; squares are one for each row of the batch."""
+    G = heads_per_group
+    for step in tiling.steps:
+        start, stop = step.queries.start * G, step.queries.stop * G
+        if isinstance(step, Squares):
+            for row in range(batch_rows):
+                queries = partial(_squares, row=row, part=slice(start, stop), size=step.size * G)
+                keys = partial(_squares, row=row, part=step.keys, size=step.size)
+                yield _Call(queries, keys, None, False, step.first_queries, step.first_keys)
+        else:
+            assert not step.causal or G == 1  # the kernel counts rows
+            queries, keys = (partial(_part, part=part) for part in (slice(start, stop), step.keys))
+            yield _Call(queries, keys, step.mask, step.causal, step.first_queries, step.first_keys)
+
+
+def _part(tensor: Tensor, part: slice) -> Tensor:
+    return tensor[:, :, part]
+
+
+def _squares(tensor: Tensor, row: int, part: slice, size: int) -> Tensor:
+    """One row of the batch, ``[count, g, size(, d)]``."""
+    return tensor[row, :, part].unflatten(1, (-1, size)).transpose(0, 1)
+
+
+def _add(total: Tensor, part: Tensor, first: bool) -> None:
+    if first:
+        total.copy_(part)
+    else:
+        total.add_(part)
 
 
 def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:

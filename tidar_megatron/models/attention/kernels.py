@@ -20,8 +20,17 @@ def has_flash(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """``query [n, g, r, d]``, ``key``/``value [n, g, k, d]``, ``bias [n or 1, 1, r, k]`` in the query's dtype.
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """One tile, or a batch of them.
+
+    Args:
+        query: ``[n, g, r, d]``.
+        key, value: ``[n, g, k, d]``.
+        bias: what is added to the scores, ``[n or 1, 1, r, k]`` in the query's dtype.
+        scale: factor on the scores.
+        causal: row n sees the keys up to n; only where :func:`has_flash`.
 
     Returns:
         The output, as the query; the log-sum-exp ``[n, g, r]``, float32 or float64.
@@ -29,10 +38,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale
     assert key.shape[1] == query.shape[1]  # the kernel takes less, and is wrong without a word
     assert bias is None or bias.dtype == query.dtype  # as above
     if has_flash(query.device):
-        return _forward(query, key, value, 0.0, False, attn_mask=bias, scale=scale)
-    scores = _scores(query, key, bias, scale)
+        return _forward(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
+    assert not causal
+    q, k, v = (_flat(tensor) for tensor in (query, key, value))
+    scores = _scores(q, k, bias, query.shape[:2], scale)
     lse = scores.logsumexp(-1)
-    return (scores - lse.unsqueeze(-1)).exp_().to(value.dtype) @ value, lse
+    out = torch.bmm((scores - lse.unsqueeze(-1)).exp_().to(v.dtype), v)
+    return out.view(query.shape), lse.view(query.shape[:3])
 
 
 def attend_backward(
@@ -44,19 +56,58 @@ def attend_backward(
     lse: Tensor,
     bias: Tensor | None,
     scale: float,
+    causal: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This tile's part of the gradients of query, key and value, from the merged ``out`` and ``lse``."""
     if has_flash(query.device):
-        return _backward(grad, query, key, value, out, lse, 0.0, False, attn_mask=bias, scale=scale)
-    weights = (_scores(query, key, bias, scale) - lse.unsqueeze(-1)).exp_()
-    into_value = weights.to(grad.dtype).transpose(-1, -2) @ grad
-    along = (grad.to(weights.dtype) * out).sum(-1, keepdim=True)
-    into_scores = weights.mul_((grad @ value.transpose(-1, -2)) - along).mul_(scale).to(query.dtype)
-    return into_scores @ key, into_scores.transpose(-1, -2) @ query, into_value
+        heads = query.shape[1]
+        parts = 1 if causal else _parts(*query.shape[:3])
+        g, q, o, z = (_split(tensor, parts) for tensor in (grad, query, out, lse))
+        bias = bias if bias is None or parts == 1 else _split(bias.expand(-1, heads, -1, -1), parts)
+        k, v = (_shared(tensor, parts) for tensor in (key, value))
+        dq, dk, dv = _backward(g, q, k, v, o, z, 0.0, causal, attn_mask=bias, scale=scale)
+        if parts == 1:
+            return dq, dk, dv
+        return dq.reshape(query.shape), *(part.unflatten(1, (heads, parts)).sum(2) for part in (dk, dv))
+    g, q, k, v = (_flat(tensor) for tensor in (grad, query, key, value))
+    weights = (_scores(q, k, bias, query.shape[:2], scale) - lse.reshape(*q.shape[:2], 1)).exp_()
+    into_value = torch.bmm(weights.to(g.dtype).transpose(1, 2), g)
+    along = (grad * out).sum(-1, dtype=weights.dtype).view(*q.shape[:2], 1)
+    into_scores = weights.mul_(torch.bmm(g, v.transpose(1, 2)) - along).mul_(scale).to(q.dtype)
+    into_query, into_key = torch.bmm(into_scores, k), torch.bmm(into_scores.transpose(1, 2), q)
+    return into_query.view(query.shape), into_key.view(key.shape), into_value.view(value.shape)
 
 
-def _scores(query: Tensor, key: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    scores = query @ key.transpose(-1, -2)
+def _parts(batch: int, heads: int, rows: int) -> int:
+    """Into how many heads of their own to split the rows: the kernel's backward gives a head to one thread.
+
+    Keys and values are shared by the parts (a view), their gradients are not until they are added up.
+    """
+    parts = -(-torch.get_num_threads() // (batch * heads))
+    while rows % parts:
+        parts -= 1
+    return parts
+
+
+def _split(rows: Tensor, parts: int) -> Tensor:
+    """``[n, g, r, ...]`` -> ``[n, g * parts, r / parts, ...]``."""
+    return rows if parts == 1 else rows.unflatten(2, (parts, -1)).flatten(1, 2)
+
+
+def _shared(keys: Tensor, parts: int) -> Tensor:
+    """``[n, g, k, d]`` -> ``[n, g * parts, k, d]``; a view where there is one head, which is where it matters."""
+    return keys if parts == 1 else keys.unsqueeze(2).expand(-1, -1, parts, -1, -1).flatten(1, 2)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """``[n, g, ...]`` -> ``[n * g, ...]``, contiguous: batched products copy anything else themselves, and slower."""
+    return tensor.reshape(-1, *tensor.shape[2:])
+
+
+def _scores(query: Tensor, key: Tensor, bias: Tensor | None, batch: torch.Size, scale: float) -> Tensor:
+    scores = torch.bmm(query, key.transpose(1, 2))
     scores = scores.float() if scores.dtype in (torch.bfloat16, torch.float16) else scores
     scores = scores.mul_(scale)
-    return scores if bias is None else scores.add_(bias)
+    if bias is not None:
+        scores.view(*batch, *scores.shape[1:]).add_(bias)
+    return scores

@@ -1,18 +1,18 @@
 """Which rectangles of queries x keys to compute: geometry only, on the host, from the metadata of a batch.
 
-Queries and clean keys are laid on a grid of chunks. Each cell is empty, full (every query sees every key) or partial;
-the rule is asked for the ends of stretches alone, which speak for all of their tokens. Empty cells cost nothing. Full
-ones are joined into rectangles that need no mask, as large as they come: for a causal half these are the squares of a
-binary tree, so that few rectangles are computed and few results merged. Partial ones (along the diagonal) have a mask
-no larger than a chunk, and equal masks are kept once: a single document has two. Mask tokens see the masks of their
-own block and no others: those pairs are a row of small squares, computed in one call.
+Clean tokens of a document see each other causally: one causal call where it is not short and the kernel can. Masks see
+the masks of their own block and no others: a row of small squares, in one call. Everything else is laid on a grid of
+chunks, of which each cell is empty, full (every query sees every key) or partial; the rule is asked for the ends of
+stretches alone, which speak for all of their tokens. Empty cells cost nothing. Full ones are joined into rectangles
+that need no mask, as large as they come: below a diagonal these are the squares of a binary tree, so that few
+rectangles are computed and few results merged. Partial ones have a mask no larger than a chunk, and equal masks are
+kept once.
 
-      keys: clean
-    +---+---+---+---+        # partial: a masked tile
-    | # |   |   |   |        1 full, joined: an unmasked tile of 2 x 2 chunks
-    | 2 | # |   |   |        2 full: unmasked tiles of one chunk
-    | 1   1 | # |   |
-    | 1   1 | 2 | # |        queries: clean tokens; those of masks look the same
+    +---+---+---+---+
+    | # |   |   |   |        # partial: a masked tile
+    | 2 | # |   |   |        1 full, joined: an unmasked tile of 2 x 2 chunks
+    | 1   1 | # |   |        2 full: unmasked tiles of one chunk
+    | 1   1 | 2 | # |
     +---+---+---+---+
 """
 
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from tidar_megatron.attention_mask import is_clean, leaps, mask_blocks, may_attend, stretches
 
-CALL = 128 * 128  # what a tile costs beyond its pairs of query and key, in pairs: a call, and merging its result
+CALL = 128 * 128  # what a call costs beyond its pairs of query and key, in pairs: overhead, and merging its result
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,31 @@ class Tile:
     queries: slice
     keys: slice
     mask: int | None  # number of its mask in the tiling; None: every query sees every key
-    first: bool  # none of these queries is in an earlier tile, or in a block of masks
+    causal: bool  # or rather, as many keys as queries, and query n sees the keys up to n
+    first_queries: bool  # none of these queries is in an earlier step
+    first_keys: bool  # nor any of these keys
+
+    @property
+    def area(self) -> int:
+        """Pairs of query and key computed."""
+        n = _length(self.queries)
+        return n * (n + 1) // 2 if self.causal else n * _length(self.keys)
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """Equal blocks of mask tokens, side by side: ``count`` squares of ``size``."""
+class Squares:
+    """Equal squares along a diagonal, ``size`` queries and keys each, without masks; one call."""
 
-    queries: int  # where the first one stands among the queries
-    keys: int  # and among the keys
+    queries: slice  # of all of them
+    keys: slice
     size: int
-    count: int
+    first_queries: bool
+    first_keys: bool
+
+    @property
+    def area(self) -> int:
+        """Pairs of query and key computed."""
+        return _length(self.queries) * self.size
 
 
 @dataclass(frozen=True)
@@ -55,86 +69,129 @@ class Tiling:
     """What some rows of a batch compute."""
 
     rows: slice
-    tiles: tuple[Tile, ...]
-    blocks: tuple[Blocks, ...]
+    steps: tuple[Tile | Squares, ...]
     masks: tuple[Tensor, ...]  # bool [rows, queries, keys], or [1, queries, keys] for all of them
+    gapless: bool  # a step's queries are all new or all known, so are its keys, and in the end all are known
 
     @property
     def area(self) -> int:
         """Pairs of query and key computed in each row."""
-        tiles = sum(_length(tile.queries) * _length(tile.keys) for tile in self.tiles)
-        return tiles + sum(blocks.size**2 * blocks.count for blocks in self.blocks)
+        return sum(step.area for step in self.steps)
 
     @property
     def cost(self) -> int:
         """Of all rows, in pairs."""
-        return self.area * _length(self.rows) + CALL * len(self.tiles)
+        return self.area * _length(self.rows) + CALL * len(self.steps)
 
 
 def _length(part: slice) -> int:
     return part.stop - part.start
 
 
-def make_tilings(visibility: Tensor, queries: tuple[slice, ...], chunk_size: int) -> list[Tiling]:
+def make_tilings(visibility: Tensor, queries: tuple[slice, ...], chunk_size: int, causal: bool = True) -> list[Tiling]:
     """Tile a batch: rows alike together, others together or apart, whichever costs less.
 
     Args:
         visibility: metadata of the keys, int32 ``[b, k, 4]`` on the host.
         queries: which of the keys are the queries, one after the other.
         chunk_size: tokens of a chunk.
+        causal: whether tiles may be causal, which takes a kernel that can; else masked ones stand for them.
     """
+    queries = tuple(part for part in queries if _length(part))
     apart, start = [], 0
     for row in range(1, len(visibility) + 1):
         if row == len(visibility) or not torch.equal(visibility[row], visibility[start]):
-            apart.append(_tile(visibility[start : start + 1], slice(start, row), queries, chunk_size))
+            apart.append(_tile(visibility[start : start + 1], slice(start, row), queries, chunk_size, causal))
             start = row
-    if len(apart) > 1 and all(tiling.blocks == apart[0].blocks for tiling in apart):
-        together = _tile(visibility, slice(0, len(visibility)), queries, chunk_size)
+    if len(apart) > 1 and all(torch.equal(mask_blocks(row), mask_blocks(visibility[0])) for row in visibility[1:]):
+        together = _tile(visibility, slice(0, len(visibility)), queries, chunk_size, False)
         if together.cost <= sum(tiling.cost for tiling in apart):
             return [together]
     return apart
 
 
-def _tile(visibility: Tensor, rows: slice, queries: tuple[slice, ...], chunk_size: int) -> Tiling:
+class _Steps:
+    """Steps as they are added, and which queries and keys are known by then."""
+
+    def __init__(self, queries: int, keys: int) -> None:
+        self.steps: list[Tile | Squares] = []
+        self.gapless = True
+        self._queries, self._keys = np.zeros(queries, dtype=bool), np.zeros(keys, dtype=bool)
+        self._masks: dict[bytes, tuple[int, Tensor]] = {}
+
+    def tile(self, queries: slice, keys: slice, mask: int | None = None, causal: bool = False) -> None:
+        new = self._new(self._queries, queries), self._new(self._keys, keys)
+        self.steps.append(Tile(queries, keys, mask, causal, *new))
+
+    def squares(self, queries: slice, keys: slice, size: int) -> None:
+        new = self._new(self._queries, queries), self._new(self._keys, keys)
+        self.steps.append(Squares(queries, keys, size, *new))
+
+    def mask(self, seen: Tensor) -> int:
+        """The number of a mask, bool ``[rows, queries, keys]``."""
+        content = bytes(str(seen.shape), "ascii") + np.packbits(seen.numpy()).tobytes()
+        return self._masks.setdefault(content, (len(self._masks), seen))[0]
+
+    def tiling(self, rows: slice) -> Tiling:
+        gapless = self.gapless and bool(self._queries.all() and self._keys.all())
+        return Tiling(rows, tuple(self.steps), tuple(mask for _, mask in self._masks.values()), gapless)
+
+    def _new(self, known: NDArray[np.bool_], part: slice) -> bool:
+        new = not known[part].any()
+        self.gapless &= new or bool(known[part].all())
+        known[part] = True
+        return new
+
+
+def _tile(visibility: Tensor, rows: slice, queries: tuple[slice, ...], chunk_size: int, causal: bool) -> Tiling:
     asking = torch.cat([visibility[:, part] for part in queries], dim=1)
-    segments, q_edges = _grid(asking, chunk_size, np.cumsum([_length(part) for part in queries]).tolist())
-    _, k_edges = _grid(visibility, chunk_size, [])
+    steps = _Steps(asking.shape[1], visibility.shape[1])
+    for q, k, size in _blocks(visibility[0], queries):
+        steps.squares(q, k, size)
+    diagonals = _diagonals(visibility[0], queries, chunk_size) if causal else []
+    inner = np.cumsum([_length(part) for part in queries]).tolist()
+    q_ends, k_ends = ([edge for parts in diagonals for edge in (parts[n].start, parts[n].stop)] for n in (0, 1))
+    segments, q_edges = _grid(asking, chunk_size, [*inner, *q_ends])
+    _, k_edges = _grid(visibility, chunk_size, k_ends)
     some, every = cells(asking, visibility, q_edges, k_edges)
-    blocks = _blocks(visibility[0], queries)
-    covered = np.zeros(asking.shape[1], dtype=bool)
-    for each in blocks:
-        covered[each.queries : each.queries + each.size * each.count] = True
-    tiles: list[Tile] = []
-    masks: dict[bytes, tuple[int, Tensor]] = {}
-
-    def add(first_row: int, last_row: int, columns: NDArray[np.bool_], masked: bool) -> None:
-        q = slice(q_edges[first_row], q_edges[last_row])
-        for begin, end in _runs(columns):
+    for q, k in diagonals:
+        steps.tile(q, k, causal=True)
+        done = slice(*np.searchsorted(q_edges, (q.start, q.stop))), slice(*np.searchsorted(k_edges, (k.start, k.stop)))
+        some[done] = every[done] = False
+    for row, q in enumerate(map(slice, q_edges, q_edges[1:])):
+        for begin, end in _runs(some[row] & ~every[row]):
             k = slice(k_edges[begin], k_edges[end])
-            mask = None
-            if masked:
-                seen = may_attend(asking[:, q], visibility[:, k])
-                content = bytes(str(seen.shape), "ascii") + np.packbits(seen.numpy()).tobytes()
-                mask, _ = masks.setdefault(content, (len(masks), seen))
-            tiles.append(Tile(q, k, mask, first=not covered[q].any()))
-            covered[q] = True
-
-    for row in range(len(q_edges) - 1):
-        add(row, row + 1, some[row] & ~every[row], masked=True)
+            steps.tile(q, k, steps.mask(may_attend(asking[:, q], visibility[:, k])))
 
     def join(first_row: int, last_row: int) -> None:
         """The columns that all these rows see in full; then each half of the rows for what is left."""
         common: NDArray[np.bool_] = np.logical_and.reduce(every[first_row:last_row], axis=0)
-        add(first_row, last_row, common, masked=False)
+        for begin, end in _runs(common):
+            steps.tile(slice(q_edges[first_row], q_edges[last_row]), slice(k_edges[begin], k_edges[end]))
         every[first_row:last_row, common] = False
         if last_row - first_row > 1:
             middle = (first_row + last_row) // 2
             join(first_row, middle)
             join(middle, last_row)
 
-    for begin, end in pairwise(segments):
-        join(q_edges.index(begin), q_edges.index(end))
-    return Tiling(rows, tuple(tiles), blocks, tuple(mask for _, mask in masks.values()))
+    for first, last in pairwise(segments):
+        join(q_edges.index(first), q_edges.index(last))
+    return steps.tiling(rows)
+
+
+def _diagonals(row: Tensor, queries: tuple[slice, ...], chunk_size: int) -> list[tuple[slice, slice]]:
+    """Of the clean tokens that are queries, each document's, among the queries and among the keys.
+
+    None where most documents are shorter than a chunk.
+    """
+    found, place = [], 0
+    for part in queries:
+        edges = stretches(row[part], []).tolist()
+        for begin, end in pairwise(edges):
+            if is_clean(row[part.start + begin]):
+                found.append((slice(place + begin, place + end), slice(part.start + begin, part.start + end)))
+        place += _length(part)
+    return found if len(found) * chunk_size <= sum(_length(q) for q, _ in found) else []
 
 
 def _grid(visibility: Tensor, chunk_size: int, more: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -177,29 +234,23 @@ def cells(
     return some, every
 
 
-def _blocks(row: Tensor, queries: tuple[slice, ...]) -> tuple[Blocks, ...]:
-    """The blocks of mask tokens among the queries, those of one size side by side together."""
-    found: list[Blocks] = []
-    place = 0
-    blocks = mask_blocks(row).tolist()
-    masks = 0
+def _blocks(row: Tensor, queries: tuple[slice, ...]) -> list[tuple[slice, slice, int]]:
+    """The blocks of masks among the queries: those of one size side by side together, as queries, keys, size."""
+    found: list[tuple[slice, slice, int]] = []
+    blocks, place, masks = mask_blocks(row).tolist(), 0, 0
     for part in queries:
         for begin, end in blocks:
             if part.start <= begin and end <= part.stop:
-                masks += end - begin
                 size, q = end - begin, place + begin - part.start
-                last = found[-1] if found else None
-                if last and (last.size, last.queries + last.size * last.count, last.keys + last.size * last.count) == (
-                    size,
-                    q,
-                    begin,
-                ):
-                    found[-1] = Blocks(last.queries, last.keys, size, last.count + 1)
+                masks += size
+                if found and (found[-1][0].stop, found[-1][1].stop, found[-1][2]) == (q, begin, size):
+                    start_q, start_k = found[-1][0].start, found[-1][1].start
+                    found[-1] = slice(start_q, q + size), slice(start_k, end), size
                 else:
-                    found.append(Blocks(q, begin, size, 1))
+                    found.append((slice(q, q + size), slice(begin, end), size))
         place += _length(part)
     assert masks == sum(int((~is_clean(row[part])).sum()) for part in queries), "queries cut a block of masks"
-    return tuple(found)
+    return found
 
 
 def _runs(wanted: NDArray[np.bool_]) -> list[tuple[int, int]]:

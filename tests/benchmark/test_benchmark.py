@@ -1,0 +1,89 @@
+"""The benchmark program measures what it says: small runs of each kind, and its instruments on known functions."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+from tidar_megatron.benchmark import loss as loss_benchmark
+from tidar_megatron.benchmark.measuring import Spread, Timings, peak_bytes
+from tidar_megatron.benchmark.report import plot
+from tidar_megatron.distributed.groups import shut_down
+
+
+def run(*arguments):
+    command = [sys.executable, "-W", "ignore", "tools/benchmark.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize(
+    ("what", "keys"),
+    [
+        ("attention", {"seq_length", "backend", "over_causal", "peak_extra_bytes"}),
+        ("training", {"seq_length", "parameters", "diffusion_block_fraction", "tidar_over_ar"}),
+        ("loader", {"seq_length", "building_seconds", "waiting_over_building"}),
+    ],
+)
+def test_rows(what, keys, tmp_path):
+    done = run(what, "--seq-lengths", 256, "--repeats", 1, "--threads", 1, "--output", tmp_path, "--json")
+    assert done.returncode == 0, done.stderr[-4000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert json.loads((tmp_path / f"{what}.json").read_text()) == result
+    assert result["command"].startswith(f"python tools/benchmark.py {what} --seq-lengths 256")
+    assert result["machine"]["threads"] == 1 and result["machine"]["torch"] == torch.__version__
+    assert all(keys <= row.keys() for row in result["rows"])
+    if what == "attention":
+        assert {row["backend"] for row in result["rows"]} == {"chunked", "dense"}
+    if what == "training":
+        assert {row["diffusion_block_fraction"] for row in result["rows"]} == {1.0, 0.25}
+        assert all(row["parameters"] >= 11e6 for row in result["rows"])
+        plot(result, tmp_path / "plot.png")
+        assert (tmp_path / "plot.png").stat().st_size > 5000
+
+
+def test_loss(monkeypatch):
+    """On sizes where it takes no time."""
+    monkeypatch.setattr(loss_benchmark, "VOCABULARY", 4096)
+    monkeypatch.setattr(loss_benchmark, "TOKENS", 1024)
+    shut_down()
+    result = loss_benchmark.loss(repeats=1)
+    assert result["largest_gradient_error"] < 1e-5
+    assert result["peak_bytes"]["unfused"] >= 4 * 4096 * 1024  # the logits at least
+    peaks = result["peak_bytes"]
+    assert result["peak_ratio"] == pytest.approx(peaks["chunked"] / peaks["unfused"], abs=1e-4)
+
+
+def test_peak_is_of_what_lives_at_one_time():
+    kept = torch.ones(1000)
+
+    def one_after_the_other():
+        for _ in range(5):
+            kept.mul(2)
+
+    def all_together():
+        return [kept.mul(2) for _ in range(5)], kept.add_(1), kept.view(10, 100)
+
+    assert peak_bytes(one_after_the_other) == 4000
+    assert peak_bytes(all_together) == 20000
+
+
+def test_ratios_are_of_pairs():
+    timings = Timings({"long": lambda: time.sleep(0.02), "short": lambda: time.sleep(0.005)}, 3)
+    assert len(timings.seconds["long"]) == 3
+    assert 2 < timings.ratio("long", "short").median < 6
+    timings.seconds = {"a": [2.0, 20.0, 6.0], "b": [1.0, 10.0, 1.0]}  # the machine was busy in the second round
+    assert timings.ratio("a", "b") == Spread(2.0, 2.0, 4.0)
+
+
+def test_bad_input():
+    for arguments, word in (
+        (["attention", "--seq-lengths", 100], "multiple of 256"),
+        (["loss", "--repeats", 0], "--repeats 0"),
+        (["training", "--diffusion-block-fractions", 2], "--diffusion-block-fractions 2"),
+    ):
+        done = run(*arguments)
+        assert done.returncode == 2 and word in done.stderr and done.stderr.count("\n") == 1
