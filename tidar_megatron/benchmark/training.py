@@ -18,6 +18,7 @@ from tidar_megatron.training.optimizer import build_optimizer, wrap_model
 from tidar_megatron.training.step import train_step
 
 VOCABULARY = 4096
+TOKENS = 4096  # clean ones of a step: one micro-batch of as many sequences as that takes, or of a longer one
 MODEL: dict[str, Any] = {
     "num_layers": 6,
     "hidden_size": 384,
@@ -29,7 +30,7 @@ MODEL: dict[str, Any] = {
 
 
 def training(seq_lengths: list[int], fractions: list[float], repeats: int, chunk_size: int = 256) -> dict[str, Any]:
-    """One row for each S and fraction of the blocks; one document fills a sequence, and one sequence is a step."""
+    """One row for each S and fraction of the blocks; one document fills a sequence."""
     rows = []
     for S in seq_lengths:
         config = _config(S, chunk_size)
@@ -45,7 +46,13 @@ def training(seq_lengths: list[int], fractions: list[float], repeats: int, chunk
                 | {"tidar_over_ar": round(spread.median, 3), "spread": rounded(spread)}
                 | {"tidar_seconds": rounded(times.of(_name(fraction))), "ar_seconds": rounded(times.of("AR"))}
             )
-    settings = {**MODEL, "block_size": config.tidar.block_size, "chunk_size": chunk_size, "bf16": config.training.bf16}
+    settings = {
+        **MODEL,
+        "block_size": config.tidar.block_size,
+        "chunk_size": chunk_size,
+        "tokens": TOKENS,
+        "bf16": config.training.bf16,
+    }
     return {"settings": settings, "rows": rows}
 
 
@@ -54,12 +61,13 @@ def _name(fraction: float) -> str:
 
 
 def _config(seq_length: int, chunk_size: int) -> Config:
+    rows = max(1, TOKENS // seq_length)
     return build_config(
         {
             "tidar": {"block_size": 16, "mask_token_id": VOCABULARY - 1, "attention_chunk_size": chunk_size},
             "model": MODEL,
             "data": {"seq_length": seq_length},
-            "training": {"global_batch_size": 1, "train_iters": 1000, "bf16": has_gpu()},
+            "training": {"global_batch_size": rows, "micro_batch_size": rows, "train_iters": 1000, "bf16": has_gpu()},
         }
     )
 
@@ -77,7 +85,7 @@ def _steps(config: Config, fractions: list[float]) -> tuple[dict[str, Callable[[
 
     def step(fraction: float | None) -> Callable[[], object]:
         def take() -> object:
-            batches = [_batch(sequence, config, fraction)]
+            batches = [_batch([sequence] * config.training.micro_batch_size, config, fraction)]
             return train_step(model, optimizer, scheduler, batches, config.tidar.ar_loss_weight, ranks)
 
         return take
@@ -86,9 +94,9 @@ def _steps(config: Config, fractions: list[float]) -> tuple[dict[str, Callable[[
     return named, sum(p.numel() for chunk in chunks for p in chunk.parameters())
 
 
-def _batch(sequence: PackedSequence, config: Config, fraction: float | None) -> Batch:
+def _batch(sequences: list[PackedSequence], config: Config, fraction: float | None) -> Batch:
     chosen = None
     if fraction is not None and fraction < 1:
         m = max(1, round(fraction * config.blocks))
-        chosen = choose_blocks(config.blocks, m, seed=0, number=0)[None]
-    return make_batch([sequence], config.tidar.block_size, VOCABULARY - 1, fraction is not None, chosen)
+        chosen = np.stack([choose_blocks(config.blocks, m, 0, number) for number in range(len(sequences))])
+    return make_batch(sequences, config.tidar.block_size, VOCABULARY - 1, fraction is not None, chosen)
