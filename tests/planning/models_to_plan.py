@@ -37,9 +37,14 @@ MOE = {"num_experts": 4, "moe_ffn_hidden_size": 48, "moe_aux_loss_coeff": 0.01}
 SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
 
 
-def sizes_of(world_size, model=None, training=None, **parallel):
+def sizes_of(world_size, model=None, training=None, fraction=1.0, **parallel):
     tree = {
-        "tidar": {"block_size": 8, "attention_backend": "chunked", "attention_chunk_size": 32},
+        "tidar": {
+            "block_size": 8,
+            "attention_backend": "chunked",
+            "attention_chunk_size": 32,
+            "diffusion_block_fraction": fraction,
+        },
         "model": {**MODEL, **(model or {})},
         "data": {"seq_length": 128},
         "training": {"global_batch_size": 8, **(training or {})},

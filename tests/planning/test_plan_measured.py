@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from tests.planning.models_to_plan import CP2, MOE, PP2, SELECTIVE, TP2, sizes_of
 from tidar_megatron.attention_mask import may_attend, training_area, training_layout
 from tidar_megatron.context_parallel import key_tokens, query_slices
+from tidar_megatron.data.blocks import strata
 from tidar_megatron.data.doubled import make_batch
 from tidar_megatron.data.packing import Piece, pack
 from tidar_megatron.distributed.fake import play_rank
@@ -50,6 +51,7 @@ LAYOUTS = {
         1, MOE, recompute_granularity="selective", recompute_modules=["core_attn"]
     ),
     "experts recomputed": lambda: sizes_of(1, MOE, recompute_granularity="selective", recompute_modules=["moe"]),
+    "half of the blocks": lambda: sizes_of(2, training={"micro_batch_size": 2}, fraction=0.5, **CP2),
     "DP4, bf16, dist-opt": lambda: sizes_of(4, training={"bf16": True}, use_distributed_optimizer=True),
 }
 
@@ -74,7 +76,11 @@ def a_batch(sizes, ranks):
     """A micro-batch of one document a row, as the planner assumes."""
     length = sizes.config.data.seq_length
     row = pack([Piece(0, 0, length)], [np.arange(length + 1) % 200], 0)
-    whole = make_batch([row] * sizes.b, sizes.config.tidar.block_size, mask_token_id=249)
+    config, chosen = sizes.config, None
+    if config.chosen_blocks < config.blocks:  # those in the middle of their strata, as the planner takes them
+        edges = strata(config.blocks, config.chosen_blocks)
+        chosen = np.stack([(edges[:-1] + edges[1:] - 1) // 2] * sizes.b)
+    whole = make_batch([row] * sizes.b, config.tidar.block_size, 249, chosen=chosen)
     return whole.shard(ranks.groups.cp.rank(), ranks.groups.cp.size())
 
 

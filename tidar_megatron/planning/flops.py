@@ -94,12 +94,14 @@ def model_flops(sizes: Sizes) -> tuple[float, float]:
     """Useful FLOPs of a step over all ranks, forward and backward (factor 3), nothing recomputed.
 
     Returns:
-        Of the doubled sequence, 2S tokens under the mask's own area; and of plain AR training on the same clean tokens,
-        S tokens under causal attention: what the 2S are paid for.
+        Of the doubled sequence, 2S tokens (fewer where blocks are chosen) under the mask's own area; and of plain AR
+        training on the same clean tokens, S tokens under causal attention: what the others are paid for.
     """
     model, S = sizes.config.model, sizes.config.data.seq_length
     doubled, causal = training_area(S, sizes.config.tidar.block_size)
     each = 6 * active_parameters(sizes)
     pair = 12 * model.num_layers * model.num_attention_heads * sizes.d
     sequences = sizes.config.training.global_batch_size
-    return sequences * (each * 2.0 * S + pair * doubled), sequences * (each * 1.0 * S + pair * causal)
+    share = sizes.config.chosen_blocks / sizes.config.blocks
+    trained = each * (1.0 + share) * S + pair * (causal + share * (doubled - causal))
+    return sequences * trained, sequences * (each * 1.0 * S + pair * causal)

@@ -121,7 +121,7 @@ def layer_bytes(sizes: Sizes, kernels: Kernels, recompute: tuple[str, ...] = ())
     heads, groups, model = sizes.heads, sizes.groups, sizes.config.model
     norms = 2 * norm_bytes(sizes, s, h, kernels)
     inputs = 2 * s * h * w  # of the projection to q, k, v and of the feed-forward
-    rotary = 4 * sizes.rows * d * w
+    rotary = 4 * sizes.angle_rows * d * w
     attention_recomputed = "core_attn" in recompute
     fused_qkv, qk_norm = t * (heads + 2 * groups) * d * w, 0
     keeps_qkv = sizes.cp == 1 or attention_recomputed  # v is a view of it; gathered v is not
@@ -161,7 +161,7 @@ def activations_of(sizes: Sizes, first: bool, last: bool, kernels: Kernels) -> A
     """Of a chunk that is the ``first`` or the ``last`` of the model, or neither."""
     parallel, t, s, h, w = sizes.config.parallel, sizes.tokens, sizes.residual_tokens, sizes.h, sizes.w
     n, every = sizes.chunk_layers, layer_bytes(sizes, kernels)
-    metadata, angles = 16 * sizes.b * sizes.tiles.keys, 4 * sizes.rows * sizes.d
+    metadata, angles = 16 * sizes.b * sizes.tiles.keys, 4 * sizes.angle_rows * sizes.d
     # gradients of the feed-forward's first projection and of the residuals; tokens on their way to experts
     rows, dispatched = (t, 0) if sizes.experts is None else (sizes.expert_rows, s * sizes.ep * sizes.etp)
     working = rows * 2 * sizes.f * w + 2 * s * h * w + dispatched * h * w

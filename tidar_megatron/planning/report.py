@@ -77,8 +77,8 @@ def print_plan(plan: Plan) -> None:
     console.print(
         f"{plan.total_parameters:,} parameters, {active_parameters(plan.layouts[0].sizes):,} in a token's matrix "
         f"products; S = {config.data.seq_length:,}, B = {config.tidar.block_size}, "
-        f"{config.training.global_batch_size} sequences a step: {doubled:.3e} useful FLOPs on 2S tokens, "
-        f"{clean:.3e} on S (plain AR)",
+        f"{config.training.global_batch_size} sequences a step: {doubled:.3e} useful FLOPs on clean tokens and masks, "
+        f"{clean:.3e} on the clean ones (plain AR)",
         highlight=False,
     )
     console.print(layout_table(plan))

@@ -85,12 +85,17 @@ class Sizes:
 
     @cached_property
     def rows(self) -> int:
-        """Tokens of one sequence on this rank, clean and masks: 2S / CP."""
-        return 2 * self.config.data.seq_length // self.cp
+        """Tokens of one sequence on this rank, clean ones and masks: 2S / CP, fewer where blocks are chosen."""
+        return (self.config.data.seq_length + self.config.chosen_blocks * self.config.tidar.block_size) // self.cp
+
+    @cached_property
+    def angle_rows(self) -> int:
+        """Rows of rotary angles: those of one sequence, unless each has masks at places of its own."""
+        return self.rows * (self.b if self.config.chosen_blocks < self.config.blocks else 1)
 
     @cached_property
     def tokens(self) -> int:
-        """Tokens of a micro-batch: b * 2S / CP."""
+        """Tokens of a micro-batch: b times a sequence's."""
         return self.b * self.rows
 
     @cached_property
@@ -174,7 +179,7 @@ class Sizes:
         tidar = self.config.tidar
         chunks = {"dense": self.rows, "chunked": tidar.attention_chunk_size}
         chunk = chunks.get(tidar.attention_backend, FLEX_BLOCK)
-        return largest_tiles(self.config.data.seq_length, tidar.block_size, chunk, self.cp)
+        return largest_tiles(self.config.data.seq_length, tidar.block_size, chunk, self.cp, self.config.chosen_blocks)
 
 
 def require_vocabulary(config: Config) -> None:
