@@ -140,9 +140,13 @@ def test_a_resume_chooses_the_same_blocks(half, shards, tmp_path, change):
         assert again[iteration] == pytest.approx(values, rel=1e-6), iteration
 
 
+def prefetching():
+    return {thread for thread in threading.enumerate() if thread.name.startswith("prefetch")}
+
+
 def test_batches_are_built_ahead_and_nothing_is_left_running(whole, shards, tmp_path, monkeypatch):
     """Each step's once, in order and in one thread, over the change of phase; as a run without a thread trains."""
-    built = []
+    built, before = [], prefetching()
     real = TrainingData.step_batches
 
     def noted(self, consumed, *arguments):
@@ -152,7 +156,7 @@ def test_batches_are_built_ahead_and_nothing_is_left_running(whole, shards, tmp_
     monkeypatch.setattr(TrainingData, "step_batches", noted)
     pretrain(small(shards, checkpoint={"save": str(tmp_path)}))
     assert built == [(4 * n, n >= 2, "prefetch_0") for n in range(STEPS)]
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+    assert not prefetching() - before  # other tests build a Trainer and never close it
     trainer = Trainer.build(small(shards))
     monkeypatch.setattr(Prefetcher, "get", lambda self, *request: trainer._build_batches(*request))
     monkeypatch.setattr(Prefetcher, "start", lambda self, *request: None)
@@ -162,7 +166,7 @@ def test_batches_are_built_ahead_and_nothing_is_left_running(whole, shards, tmp_
 
 
 def test_data_that_fails_in_the_thread_ends_the_run_as_it_is(shards, tmp_path, monkeypatch):
-    real = TrainingData.step_batches
+    real, before = TrainingData.step_batches, prefetching()
 
     def failing(self, consumed, *arguments):
         if consumed == 12:
@@ -173,7 +177,7 @@ def test_data_that_fails_in_the_thread_ends_the_run_as_it_is(shards, tmp_path, m
     with pytest.raises(UserError, match=r"^shard 7: is damaged$"):
         pretrain(small(shards, checkpoint={"save": str(tmp_path)}))
     assert max(losses(tmp_path)) == 3  # the steps before it were taken
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+    assert not prefetching() - before  # other tests build a Trainer and never close it
 
 
 def test_a_resume_forgets_what_was_logged_after_its_checkpoint(whole, shards, tmp_path):
