@@ -82,14 +82,15 @@ CASES = {
 
 
 @settings(deadline=None)
-@given(**CASES, plain=st.booleans())
-def test_chunked_equals_dense_in_float64(total, block, chunk, lengths, doubled, alike, groups, seed, plain):
-    """With torch's CPU kernel, and with the plain one of other devices."""
+@given(**CASES, plain=st.booleans(), threads=st.sampled_from([1, 3, 4]))
+def test_chunked_equals_dense_in_float64(total, block, chunk, lengths, doubled, alike, groups, seed, plain, threads):
+    """With torch's CPU kernel, whose backward splits rows among threads, and with the plain one of other devices."""
     document, index = documents(lengths, total, alike=alike)
     visibility = training_layout(document, index, block) if doubled else clean_tokens(document, index)
     tensors = draw(seed, BATCH, groups, visibility.shape[1])
     dense = run(make_plan(visibility, backend="dense", chunk_size=1), *tensors)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: threads)
         if plain:
             patch.setattr(kernels, "has_flash", lambda device: False)
         equal(run(make_plan(visibility, backend="chunked", chunk_size=chunk), *tensors), dense)

@@ -72,7 +72,7 @@ def attend_backward(
     g, q, k, v = (_flat(tensor) for tensor in (grad, query, key, value))
     weights = (_scores(q, k, bias, query.shape[:2], scale) - lse.reshape(*q.shape[:2], 1)).exp_()
     into_value = torch.bmm(weights.to(g.dtype).transpose(1, 2), g)
-    along = (grad * out).sum(-1, dtype=weights.dtype).view(*q.shape[:2], 1)
+    along = (grad * out).sum(-1, dtype=weights.dtype).reshape(*q.shape[:2], 1)
     into_scores = weights.mul_(torch.bmm(g, v.transpose(1, 2)) - along).mul_(scale).to(q.dtype)
     into_query, into_key = torch.bmm(into_scores, k), torch.bmm(into_scores.transpose(1, 2), q)
     return into_query.view(query.shape), into_key.view(key.shape), into_value.view(value.shape)
