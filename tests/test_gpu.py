@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.models.test_attention import documents
-from tests.training.test_pretrain import losses, small
+from tests.training.small_runs import losses, small
 from tidar_megatron.attention_mask import training_layout
 from tidar_megatron.checkpoint.export import export_run
 from tidar_megatron.distributed.groups import shut_down

@@ -7,6 +7,7 @@ python tools/benchmark.py training|attention|loss|loader [--json]
 import json
 import shlex
 import sys
+from importlib.util import find_spec
 
 from tidar_megatron.errors import OneLineParser, UserError, run_tool
 
@@ -43,6 +44,10 @@ def main() -> None:
         raise UserError(f"--seq-lengths {wrong_lengths[0]}: must be a multiple of 256, of 16 documents of whole blocks")
     if wrong_fractions := [value for value in arguments.diffusion_block_fractions if not 0 < value <= 1]:
         raise UserError(f"--diffusion-block-fractions {wrong_fractions[0]:g}: must be above 0 and at most 1")
+    if arguments.plot and arguments.what != "training":
+        raise UserError(f"--plot {arguments.plot}: draws training alone")
+    if arguments.plot and not find_spec("matplotlib"):
+        raise UserError(f"--plot {arguments.plot}: needs matplotlib; pip install 'tidar-megatron[plot]'")
 
     import torch  # heavy: after the command line is known to be sound
 

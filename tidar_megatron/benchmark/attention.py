@@ -86,7 +86,7 @@ def _tensors(tokens: int, kv_heads: int) -> list[Tensor]:
 
 def _hybrid(
     tensors: list[Tensor], visibility: Tensor, backend: str, chunk_size: int, expanded: bool = False
-) -> Callable[[], object]:
+) -> Callable[[], list[Tensor]]:
     """``expanded``: as peers do it, K/V heads repeated for each query head."""
     plan = make_plan(visibility, backend=backend, chunk_size=chunk_size, device=str(device()))
 
@@ -106,7 +106,7 @@ def _causal(tensors: list[Tensor], kernel: SDPBackend = SDPBackend.FLASH_ATTENTI
     return _both_ways(tensors, attend)
 
 
-def _both_ways(tensors: list[Tensor], attend: Callable[..., Tensor]) -> Callable[[], object]:
+def _both_ways(tensors: list[Tensor], attend: Callable[..., Tensor]) -> Callable[[], list[Tensor]]:
     grad = torch.ones_like(tensors[0])
 
     def run() -> list[Tensor]:
@@ -122,14 +122,6 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _extra(tensors: list[Tensor], visibility: Tensor, backend: str, chunk_size: int) -> int:
-    grad = torch.ones_like(tensors[0])
     results: list[Tensor] = []
-
-    def run() -> None:
-        plan = make_plan(visibility, backend=backend, chunk_size=chunk_size, device=str(device()))
-        inputs = [tensor.detach().requires_grad_() for tensor in tensors]
-        out = hybrid_attention(inputs[0], inputs[1], inputs[2], plan, CHANNELS**-0.5)
-        results.extend([out, *torch.autograd.grad(out, inputs, grad)])
-
-    peak = peak_bytes(run)
+    peak = peak_bytes(lambda: results.extend(_hybrid(tensors, visibility, backend, chunk_size)()))
     return max(0, peak - sum(_bytes(tensor) for tensor in results))

@@ -46,7 +46,7 @@ class ChunkedPlan:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """As :func:`tidar_megatron.models.attention.hybrid_attention`."""
         tilings = self.tilings(query.dtype, query.shape[1] // key.shape[1])
-        if len(tilings) == 1:  # rows alike, also where one row of metadata stands for the batch
+        if len(tilings) == 1:
             out = _Tiles.apply(query, key, value, *tilings[0], scale)
             assert isinstance(out, Tensor)
             return out

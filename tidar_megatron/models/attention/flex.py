@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from tidar_megatron.attention_mask import mask_blocks, sees
-from tidar_megatron.models.attention.tiles import cells
+from tidar_megatron.attention_mask import sees
+from tidar_megatron.models.attention.tiles import cells, own_blocks
 
 BLOCK = 128  # queries and keys of a block of the kernel
 
@@ -29,11 +29,9 @@ class FlexPlan:
         some, every = (torch.from_numpy(np.stack(part)).unsqueeze(1) for part in zip(*rows, strict=True))
         columns = [part.contiguous().to(device, non_blocking=True) for part in asking.unbind(-1)]
         key_columns = [part.contiguous().to(device, non_blocking=True) for part in visibility.unbind(-1)]
-        one_row = len(visibility) == 1
 
         def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            row = torch.zeros_like(b) if one_row else b
-            return sees([column[row, q] for column in columns], [column[row, k] for column in key_columns])
+            return sees([column[b, q] for column in columns], [column[b, k] for column in key_columns])
 
         partial, full = (_ordered(part, device) for part in (some & ~every, every))
         lengths = asking.shape[1], visibility.shape[1]
@@ -62,15 +60,10 @@ def _blocks(
     """Of one row: which blocks of the kernel hold a pair that sees, and which nothing else."""
     q_edges, k_edges = ([*range(0, part.shape[1], BLOCK), part.shape[1]] for part in (asking, visibility))
     some, every = cells(asking, visibility, q_edges, k_edges)
-    blocks, place = mask_blocks(visibility[0]).numpy(), 0
-    for part in queries:
-        inside = blocks[(blocks[:, 0] >= part.start) & (blocks[:, 1] <= part.stop)]
-        first_q, last_q = ((edge - part.start + place) // BLOCK for edge in (inside[:, 0], inside[:, 1] - 1))
-        first_k, last_k = (edge // BLOCK for edge in (inside[:, 0], inside[:, 1] - 1))
-        wide = max((last_q - first_q).max(initial=0), (last_k - first_k).max(initial=0)) + 1
-        for q, k in np.ndindex(wide, wide):
-            some[np.minimum(first_q + q, last_q), np.minimum(first_k + k, last_k)] = True
-        place += part.stop - part.start
+    for q, k, size in own_blocks(visibility[0], queries):
+        for start in range(0, q.stop - q.start, size):
+            first, last = ([(part.start + start + at) // BLOCK for part in (q, k)] for at in (0, size - 1))
+            some[first[0] : last[0] + 1, first[1] : last[1] + 1] = True
     every[:, -1] &= visibility.shape[1] % BLOCK == 0  # what lies behind the end is nobody's to see
     return some, every
 

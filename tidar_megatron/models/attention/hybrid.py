@@ -45,7 +45,7 @@ def make_plan(
     """Prepare attention for all layers of a batch. Nothing here waits for the device.
 
     Args:
-        visibility: metadata of the keys on the host, int32 ``[b, k, 4]``, or ``[1, k, 4]`` shared by the batch.
+        visibility: metadata of the keys on the host, int32 ``[b, k, 4]``.
         queries: which of the keys are the queries (context parallelism); default: all of them.
         backend: see above.
         chunk_size: tokens of a chunk (``chunked``).

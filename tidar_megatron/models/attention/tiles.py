@@ -98,13 +98,15 @@ def make_tilings(visibility: Tensor, queries: tuple[slice, ...], chunk_size: int
         causal: whether tiles may be causal, which takes a kernel that can; else masked ones stand for them.
     """
     queries = tuple(part for part in queries if _length(part))
-    apart, start = [], 0
-    for row in range(1, len(visibility) + 1):
-        if row == len(visibility) or not torch.equal(visibility[row], visibility[start]):
-            apart.append(_tile(visibility[start : start + 1], slice(start, row), queries, chunk_size, causal))
-            start = row
-    if len(apart) > 1 and all(torch.equal(mask_blocks(row), mask_blocks(visibility[0])) for row in visibility[1:]):
-        together = _tile(visibility, slice(0, len(visibility)), queries, chunk_size, False)
+    pairs = pairwise(visibility)
+    starts = [0, *(row for row, (one, next_one) in enumerate(pairs, 1) if not torch.equal(one, next_one))]
+    squares = [own_blocks(visibility[start], queries) for start in starts]
+    apart = [
+        _tile(visibility[start : start + 1], slice(start, stop), queries, own, chunk_size, causal)
+        for start, stop, own in zip(starts, [*starts[1:], len(visibility)], squares, strict=True)
+    ]
+    if len(apart) > 1 and all(own == squares[0] for own in squares):
+        together = _tile(visibility, slice(0, len(visibility)), queries, squares[0], chunk_size, False)
         if together.cost <= sum(tiling.cost for tiling in apart):
             return [together]
     return apart
@@ -143,10 +145,17 @@ class _Steps:
         return new
 
 
-def _tile(visibility: Tensor, rows: slice, queries: tuple[slice, ...], chunk_size: int, causal: bool) -> Tiling:
+def _tile(
+    visibility: Tensor,
+    rows: slice,
+    queries: tuple[slice, ...],
+    squares: list[tuple[slice, slice, int]],
+    chunk_size: int,
+    causal: bool,
+) -> Tiling:
     asking = torch.cat([visibility[:, part] for part in queries], dim=1)
     steps = _Steps(asking.shape[1], visibility.shape[1])
-    for q, k, size in _blocks(visibility[0], queries):
+    for q, k, size in squares:
         steps.squares(q, k, size)
     diagonals = _diagonals(visibility[0], queries, chunk_size) if causal else []
     inner = np.cumsum([_length(part) for part in queries]).tolist()
@@ -234,7 +243,7 @@ def cells(
     return some, every
 
 
-def _blocks(row: Tensor, queries: tuple[slice, ...]) -> list[tuple[slice, slice, int]]:
+def own_blocks(row: Tensor, queries: tuple[slice, ...]) -> list[tuple[slice, slice, int]]:
     """The blocks of masks among the queries: those of one size side by side together, as queries, keys, size."""
     found: list[tuple[slice, slice, int]] = []
     blocks, place, masks = mask_blocks(row).tolist(), 0, 0
