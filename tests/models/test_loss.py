@@ -173,9 +173,9 @@ def test_a_step_and_an_evaluation_make_no_logits(monkeypatch):
         monkeypatch.setattr("tidar_megatron.models.cross_entropy.chunk_tokens", lambda hidden_size, chunk=chunk: chunk)
         monkeypatch.setattr("tidar_megatron.models.draft_metrics.chunk_tokens", lambda hidden_size, chunk=chunk: chunk)
         with Largest() as step:
-            sums, _ = forward_backward(model, batches, 0.8, group)
+            sums, _ = forward_backward(model, list(batches), 0.8, group)
         with Largest() as evaluation:
-            figures = evaluate(model, batches, config.tidar.block_size, group)
+            figures = evaluate(model, list(batches), config.tidar.block_size, group)
         seen[chunk] = step.numel, evaluation.numel
         grads = {name: p.main_grad.clone() for name, p in model[0].named_parameters()}
         numbers[chunk] = {**grads, "sums": sums}, figures

@@ -81,3 +81,17 @@ def test_data_that_fails_in_the_thread_ends_the_run_as_it_is(shards, tmp_path, m
         pretrain(small(shards, checkpoint={"save": str(tmp_path)}))
     assert max(losses(tmp_path)) == 3  # the steps before it were taken
     assert not prefetching() - before  # other tests build a Trainer and never close it
+
+
+@pytest.mark.parametrize("recompute", [None, "full"])
+def test_one_micro_batch_is_alive_at_a_time(shards, recompute):
+    """In a step and in an evaluation: the masks of its attention plan are gone when the next one's forward begins."""
+    one = {"training": {"micro_batch_size": 1}, "parallel": {"recompute_granularity": recompute}}
+    trainer = Trainer.build(small(shards, tidar={"ar_warmup_fraction": 0.0}, **one))
+    (chunk,), alive = trainer.model, []
+    chunk.register_forward_pre_hook(lambda *call: alive.append(len(chunk.attention_plans._plans)))
+    trainer.step()
+    trainer.evaluate()
+    trainer.close()
+    shut_down()
+    assert alive == [1] * (4 + 5)

@@ -258,6 +258,7 @@ def measure(config: Config, variant: Variant) -> Measured:
 
     optimizer.zero_grad()
     first = documents.batches(0, config, ranks, doubled=True)
+    supervised = [(batch.ar_tokens, batch.diffusion_tokens) for batch in first]
     forward_backward(model, first, alpha, ranks)
     gather_gradients(model)
     grads = {}
@@ -274,7 +275,7 @@ def measure(config: Config, variant: Variant) -> Measured:
     evaluation = evaluate(model, held_out, config.tidar.block_size, ranks)
     names = [name for name in sorted(evaluation) if variant.argmax or not name.startswith(("agreement", "greedy"))]
     flat = np.hstack([np.asarray(evaluation[name], dtype=np.float64) for name in names]).tolist()
-    return Measured(losses, flat, grads, [(b.ar_tokens, b.diffusion_tokens) for b in first])
+    return Measured(losses, flat, grads, supervised)
 
 
 def gather_gradients(model: Model) -> None:

@@ -161,14 +161,16 @@ class Trainer:
         if self.valid_data is None:
             return None
         training, groups = self.config.training, self.ranks.groups
-        batches = self.valid_data.evaluation_batches(
-            training.eval_sequences,
-            training.micro_batch_size,
-            groups.dp.rank(),
-            groups.dp.size(),
-            multiple=groups.pp.size() if len(self.model) > 1 else 1,
+        batches = self._own(
+            self.valid_data.evaluation_batches(
+                training.eval_sequences,
+                training.micro_batch_size,
+                groups.dp.rank(),
+                groups.dp.size(),
+                multiple=groups.pp.size() if len(self.model) > 1 else 1,
+            )
         )
-        return evaluate(self.ddp, self._own(batches), self.config.tidar.block_size, self.ranks)
+        return evaluate(self.ddp, batches, self.config.tidar.block_size, self.ranks)
 
     def save(self) -> None:
         """A checkpoint of this moment, if the run has a folder."""

@@ -1,5 +1,6 @@
 """One optimizer step, and one evaluation: megatron-core's forward-backward schedule over our batches."""
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 from functools import partial
@@ -36,21 +37,31 @@ Model = list[DistributedDataParallel]  # this rank's chunks: one, or VPP of them
 
 
 def _run_schedule(model: Model, batches: list[Batch], forward_step: Callable, *, forward_only: bool) -> list[Tensor]:
-    """One pass over the micro-batches; the loss function's reports on the last stage, nothing on the others."""
+    """One pass over the micro-batches; the loss function's reports on the last stage, nothing on the others.
+
+    The list is emptied: a micro-batch is gone after its backward, and with it the masks of its attention plan.
+    """
     chunks = [unwrap(chunk) for chunk in model]
     micro_batch_size, length = batches[0].tokens.shape
     length *= chunks[0].pg_collection.cp.size()  # megatron-core divides it again
-    interleaved = len(model) > 1
+    interleaved, count = len(model) > 1, len(batches)
+    iterators = [_taken(deque(batches)) for _ in model]
+    batches.clear()
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=[iter(batches) for _ in model] if interleaved else iter(batches),
+        data_iterator=iterators if interleaved else iterators[0],
         model=model if interleaved else model[0],
-        num_microbatches=len(batches),
+        num_microbatches=count,
         seq_length=length,
         micro_batch_size=micro_batch_size,
         decoder_seq_length=length,
         forward_only=forward_only,
     )
+
+
+def _taken(batches: deque[Batch]) -> Iterator[Batch]:
+    while batches:
+        yield batches.popleft()
 
 
 def _training_forward(data_iterator: Iterator[Batch], model: DistributedDataParallel) -> tuple[Tensor, partial]:
@@ -62,7 +73,7 @@ def forward_backward(model: Model, batches: list[Batch], ar_loss_weight: float, 
     """Fill the model's ``main_grad`` with the gradient of the joint loss over the whole global batch.
 
     The supervised tokens of all ranks and micro-batches are counted before the first forward, so that the loss is a
-    mean over all of them however they are split.
+    mean over all of them however they are split. The list of micro-batches is emptied.
 
     Returns:
         The sums of the AR and the diffusion losses, float64 ``[2]``, and their counts, int64 ``[2]``, both over the
@@ -71,12 +82,14 @@ def forward_backward(model: Model, batches: list[Batch], ar_loss_weight: float, 
     counts = torch.tensor(astuple(TokenCounts.of(batches)))
     counts = ranks.sum_over_data(counts.to(ranks.device))
     total = TokenCounts(*counts.tolist())
-    batches = [batch.to(ranks.device) for batch in batches]
-    for batch in batches:
+    at_hand = [batch.to(ranks.device) for batch in batches]
+    batches.clear()
+    for batch in at_hand:
         set_loss_weights(batch, total, ar_loss_weight)
+    del batch
     for chunk in model:
         chunk.zero_grad_buffer()
-    reports = _run_schedule(model, batches, _training_forward, forward_only=False)
+    reports = _run_schedule(model, at_hand, _training_forward, forward_only=False)
     sums = torch.stack(reports).sum(0) if reports else torch.zeros(2, dtype=torch.float64, device=ranks.device)
     return ranks.sum_over_data(ranks.from_last_stage(sums)), counts[:2]
 
@@ -89,15 +102,16 @@ def train_step(
     ar_loss_weight: float,
     ranks: Ranks,
 ) -> StepResult:
-    """Forward and backward over this rank's micro-batches, clip, update."""
+    """Forward and backward over this rank's micro-batches, whose list is emptied; clip, update."""
     optimizer.zero_grad()
+    doubled = batches[0].doubled
     sums, counts = forward_backward(model, batches, ar_loss_weight, ranks)
     _, grad_norm, _ = optimizer.step()
     scheduler.step(increment=1)
     ar, diffusion = (sums / counts.clamp(min=1)).tolist()
     return StepResult(
         ar_loss=ar,
-        diffusion_loss=diffusion if batches[0].doubled else None,
+        diffusion_loss=diffusion if doubled else None,
         grad_norm=float(grad_norm),
         balancing_loss=_balancing_loss([unwrap(chunk) for chunk in model], ranks),
     )
@@ -113,7 +127,8 @@ def _balancing_loss(chunks: list[GPTModel], ranks: Ranks) -> float | None:
 def evaluate(model: Model, batches: list[Batch], block_size: int, ranks: Ranks) -> dict[str, float | list[float]]:
     """Both losses and the draft metrics over held-out batches, the same on every rank.
 
-    Every rank brings the same number of micro-batches (``data/loader.py`` pads with unsupervised rows).
+    Every rank brings the same number of micro-batches (``data/loader.py`` pads with unsupervised rows); the list is
+    emptied.
     """
 
     def forward(data_iterator: Iterator[Batch], model: DistributedDataParallel) -> tuple[Tensor, Callable]:
@@ -129,8 +144,10 @@ def evaluate(model: Model, batches: list[Batch], block_size: int, ranks: Ranks) 
 
     for chunk in model:
         chunk.eval()
+    at_hand = [batch.to(ranks.device) for batch in batches]
+    batches.clear()
     with torch.no_grad(), whole_weights(model):  # megatron-core's forward_only alone still records the graph
-        reports = _run_schedule(model, [batch.to(ranks.device) for batch in batches], forward, forward_only=True)
+        reports = _run_schedule(model, at_hand, forward, forward_only=True)
     for chunk in model:
         chunk.train()
     total = torch.stack(reports).sum(0) if reports else EvaluationSums.zeros(block_size, ranks.device).values

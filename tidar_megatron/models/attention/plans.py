@@ -36,7 +36,8 @@ class AttentionPlans:
         """
         key = _contents(visibility)
         if key not in self._plans:
-            self._plans[key] = self._make(on_host, num_queries, str(visibility.device))
+            # of an alias: on a CPU the two are one tensor, and a plan that held it would be held by it for ever
+            self._plans[key] = self._make(on_host.detach(), num_queries, str(visibility.device))
             weakref.finalize(visibility, self._plans.pop, key, None).atexit = False
 
     def find(self, visibility: Tensor, num_queries: int) -> AttentionPlan:
