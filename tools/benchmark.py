@@ -20,32 +20,38 @@ def main() -> None:
     parser = OneLineParser(description="Ratios of interleaved runs; the results are kept as JSON.", allow_abbrev=False)
     parser.add_argument("what", choices=sorted(REPEATS))
     parser.add_argument("--seq-lengths", type=int, nargs="+", metavar="S", help="clean tokens of a sequence")
-    parser.add_argument(
-        "--diffusion-block-fractions", type=float, nargs="+", default=[1.0, 0.25], metavar="F", help="training [1 0.25]"
-    )
+    parser.add_argument("--diffusion-block-fractions", type=float, nargs="+", metavar="F", help="training [1 0.25]")
     parser.add_argument("--repeats", type=int, metavar="N", help="rounds; each runs everything that is compared once")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of torch on the CPU")
-    parser.add_argument("--chunk-size", type=int, default=256, metavar="N", help="of the chunked attention [256]")
+    parser.add_argument("--chunk-size", type=int, metavar="N", help="of the chunked attention [256]")
     parser.add_argument("--output", default="benchmarks", metavar="DIR", help="folder of the results [benchmarks]")
     parser.add_argument("--plot", metavar="FILE.png", help="training: draw step time over S")
     parser.add_argument("--json", action="store_true", help="print one JSON object, as the last line")
     arguments = parser.parse_args()
     seq_lengths = arguments.seq_lengths or SEQ_LENGTHS[arguments.what]
+    fractions, chunk_size = arguments.diffusion_block_fractions or [1.0, 0.25], arguments.chunk_size
+    chunk_size = 256 if chunk_size is None else chunk_size
     repeats = REPEATS[arguments.what] if arguments.repeats is None else arguments.repeats
     for name, values in (
         ("--seq-lengths", seq_lengths),
         ("--repeats", [repeats]),
         ("--threads", [1 if arguments.threads is None else arguments.threads]),
-        ("--chunk-size", [arguments.chunk_size]),
+        ("--chunk-size", [chunk_size]),
     ):
         if wrong := [value for value in values if value < 1]:
             raise UserError(f"{name} {wrong[0]}: must be at least 1")
     if wrong_lengths := [value for value in seq_lengths if value % 256]:
         raise UserError(f"--seq-lengths {wrong_lengths[0]}: must be a multiple of 256, of 16 documents of whole blocks")
-    if wrong_fractions := [value for value in arguments.diffusion_block_fractions if not 0 < value <= 1]:
+    if wrong_fractions := [value for value in fractions if not 0 < value <= 1]:
         raise UserError(f"--diffusion-block-fractions {wrong_fractions[0]:g}: must be above 0 and at most 1")
-    if arguments.plot and arguments.what != "training":
-        raise UserError(f"--plot {arguments.plot}: draws training alone")
+    for name, given, of in (
+        ("--seq-lengths", arguments.seq_lengths, ("attention", "training", "loader")),
+        ("--diffusion-block-fractions", arguments.diffusion_block_fractions, ("training",)),
+        ("--chunk-size", arguments.chunk_size, ("attention", "training")),
+        ("--plot", arguments.plot, ("training",)),
+    ):
+        if given is not None and arguments.what not in of:
+            raise UserError(f"{name}: is for {' and '.join(of)}, not for {arguments.what}; leave it out")
     if arguments.plot and not find_spec("matplotlib"):
         raise UserError(f"--plot {arguments.plot}: needs matplotlib; pip install 'tidar-megatron[plot]'")
 
@@ -60,11 +66,11 @@ def main() -> None:
     if arguments.what == "training":
         from tidar_megatron.benchmark.training import training
 
-        result = training(seq_lengths, arguments.diffusion_block_fractions, repeats, arguments.chunk_size)
+        result = training(seq_lengths, fractions, repeats, chunk_size)
     elif arguments.what == "attention":
         from tidar_megatron.benchmark.attention import attention
 
-        result = attention(seq_lengths, repeats, arguments.chunk_size)
+        result = attention(seq_lengths, repeats, chunk_size)
     elif arguments.what == "loss":
         from tidar_megatron.benchmark.loss import loss
 

@@ -4,11 +4,13 @@ import json
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
 
 from tests.conftest import ROOT
+from tidar_megatron.benchmark import attention as attention_benchmark
 from tidar_megatron.benchmark import loss as loss_benchmark
 from tidar_megatron.benchmark.measuring import Spread, Timings, peak_bytes
 from tidar_megatron.benchmark.report import plot
@@ -71,6 +73,26 @@ def test_peak_is_of_what_lives_at_one_time():
     assert peak_bytes(all_together) == 20000
 
 
+class Copies(torch.autograd.Function):
+    """As little as any backend must make: an output, and a gradient of each input."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        return query.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.clone(), grad.clone(), grad.clone()
+
+
+def test_extra_bytes_are_beyond_what_any_backend_makes(monkeypatch):
+    wasted = []
+    plan = types.SimpleNamespace(attend=lambda q, k, v, scale: wasted.append(q.new_empty(100)) or Copies.apply(q, k, v))
+    monkeypatch.setattr(attention_benchmark, "make_plan", lambda *arguments, **more: plan)
+    tensors = [torch.ones(1, 8, 32, 64) for _ in range(3)]
+    assert attention_benchmark._extra(tensors, None, "chunked", 256) == 400
+
+
 def test_ratios_are_of_pairs(monkeypatch):
     """A clock that only the functions move on: each is measured by itself, in turns, after a run to warm up."""
     clock, calls = [0.0], []
@@ -95,7 +117,7 @@ def test_bad_input():
         (["attention", "--seq-lengths", 100], "multiple of 256"),
         (["loss", "--repeats", 0], "--repeats 0"),
         (["training", "--diffusion-block-fractions", 2], "--diffusion-block-fractions 2"),
-        (["loss", "--plot", "loss.png"], "--plot loss.png: draws training alone"),
+        (["loss", "--plot", "loss.png"], "--plot: is for training, not for loss"),
     ):
         done = run(*arguments)
         assert done.returncode == 2 and word in done.stderr and done.stderr.count("\n") == 1

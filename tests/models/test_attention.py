@@ -250,11 +250,13 @@ def test_fused_clean_half(monkeypatch, doubled):
 
 
 def test_auto(monkeypatch):
-    assert choose_backend("auto", "cpu") == "chunked"
-    assert choose_backend("dense", "cuda:0") == "dense"
+    assert choose_backend("auto", "cpu", 64, False) == "chunked"
+    assert choose_backend("dense", "cuda", 64, False) == "dense"
     for found, best in ((None, "flex"), (object(), "transformer_engine")):
         monkeypatch.setattr("tidar_megatron.models.attention.hybrid.find_spec", lambda name, found=found: found)
-        assert choose_backend("auto", "cuda:0") == best
+        assert choose_backend("auto", "cuda", 64, True) == best
+        assert choose_backend("auto", "cuda", 64, False) == "flex"  # transformer-engine's kernels have no float32
+        assert choose_backend("auto", "cuda", 8, True) == "chunked"  # flex's have no small heads
 
 
 def test_cost_follows_the_area_of_the_mask():

@@ -100,6 +100,22 @@ def test_asking_for_what_cannot_run_here():
             check_backend(build_config({"tidar": {"attention_backend": backend}}))
 
 
+@pytest.mark.parametrize(
+    ("model", "bf16", "why"),
+    [
+        ({"hidden_size": 64, "num_attention_heads": 8}, True, "no heads of 8 channels, 16 at least"),
+        ({}, False, "--bf16"),
+    ],
+)
+def test_asking_for_what_the_kernels_have_not(monkeypatch, model, bf16, why):
+    monkeypatch.setattr("tidar_megatron.distributed.platform.has_gpu", lambda: True)
+    monkeypatch.setattr("tidar_megatron.distributed.platform.find_spec", lambda name: object())
+    tree = {"tidar": {"attention_backend": "transformer_engine"}, "model": model}
+    with pytest.raises(UserError, match=why):
+        check_backend(build_config({**tree, "training": {"bf16": bf16}}))
+    check_backend(build_config({**tree, "model": {}, "training": {"bf16": True}}))
+
+
 def test_asking_for_what_is_not_installed():
     config = build_config({"model": {"transformer_impl": "transformer_engine", "num_layers": 2}})
     with pytest.raises(UserError, match=r"not installed; pip install 'tidar-megatron\[gpu\]'"):

@@ -18,6 +18,7 @@ def small(shards, **changes):
             "ffn_hidden_size": 48,
             "num_attention_heads": 4,
             "num_query_groups": 2,
+            "kv_channels": 16,
             "make_vocab_size_divisible_by": 8,
             "max_position_embeddings": 512,
         },

@@ -24,7 +24,7 @@ def attention(seq_lengths: list[int], repeats: int, chunk_size: int = 256, dense
     any backend must give.
     """
     backends = ["chunked", "flex"] if has_gpu() else ["chunked"]
-    backends += [best] if (best := choose_backend("auto", device().type)) not in backends else []
+    backends += [best] if (best := choose_backend("auto", device().type, CHANNELS, has_gpu())) not in backends else []
     rows, grouped, packed = [], [], []
     for S in seq_lengths:
         one = _documents(S, 1)
@@ -85,7 +85,12 @@ def _tensors(tokens: int, kv_heads: int) -> list[Tensor]:
 
 
 def _hybrid(
-    tensors: list[Tensor], visibility: Tensor, backend: str, chunk_size: int, expanded: bool = False
+    tensors: list[Tensor],
+    visibility: Tensor,
+    backend: str,
+    chunk_size: int,
+    expanded: bool = False,
+    grad: Tensor | None = None,
 ) -> Callable[[], list[Tensor]]:
     """``expanded``: as peers do it, K/V heads repeated for each query head."""
     plan = make_plan(visibility, backend=backend, chunk_size=chunk_size, device=str(device()))
@@ -95,7 +100,7 @@ def _hybrid(
             key, value = (tensor.repeat_interleave(HEADS // tensor.shape[1], 1) for tensor in (key, value))
         return hybrid_attention(query, key, value, plan, CHANNELS**-0.5)
 
-    return _both_ways(tensors, attend)
+    return _both_ways(tensors, attend, grad)
 
 
 def _causal(tensors: list[Tensor], kernel: SDPBackend = SDPBackend.FLASH_ATTENTION) -> Callable[[], object]:
@@ -106,8 +111,10 @@ def _causal(tensors: list[Tensor], kernel: SDPBackend = SDPBackend.FLASH_ATTENTI
     return _both_ways(tensors, attend)
 
 
-def _both_ways(tensors: list[Tensor], attend: Callable[..., Tensor]) -> Callable[[], list[Tensor]]:
-    grad = torch.ones_like(tensors[0])
+def _both_ways(
+    tensors: list[Tensor], attend: Callable[..., Tensor], grad: Tensor | None = None
+) -> Callable[[], list[Tensor]]:
+    grad = torch.ones_like(tensors[0]) if grad is None else grad
 
     def run() -> list[Tensor]:
         inputs = [tensor.detach().requires_grad_() for tensor in tensors]
@@ -122,6 +129,6 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _extra(tensors: list[Tensor], visibility: Tensor, backend: str, chunk_size: int) -> int:
-    results: list[Tensor] = []
-    peak = peak_bytes(lambda: results.extend(_hybrid(tensors, visibility, backend, chunk_size)()))
+    grad, results = torch.ones_like(tensors[0]), []
+    peak = peak_bytes(lambda: results.extend(_hybrid(tensors, visibility, backend, chunk_size, grad=grad)()))
     return max(0, peak - sum(_bytes(tensor) for tensor in results))

@@ -135,11 +135,10 @@ def huggingface_config(config: Config, eos_token_id: int | None) -> Any:
         raise UserError(
             "no Hugging Face class has both --qk-layernorm and --add-qkv-bias: the model cannot be exported"
         )
-    kv_channels = model.kv_channels or model.hidden_size // model.num_attention_heads
     settings: dict[str, Any] = {}
     if CLASSES[kind] != "qwen2":
-        settings["head_dim"] = kv_channels
-    elif kv_channels * model.num_attention_heads != model.hidden_size:
+        settings["head_dim"] = model.head_channels
+    elif model.head_channels * model.num_attention_heads != model.hidden_size:
         raise UserError(
             "Qwen2's heads are hidden-size / num-attention-heads wide: other --kv-channels cannot be exported"
         )

@@ -111,7 +111,7 @@ def check_model(model: ModelConfig) -> None:
             f"--hidden-size {model.hidden_size}: must be a multiple of --num-attention-heads {heads}, "
             "or give --kv-channels"
         )
-    channels = model.kv_channels or model.hidden_size // heads
+    channels = model.head_channels
     if channels % 2:
         given = "--kv-channels" if model.kv_channels else f"--num-attention-heads {heads}: channels of a head"
         mended = f"give --kv-channels {channels + 1}"

@@ -73,6 +73,11 @@ class ModelConfig(Section):
     moe_token_dispatcher_type: Literal["allgather", "alltoall"] = described("how tokens travel to experts", "allgather")
     moe_grouped_gemm: bool = described("one kernel for all experts of a rank; needs transformer_engine", False)
 
+    @property
+    def head_channels(self) -> int:
+        """Channels of one head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Section):

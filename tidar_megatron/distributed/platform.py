@@ -62,6 +62,15 @@ def check_backend(config: Config) -> None:
             f"--attention-backend {attention}: needs a CUDA device (FlexAttention has no backward on CPUs); "
             "use --attention-backend auto"
         )
+    if attention in ("flex", "transformer_engine") and config.model.head_channels < 16:
+        raise UserError(
+            f"--attention-backend {attention}: its kernels have no heads of {config.model.head_channels} channels, "
+            "16 at least; use --attention-backend auto"
+        )
+    if attention == "transformer_engine" and not config.training.bf16:
+        raise UserError(
+            "--attention-backend transformer_engine: its fused kernels need --bf16; or use --attention-backend auto"
+        )
     parallel, dispatcher = config.parallel, config.model.moe_token_dispatcher_type
     if has_gpu() or dispatcher == "allgather":
         return

@@ -20,6 +20,7 @@ from tidar_megatron.config import Config
 from tidar_megatron.data.doubled import Batch
 from tidar_megatron.distributed.groups import Ranks
 from tidar_megatron.distributed.platform import has_gpu
+from tidar_megatron.models.attention import choose_backend
 from tidar_megatron.models.attention.plans import AttentionPlans
 from tidar_megatron.models.experts import keep_experts_apart, use_balanced_router
 from tidar_megatron.models.layers import HybridCoreAttention, PositionRotaryEmbedding, RMSNorm
@@ -32,14 +33,13 @@ def transformer_config(config: Config) -> TransformerConfig:
     vpp = parallel.virtual_pipeline_model_parallel_size or 1
     full = parallel.recompute_granularity == "full"
     dtype = torch.bfloat16 if config.training.bf16 else torch.float32
-    kv_channels = model.kv_channels or model.hidden_size // model.num_attention_heads
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_query_groups or model.num_attention_heads,
-        kv_channels=kv_channels,
+        kv_channels=model.head_channels,
         qk_layernorm=model.qk_layernorm,  # here as well as in the spec: its gradients are reduced over TP only then
         add_qkv_bias=model.add_qkv_bias,
         add_bias_linear=False,
@@ -67,7 +67,9 @@ def transformer_config(config: Config) -> TransformerConfig:
         pipeline_dtype=dtype,
         calculate_per_token_loss=True,  # (loss_sum, num_tokens): sums and counts, never means of means
         use_cpu_initialization=not gpu,
-        mrope_section=[kv_channels // 2],  # chooses the path of GPTModel that hands position_ids to the rotary module
+        mrope_section=[
+            model.head_channels // 2
+        ],  # chooses the path of GPTModel that hands position_ids to the rotary module
         # fusions want CUDA (and torch.compile costs 18 s on a CPU's first step)
         bias_activation_fusion=gpu,
         bias_dropout_fusion=gpu,
@@ -154,7 +156,9 @@ def build_model(config: Config, vocab_size: int, ranks: Ranks) -> list[GPTModel]
     """
     transformer = transformer_config(config)
     vpp = config.parallel.virtual_pipeline_model_parallel_size or 1
-    plans = AttentionPlans(config.tidar.attention_backend, config.tidar.attention_chunk_size, ranks.groups.cp)
+    wanted, chunk_size = config.tidar.attention_backend, config.tidar.attention_chunk_size
+    backend = choose_backend(wanted, ranks.device.type, config.model.head_channels, config.training.bf16)
+    plans = AttentionPlans(backend, chunk_size, ranks.groups.cp)
     chunks = []
     for stage in range(vpp):
         vp_stage = stage if vpp > 1 else None

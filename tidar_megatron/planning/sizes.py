@@ -111,8 +111,7 @@ class Sizes:
     @cached_property
     def d(self) -> int:
         """Channels of a head."""
-        model = self.config.model
-        return model.kv_channels or model.hidden_size // model.num_attention_heads
+        return self.config.model.head_channels
 
     @cached_property
     def heads(self) -> int:

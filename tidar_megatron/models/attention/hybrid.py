@@ -30,29 +30,32 @@ class AttentionPlan(Protocol):
         """See :func:`hybrid_attention`."""
 
 
-def choose_backend(backend: str, device: str) -> str:
-    """What ``auto`` stands for on a device (``cpu``, ``cuda``, ``cuda:1``); any other name is its own."""
+def choose_backend(backend: str, device_type: str, channels: int, bf16: bool) -> str:
+    """What ``auto`` stands for on a device for heads of so many channels; any other name is its own.
+
+    FlexAttention's kernel has no heads of fewer than 16 channels, transformer-engine's fused ones are not for float32.
+    """
     if backend != "auto":
         return backend
-    if not device.startswith("cuda"):
+    if device_type != "cuda" or channels < 16:
         return "chunked"
-    return "transformer_engine" if find_spec("transformer_engine") else "flex"
+    return "transformer_engine" if bf16 and find_spec("transformer_engine") else "flex"
 
 
 def make_plan(
     visibility: Tensor, queries: tuple[slice, ...] | None = None, *, backend: str, chunk_size: int, device: str = "cpu"
 ) -> AttentionPlan:
-    """Prepare attention for all layers of a batch. Nothing here waits for the device.
+    """Prepare attention for all layers of a batch, on the host; but for ``dense`` nothing is read from the device.
 
     Args:
         visibility: metadata of the keys on the host, int32 ``[b, k, 4]``.
         queries: which of the keys are the queries (context parallelism); default: all of them.
-        backend: see above.
+        backend: see above; what ``auto`` is must be known (:func:`choose_backend`).
         chunk_size: tokens of a chunk (``chunked``).
         device: where attention is computed.
     """
     queries = queries or (slice(0, visibility.shape[1]),)
-    backend = choose_backend(backend, device)
+    assert backend != "auto"
     if backend == "dense":
         return DensePlan(visibility, queries, device)
     if backend == "chunked":
