@@ -8,6 +8,7 @@ import json
 import shlex
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 from tidar_megatron.errors import OneLineParser, UserError, run_tool
 
@@ -24,7 +25,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, metavar="N", help="rounds; each runs everything that is compared once")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of torch on the CPU")
     parser.add_argument("--chunk-size", type=int, metavar="N", help="of the chunked attention [256]")
-    parser.add_argument("--output", default="benchmarks", metavar="DIR", help="folder of the results [benchmarks]")
+    parser.add_argument("--output", default="runs/benchmarks", metavar="DIR", help="folder [runs/benchmarks]")
     parser.add_argument("--plot", metavar="FILE.png", help="training: draw step time over S")
     parser.add_argument("--json", action="store_true", help="print one JSON object, as the last line")
     arguments = parser.parse_args()
@@ -53,7 +54,14 @@ def main() -> None:
         if given is not None and arguments.what not in of:
             raise UserError(f"{name}: is for {' and '.join(of)}, not for {arguments.what}; leave it out")
     if arguments.plot and not find_spec("matplotlib"):
-        raise UserError(f"--plot {arguments.plot}: needs matplotlib; pip install 'tidar-megatron[plot]'")
+        raise UserError(f"--plot {arguments.plot}: needs matplotlib; in the checkout, pip install -e '.[plot]'")
+    for name, folder in (("--output", Path(arguments.output)), ("--plot", Path(arguments.plot or ".").parent)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{name}: {folder} cannot be a folder ({error.strerror}); name another") from error
+    if arguments.plot and Path(arguments.plot).suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"--plot {arguments.plot}: name a file that ends in .png, .svg or .pdf")
 
     import torch  # heavy: after the command line is known to be sound
 
@@ -63,6 +71,9 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     before = machine()
+    if before["load_average"] > 0.5 * before["cores"]:
+        busy = f"load average {before['load_average']:g} on {before['cores']} cores"
+        print(f"note: {busy}: ratios of a busy machine are not to be trusted", file=sys.stderr)
     if arguments.what == "training":
         from tidar_megatron.benchmark.training import training
 

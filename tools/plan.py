@@ -7,6 +7,7 @@ python tools/plan.py --config examples/quickstart/config.yaml --vocab-size 257 -
 import math
 import os
 
+from tidar_megatron.config import FIELDS
 from tidar_megatron.errors import OneLineParser, UserError, run_tool
 
 
@@ -20,7 +21,12 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, metavar="N", help="ids in use, where the config leaves it open")
     parser.add_argument("--top", type=int, default=10, metavar="N", help="layouts to show [10]")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    arguments = parser.parse_args()
+    arguments, others = parser.parse_known_args()
+    if others and (name := others[0].split("=")[0].removeprefix("--").replace("-", "_")) in FIELDS:
+        section = FIELDS[name]
+        raise UserError(f"{others[0]}: a plan reads its run from the YAML alone; put {name} into its section {section}")
+    if others:
+        parser.error(f"unrecognized arguments: {others[0]}")
     for name, value in (
         ("--gpus", arguments.gpus),
         ("--gpu-memory-gib", arguments.gpu_memory_gib),

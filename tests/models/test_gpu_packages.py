@@ -118,5 +118,5 @@ def test_asking_for_what_the_kernels_have_not(monkeypatch, model, bf16, why):
 
 def test_asking_for_what_is_not_installed():
     config = build_config({"model": {"transformer_impl": "transformer_engine", "num_layers": 2}})
-    with pytest.raises(UserError, match=r"not installed; pip install 'tidar-megatron\[gpu\]'"):
+    with pytest.raises(UserError, match=r"not installed; on a CUDA machine pip install -e"):
         check_backend(config)

@@ -125,7 +125,7 @@ def test_a_plan_for_people():
     config = ROOT / "examples/quickstart/config.yaml"
     done = run_tool("--config", config, "--vocab-size", 257, "--gpus", 4, "--hardware", "h200", "--top", 2)
     assert done.returncode == 0, done.stderr
-    for text in ("> H200 SXM", "B200", "not measured", "2407.08608", "MFU 2S", "MFU S", "the best 2"):
+    for text in ("> H200 SXM", "B200", "not measured", "2407.08608", "MFU all", "MFU S", "the best 2"):
         assert text in done.stdout
     assert "config's own layout cannot use 4 GPUs: --global-batch-size 8: must be a multiple of" in done.stdout
 

@@ -4,6 +4,7 @@ import gc
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -49,6 +50,9 @@ class Timings:
                 synchronize(where)
                 if number:
                     self.seconds[name].append(time.perf_counter() - start)
+            if number == 1:
+                round_of = sum(seconds[0] for seconds in self.seconds.values())
+                print(f"{', '.join(functions)}: {repeats} rounds of about {round_of:.2g} s", file=sys.stderr)
 
     def of(self, name: str) -> Spread:
         """Seconds of a function."""

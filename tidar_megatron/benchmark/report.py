@@ -24,11 +24,17 @@ def show(result: dict[str, Any]) -> None:
     if not lists:
         lists = {result["benchmark"]: [{k: v for k, v in result.items() if isinstance(v, float)}]}
     for name, rows in lists.items():
-        columns = [column for column in rows[0] if not isinstance(rows[0][column], dict)]
-        table = Table(*columns, title=name)
+        table = Table(*(column.replace("_", " ") for column in rows[0]), title=name)
         for row in rows:
-            table.add_row(*(f"{row.get(column, '')}" for column in columns))
+            table.add_row(*(_cell(row.get(column, "")) for column in rows[0]))
         console.print(table)
+
+
+def _cell(value: object) -> str:
+    """A spread as the median and the quartiles."""
+    if not isinstance(value, dict):
+        return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value['median']:.3g} ({value['low']:.3g} to {value['high']:.3g})"
 
 
 def plot(result: dict[str, Any], path: str | Path) -> None:

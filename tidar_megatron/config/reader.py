@@ -34,8 +34,10 @@ def _is_switch(section: str, name: str) -> bool:
     return next(f.type for f in dataclasses.fields(SECTIONS[section]) if f.name == name) is bool
 
 
-def build_config(tree: dict[str, Any], source: str = "config") -> Config:
-    """Validate a nested dict of plain values.
+def build_config(
+    tree: dict[str, Any], source: str = "config", flags: dict[str, dict[str, Any]] | None = None
+) -> Config:
+    """Validate a nested dict of plain values; those that ``flags`` has too came from the command line.
 
     Raises:
         UserError: one line that names the unknown key or the value of a wrong type.
@@ -56,7 +58,8 @@ def build_config(tree: dict[str, Any], source: str = "config") -> Config:
             here = f" (did you mean {hint[0]!r}?)" if hint else ""
             raise UserError(f"{where}: unknown key{here}") from None
         if path[-1] in FIELDS:
-            where += f" ({flag(path[-1])})"
+            given = path[-1] in (flags or {}).get(path[0], {})
+            where = flag(path[-1]) if given else f"{where} ({flag(path[-1])})"
         raise UserError(f"{where}: {first['msg']}, got {first['input']!r}") from None
     check_config(config)
     return config
@@ -76,7 +79,7 @@ def load_config(path: str | Path, overrides: dict[str, dict[str, Any]] | None = 
         if not isinstance(tree.setdefault(name, {}) or {}, dict):
             break  # the validation names it
         tree[name] = {**(tree[name] or {}), **values}
-    return build_config({k: {} if v is None else v for k, v in tree.items()}, source=str(path))
+    return build_config({k: {} if v is None else v for k, v in tree.items()}, str(path), overrides)
 
 
 def parse_config(argv: list[str] | None = None, description: str = "") -> Config:

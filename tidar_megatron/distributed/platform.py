@@ -49,13 +49,13 @@ def check_backend(config: Config) -> None:
     if config.model.transformer_impl == "transformer_engine" and find_spec("transformer_engine") is None:
         raise UserError(
             "--transformer-impl transformer_engine: the package transformer-engine is not installed; "
-            "pip install 'tidar-megatron[gpu]' on a CUDA machine, or use --transformer-impl local"
+            "on a CUDA machine pip install -e '.[gpu]' in the checkout, or use --transformer-impl local"
         )
     attention = config.tidar.attention_backend
     if attention == "transformer_engine" and find_spec("transformer_engine") is None:
         raise UserError(
             "--attention-backend transformer_engine: the package transformer-engine is not installed; "
-            "pip install 'tidar-megatron[gpu]' on a CUDA machine, or use --attention-backend auto"
+            "on a CUDA machine pip install -e '.[gpu]' in the checkout, or use --attention-backend auto"
         )
     if attention in ("flex", "transformer_engine") and not has_gpu():
         raise UserError(

@@ -77,6 +77,7 @@ def print_plan(plan: Plan) -> None:
     console.print(
         f"{plan.total_parameters:,} parameters, {active_parameters(plan.layouts[0].sizes):,} in a token's matrix "
         f"products; S = {config.data.seq_length:,}, B = {config.tidar.block_size}, "
+        f"masks for {config.chosen_blocks} of {config.blocks} blocks, "
         f"{config.training.global_batch_size} sequences a step: {doubled:.3e} useful FLOPs on clean tokens and masks, "
         f"{clean:.3e} on the clean ones (plain AR)",
         highlight=False,
@@ -161,7 +162,7 @@ def layout_table(plan: Plan) -> Table:
     made = table(
         f"{title}; the best {len(plan.layouts)}",
         *("", "TP", "PP", "VPP", "CP", "DP", "EP", "b", "recompute", "parameters", "GiB"),
-        *("s/step", "MFU 2S", "MFU S", "tokens/s/GPU"),
+        *("s/step", "MFU all", "MFU S", "tokens/s/GPU"),
     )
     rows = [(str(number), layout) for number, layout in enumerate(plan.layouts, 1)]
     if plan.configured is not None:
