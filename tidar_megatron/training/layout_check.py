@@ -36,7 +36,6 @@ MODEL: Tree = {
         "ffn_hidden_size": 96,
         "num_attention_heads": 8,
         "num_query_groups": 4,
-        "kv_channels": 16,  # FlexAttention's kernel, which serves GPUs, has no narrower heads
         "vocab_size": MASK_TOKEN_ID + 1,
         "make_vocab_size_divisible_by": 16,
         "init_method_std": 0.1,  # so that every part of the model matters to the loss
