@@ -47,7 +47,7 @@ def main() -> None:
     # After parsing, so that --help does not wait for torch.
     from transformers.utils import logging
 
-    from tidar_megatron.inference.decoding import generate
+    from tidar_megatron.inference.engine import generate
     from tidar_megatron.inference.model import load_model
     from tidar_megatron.inference.request import DecodeOptions
     from tidar_megatron.inference.text import TextStream, encode_prompt

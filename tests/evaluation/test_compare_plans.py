@@ -6,7 +6,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tidar_megatron.evaluation import decoding
 from tidar_megatron.evaluation.decoding import compare_plans
-from tidar_megatron.inference.decoding import generate
+from tidar_megatron.inference.engine import generate
 from tidar_megatron.inference.model import load_model
 from tidar_megatron.inference.request import DecodeOptions
 

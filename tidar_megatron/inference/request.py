@@ -11,9 +11,10 @@ from typing import Any, Literal, get_args
 
 from tidar_megatron.errors import UserError
 from tidar_megatron.inference.model import DecodeModel
+from tidar_megatron.inference.sampling import SamplingOptions
 
-Mode = Literal["tidar", "ar", "lookup"]
-StopReason = Literal["eos", "length", "context"]
+Mode = Literal["tidar", "linear", "ar", "lookup"]
+StopReason = Literal["eos", "stop", "length", "context", "cancelled", "error"]
 
 LOOKUP_DRAFT_LENGTH = 8  # for a model without a block size
 
@@ -24,7 +25,12 @@ class DecodeOptions:
 
     ``draft_length`` K counts the certain token (None: the model's block size); ``branches`` is ``"all"`` or how many
     of the likeliest outcomes get a branch (mode ``tidar`` only). Generation ends with the first end-of-sequence token
-    (unless ``ignore_eos``), after ``max_new_tokens``, or when prompt and output fill the model's context.
+    (unless ``ignore_eos``), with the token that completes a ``stop`` string, after ``max_new_tokens``, or when prompt
+    and output fill the model's context.
+
+    ``trust_ratio`` beta mixes the logits that verify, beta * AR + (1 - beta) * diffusion (the paper's; mode ``tidar``
+    with all branches). Below 1 the output is no longer autoregression's. ``logprobs`` keeps each emitted token's
+    log-probability under the logits that verified it, before penalties and temperature.
     """
 
     mode: Mode = "tidar"
@@ -32,12 +38,17 @@ class DecodeOptions:
     branches: int | Literal["all"] = "all"
     max_new_tokens: int = 128
     ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
+    sampling: SamplingOptions = SamplingOptions()
+    trust_ratio: float = 1.0
+    logprobs: bool = False
 
     def check(self, model: DecodeModel) -> None:
         """Raises UserError for options that ``model`` cannot serve."""
         if self.mode not in get_args(Mode):
             raise UserError(f"mode {self.mode!r}: use one of {', '.join(get_args(Mode))}")
-        if self.mode == "tidar" and model.mask_token_id is None:
+        self.sampling.check()
+        if self.mode in ("tidar", "linear") and model.mask_token_id is None:
             raise UserError(
                 "the model's config.json has no tidar section, so it cannot draft: "
                 "use --mode ar, or export a TiDAR checkpoint with tools/convert_checkpoint.py"
@@ -48,6 +59,15 @@ class DecodeOptions:
             raise UserError(f"branches {self.branches!r}: use all or a positive integer")
         if not _positive(self.max_new_tokens):
             raise UserError(f"max new tokens {self.max_new_tokens!r}: use a positive integer")
+        if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
+            raise UserError(f"stop {self.stop!r}: use strings of at least one character")
+        if self.stop and model.tokenizer is None:
+            raise UserError("stop strings need a tokenizer: export the checkpoint with its tokenizer")
+        number = isinstance(self.trust_ratio, int | float) and not isinstance(self.trust_ratio, bool)
+        if not number or not 0 <= self.trust_ratio <= 1:
+            raise UserError(f"trust ratio {self.trust_ratio!r}: must be from 0 to 1")
+        if self.trust_ratio < 1 and (self.mode != "tidar" or self.branches != "all"):
+            raise UserError(f"trust ratio {self.trust_ratio:g}: below 1 needs mode tidar with all branches")
 
     def resolved_draft_length(self, model: DecodeModel) -> int | None:
         """K: as asked, else the model's block size; None where nothing is drafted."""
@@ -89,6 +109,7 @@ class Step:
     seconds: float
     stop: StopReason | None
     is_prefill: bool = False
+    logprobs: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -99,13 +120,21 @@ class Generation:
     draft_length: int | None
     branches: int | Literal["all"] | None
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
     emitted: list[int] = field(default_factory=list)
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     stop: StopReason | None = None
 
+    @staticmethod
+    def of(model: DecodeModel, options: DecodeOptions) -> "Generation":
+        """One that is about to begin."""
+        branches = options.branches if options.mode == "tidar" else None
+        return Generation(options.mode, options.resolved_draft_length(model), branches)
+
     def add(self, step: Step) -> None:
         self.token_ids += step.tokens
+        self.logprobs += step.logprobs
         self.stop = step.stop
         if step.is_prefill:
             self.prefill_seconds += step.seconds
@@ -147,6 +176,7 @@ class Generation:
             "prefill_seconds": self.prefill_seconds,
             "decode_seconds": self.decode_seconds,
             "stop": self.stop,
+            **({"logprobs": self.logprobs} if self.logprobs else {}),
         }
 
 
