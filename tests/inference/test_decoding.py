@@ -1,13 +1,15 @@
 """Whatever drafts, the tokens are those of autoregression: against transformers' own generate, for every plan."""
 
 import random
+import types
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tidar_megatron.errors import UserError
 from tidar_megatron.inference import engine
-from tidar_megatron.inference.attention import Plan
+from tidar_megatron.inference.attention import ATTENTION_NAME, Plan
 from tidar_megatron.inference.drafting import Lookup, likeliest_outcomes
 from tidar_megatron.inference.engine import Engine, generate, generate_batch, stream
 from tidar_megatron.inference.model import DecodeModel
@@ -240,6 +242,60 @@ def test_stops_where_the_context_ends(trained, prompts, draft_length, branches, 
     assert generate(model, prompt, tidar(draft_length, branches, limit - len(prompt))).stop == "length"
 
 
+@pytest.mark.parametrize("mode", ["tidar", "linear", "ar"])
+def test_stops_with_a_string(trained, prompts, mode):
+    """Also one that several tokens make up, in the midst of what a forward commits."""
+    letters = types.SimpleNamespace(decode=lambda tokens, **unused: "".join(chr(65 + token) for token in tokens))
+    model = replace(trained, tokenizer=letters)
+    tokens = generate(model, prompts[4], ar(40)).token_ids
+    text = letters.decode(tokens)
+    for string in (text[5], text[7:10], text[20:24], text[38:]):
+        options = DecodeOptions(mode, 8 if mode != "ar" else None, stop=(string, "never said"), max_new_tokens=60)
+        got = generate(model, prompts[4], options)
+        assert got.stop == "stop"
+        assert letters.decode(got.token_ids) == text[: text.index(string) + len(string)]
+
+
+@pytest.mark.parametrize("mode", ["tidar", "linear", "ar", "lookup"])
+def test_logprobs_are_the_models(trained, prompts, mode):
+    got = generate(trained, prompts[4], DecodeOptions(mode, 8 if mode != "ar" else None, logprobs=True))
+    text = prompts[4] + got.token_ids
+    trained.causal_lm.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        logits = trained.causal_lm(torch.tensor([text])).logits[0, len(prompts[4]) - 1 : -1]
+    trained.causal_lm.set_attn_implementation(ATTENTION_NAME)
+    logits[:, MASK] = -torch.inf
+    expected = logits.float().log_softmax(-1).gather(1, torch.tensor(got.token_ids)[:, None]).flatten()
+    torch.testing.assert_close(torch.tensor(got.logprobs), expected, rtol=0, atol=1e-5)
+
+
+def test_a_trust_ratio_of_1_is_autoregression_and_of_0_accepts_what_the_masks_say(trained, prompts):
+    expected = generate(trained, prompts[4], ar(60))
+    half, none = (generate(trained, prompts[4], tidar(8, "all", 60, trust_ratio=beta)) for beta in (0.5, 0.0))
+    assert generate(trained, prompts[4], tidar(8, "all", 60, trust_ratio=1.0)).token_ids == expected.token_ids
+    assert len(half.token_ids) == len(none.token_ids) == 60
+    assert none.token_ids != expected.token_ids
+
+
+def test_a_trust_ratio_mixes_the_logits(tiny):
+    """Against forwards written out: AR of the whole text, and one mask block behind it, with transformers' model."""
+    model, beta, text = tiny("qwen3"), 0.4, random_prompt(7)
+    got = generate(model, text, tidar(4, "all", 12, trust_ratio=beta)).token_ids
+    lm = model.causal_lm
+    lm.set_attn_implementation("sdpa")
+    for token in got:
+        size = len(text) + 4
+        visible = torch.ones(size, size, dtype=torch.bool).tril()
+        visible[len(text) :] = True
+        with torch.no_grad():
+            logits = lm(torch.tensor([text + [MASK] * 4]), attention_mask=visible[None, None]).logits[0]
+        mixed = beta * logits[len(text) - 1] + (1 - beta) * logits[len(text)]
+        mixed[MASK] = -torch.inf
+        assert token == int(mixed.argmax())
+        text = [*text, token]
+    lm.set_attn_implementation(ATTENTION_NAME)
+
+
 # ---- the figures --------------------------------------------------------------------------------------------------
 
 
@@ -356,6 +412,12 @@ def test_bad_prompt(tiny, prompt, message, mode):
         (DecodeOptions(branches="some"), "branches 'some'"),
         (DecodeOptions(branches=-1), "branches -1"),
         (DecodeOptions(max_new_tokens=0), "max new tokens 0"),
+        (DecodeOptions(stop="text"), "stop 'text': use strings"),
+        (DecodeOptions(stop=("",)), "stop"),
+        (DecodeOptions(stop=("a",)), "stop strings need a tokenizer"),
+        (DecodeOptions(trust_ratio=1.5), "trust ratio 1.5"),
+        (DecodeOptions("linear", trust_ratio=0.5), "trust ratio 0.5: below 1 needs mode tidar with all branches"),
+        (tidar(4, 2, trust_ratio=0.5), "trust ratio 0.5: below 1 needs"),
         (DecodeOptions("beam"), "mode 'beam': use one of tidar, linear, ar, lookup"),
     ],
 )
