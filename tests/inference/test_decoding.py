@@ -23,6 +23,10 @@ def tidar(draft_length=None, branches="all", max_new_tokens=24, **more):
     return DecodeOptions("tidar", draft_length, branches, max_new_tokens, **more)
 
 
+def auto(max_new_tokens=24, **more):
+    return DecodeOptions("auto", max_new_tokens=max_new_tokens, **more)
+
+
 def ar(max_new_tokens=24, **more):
     return DecodeOptions("ar", max_new_tokens=max_new_tokens, **more)
 
@@ -418,7 +422,7 @@ def test_bad_prompt(tiny, prompt, message, mode):
         (DecodeOptions(trust_ratio=1.5), "trust ratio 1.5"),
         (DecodeOptions("linear", trust_ratio=0.5), "trust ratio 0.5: below 1 needs mode tidar with all branches"),
         (tidar(4, 2, trust_ratio=0.5), "trust ratio 0.5: below 1 needs"),
-        (DecodeOptions("beam"), "mode 'beam': use one of tidar, linear, ar, lookup"),
+        (DecodeOptions("beam"), "mode 'beam': use one of auto, tidar, linear, ar, lookup"),
     ],
 )
 def test_bad_options(tiny, options, message):

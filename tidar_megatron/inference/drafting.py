@@ -13,7 +13,6 @@ A :class:`Policy` only says how many drafts and which branches of masks a forwar
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from torch import Tensor
 
@@ -26,43 +25,40 @@ class Drafts:
 
     ``tokens[0]`` is certain: it is final already, only its K/V is missing. ``q [n - 1, V]`` is what the others were
     drawn from, None where nothing was drawn. ``confidences`` are the model's own probabilities of the others, where
-    the policy asks for them.
+    the policy asks for them. ``lag`` is by how many tokens their branch was shorter than what was accepted.
     """
 
     tokens: list[int] = field(default_factory=list)
     q: Tensor | None = None
     confidences: list[float] = field(default_factory=list)
+    lag: int = 0
 
 
-class Policy(Protocol):
-    """What a mode must offer. ``most_branches`` is how many one of its forwards may hold, 0 without masks."""
+class Policy:
+    """Plain autoregression, one token a forward; the other modes say what they do otherwise.
 
-    draft_length: int
-    most_branches: int
-    wants_confidences: bool
+    ``draft_length`` is K, the certain token included. A prompt is followed by masks if ``drafts_at_once``; no forward
+    of a sequence holds more than ``most_tokens``; drafts come with confidences if ``wants_confidences``.
+    """
+
+    draft_length = 1
+    drafts_at_once = False
+    wants_confidences = False
+    most_tokens = 1
 
     def plan(self, drafts: Drafts) -> Plan:
         """What the next forward shall hold; ``num_drafts`` at most what is there."""
-
-    def look_up(self, emitted: Sequence[int]) -> list[int]:
-        """Drafts that need no model, behind the last of the tokens that just became final."""
-
-
-class Autoregression:
-    """One token a forward."""
-
-    draft_length, most_branches, wants_confidences = 1, 0, False
-
-    def plan(self, drafts: Drafts) -> Plan:
-        """The certain token."""
         return Plan(1)
 
     def look_up(self, emitted: Sequence[int]) -> list[int]:
-        """None."""
+        """Drafts that need no model, behind the last of the tokens that just became final."""
         return []
 
+    def observe(self, drafts: Drafts, plan: Plan, accepted: int) -> None:
+        """What became of drafts that ``plan`` verified."""
 
-class Branches:
+
+class Branches(Policy):
     """TiDAR: verify and draft in one forward.
 
     Args:
@@ -74,40 +70,35 @@ class Branches:
         self.draft_length = draft_length
         # A block's first mask stands where the certain token is: of one mask nothing is left to draft.
         self.most_branches = min(draft_length, most_branches or draft_length) if draft_length > 1 else 0
+        self.drafts_at_once = draft_length > 1
         self.wants_confidences = 0 < self.most_branches < draft_length
+        self.most_tokens = draft_length * (1 + self.most_branches)
 
     def plan(self, drafts: Drafts) -> Plan:
         """All drafts, and the branches."""
         count = len(drafts.tokens)
         if self.most_branches >= count:
             return Plan(count, tuple(range(1, count + 1)), self.draft_length)
-        return Plan(count, likeliest_outcomes(drafts.confidences, self.most_branches), self.draft_length)
-
-    def look_up(self, emitted: Sequence[int]) -> list[int]:
-        """None."""
-        return []
+        # drafts of another policy may come without
+        confidences = drafts.confidences or [0.5] * (count - 1)
+        return Plan(count, likeliest_outcomes(confidences, self.most_branches), self.draft_length)
 
 
-class Linear:
+class Linear(Policy):
     """Draft with one forward, verify with the next. ``draft_length`` K counts the certain token."""
-
-    most_branches, wants_confidences = 1, False
 
     def __init__(self, draft_length: int) -> None:
         self.draft_length = draft_length
-        self.most_branches = 1 if draft_length > 1 else 0
+        self.drafts_at_once = draft_length > 1
+        self.most_tokens = 1 + draft_length
 
     def plan(self, drafts: Drafts) -> Plan:
         """Masks behind a certain token that has no drafts."""
         count = len(drafts.tokens)
-        return Plan(count) if count > 1 or not self.most_branches else Plan(1, (1,), self.draft_length)
-
-    def look_up(self, emitted: Sequence[int]) -> list[int]:
-        """None."""
-        return []
+        return Plan(count) if count > 1 or not self.drafts_at_once else Plan(1, (1,), self.draft_length)
 
 
-class Lookup:
+class Lookup(Policy):
     """Prompt lookup: find the latest earlier place of the text's last (up to) 4 tokens and copy what followed.
 
     Args:
@@ -115,11 +106,10 @@ class Lookup:
         draft_length: K, the certain token included.
     """
 
-    most_branches, wants_confidences = 0, False
     LONGEST_SUFFIX = 4
 
     def __init__(self, prompt: Sequence[int], draft_length: int) -> None:
-        self.draft_length = draft_length
+        self.draft_length = self.most_tokens = draft_length
         self._text: list[int] = []
         self._followed_at: dict[tuple[int, ...], int] = {}  # n-gram -> where the text goes on after its latest place
         self._append(prompt)

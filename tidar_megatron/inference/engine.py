@@ -83,6 +83,10 @@ class Engine:
         if not self._active:
             return []
         served = list(self._active)
+        planner = next((s.planner for s in served if s.planner is not None), None)
+        context = sum(sequence.length for sequence in served) / len(served)
+        if planner is not None:
+            planner.begin(len(served), context)
         before = [(sequence.reads_prompt, len(sequence.tokens)) for sequence in served]
         packed = PackedForward(self._pool, [sequence.part(PROMPT_CHUNK) for sequence in served])
         hidden = self.model.forward(packed)
@@ -92,6 +96,8 @@ class Engine:
             if len(logits):
                 _guarded(sequence, sequence.draft, logits)
         seconds = time.perf_counter() - start
+        if planner is not None and not any(is_prompt for is_prompt, _ in before):
+            planner.end(packed.num_tokens, context, seconds)
         for sequence in served:
             if sequence.stop is not None:
                 self._leave(sequence)

@@ -13,7 +13,7 @@ from tidar_megatron.errors import UserError
 from tidar_megatron.inference.model import DecodeModel
 from tidar_megatron.inference.sampling import SamplingOptions
 
-Mode = Literal["tidar", "linear", "ar", "lookup"]
+Mode = Literal["auto", "tidar", "linear", "ar", "lookup"]
 StopReason = Literal["eos", "stop", "length", "context", "cancelled", "error"]
 
 LOOKUP_DRAFT_LENGTH = 8  # for a model without a block size
@@ -23,6 +23,9 @@ LOOKUP_DRAFT_LENGTH = 8  # for a model without a block size
 class DecodeOptions:
     """How to generate.
 
+    ``mode`` ``auto`` lets the planner choose among all plans as it goes (``planner.py``); without a ``tidar`` section
+    that is plain autoregression. The others are fixed: ``tidar`` (one forward drafts and verifies), ``linear`` (two in
+    turn), ``lookup`` (drafts copied from the text), ``ar``.
     ``draft_length`` K counts the certain token (None: the model's block size); ``branches`` is ``"all"`` or how many
     of the likeliest outcomes get a branch (mode ``tidar`` only). Generation ends with the first end-of-sequence token
     (unless ``ignore_eos``), with the token that completes a ``stop`` string, after ``max_new_tokens``, or when prompt
@@ -33,7 +36,7 @@ class DecodeOptions:
     log-probability under the logits that verified it, before penalties and temperature.
     """
 
-    mode: Mode = "tidar"
+    mode: Mode = "auto"
     draft_length: int | None = None
     branches: int | Literal["all"] = "all"
     max_new_tokens: int = 128
@@ -71,9 +74,25 @@ class DecodeOptions:
 
     def resolved_draft_length(self, model: DecodeModel) -> int | None:
         """K: as asked, else the model's block size; None where nothing is drafted."""
-        if self.mode == "ar":
+        if self.mode in ("auto", "ar"):
             return None
         return min(self.draft_length or model.block_size or LOOKUP_DRAFT_LENGTH, model.context_limit)
+
+
+def parse_plan(name: str) -> DecodeOptions:
+    """``auto``, or a fixed plan: ``ar``, ``linear:K``, ``lookup:K``, ``all:K``, or ``N:K`` with N branches.
+
+    Raises:
+        UserError: it is none of them.
+    """
+    kind, _, length = name.partition(":")
+    if name in ("auto", "ar"):
+        return DecodeOptions("auto" if name == "auto" else "ar")
+    if length.isdecimal() and kind in ("linear", "lookup"):
+        return DecodeOptions("linear" if kind == "linear" else "lookup", int(length))
+    if length.isdecimal() and (kind == "all" or kind.isdecimal()):
+        return DecodeOptions("tidar", int(length), "all" if kind == "all" else int(kind))
+    raise UserError(f"plan {name!r}: use auto, ar, linear:8, lookup:8, all:8 or 2:8 (two branches of 8)")
 
 
 def _positive(value: object) -> bool:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from tidar_megatron.inference.attention import Part, Plan
-from tidar_megatron.inference.drafting import Autoregression, Branches, Drafts, Linear, Lookup, Policy
+from tidar_megatron.inference.drafting import Branches, Drafts, Linear, Lookup, Policy
 from tidar_megatron.inference.model import DecodeModel
+from tidar_megatron.inference.planner import Planned, Planner, planner_of
 from tidar_megatron.inference.request import DecodeOptions, StopReason, check_prompt
 from tidar_megatron.inference.sampling import Sampler
 from tidar_megatron.inference.text import TextStream
@@ -39,7 +40,7 @@ class Sequence:
         self.stop: StopReason | None = None
         self.error: Exception | None = None
         self._context_limit = model.context_limit
-        self._policy = make_policy(options, prompt, options.resolved_draft_length(model) or 1)
+        self._policy = make_policy(model, options, prompt)
         end_of_text = frozenset() if options.ignore_eos else model.eos_token_ids
         self._end_of_text = end_of_text
         self._sampler = Sampler(options.sampling, prompt, end_of_text, model.vocab_size, model.device)
@@ -55,7 +56,7 @@ class Sequence:
     @property
     def room(self) -> int:
         """Places that its slot must have: all tokens of prompt and output, and the most that one forward holds."""
-        return self._end + self._policy.draft_length * (1 + self._policy.most_branches)
+        return self._end + self._policy.most_tokens
 
     def part(self, prompt_tokens: int) -> Part:
         """What it has in the next forward: a piece of its prompt, of at most so many tokens, or its drafts."""
@@ -63,7 +64,7 @@ class Sequence:
         if self._unread:
             tokens = self._unread[:prompt_tokens]
             is_last = len(tokens) == len(self._unread)
-            branches = (len(tokens),) if is_last and self._policy.most_branches else ()
+            branches = (len(tokens),) if is_last and self._policy.drafts_at_once else ()
             plan = Plan(len(tokens), branches, self._policy.draft_length)
         else:
             # The last token that fits needs no K/V: no draft beyond it is worth a place, nor one at the context limit.
@@ -73,6 +74,11 @@ class Sequence:
             tokens = self._drafts.tokens
         self._part = Part(self.slot, self.length, tokens, self._useful(plan))
         return self._part
+
+    @property
+    def planner(self) -> Planner | None:
+        """Who chooses its plans, in mode ``auto``."""
+        return self._policy.planner if isinstance(self._policy, Planned) else None
 
     @property
     def reads_prompt(self) -> bool:
@@ -113,6 +119,7 @@ class Sequence:
             self._commit(plan.num_drafts)
         else:
             tokens = self._sampler.choose(logits, drafts, self._drafts.q)
+            self._policy.observe(self._drafts, plan, len(tokens))
             self._commit(len(tokens))
         tokens = self._cut(tokens)
         if self.options.logprobs:
@@ -130,7 +137,8 @@ class Sequence:
         if self._policy.wants_confidences:
             likely = logits.float().softmax(-1) if q is None else q
             confidences = likely.max(-1).values.tolist()
-        self._drafts = Drafts([*self._drafts.tokens, *tokens], q, confidences)
+        branch = max(r for r in self._part.plan.branches if r <= self._accepted)
+        self._drafts = Drafts([*self._drafts.tokens, *tokens], q, confidences, self._accepted - branch)
 
     def _commit(self, count: int) -> None:
         self.length += count
@@ -141,7 +149,7 @@ class Sequence:
         drafts = self._drafts
         if count < len(drafts.tokens):
             q = None if drafts.q is None else drafts.q[: count - 1]
-            self._drafts = Drafts(drafts.tokens[:count], q, drafts.confidences[: count - 1])
+            self._drafts = Drafts(drafts.tokens[:count], q, drafts.confidences[: count - 1], drafts.lag)
 
     def _useful(self, plan: Plan) -> Plan:
         """The plan, less branches that could not draft a single useful token, its masks within the context."""
@@ -182,12 +190,15 @@ class StopStrings:
         return any(string in text for string in self._strings)
 
 
-def make_policy(options: DecodeOptions, prompt: Tokens[int], draft_length: int) -> Policy:
-    """The policy of a mode; ``draft_length`` K counts the certain token."""
+def make_policy(model: DecodeModel, options: DecodeOptions, prompt: Tokens[int]) -> Policy:
+    """The policy of a mode."""
+    draft_length = options.resolved_draft_length(model) or 1
+    if options.mode == "auto" and model.mask_token_id is not None:
+        return Planned(planner_of(model))
     if options.mode == "tidar":
         return Branches(draft_length, None if options.branches == "all" else options.branches)
     if options.mode == "linear":
         return Linear(draft_length)
     if options.mode == "lookup":
         return Lookup(prompt, draft_length)
-    return Autoregression()
+    return Policy()
