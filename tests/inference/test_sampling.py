@@ -13,6 +13,7 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process as stock
 
 from tidar_megatron.errors import UserError
+from tidar_megatron.evaluation.statistics import chi_square
 from tidar_megatron.inference import sampling
 from tidar_megatron.inference.attention import Plan
 from tidar_megatron.inference.engine import Engine, generate
@@ -23,19 +24,6 @@ from tidar_megatron.inference.sampling import Sampler, SamplingOptions, accepted
 CPU = torch.device("cpu")
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 SAMPLES = 100_000 if THOROUGH else 4_000
-
-
-def chi_square(counts, expected):
-    """The p-value of Pearson's test; cells that expect less than 5 are taken together."""
-    counts, expected = torch.tensor(counts).double(), torch.tensor(expected).double()
-    expected = expected * counts.sum()
-    rare = expected < 5
-    assert counts[expected == 0].sum() == 0, "drawn what cannot be"
-    cells = [(c, e) for c, e in zip(counts[~rare], expected[~rare], strict=True)]
-    if rare.any() and expected[rare].sum() > 0:
-        cells.append((counts[rare].sum(), expected[rare].sum()))
-    statistic = sum((c - e) ** 2 / e for c, e in cells)
-    return torch.special.gammaincc(torch.tensor((len(cells) - 1) / 2).double(), statistic / 2).item()
 
 
 # ---- the parts ----------------------------------------------------------------------------------------------------

@@ -62,13 +62,19 @@ class DecodeModel:
         return logits
 
 
-def load_model(path: str | Path, device: str | None = None, dtype: str | torch.dtype | None = None) -> DecodeModel:
+def load_model(
+    path: str | Path,
+    device: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    mask_token_id: int | None = None,
+) -> DecodeModel:
     """Load a Hugging Face folder for decoding; no code of the folder is run.
 
     Args:
         path: a local folder with ``config.json`` and safetensors.
         device: as torch names it; default: ``cuda`` when there is one, else ``cpu``.
         dtype: a floating dtype or its name; default: float32 on the CPU (bfloat16 is slow there), else bfloat16.
+        mask_token_id: lets a model without a ``tidar`` section draft with this token, which it has not learned to.
 
     Raises:
         UserError: no such folder, not a causal LM of transformers, or an architecture detail that is refused.
@@ -83,6 +89,8 @@ def load_model(path: str | Path, device: str | None = None, dtype: str | torch.d
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         refuse_unsupported(config)
+        if mask_token_id is not None:
+            config.tidar = {"mask_token_id": mask_token_id, "block_size": 8}
         causal_lm = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=torch_dtype, attn_implementation=ATTENTION_NAME, trust_remote_code=False
         )
