@@ -48,5 +48,5 @@ def test_train_export_and_decode(shards, tmp_path, bf16):
     model = load_model(tmp_path / "hf", device="cuda", dtype="float32")
     prompt = list(b"alpha beta")
     ar = generate(model, prompt, DecodeOptions(mode="ar", max_new_tokens=32, ignore_eos=True))
-    tidar = generate(model, prompt, DecodeOptions(max_new_tokens=32, ignore_eos=True))
+    tidar = generate(model, prompt, DecodeOptions("tidar", max_new_tokens=32, ignore_eos=True))
     assert tidar.token_ids == ar.token_ids

@@ -11,7 +11,11 @@ from tidar_megatron.inference.model import load_model
 from tidar_megatron.inference.request import DecodeOptions
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7], [9]]
-PLANS = {"all": DecodeOptions(draft_length=4), "one": DecodeOptions(branches=1), "lookup": DecodeOptions(mode="lookup")}
+PLANS = {
+    "all": DecodeOptions("tidar", 4),
+    "one": DecodeOptions("tidar", branches=1),
+    "lookup": DecodeOptions(mode="lookup"),
+}
 
 
 @pytest.fixture(scope="module")

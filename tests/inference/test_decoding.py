@@ -133,7 +133,7 @@ def test_long_prompt_prefilled_in_chunks(tiny, stock_generate, monkeypatch):
 def test_a_batch_gives_each_prompt_what_it_gives_alone(trained, prompts, mode, batch_size, monkeypatch):
     """Ragged, longer than a chunk of the prompt, more than there are slots; the same drafts are accepted, too."""
     monkeypatch.setattr(engine, "PROMPT_CHUNK", 12)
-    options = DecodeOptions(mode, 8, 2 if mode == "tidar" else "all", 40)
+    options = DecodeOptions(mode, None if mode == "ar" else 8, 2 if mode == "tidar" else "all", 40)
     together = generate_batch(trained, prompts, options, batch_size)
     for prompt, ours in zip(prompts, together, strict=True):
         alone = generate(trained, prompt, options)
@@ -412,9 +412,11 @@ def test_bad_prompt(tiny, prompt, message, mode):
         (DecodeOptions("tidar", -3), "draft length -3"),
         (DecodeOptions("tidar", True), "draft length True"),
         (DecodeOptions("lookup", 1.5), "draft length 1.5"),
-        (DecodeOptions(branches=0), "branches 0: use all or a positive integer"),
-        (DecodeOptions(branches="some"), "branches 'some'"),
-        (DecodeOptions(branches=-1), "branches -1"),
+        (DecodeOptions("tidar", branches=0), "branches 0: use all or a positive integer"),
+        (DecodeOptions("tidar", branches="some"), "branches 'some'"),
+        (DecodeOptions("tidar", branches=-1), "branches -1"),
+        (DecodeOptions("auto", 8), "mode auto: has no draft length"),
+        (DecodeOptions("ar", branches=2), "mode ar: has no draft length and no branches"),
         (DecodeOptions(max_new_tokens=0), "max new tokens 0"),
         (DecodeOptions(stop="text"), "stop 'text': use strings"),
         (DecodeOptions(stop=("",)), "stop"),

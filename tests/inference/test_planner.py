@@ -38,7 +38,7 @@ def simulate(draft_length, branches, probability, cost, steps=20_000, seed=0):
         while accepted < plan.num_drafts and draw.random() < probability:
             accepted += 1
         tokens += accepted
-        seconds += cost(plan.num_tokens)
+        seconds += cost(plan.num_tokens, plan.num_masks > 0)
         drafts = Drafts([0] * (1 + len(plan.rows_after(accepted))))
     return tokens / steps, seconds / steps
 
@@ -46,7 +46,7 @@ def simulate(draft_length, branches, probability, cost, steps=20_000, seed=0):
 @pytest.mark.parametrize("probability", [0.3, 0.7, 0.95])
 @pytest.mark.parametrize(("draft_length", "branches"), [(4, None), (8, None), (8, 0), (8, 1), (8, 2), (16, 1), (2, 1)])
 def test_what_is_expected_of_a_plan_is_what_it_does(draft_length, branches, probability):
-    cost = Cost(MIDDLING, 100, 1, 0.0005)
+    cost = Cost(MIDDLING, 100, 1, (0.0002, 0.0005))
     expected = expect(draft_length, branches, believing(probability), None, cost)
     tokens, seconds = simulate(draft_length, branches, probability, cost)
     assert expected.tokens_per_forward == pytest.approx(tokens, rel=0.03)

@@ -13,10 +13,11 @@ def chi_square(counts: Sequence[int], probabilities: Sequence[float]) -> float:
     """
     seen = torch.tensor(counts, dtype=torch.float64)
     expected = torch.tensor(probabilities, dtype=torch.float64) * seen.sum()
-    if seen[expected == 0].sum() > 0:
+    possible = expected > 0
+    if seen[~possible].sum() > 0:
         return 0.0
-    expected, order = expected.sort()
-    seen = seen[order]
+    expected, order = expected[possible].sort()
+    seen = seen[possible][order]
     together = int((expected < 5).sum())
     while together < len(expected) and 0 < expected[:together].sum() < 5:
         together += 1

@@ -113,6 +113,7 @@ class PackedForward:
             place += part.plan.num_tokens
         self.starts: list[int] = edges
         self.num_tokens = place
+        self.num_masks = sum(part.plan.num_masks for part in parts)
 
     def inputs(self, mask_token_id: int | None, device: torch.device) -> Tensor:
         """Token ids and position ids, int64 ``[2, tokens]``."""

@@ -135,7 +135,12 @@ class Lookup(Policy):
 
 
 def likeliest_outcomes(confidences: Sequence[float], count: int) -> tuple[int, ...]:
-    """The ``count`` likeliest numbers of accepted drafts, ascending.
+    """The ``count`` likeliest numbers of accepted drafts, ascending."""
+    return tuple(sorted(ranked_outcomes(confidences)[:count]))
+
+
+def ranked_outcomes(confidences: Sequence[float]) -> list[int]:
+    """The numbers of drafts that may be accepted, 1 to all of them, the likeliest first.
 
     Args:
         confidences: of the drafts after the certain one; draft i + 1 is accepted with probability ``confidences[i]``
@@ -147,4 +152,4 @@ def likeliest_outcomes(confidences: Sequence[float], count: int) -> tuple[int, .
         outcomes.append((reached * (1 - confidence), accepted))
         reached *= confidence
     outcomes.append((reached, len(confidences) + 1))
-    return tuple(sorted(accepted for _, accepted in sorted(outcomes, reverse=True)[:count]))
+    return [accepted for _, accepted in sorted(outcomes, reverse=True)]

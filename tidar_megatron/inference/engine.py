@@ -97,12 +97,13 @@ class Engine:
                 _guarded(sequence, sequence.draft, logits)
         seconds = time.perf_counter() - start
         if planner is not None and not any(is_prompt for is_prompt, _ in before):
-            planner.end(packed.num_tokens, context, seconds)
+            planner.end(packed.num_tokens, packed.num_masks > 0, context, seconds)
         for sequence in served:
             if sequence.stop is not None:
                 self._leave(sequence)
+        size = packed.num_tokens
         return [
-            (sequence, Step(sequence.tokens[n:], seconds, sequence.stop, is_prompt, sequence.logprobs[n:]))
+            (sequence, Step(sequence.tokens[n:], seconds, sequence.stop, is_prompt, sequence.logprobs[n:], size))
             for sequence, (is_prompt, n) in zip(served, before, strict=True)
         ]
 

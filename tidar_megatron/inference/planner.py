@@ -13,16 +13,18 @@ import os
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
+from statistics import median
 
 import torch
 
 from tidar_megatron.inference.attention import PackedForward, Part, Plan
 from tidar_megatron.inference.cache import KVPool
-from tidar_megatron.inference.drafting import Branches, Drafts, Linear, Policy, likeliest_outcomes
+from tidar_megatron.inference.drafting import Branches, Drafts, Linear, Policy, likeliest_outcomes, ranked_outcomes
 from tidar_megatron.inference.model import DecodeModel
+from tidar_megatron.inference.request import DecodeOptions, Mode
 
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 72, 104, 136, 208, 272)  # tokens of a forward
 CONTEXTS = (64, 512, 2048)
@@ -31,14 +33,16 @@ ROUNDS = 5
 
 @dataclass
 class Costs:
-    """Seconds of a forward, the output layer over its rows included.
+    """Seconds of a forward, the output layer over its rows included, and what a step takes beside it.
 
     ``seconds[i][j]``: of ``sizes[i]`` tokens behind ``contexts[j]``; between them costs are interpolated.
+    ``beside``: of a step that drafts nothing, and of one that drafts.
     """
 
     sizes: list[int]
     contexts: list[int]
     seconds: list[list[float]]
+    beside: Sequence[float] = (0.0, 0.0)
 
     def of(self, tokens: float, context: float) -> float:
         """Of so many tokens behind so many; beyond the largest size in proportion to the last two."""
@@ -92,23 +96,36 @@ def _processor() -> str:
 
 @torch.inference_mode()
 def measure_costs(model: DecodeModel) -> Costs:
-    """Time forwards of a few sizes behind a few contexts, in turns; the fastest of each, which noise only slows."""
+    """Time forwards of a few sizes behind a few contexts; the median of each."""
     limit = model.context_limit
     sizes = [size for size in SIZES if size < limit] or [1]
     contexts = [context for context in CONTEXTS if context + sizes[-1] <= limit] or [max(0, limit - sizes[-1])]
     pool = KVPool(1, contexts[-1] + sizes[-1])
     token = 0 if model.mask_token_id != 0 else 1
-    seconds = [[float("inf")] * len(contexts) for _ in sizes]
-    for number in range(ROUNDS + 1):
-        for j, context in enumerate(contexts):
-            for i, size in enumerate(sizes):
-                packed = PackedForward(pool, [Part(0, context, [token] * size, Plan(size))])
+    seconds: list[list[list[float]]] = [[[] for _ in contexts] for _ in sizes]
+    for j, context in enumerate(contexts):
+        for i, size in enumerate(sizes):
+            packed = PackedForward(pool, [Part(0, context, [token] * size, Plan(size))])
+            for number in range(ROUNDS + 1):  # one after the other, as decoding does: caches are warm
                 start = time.perf_counter()
                 hidden = model.forward(packed)
                 model.logits(hidden[: min(size, 32)]).argmax(-1).tolist()
                 if number:
-                    seconds[i][j] = min(seconds[i][j], time.perf_counter() - start)
-    return Costs(sizes, contexts, seconds)
+                    seconds[i][j].append(time.perf_counter() - start)
+    costs = Costs(sizes, contexts, [[median(times) for times in row] for row in seconds])
+    return replace(costs, beside=[_beside(model, costs, "ar"), _beside(model, costs, "tidar")])
+
+
+def _beside(model: DecodeModel, costs: Costs, mode: Mode) -> float:
+    """What a step of the engine takes beside its forward."""
+    from tidar_megatron.inference.engine import stream  # which chooses by this module
+
+    prompt = [0 if model.mask_token_id != 0 else 1] * 16
+    options = DecodeOptions(mode, branches=1 if mode == "tidar" else "all", max_new_tokens=24, ignore_eos=True)
+    if len(prompt) + options.max_new_tokens > model.context_limit or (mode == "tidar" and model.mask_token_id is None):
+        return 0.0
+    steps = [step for step in stream(model, prompt, options) if not step.is_prefill][:-2]  # the last draft nothing
+    return median(step.seconds - costs.of(step.forward_tokens, len(prompt)) for step in steps) if steps else 0.0
 
 
 @dataclass
@@ -182,7 +199,7 @@ def expect(
     """
     K = draft_length
     if K == 1:
-        return Candidate(1, branches, seconds=cost(1))
+        return Candidate(1, branches, seconds=cost(1, drafts=False))
     believed = {own: [acceptance.of(k, own) for k in range(K)] for own in (True, False)}
     none, size = K - 1, K
     moves = torch.zeros(size, size, dtype=torch.float64)
@@ -203,7 +220,7 @@ def expect(
             own = likeliest_outcomes(odds, branches)
         gained[state] = sum(n * p for n, p in enumerate(outcomes, 1))
         held[state] = count + len(own) * K
-        spent[state] = cost(held[state])
+        spent[state] = cost(held[state], drafts=bool(own))
         for n, p in enumerate(outcomes, 1):
             shorter = [r for r in own if r <= n]
             lag = n - max(shorter) if shorter else none
@@ -222,17 +239,16 @@ def expect(
 
 
 class Cost:
-    """Seconds that one sequence pays for its tokens in a forward, ``batch`` alike in it, ``overhead`` beside it."""
+    """Seconds that a sequence pays for its tokens in a step, ``batch`` alike in it; ``beside`` as in :class:`Costs`."""
 
-    def __init__(self, costs: Costs, context: float, batch: int, overhead: float) -> None:
-        self._costs, self._context, self._batch, self._overhead = costs, context, batch, overhead
+    def __init__(self, costs: Costs, context: float, batch: int, beside: Sequence[float]) -> None:
+        self._costs, self._context, self._batch, self._beside = costs, context, batch, beside
         self._known: dict[float, float] = {}
 
-    def __call__(self, tokens: float) -> float:
+    def __call__(self, tokens: float, drafts: bool) -> float:
         if tokens not in self._known:
-            whole = self._costs.of(tokens * self._batch, self._context) + self._overhead
-            self._known[tokens] = whole / self._batch
-        return self._known[tokens]
+            self._known[tokens] = self._costs.of(tokens * self._batch, self._context)
+        return (self._known[tokens] + self._beside[drafts]) / self._batch
 
 
 class Planner:
@@ -250,16 +266,16 @@ class Planner:
         self.costs = costs
         self.lengths = sorted({k for k in (2, 3, 4, 6, 8, 12, 16, 24, 32) if k <= block_size} | {block_size})
         self.acceptance = Acceptance()
-        self._hits: dict[int, list[float]] = {}
-        self._overhead = [0.0, 0.0]
-        self._batch, self._context = 1, 0.0
+        self._ranks: list[float] = []  # of the outcomes, by the drafts' own confidences: how often each came true
+        self._beside = [(2 * seconds, 2.0) for seconds in costs.beside]  # sum and count, both fading
+        self._batch, self._context, self._scale = 1, 0.0, costs.of(16, 0)
         self._steps, self._next = 0, 0
         self.choice = Candidate(block_size, 1)
 
     def candidates(self) -> list[Candidate]:
         """Every plan with what is expected of it now, the best first."""
-        overhead = self._overhead[0] / self._overhead[1] if self._overhead[1] else 0.0
-        cost = Cost(self.costs, self._context, self._batch, overhead)
+        beside = [total / count for total, count in self._beside]
+        cost = Cost(self.costs, self._context, self._batch, beside)
         found = [expect(1, None, self.acceptance, None, cost)]
         for K in self.lengths:
             for branches in self.BRANCHES:
@@ -269,31 +285,34 @@ class Planner:
 
     def begin(self, batch: int, context: float) -> None:
         """Before a forward: choose again where there is reason to."""
-        changed = batch != self._batch or not 0.5 <= (context + 64) / (self._context + 64) <= 2
+        scale = self.costs.of(16 * batch, context)
+        changed = batch != self._batch or not 0.85 <= scale / self._scale <= 1.18
         if changed or self._steps >= self._next:
+            self._scale = scale
             self._batch, self._context = batch, context
             self._next = max(self._steps + 4, min(2 * self._steps, self._steps + 256))
             best = self.candidates()[0]
             self.choice = best
 
-    def end(self, tokens: int, context: float, seconds: float) -> None:
-        """After a forward of so many tokens: what it cost beyond what was measured alone."""
+    def end(self, tokens: int, drafts: bool, context: float, seconds: float) -> None:
+        """After a forward of so many tokens, with masks or without: what the step cost beyond what was timed."""
         self._steps += 1
-        fade = 0.98
-        self._overhead[0] = fade * self._overhead[0] + seconds - self.costs.of(tokens, context)
-        self._overhead[1] = fade * self._overhead[1] + 1
+        (total, count), fade = self._beside[drafts], 0.95
+        self._beside[drafts] = fade * total + seconds - self.costs.of(tokens, context), fade * count + 1
 
     def observe(self, drafts: Drafts, plan: Plan, accepted: int) -> None:
         """What became of the drafts of a sequence that ``plan`` verified."""
         for place in range(1, min(accepted + 1, plan.num_drafts)):
             self.acceptance.observe(drafts.lag + place, drafts.lag == 0, place < accepted)
-        if 0 < len(plan.branches) < plan.num_drafts:
-            seen = self._hits.setdefault(len(plan.branches), [0.0, 0.0])
-            seen[0], seen[1] = 0.99 * seen[0] + (accepted in plan.branches), 0.99 * seen[1] + 1
+        if drafts.lag == 0 and 1 < plan.num_drafts == len(drafts.confidences) + 1:
+            ranked = ranked_outcomes(drafts.confidences)
+            self._ranks += [0.0] * (len(ranked) - len(self._ranks))
+            self._ranks = [0.995 * seen for seen in self._ranks]
+            self._ranks[ranked.index(accepted)] += 1
 
     def _hit_rate(self, branches: int | None) -> float | None:
-        good, seen = self._hits.get(branches or 0, (0.0, 0.0))
-        return good / seen if seen > 10 else None
+        """How often the outcome is among so many of the likeliest."""
+        return sum(self._ranks[:branches]) / sum(self._ranks) if branches and sum(self._ranks) > 10 else None
 
     def explain(self, count: int = 8) -> str:
         """The best plans, and plain autoregression, and why, as a table."""
@@ -329,8 +348,8 @@ class Planned(Policy):
 
     @property
     def wants_confidences(self) -> bool:  # type: ignore[override]
-        """Whether the plan chosen now picks branches by them."""
-        return bool(self.planner.choice.branches)
+        """Always: also what other plans would have done is learned from them."""
+        return True
 
     def plan(self, drafts: Drafts) -> Plan:
         """As the planner chose."""

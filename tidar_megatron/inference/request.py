@@ -56,6 +56,8 @@ class DecodeOptions:
                 "the model's config.json has no tidar section, so it cannot draft: "
                 "use --mode ar, or export a TiDAR checkpoint with tools/convert_checkpoint.py"
             )
+        if self.mode in ("auto", "ar") and (self.draft_length is not None or self.branches != "all"):
+            raise UserError(f"mode {self.mode}: has no draft length and no branches of its own; use mode tidar")
         if self.draft_length is not None and not _positive(self.draft_length):
             raise UserError(f"draft length {self.draft_length!r}: use a positive integer, such as the block size")
         if self.branches != "all" and not _positive(self.branches):
@@ -122,13 +124,14 @@ def check_prompt(model: DecodeModel, prompt: Sequence[int]) -> None:
 
 @dataclass(frozen=True)
 class Step:
-    """What one forward added: the tokens that became final, its seconds, and why generation ended, if it did."""
+    """What one forward added to a sequence: the tokens that became final, and why generation ended, if it did."""
 
     tokens: list[int]
     seconds: float
     stop: StopReason | None
     is_prefill: bool = False
     logprobs: list[float] = field(default_factory=list)
+    forward_tokens: int = 0  # of all sequences in it
 
 
 @dataclass
