@@ -25,6 +25,12 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_costs(tmp_path_factory):
+    """Forwards timed by tests are not what this machine costs."""
+    os.environ["TIDAR_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory):
     """(training, held-out) folders of byte-level documents of 1 to 90 tokens: several a window, and cut by windows."""

@@ -8,7 +8,7 @@ from tests.training.small_runs import losses, small
 from tidar_megatron.attention_mask import training_layout
 from tidar_megatron.checkpoint.export import export_run
 from tidar_megatron.distributed.groups import shut_down
-from tidar_megatron.inference.decoding import generate
+from tidar_megatron.inference.engine import generate
 from tidar_megatron.inference.model import load_model
 from tidar_megatron.inference.request import DecodeOptions
 from tidar_megatron.models.attention import hybrid_attention, make_plan
@@ -48,5 +48,5 @@ def test_train_export_and_decode(shards, tmp_path, bf16):
     model = load_model(tmp_path / "hf", device="cuda", dtype="float32")
     prompt = list(b"alpha beta")
     ar = generate(model, prompt, DecodeOptions(mode="ar", max_new_tokens=32, ignore_eos=True))
-    tidar = generate(model, prompt, DecodeOptions(max_new_tokens=32, ignore_eos=True))
+    tidar = generate(model, prompt, DecodeOptions("tidar", max_new_tokens=32, ignore_eos=True))
     assert tidar.token_ids == ar.token_ids

@@ -1,6 +1,6 @@
 """Continue a prompt with an exported checkpoint, as it streams.
 
-    python tools/generate.py --model DIR --prompt TEXT [--mode tidar|ar|lookup] [--draft-length K] [--branches all|N]
+    python tools/generate.py --model DIR --prompt TEXT [--mode tidar|linear|ar|lookup] [--temperature T] ...
 
 In a terminal each colour is what one forward committed. Ends with tokens per forward, tokens per second and the
 share of distinct 4-grams (1.0: nothing repeats). ``--json`` prints one JSON object instead and nothing else.
@@ -11,8 +11,13 @@ import itertools
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from tidar_megatron.errors import OneLineParser, run_tool
+from tidar_megatron.errors import OneLineParser, UserError, run_tool
+
+if TYPE_CHECKING:
+    from tidar_megatron.inference.request import DecodeOptions
 
 COLOURS = ("green", "cyan", "yellow")
 
@@ -29,12 +34,30 @@ def parse_args() -> argparse.Namespace:
     parser = OneLineParser(description="Continue a prompt, drafting and verifying in one forward (TiDAR).")
     parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder of an exported checkpoint")
     parser.add_argument("--prompt", required=True, metavar="TEXT")
-    parser.add_argument("--mode", default="tidar", choices=["tidar", "ar", "lookup"], help="default: tidar")
-    parser.add_argument("--draft-length", type=int, metavar="K", help="default: the model's block size")
     parser.add_argument(
-        "--branches", type=parse_branches, default="all", metavar="all|N", help="N: the N likeliest; default: all"
+        "--plan", metavar="NAME", help="auto (default), ar, linear:K, lookup:K, all:K, or 2:K, 2 branches"
+    )
+    parser.add_argument("--explain-plan", action="store_true", help="end with what plan auto expects of each plan")
+    parser.add_argument("--mode", choices=["auto", "tidar", "linear", "ar", "lookup"], help="instead of --plan")
+    parser.add_argument("--draft-length", type=int, metavar="K", help="for --mode; default: the model's block size")
+    parser.add_argument(
+        "--branches", type=parse_branches, metavar="all|N", help="for --mode tidar; N: the N likeliest; default: all"
     )
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
+    parser.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="strings that end the output")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default: 0, greedy")
+    parser.add_argument("--top-k", type=int, metavar="N", help="draw from the N likeliest tokens")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="from the likeliest that make up P")
+    parser.add_argument(
+        "--min-p", type=float, default=0.0, metavar="P", help="from those P times as likely as the first"
+    )
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: less of the same")
+    parser.add_argument("--min-new-tokens", type=int, default=0, metavar="N", help="no end-of-sequence token before")
+    parser.add_argument("--seed", type=int, metavar="N", help="the same tokens again")
+    parser.add_argument(
+        "--trust-ratio", type=float, default=1.0, metavar="B", help="below 1 trusts drafts; no longer AR's output"
+    )
+    parser.add_argument("--logprobs", action="store_true", help="with --json: log-probability of each token")
     parser.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-sequence token")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--dtype", help="default: float32 on a CPU, else bfloat16")
@@ -42,14 +65,31 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def plan_of(args: argparse.Namespace) -> "DecodeOptions":
+    """The plan that was asked for, as options."""
+    from tidar_megatron.inference.request import DecodeOptions, Mode, parse_plan
+
+    single = args.mode, args.draft_length, args.branches
+    if args.plan is not None:
+        if single != (None, None, None):
+            raise UserError(f"--plan {args.plan}: names it all; leave --mode, --draft-length and --branches out")
+        return parse_plan(args.plan)
+    fixed = args.draft_length is not None or args.branches is not None or args.trust_ratio < 1
+    mode: Mode = args.mode or ("tidar" if fixed else "auto")
+    if mode in ("auto", "ar") and (args.draft_length is not None or args.branches is not None):
+        raise UserError(f"--mode {mode}: has no --draft-length and no --branches; leave them out, or use --mode tidar")
+    return DecodeOptions(mode, args.draft_length, "all" if args.branches is None else args.branches)
+
+
 def main() -> None:
     args = parse_args()
     # After parsing, so that --help does not wait for torch.
     from transformers.utils import logging
 
-    from tidar_megatron.inference.decoding import generate
+    from tidar_megatron.inference.engine import generate
     from tidar_megatron.inference.model import load_model
-    from tidar_megatron.inference.request import DecodeOptions
+    from tidar_megatron.inference.planner import planner_of
+    from tidar_megatron.inference.sampling import SamplingOptions
     from tidar_megatron.inference.text import TextStream, encode_prompt
 
     logging.set_verbosity_error()
@@ -60,7 +100,27 @@ def main() -> None:
     if trained and len(prompt) + args.max_new_tokens > trained:
         total = len(prompt) + args.max_new_tokens
         print(f"note: up to {total} tokens; the model was trained on sequences of {trained}", file=sys.stderr)
-    options = DecodeOptions(args.mode, args.draft_length, args.branches, args.max_new_tokens, args.ignore_eos)
+    options = replace(
+        plan_of(args),
+        max_new_tokens=args.max_new_tokens,
+        ignore_eos=args.ignore_eos,
+        stop=tuple(args.stop),
+        sampling=SamplingOptions(
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            min_p=args.min_p,
+            repetition_penalty=args.repetition_penalty,
+            min_new_tokens=args.min_new_tokens,
+            seed=args.seed,
+        ),
+        trust_ratio=args.trust_ratio,
+        logprobs=args.logprobs,
+    )
+    if options.mode == "auto" and model.mask_token_id is None:
+        print("note: the model's config.json has no tidar section: plain autoregression", file=sys.stderr)
+    if args.explain_plan and (options.mode != "auto" or model.mask_token_id is None):
+        raise UserError("--explain-plan: needs --plan auto and a model that drafts")
     if args.json:
         generation = generate(model, prompt, options)
         text = model.tokenizer.decode(generation.token_ids, skip_special_tokens=True)
@@ -77,6 +137,8 @@ def main() -> None:
         f"\n\n{generation.tokens_per_forward:.2f} tokens per forward, {generation.tokens_per_second:.1f} tokens/s, "
         f"distinct 4-grams {generation.distinct_4grams:.2f}"
     )
+    if args.explain_plan:
+        print(f"\n{planner_of(model).explain()}")
 
 
 def make_writer() -> Callable[[str], None]:

@@ -21,10 +21,10 @@ def plans() -> dict[str, Any]:
     from tidar_megatron.inference.request import DecodeOptions
 
     return {
-        "tidar, all branches, K=4": DecodeOptions(draft_length=4),
-        "tidar, all branches, K=8": DecodeOptions(draft_length=8),
-        "tidar, 1 branch, K=8": DecodeOptions(draft_length=8, branches=1),
-        HEADLINE: DecodeOptions(draft_length=8, branches=2),
+        "tidar, all branches, K=4": DecodeOptions("tidar", 4),
+        "tidar, all branches, K=8": DecodeOptions("tidar", 8),
+        "tidar, 1 branch, K=8": DecodeOptions("tidar", 8, 1),
+        HEADLINE: DecodeOptions("tidar", 8, 2),
         "prompt-lookup, K=8": DecodeOptions(mode="lookup", draft_length=8),
     }
 

@@ -6,12 +6,16 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tidar_megatron.evaluation import decoding
 from tidar_megatron.evaluation.decoding import compare_plans
-from tidar_megatron.inference.decoding import generate
+from tidar_megatron.inference.engine import generate
 from tidar_megatron.inference.model import load_model
 from tidar_megatron.inference.request import DecodeOptions
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7], [9]]
-PLANS = {"all": DecodeOptions(draft_length=4), "one": DecodeOptions(branches=1), "lookup": DecodeOptions(mode="lookup")}
+PLANS = {
+    "all": DecodeOptions("tidar", 4),
+    "one": DecodeOptions("tidar", branches=1),
+    "lookup": DecodeOptions(mode="lookup"),
+}
 
 
 @pytest.fixture(scope="module")

@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from tidar_megatron.errors import UserError
-from tidar_megatron.inference.attention import Plan
-from tidar_megatron.inference.cache import PreallocatedCache
-from tidar_megatron.inference.decoding import Decoder
+from tidar_megatron.inference.attention import PackedForward, Part, Plan
+from tidar_megatron.inference.cache import KVPool
+from tidar_megatron.inference.engine import Engine
 from tidar_megatron.inference.model import load_model, wrap_model
 from tidar_megatron.inference.request import DecodeOptions
+from tidar_megatron.inference.sequence import Sequence
 
 MASK = 47
-FAMILIES = ["qwen3", "qwen2", "llama", "mistral"]
+FAMILIES = ["qwen3", "qwen2", "llama", "mistral", "gemma"]
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 PREFIX = [3, 14, 15, 9, 26, 5, 35]
 DRAFTS = [8, 9, 7, 9]
@@ -41,12 +42,11 @@ def stock(model, token_ids, visible=None, positions=None, cache=None):
 
 
 def draft_and_verify(model, plan):
-    cache = PreallocatedCache(64)
+    pool = KVPool(1, 64)
     with torch.inference_mode():
-        model.forward(PREFIX, Plan(len(PREFIX)), cache)
-        cache.commit(len(PREFIX))
-        hidden = model.forward(DRAFTS, plan, cache)
-        return hidden, model.logits(hidden), cache
+        model.forward(PackedForward(pool, [Part(0, 0, PREFIX, Plan(len(PREFIX)))]))
+        hidden = model.forward(PackedForward(pool, [Part(0, len(PREFIX), DRAFTS, plan)]))
+        return hidden, model.logits(hidden)
 
 
 def brute_force_branch_mask(prefix, drafts, seen, draft_length):
@@ -67,7 +67,7 @@ def brute_force_branch_mask(prefix, drafts, seen, draft_length):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_draft_logits_equal_the_full_causal_forward(tiny, family, dtype):
     model = tiny(family, dtype)
-    _, logits, _ = draft_and_verify(model, Plan(4, (1, 2, 3, 4), 5))
+    _, logits = draft_and_verify(model, Plan(4, (1, 2, 3, 4), 5))
     _, expected = stock(model, PREFIX + DRAFTS)
     expected[:, MASK] = -torch.inf
     torch.testing.assert_close(logits[:4], expected[len(PREFIX) :], rtol=0, atol=TOLERANCE[dtype])
@@ -79,7 +79,7 @@ def test_branches_equal_a_forward_of_the_branch_alone(tiny, family, dtype):
     model = tiny(family, dtype)
     length = 5
     for branches in [(1, 2, 3, 4), (2, 4), (3,)]:
-        hidden, _, _ = draft_and_verify(model, Plan(4, branches, length))
+        hidden, _ = draft_and_verify(model, Plan(4, branches, length))
         for i, seen in enumerate(branches):
             visible = brute_force_branch_mask(len(PREFIX), len(DRAFTS), seen, length)
             start = len(PREFIX) + seen
@@ -89,46 +89,48 @@ def test_branches_equal_a_forward_of_the_branch_alone(tiny, family, dtype):
             torch.testing.assert_close(got, expected[-length:], rtol=0, atol=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("mode", ["tidar", "ar", "lookup"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_cache_holds_exactly_the_committed_tokens(tiny, family, mode):
+def check_cache(model, text, engine, length):
+    """The slot holds what transformers' own cache would, of all tokens but the certain one."""
     from transformers import DynamicCache
 
-    model = tiny(family, torch.float64)
-    decoder = Decoder(model, PREFIX, DecodeOptions(mode, None, "all", 30))
-    text = PREFIX + decoder.prefill()
-    for _ in range(6):
-        text += decoder.step()
-        cache = DynamicCache(config=model.causal_lm.config)
-        stock(model, text[:-1], cache=cache)  # all but the certain token
-        assert decoder._cache.length == len(text) - 1
-        for layer in range(2):
-            keys, values = decoder._cache.committed(layer)
-            torch.testing.assert_close(keys, cache.layers[layer].keys, rtol=0, atol=1e-10)
-            torch.testing.assert_close(values, cache.layers[layer].values, rtol=0, atol=1e-10)
-
-
-def test_cache_of_a_model_whose_drafts_are_accepted(trained, prompts):
-    from transformers import DynamicCache
-
-    decoder = Decoder(trained, prompts[4], DecodeOptions("tidar", 8, "all", 60))
-    text = prompts[4] + decoder.prefill()
-    while not decoder.is_full:
-        text += decoder.step()
-    cache = DynamicCache(config=trained.causal_lm.config)
-    stock(trained, text[:-1], cache=cache)
+    assert length == len(text) - 1
+    cache = DynamicCache(config=model.causal_lm.config)
+    stock(model, text[:-1], cache=cache)
     for layer in range(2):
-        torch.testing.assert_close(decoder._cache.committed(layer)[0], cache.layers[layer].keys, rtol=0, atol=1e-10)
+        keys, values = engine._pool.read(layer, 0, length)
+        torch.testing.assert_close(keys, cache.layers[layer].keys[0], rtol=0, atol=1e-10)
+        torch.testing.assert_close(values, cache.layers[layer].values[0], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("mode", ["tidar", "linear", "ar", "lookup"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_pool_holds_exactly_the_committed_tokens(tiny, family, mode):
+    model = tiny(family, torch.float64)
+    engine = Engine(model, 1, 100)
+    sequence = engine.submit(PREFIX, DecodeOptions(mode, None, "all", 30))
+    for _ in range(7):
+        engine.step()
+        check_cache(model, PREFIX + sequence.tokens, engine, sequence.length)
+
+
+@pytest.mark.parametrize("mode", ["tidar", "linear"])
+def test_the_pool_of_a_model_whose_drafts_are_accepted(trained, prompts, mode):
+    engine = Engine(trained, 1, 200)
+    sequence = engine.submit(prompts[4], DecodeOptions(mode, 8, "all", 60))
+    while not engine.is_idle:
+        engine.step()
+    check_cache(trained, prompts[4] + sequence.tokens, engine, sequence.length)
 
 
 def test_a_step_allocates_nothing_that_grows_and_never_runs_out(trained, prompts):
     for options in (DecodeOptions("tidar", 9, "all", 90), DecodeOptions("tidar", 9, 3, 90), DecodeOptions("ar")):
-        decoder = Decoder(trained, prompts[4], options)
-        decoder.prefill()
-        place = decoder._cache.committed(0)[0].data_ptr()
-        while not decoder.is_full:
-            decoder.step()
-        assert decoder._cache.committed(0)[0].data_ptr() == place
+        engine = Engine(trained, 1, Sequence(trained, prompts[4], options).room)
+        engine.submit(prompts[4], options)
+        engine.step()
+        held, place = engine._pool.num_bytes, engine._pool.read(0, 0, 1)[0].data_ptr()
+        while not engine.is_idle:
+            engine.step()
+        assert (engine._pool.num_bytes, engine._pool.read(0, 0, 1)[0].data_ptr()) == (held, place)
 
 
 # ---- loading ------------------------------------------------------------------------------------------------------

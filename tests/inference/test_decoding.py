@@ -1,24 +1,30 @@
 """Whatever drafts, the tokens are those of autoregression: against transformers' own generate, for every plan."""
 
 import random
+import types
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tidar_megatron.errors import UserError
-from tidar_megatron.inference import decoding
-from tidar_megatron.inference.attention import Plan
-from tidar_megatron.inference.decoding import generate, stream
-from tidar_megatron.inference.drafting import LookupDrafts, likeliest_outcomes
+from tidar_megatron.inference import engine
+from tidar_megatron.inference.attention import ATTENTION_NAME, Plan
+from tidar_megatron.inference.drafting import Lookup, likeliest_outcomes
+from tidar_megatron.inference.engine import Engine, generate, generate_batch, stream
 from tidar_megatron.inference.model import DecodeModel
-from tidar_megatron.inference.request import DecodeOptions
+from tidar_megatron.inference.request import DecodeOptions, Generation
 
 MASK = 47
-FAMILIES = ["qwen3", "qwen2", "llama", "mistral"]
+FAMILIES = ["qwen3", "qwen2", "llama", "mistral", "gemma"]
 
 
 def tidar(draft_length=None, branches="all", max_new_tokens=24, **more):
     return DecodeOptions("tidar", draft_length, branches, max_new_tokens, **more)
+
+
+def auto(max_new_tokens=24, **more):
+    return DecodeOptions("auto", max_new_tokens=max_new_tokens, **more)
 
 
 def ar(max_new_tokens=24, **more):
@@ -41,7 +47,8 @@ def test_every_mode_equals_stock_generate(tiny, stock_generate, family, dtype):
         prompt = random_prompt(length)
         expected = stock_generate(model, prompt, 24)
         assert generate(model, prompt, ar()).token_ids == expected
-        assert generate(model, prompt, DecodeOptions("lookup", 5, max_new_tokens=24)).token_ids == expected
+        for mode in ("lookup", "linear"):
+            assert generate(model, prompt, DecodeOptions(mode, 5, max_new_tokens=24)).token_ids == expected
         for draft_length, branches in [(1, "all"), (4, "all"), (4, 1), (9, 2)]:
             assert generate(model, prompt, tidar(draft_length, branches)).token_ids == expected, (
                 draft_length,
@@ -112,10 +119,66 @@ def test_long_prompt_prefilled_in_chunks(tiny, stock_generate, monkeypatch):
     model = tiny("qwen3", torch.float64)
     prompt = random_prompt(50)
     expected = generate(model, prompt, tidar())
-    monkeypatch.setattr(decoding, "PREFILL_CHUNK", 16)
+    monkeypatch.setattr(engine, "PROMPT_CHUNK", 16)
     chunked = generate(model, prompt, tidar())
     assert chunked.token_ids == expected.token_ids == stock_generate(model, prompt, 24)
     assert chunked.emitted == expected.emitted  # so the drafts saw the same prompt
+
+
+# ---- many at once -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["tidar", "linear", "ar", "lookup"])
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_a_batch_gives_each_prompt_what_it_gives_alone(trained, prompts, mode, batch_size, monkeypatch):
+    """Ragged, longer than a chunk of the prompt, more than there are slots; the same drafts are accepted, too."""
+    monkeypatch.setattr(engine, "PROMPT_CHUNK", 12)
+    options = DecodeOptions(mode, None if mode == "ar" else 8, 2 if mode == "tidar" else "all", 40)
+    together = generate_batch(trained, prompts, options, batch_size)
+    for prompt, ours in zip(prompts, together, strict=True):
+        alone = generate(trained, prompt, options)
+        assert (ours.token_ids, ours.emitted, ours.stop) == (alone.token_ids, alone.emitted, alone.stop)
+
+
+def test_requests_of_all_kinds_share_a_forward(trained, prompts):
+    kinds = [tidar(8), tidar(4, 1), DecodeOptions("linear", 6), ar(), DecodeOptions("lookup", 5), tidar(8, "all", 5)]
+    serving = Engine(trained, 4, 250)
+    sequences = [serving.submit(prompt, options) for prompt, options in zip(prompts[1:], kinds, strict=False)]
+    while not serving.is_idle:
+        serving.step()
+    for prompt, options, sequence in zip(prompts[1:], kinds, sequences, strict=False):
+        assert sequence.tokens == generate(trained, prompt, options).token_ids
+
+
+def test_one_that_is_cancelled_or_fails_disturbs_nobody(trained, prompts, monkeypatch):
+    expected = [generate(trained, prompt, tidar(8, 2, 30)).token_ids for prompt in prompts[3:7]]
+    serving = Engine(trained, 3, 250)
+    running = [serving.submit(prompt, tidar(8, 2, 30)) for prompt in prompts[3:7]]
+    broken, cancelled = running[1], running[2]
+    monkeypatch.setattr(broken, "draft", lambda logits: 1 / 0)
+    serving.step()
+    assert broken.stop == "error" and isinstance(broken.error, ZeroDivisionError)
+    serving.step()
+    serving.cancel(cancelled)
+    waiting = serving.submit(prompts[3], ar())
+    serving.cancel(waiting)
+    while not serving.is_idle:
+        serving.step()
+    assert (cancelled.stop, waiting.stop, waiting.tokens) == ("cancelled", "cancelled", [])
+    assert cancelled.tokens == expected[2][: len(cancelled.tokens)] != []
+    assert [running[0].tokens, running[3].tokens] == [expected[0], expected[3]]
+
+
+def test_the_queue_and_the_slots_have_bounds(trained, prompts):
+    serving = Engine(trained, 1, 60, queue_size=2)
+    with pytest.raises(UserError, match=r"needs room for \d+ tokens and the engine's slots have 60"):
+        serving.submit(prompts[4], tidar(8))
+    for _ in range(2):
+        serving.submit(prompts[0], ar())
+    with pytest.raises(UserError, match="2 requests are waiting already"):
+        serving.submit(prompts[0], ar())
+    serving.step()
+    serving.submit(prompts[0], ar())
 
 
 # ---- where it stops -----------------------------------------------------------------------------------------------
@@ -123,7 +186,9 @@ def test_long_prompt_prefilled_in_chunks(tiny, stock_generate, monkeypatch):
 
 def test_the_last_forwards_hold_nothing_useless(trained, prompts, monkeypatch):
     plans, forward = [], DecodeModel.forward
-    monkeypatch.setattr(DecodeModel, "forward", lambda self, *args: plans.append(args[1]) or forward(self, *args))
+    monkeypatch.setattr(
+        DecodeModel, "forward", lambda self, packed: plans.append(packed._parts[0].plan) or forward(self, packed)
+    )
     generate(trained, prompts[4], tidar(8, "all", 2))
     assert plans == [Plan(16, (16,), 8), Plan(1)]
     plans.clear()
@@ -142,7 +207,7 @@ def test_never_more_than_max_new_tokens(trained, prompts, max_new_tokens):
             assert got.stop == "length"
 
 
-@pytest.mark.parametrize("mode", ["tidar", "ar", "lookup"])
+@pytest.mark.parametrize("mode", ["tidar", "linear", "ar", "lookup"])
 def test_stops_with_the_first_eos(trained, stock_generate, prompts, mode):
     prompt = prompts[4]
     text = generate(trained, prompt, ar(40)).token_ids
@@ -181,6 +246,60 @@ def test_stops_where_the_context_ends(trained, prompts, draft_length, branches, 
     assert generate(model, prompt, tidar(draft_length, branches, limit - len(prompt))).stop == "length"
 
 
+@pytest.mark.parametrize("mode", ["tidar", "linear", "ar"])
+def test_stops_with_a_string(trained, prompts, mode):
+    """Also one that several tokens make up, in the midst of what a forward commits."""
+    letters = types.SimpleNamespace(decode=lambda tokens, **unused: "".join(chr(65 + token) for token in tokens))
+    model = replace(trained, tokenizer=letters)
+    tokens = generate(model, prompts[4], ar(40)).token_ids
+    text = letters.decode(tokens)
+    for string in (text[5], text[7:10], text[20:24], text[38:]):
+        options = DecodeOptions(mode, 8 if mode != "ar" else None, stop=(string, "never said"), max_new_tokens=60)
+        got = generate(model, prompts[4], options)
+        assert got.stop == "stop"
+        assert letters.decode(got.token_ids) == text[: text.index(string) + len(string)]
+
+
+@pytest.mark.parametrize("mode", ["tidar", "linear", "ar", "lookup"])
+def test_logprobs_are_the_models(trained, prompts, mode):
+    got = generate(trained, prompts[4], DecodeOptions(mode, 8 if mode != "ar" else None, logprobs=True))
+    text = prompts[4] + got.token_ids
+    trained.causal_lm.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        logits = trained.causal_lm(torch.tensor([text])).logits[0, len(prompts[4]) - 1 : -1]
+    trained.causal_lm.set_attn_implementation(ATTENTION_NAME)
+    logits[:, MASK] = -torch.inf
+    expected = logits.float().log_softmax(-1).gather(1, torch.tensor(got.token_ids)[:, None]).flatten()
+    torch.testing.assert_close(torch.tensor(got.logprobs), expected, rtol=0, atol=1e-5)
+
+
+def test_a_trust_ratio_of_1_is_autoregression_and_of_0_accepts_what_the_masks_say(trained, prompts):
+    expected = generate(trained, prompts[4], ar(60))
+    half, none = (generate(trained, prompts[4], tidar(8, "all", 60, trust_ratio=beta)) for beta in (0.5, 0.0))
+    assert generate(trained, prompts[4], tidar(8, "all", 60, trust_ratio=1.0)).token_ids == expected.token_ids
+    assert len(half.token_ids) == len(none.token_ids) == 60
+    assert none.token_ids != expected.token_ids
+
+
+def test_a_trust_ratio_mixes_the_logits(tiny):
+    """Against forwards written out: AR of the whole text, and one mask block behind it, with transformers' model."""
+    model, beta, text = tiny("qwen3"), 0.4, random_prompt(7)
+    got = generate(model, text, tidar(4, "all", 12, trust_ratio=beta)).token_ids
+    lm = model.causal_lm
+    lm.set_attn_implementation("sdpa")
+    for token in got:
+        size = len(text) + 4
+        visible = torch.ones(size, size, dtype=torch.bool).tril()
+        visible[len(text) :] = True
+        with torch.no_grad():
+            logits = lm(torch.tensor([text + [MASK] * 4]), attention_mask=visible[None, None]).logits[0]
+        mixed = beta * logits[len(text) - 1] + (1 - beta) * logits[len(text)]
+        mixed[MASK] = -torch.inf
+        assert token == int(mixed.argmax())
+        text = [*text, token]
+    lm.set_attn_implementation(ATTENTION_NAME)
+
+
 # ---- the figures --------------------------------------------------------------------------------------------------
 
 
@@ -201,7 +320,7 @@ def test_figures(trained, prompts):
 
 
 def test_distinct_4grams():
-    generation = decoding.Generation("ar", None, None)
+    generation = Generation("ar", None, None)
     assert generation.distinct_4grams == 1.0
     generation.token_ids = [1, 2, 3, 4, 5, 6]
     assert generation.distinct_4grams == 1.0
@@ -257,12 +376,12 @@ def test_lookup_finds_the_latest_longest_match():
     rng = random.Random(0)
     for _ in range(200):
         prompt = [rng.randrange(3) for _ in range(rng.randrange(1, 12))]
-        drafts = LookupDrafts(prompt, 5)
+        drafts = Lookup(prompt, 6)
         text = list(prompt)
         for _ in range(6):
             emitted = [rng.randrange(3) for _ in range(rng.randrange(1, 4))]
             text += emitted
-            assert drafts.propose(None, None, None, 1, emitted) == brute_force_lookup(text, 5)
+            assert drafts.look_up(emitted) == brute_force_lookup(text, 5)
 
 
 # ---- bad input ----------------------------------------------------------------------------------------------------
@@ -279,7 +398,7 @@ def test_lookup_finds_the_latest_longest_match():
         ([-1], "token id -1 is outside"),
     ],
 )
-@pytest.mark.parametrize("mode", ["tidar", "ar", "lookup"])
+@pytest.mark.parametrize("mode", ["tidar", "linear", "ar", "lookup"])
 def test_bad_prompt(tiny, prompt, message, mode):
     with pytest.raises(UserError, match=message) as error:
         stream(tiny("llama"), prompt, DecodeOptions(mode))  # before the first step is asked for
@@ -293,11 +412,19 @@ def test_bad_prompt(tiny, prompt, message, mode):
         (DecodeOptions("tidar", -3), "draft length -3"),
         (DecodeOptions("tidar", True), "draft length True"),
         (DecodeOptions("lookup", 1.5), "draft length 1.5"),
-        (DecodeOptions(branches=0), "branches 0: use all or a positive integer"),
-        (DecodeOptions(branches="some"), "branches 'some'"),
-        (DecodeOptions(branches=-1), "branches -1"),
+        (DecodeOptions("tidar", branches=0), "branches 0: use all or a positive integer"),
+        (DecodeOptions("tidar", branches="some"), "branches 'some'"),
+        (DecodeOptions("tidar", branches=-1), "branches -1"),
+        (DecodeOptions("auto", 8), "mode auto: has no draft length"),
+        (DecodeOptions("ar", branches=2), "mode ar: has no draft length and no branches"),
         (DecodeOptions(max_new_tokens=0), "max new tokens 0"),
-        (DecodeOptions("beam"), "mode 'beam': use one of tidar, ar, lookup"),
+        (DecodeOptions(stop="text"), "stop 'text': use strings"),
+        (DecodeOptions(stop=("",)), "stop"),
+        (DecodeOptions(stop=("a",)), "stop strings need a tokenizer"),
+        (DecodeOptions(trust_ratio=1.5), "trust ratio 1.5"),
+        (DecodeOptions("linear", trust_ratio=0.5), "trust ratio 0.5: below 1 needs mode tidar with all branches"),
+        (tidar(4, 2, trust_ratio=0.5), "trust ratio 0.5: below 1 needs"),
+        (DecodeOptions("beam"), "mode 'beam': use one of auto, tidar, linear, ar, lookup"),
     ],
 )
 def test_bad_options(tiny, options, message):

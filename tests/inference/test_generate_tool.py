@@ -46,12 +46,17 @@ def test_json_is_one_object_on_standard_output(checkpoint):
     done = run("--model", checkpoint, "--prompt", "hello", "--max-new-tokens", 8, "--ignore-eos", "--json")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(b"\n") == 1
-    assert json.loads(done.stdout)["mode"] == "tidar"
+    assert json.loads(done.stdout)["mode"] == "auto"
 
 
 def test_modes_agree_and_the_figures_are_there(checkpoint, tool):
     texts = set()
-    for more in (["--mode", "ar"], ["--mode", "lookup"], ["--branches", "2", "--draft-length", "6"]):
+    for more in (
+        ["--mode", "ar"],
+        ["--plan", "lookup:8"],
+        ["--mode", "auto"],
+        ["--branches", "2", "--draft-length", "6"],
+    ):
         status, out, _ = tool(
             "--model", checkpoint, "--prompt", "hello", "--max-new-tokens", 20, "--ignore-eos", "--json", *more
         )
@@ -59,7 +64,7 @@ def test_modes_agree_and_the_figures_are_there(checkpoint, tool):
         result = json.loads(out)
         texts.add((result["text"], *result["token_ids"]))
         assert len(result["token_ids"]) == 20
-        assert result["mode"] == (more[1] if more[0] == "--mode" else "tidar")
+        assert result["mode"] == {"--plan": "lookup", "--mode": more[1]}.get(more[0], "tidar")
         for name in ("tokens_per_forward", "tokens_per_second", "distinct_4grams"):
             assert result[name] > 0
     assert (result["draft_length"], result["branches"]) == (6, 2)
@@ -144,10 +149,34 @@ def test_a_folder_without_a_tidar_section(checkpoint, tool, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     del config["tidar"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    status, _, err = tool("--model", tmp_path, "--prompt", "a")
+    status, _, err = tool("--model", tmp_path, "--prompt", "a", "--mode", "tidar")
     assert status == 2
     assert "use --mode ar, or export a TiDAR checkpoint with tools/convert_checkpoint.py" in err
-    assert tool("--model", tmp_path, "--prompt", "a", "--mode", "ar")[0] == 0
+    status, out, err = tool("--model", tmp_path, "--prompt", "a")
+    assert status == 0 and "no tidar section: plain autoregression" in err and "1.00 tokens per forward" in out
+
+
+def test_the_plan_is_named_or_explained(checkpoint, tool):
+    arguments = ["--model", checkpoint, "--prompt", "a", "--max-new-tokens", 12, "--ignore-eos"]
+    status, out, _ = tool(*arguments, "--explain-plan")
+    assert status == 0 and "tokens/forward" in out and "accepted by offset" in out and "\nar " in out
+    for plan, (mode, length, branches) in {
+        "ar": ("ar", None, None),
+        "linear:4": ("linear", 4, None),
+        "all:3": ("tidar", 3, "all"),
+        "2:8": ("tidar", 8, 2),
+    }.items():
+        result = json.loads(tool(*arguments, "--plan", plan, "--json")[1])
+        assert (result["mode"], result["draft_length"], result["branches"]) == (mode, length, branches)
+    for wrong, message in (
+        (["--plan", "fast"], "plan 'fast': use auto, ar, linear:8"),
+        (["--plan", "2:8", "--mode", "ar"], "--plan 2:8: names it all"),
+        (["--mode", "ar", "--draft-length", 4], "--mode ar: has no --draft-length"),
+        (["--mode", "ar", "--explain-plan"], "--explain-plan: needs --plan auto"),
+        (["--temperature", "nan"], "temperature nan: must be"),
+    ):
+        status, _, err = tool(*arguments, *wrong)
+        assert status == 2 and message in err and err.count("\n") == 1
 
 
 def test_a_folder_without_a_tokenizer(checkpoint, tool, tmp_path):

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tidar_megatron import attention_kernels as kernels
 from tidar_megatron.attention_mask import clean_tokens, may_attend, training_layout
 from tidar_megatron.benchmark.measuring import peak_bytes
 from tidar_megatron.context_parallel import key_tokens, own_tokens, query_slices
 from tidar_megatron.data.blocks import choose_blocks
-from tidar_megatron.models.attention import choose_backend, flex, hybrid_attention, kernels, make_plan
+from tidar_megatron.models.attention import choose_backend, flex, hybrid_attention, make_plan
 from tidar_megatron.models.attention.plans import AttentionPlans
 from tidar_megatron.models.attention.tiles import Squares, make_tilings
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tidar_megatron.inference.decoding import generate
+from tidar_megatron.inference.engine import generate
 from tidar_megatron.inference.model import DecodeModel
 from tidar_megatron.inference.request import DecodeOptions, distinct_4grams
 

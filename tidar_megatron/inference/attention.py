@@ -1,32 +1,37 @@
-"""Attention of the decode step inside a Hugging Face model.
+"""Attention of a decode forward inside a Hugging Face model.
 
-A :class:`Plan` names the tokens of one forward. Who of them may attend to whom is asked of the one place that knows
-(:mod:`tidar_megatron.attention_mask`), once per plan: every token of a decode step sees the whole committed prefix,
-so only the local T x T part needs a mask and it does not depend on the prefix length.
+A :class:`Plan` names the tokens that one sequence has in a forward. Who of them may attend to whom is asked of the one
+place that knows (:mod:`tidar_megatron.attention_mask`), once per plan: every token of a decode step sees the whole
+committed prefix, so only the local T x T part needs a mask and it does not depend on the prefix length.
 
-The mask travels as a 4-D ``attention_mask``, which transformers hands through untouched, and meets
-:func:`folded_attention`, registered in transformers' attention interface: the query heads that share a K/V head are
-folded into the query length, so grouped-query attention never expands K/V.
+The tokens of all sequences of a forward lie side by side in one row, without padding: the model's matrix products serve
+all of them at once, and attention, which :func:`packed_attention` brings into transformers, goes through the
+sequences one by one. Each reads its own slot of the :class:`KVPool`, so none can see another, and they may differ in
+length, in plan, and in what they wait for.
 
-Shapes: T tokens in the forward, P committed before them, H query heads, N K/V heads, G = H / N, D head dimension.
+Shapes: T tokens of a sequence in the forward, P committed before them, H query heads, N K/V heads (never expanded),
+G = H / N, D head dimension.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tidar_megatron.attention_kernels import HIDDEN, attend, has_flash
 from tidar_megatron.attention_mask import INDEX, decode_layout, may_attend
+from tidar_megatron.inference.cache import KVPool
 
-ATTENTION_NAME = "tidar_folded"
+ATTENTION_NAME = "tidar_packed"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one forward holds: ``num_drafts`` draft tokens, then a block of ``draft_length`` masks for each branch.
+    """What one sequence has in a forward: ``num_drafts`` tokens, then a block of ``draft_length`` masks a branch.
 
     Branch r is the pre-draft for the outcome "exactly r drafts accepted"; the tokens lie as
     :func:`~tidar_megatron.attention_mask.decode_layout` writes them. Without branches it is a plain causal forward.
@@ -38,9 +43,15 @@ class Plan:
 
     @property
     def num_masks(self) -> int:
+        """Masks of all branches."""
         return len(self.branches) * self.draft_length
 
-    def rows_after(self, accepted: int) -> slice:
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.num_drafts + self.num_masks
+
+    def rows_after(self, accepted: int) -> range:
         """The rows that draft what follows the next certain token when ``accepted`` drafts were accepted.
 
         They belong to the branch of that outcome or, where it has none, to the longest shorter branch: it saw fewer
@@ -49,17 +60,16 @@ class Plan:
         """
         usable = [r for r in self.branches if r <= accepted]
         if not usable:
-            return slice(0, 0)
+            return range(0)
         branch = max(usable)
         start = self.num_drafts + self.branches.index(branch) * self.draft_length
-        return slice(start + accepted - branch + 1, start + self.draft_length)
+        return range(start + accepted - branch + 1, start + self.draft_length)
 
 
-@lru_cache(maxsize=512)
-def position_offsets(plan: Plan, device: torch.device) -> Tensor:
-    """Position ids less P: int64 ``[1, T]``."""
-    layout = decode_layout(0, plan.num_drafts, plan.branches, plan.draft_length)
-    return layout[None, :, INDEX].long().to(device)
+@lru_cache(maxsize=4096)
+def position_offsets(plan: Plan) -> tuple[int, ...]:
+    """Position ids less P, T of them."""
+    return tuple(decode_layout(0, plan.num_drafts, plan.branches, plan.draft_length)[:, INDEX].tolist())
 
 
 def local_mask(plan: Plan) -> Tensor:
@@ -68,55 +78,102 @@ def local_mask(plan: Plan) -> Tensor:
     return may_attend(layout, layout)
 
 
-def _folded_local_mask(plan: Plan, groups: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """:func:`local_mask` as an additive term (0 or -inf), once for each query head of a group: ``[1, 1, G * T, T]``."""
-    hidden = ~local_mask(plan)
-    additive = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
-    return additive.repeat(groups, 1)[None, None].to(device)
+def _local_bias(plan: Plan, groups: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """:func:`local_mask` as what is added to scores, once for each query head of a group: ``[1, 1, G * T, T]``.
 
-
-_cached_folded_local_mask = lru_cache(maxsize=512)(_folded_local_mask)
-MAX_CACHED_DRAFTS = 64  # a prompt is a plan of its own length, used once: keep those (large) masks out of the cache
-
-
-def decode_mask(plan: Plan, prefix_length: int, groups: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """The mask :func:`folded_attention` takes: ``[1, 1, G * T, P + T]`` in ``dtype``, None when all is visible (T = 1).
-
-    It carries the dtype of the queries because scaled_dot_product_attention takes any other and computes nonsense.
+    It carries the dtype of the queries because the kernel takes any other and computes nonsense.
     """
-    if plan.num_drafts == 1 and not plan.branches:
-        return None
-    build = _cached_folded_local_mask if plan.num_drafts <= MAX_CACHED_DRAFTS else _folded_local_mask
-    return F.pad(build(plan, groups, dtype, device), (prefix_length, 0))  # the prefix: all visible
+    hidden = ~local_mask(plan)
+    bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, HIDDEN)
+    return bias.repeat(groups, 1)[None, None].to(device)
 
 
-def folded_attention(
+_kept_local_bias = lru_cache(maxsize=512)(_local_bias)
+MOST_KEPT = 128  # a piece of a prompt is a plan of its own length, used once: such (large) masks are not kept
+
+
+class Part(NamedTuple):
+    """One sequence in a forward: its drafts (or a piece of its prompt), behind ``length`` committed tokens."""
+
+    slot: int
+    length: int
+    tokens: Sequence[int]
+    plan: Plan
+
+
+class PackedForward:
+    """The sequences of one forward, side by side, and the attention of each."""
+
+    def __init__(self, pool: KVPool, parts: Sequence[Part]) -> None:
+        self._pool, self._parts = pool, parts
+        edges, place = [], 0
+        for part in parts:
+            assert len(part.tokens) == part.plan.num_drafts
+            edges.append(place)
+            place += part.plan.num_tokens
+        self.starts: list[int] = edges
+        self.num_tokens = place
+        self.num_masks = sum(part.plan.num_masks for part in parts)
+
+    def inputs(self, mask_token_id: int | None, device: torch.device) -> Tensor:
+        """Token ids and position ids, int64 ``[2, tokens]``."""
+        ids: list[int | None] = []
+        positions: list[int] = []
+        for part in self._parts:
+            ids += [*part.tokens, *[mask_token_id] * part.plan.num_masks]
+            positions += [part.length + offset for offset in position_offsets(part.plan)]
+        return torch.tensor([ids, positions]).to(device)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """``query [1, H, tokens, D]``, ``key``, ``value [1, N, tokens, D]`` -> ``[1, tokens, H, D]``.
+
+        Keys and values of all tokens are written behind the committed ones of their sequence.
+        """
+        outputs = []
+        for part, start in zip(self._parts, self.starts, strict=True):
+            rows = slice(start, start + part.plan.num_tokens)
+            new_key, new_value = key[:, :, rows], value[:, :, rows]
+            keys, values = self._pool.write(layer, part.slot, part.length, new_key, new_value)
+            outputs.append(_attend(query[:, :, rows], keys, values, part, scale))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor, part: Part, scale: float) -> Tensor:
+    """One sequence: the prefix, which all see, and what is new, under the local mask; merged."""
+    _, heads, tokens, head_dim = query.shape
+    groups = heads // keys.shape[1]
+    folded = query.reshape(1, keys.shape[1], groups * tokens, head_dim)  # head n * G + g becomes rows g * T ...
+    if tokens == 1:
+        out, _ = attend(folded, keys, values, None, scale)
+    else:
+        causal = not part.plan.branches and groups == 1 and has_flash(query.device)
+        bias = None
+        if not causal:
+            make = _kept_local_bias if tokens <= MOST_KEPT else _local_bias
+            bias = make(part.plan, groups, query.dtype, query.device)
+        split = part.length
+        out, lse = attend(folded, keys[:, :, split:], values[:, :, split:], bias, scale, causal)
+        if split:
+            before, before_lse = attend(folded, keys[:, :, :split], values[:, :, :split], None, scale)
+            share = torch.sigmoid(before_lse - lse).unsqueeze(-1).to(out.dtype)
+            out = torch.lerp(out, before, share)
+    return out.reshape(1, heads, tokens, -1).transpose(1, 2)
+
+
+def packed_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    packed_forward: PackedForward | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """Attention for transformers' interface, batch 1 and without dropout.
-
-    Args:
-        query: ``[1, H, T, D]``.
-        key, value: ``[1, N, P + T, D]``, any strides.
-        attention_mask: of :func:`decode_mask`.
-        scaling: of the scores; D ** -0.5 when None.
-
-    Returns:
-        ``[1, T, H, D]`` and no weights.
-    """
-    heads, tokens, head_dim = query.shape[1:]
-    # transformers hands no mask at all to an attention it does not know: its own generate() would look ahead.
-    assert attention_mask is not None or tokens == 1, "wrapped for decoding: set_attn_implementation('sdpa') to use it"
-    assert attention_mask is None or attention_mask.dtype == query.dtype
-    folded = query.reshape(1, key.shape[1], -1, head_dim)  # [1, N, G * T, D]: head n * G + g becomes rows g * T ...
-    out = F.scaled_dot_product_attention(folded, key, value, attn_mask=attention_mask, scale=scaling)
-    return out.view(1, heads, tokens, -1).transpose(1, 2), None
+    """Attention for transformers' interface, which hands ``packed_forward`` through from the call of the model."""
+    assert packed_forward is not None, "wrapped for decoding: set_attn_implementation('sdpa') to use it as it was"
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return packed_forward.attend(module.layer_idx, query, key, value, scale), None
 
 
-ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, folded_attention)
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, packed_attention)

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from tidar_megatron.errors import UserError
-from tidar_megatron.inference.attention import ATTENTION_NAME, Plan, decode_mask, position_offsets
-from tidar_megatron.inference.cache import PreallocatedCache
+from tidar_megatron.inference.attention import ATTENTION_NAME, PackedForward
 
 
 @dataclass
@@ -37,32 +36,22 @@ class DecodeModel:
     def __post_init__(self) -> None:
         self._base: nn.Module = self.causal_lm.base_model
         self._head: nn.Module = self.causal_lm.get_output_embeddings()
-        config = self.causal_lm.config
-        heads = config.num_attention_heads
-        self._groups = heads // (getattr(config, "num_key_value_heads", None) or heads)
         self.dtype: torch.dtype = self.causal_lm.dtype
         self.device: torch.device = self.causal_lm.device
-        self.vocab_size: int = config.vocab_size
+        self.vocab_size: int = self.causal_lm.config.vocab_size
 
-    def forward(self, drafts: list[int], plan: Plan, cache: PreallocatedCache) -> Tensor:
-        """Run the drafts and the plan's mask tokens behind the committed prefix.
-
-        Their K/V are written to the cache; the caller commits the ones to keep.
-
-        Args:
-            drafts: ``plan.num_drafts`` token ids.
+    def forward(self, packed: PackedForward) -> Tensor:
+        """Run the tokens of all sequences of a forward; their K/V are written to the pool.
 
         Returns:
-            Final hidden states ``[T, hidden]``, in the order of the plan's layout.
+            Final hidden states ``[tokens, hidden]``, sequence by sequence, each in the order of its plan's layout.
         """
-        assert len(drafts) == plan.num_drafts
-        masks = [self.mask_token_id] * plan.num_masks
+        ids, positions = packed.inputs(self.mask_token_id, self.device)
         return self._base(
-            input_ids=torch.tensor([drafts + masks], device=self.device),
-            attention_mask=decode_mask(plan, cache.length, self._groups, self.dtype, self.device),
-            position_ids=position_offsets(plan, self.device) + cache.length,
-            past_key_values=cache,
-            use_cache=True,
+            input_ids=ids[None],
+            position_ids=positions[None],
+            use_cache=False,
+            packed_forward=packed,
         ).last_hidden_state[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -73,13 +62,19 @@ class DecodeModel:
         return logits
 
 
-def load_model(path: str | Path, device: str | None = None, dtype: str | torch.dtype | None = None) -> DecodeModel:
+def load_model(
+    path: str | Path,
+    device: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    mask_token_id: int | None = None,
+) -> DecodeModel:
     """Load a Hugging Face folder for decoding; no code of the folder is run.
 
     Args:
         path: a local folder with ``config.json`` and safetensors.
         device: as torch names it; default: ``cuda`` when there is one, else ``cpu``.
         dtype: a floating dtype or its name; default: float32 on the CPU (bfloat16 is slow there), else bfloat16.
+        mask_token_id: lets a model without a ``tidar`` section draft with this token, which it has not learned to.
 
     Raises:
         UserError: no such folder, not a causal LM of transformers, or an architecture detail that is refused.
@@ -94,6 +89,8 @@ def load_model(path: str | Path, device: str | None = None, dtype: str | torch.d
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         refuse_unsupported(config)
+        if mask_token_id is not None:
+            config.tidar = {"mask_token_id": mask_token_id, "block_size": 8}
         causal_lm = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=torch_dtype, attn_implementation=ATTENTION_NAME, trust_remote_code=False
         )

@@ -11,9 +11,10 @@ from typing import Any, Literal, get_args
 
 from tidar_megatron.errors import UserError
 from tidar_megatron.inference.model import DecodeModel
+from tidar_megatron.inference.sampling import SamplingOptions
 
-Mode = Literal["tidar", "ar", "lookup"]
-StopReason = Literal["eos", "length", "context"]
+Mode = Literal["auto", "tidar", "linear", "ar", "lookup"]
+StopReason = Literal["eos", "stop", "length", "context", "cancelled", "error"]
 
 LOOKUP_DRAFT_LENGTH = 8  # for a model without a block size
 
@@ -22,38 +23,78 @@ LOOKUP_DRAFT_LENGTH = 8  # for a model without a block size
 class DecodeOptions:
     """How to generate.
 
+    ``mode`` ``auto`` lets the planner choose among all plans as it goes (``planner.py``); without a ``tidar`` section
+    that is plain autoregression. The others are fixed: ``tidar`` (one forward drafts and verifies), ``linear`` (two in
+    turn), ``lookup`` (drafts copied from the text), ``ar``.
     ``draft_length`` K counts the certain token (None: the model's block size); ``branches`` is ``"all"`` or how many
     of the likeliest outcomes get a branch (mode ``tidar`` only). Generation ends with the first end-of-sequence token
-    (unless ``ignore_eos``), after ``max_new_tokens``, or when prompt and output fill the model's context.
+    (unless ``ignore_eos``), with the token that completes a ``stop`` string, after ``max_new_tokens``, or when prompt
+    and output fill the model's context.
+
+    ``trust_ratio`` beta mixes the logits that verify, beta * AR + (1 - beta) * diffusion (the paper's; mode ``tidar``
+    with all branches). Below 1 the output is no longer autoregression's. ``logprobs`` keeps each emitted token's
+    log-probability under the logits that verified it, before penalties and temperature.
     """
 
-    mode: Mode = "tidar"
+    mode: Mode = "auto"
     draft_length: int | None = None
     branches: int | Literal["all"] = "all"
     max_new_tokens: int = 128
     ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
+    sampling: SamplingOptions = SamplingOptions()
+    trust_ratio: float = 1.0
+    logprobs: bool = False
 
     def check(self, model: DecodeModel) -> None:
         """Raises UserError for options that ``model`` cannot serve."""
         if self.mode not in get_args(Mode):
             raise UserError(f"mode {self.mode!r}: use one of {', '.join(get_args(Mode))}")
-        if self.mode == "tidar" and model.mask_token_id is None:
+        self.sampling.check()
+        if self.mode in ("tidar", "linear") and model.mask_token_id is None:
             raise UserError(
                 "the model's config.json has no tidar section, so it cannot draft: "
                 "use --mode ar, or export a TiDAR checkpoint with tools/convert_checkpoint.py"
             )
+        if self.mode in ("auto", "ar") and (self.draft_length is not None or self.branches != "all"):
+            raise UserError(f"mode {self.mode}: has no draft length and no branches of its own; use mode tidar")
         if self.draft_length is not None and not _positive(self.draft_length):
             raise UserError(f"draft length {self.draft_length!r}: use a positive integer, such as the block size")
         if self.branches != "all" and not _positive(self.branches):
             raise UserError(f"branches {self.branches!r}: use all or a positive integer")
         if not _positive(self.max_new_tokens):
             raise UserError(f"max new tokens {self.max_new_tokens!r}: use a positive integer")
+        if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
+            raise UserError(f"stop {self.stop!r}: use strings of at least one character")
+        if self.stop and model.tokenizer is None:
+            raise UserError("stop strings need a tokenizer: export the checkpoint with its tokenizer")
+        number = isinstance(self.trust_ratio, int | float) and not isinstance(self.trust_ratio, bool)
+        if not number or not 0 <= self.trust_ratio <= 1:
+            raise UserError(f"trust ratio {self.trust_ratio!r}: must be from 0 to 1")
+        if self.trust_ratio < 1 and (self.mode != "tidar" or self.branches != "all"):
+            raise UserError(f"trust ratio {self.trust_ratio:g}: below 1 needs mode tidar with all branches")
 
     def resolved_draft_length(self, model: DecodeModel) -> int | None:
         """K: as asked, else the model's block size; None where nothing is drafted."""
-        if self.mode == "ar":
+        if self.mode in ("auto", "ar"):
             return None
         return min(self.draft_length or model.block_size or LOOKUP_DRAFT_LENGTH, model.context_limit)
+
+
+def parse_plan(name: str) -> DecodeOptions:
+    """``auto``, or a fixed plan: ``ar``, ``linear:K``, ``lookup:K``, ``all:K``, or ``N:K`` with N branches.
+
+    Raises:
+        UserError: it is none of them.
+    """
+    kind, _, length = name.partition(":")
+    if name in ("auto", "ar"):
+        return DecodeOptions("auto" if name == "auto" else "ar")
+    if length.isdecimal() and kind in ("linear", "lookup"):
+        return DecodeOptions("linear" if kind == "linear" else "lookup", int(length))
+    if length.isdecimal() and (kind == "all" or kind.isdecimal()):
+        return DecodeOptions("tidar", int(length), "all" if kind == "all" else int(kind))
+    raise UserError(f"plan {name!r}: use auto, ar, linear:8, lookup:8, all:8 or 2:8 (two branches of 8)")
 
 
 def _positive(value: object) -> bool:
@@ -83,12 +124,14 @@ def check_prompt(model: DecodeModel, prompt: Sequence[int]) -> None:
 
 @dataclass(frozen=True)
 class Step:
-    """What one forward added: the tokens that became final, its seconds, and why generation ended, if it did."""
+    """What one forward added to a sequence: the tokens that became final, and why generation ended, if it did."""
 
     tokens: list[int]
     seconds: float
     stop: StopReason | None
     is_prefill: bool = False
+    logprobs: list[float] = field(default_factory=list)
+    forward_tokens: int = 0  # of all sequences in it
 
 
 @dataclass
@@ -99,13 +142,21 @@ class Generation:
     draft_length: int | None
     branches: int | Literal["all"] | None
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
     emitted: list[int] = field(default_factory=list)
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     stop: StopReason | None = None
 
+    @staticmethod
+    def of(model: DecodeModel, options: DecodeOptions) -> "Generation":
+        """One that is about to begin."""
+        branches = options.branches if options.mode == "tidar" else None
+        return Generation(options.mode, options.resolved_draft_length(model), branches)
+
     def add(self, step: Step) -> None:
         self.token_ids += step.tokens
+        self.logprobs += step.logprobs
         self.stop = step.stop
         if step.is_prefill:
             self.prefill_seconds += step.seconds
@@ -147,6 +198,7 @@ class Generation:
             "prefill_seconds": self.prefill_seconds,
             "decode_seconds": self.decode_seconds,
             "stop": self.stop,
+            **({"logprobs": self.logprobs} if self.logprobs else {}),
         }
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tidar_megatron.models.attention import kernels
-from tidar_megatron.models.attention.kernels import HIDDEN, attend, attend_backward
+from tidar_megatron import attention_kernels as kernels
+from tidar_megatron.attention_kernels import HIDDEN, attend, attend_backward
 from tidar_megatron.models.attention.tiles import Squares, Tiling, make_tilings
 
 

@@ -1,0 +1,134 @@
+"""The planner: costs, what it believes of drafts, what it expects of a plan; and the text never depends on it."""
+
+import random
+
+import pytest
+import torch
+
+from tidar_megatron.inference import planner as planning
+from tidar_megatron.inference.attention import Plan
+from tidar_megatron.inference.drafting import Branches, Drafts, Linear
+from tidar_megatron.inference.engine import generate, generate_batch
+from tidar_megatron.inference.planner import Acceptance, Cost, Costs, Planned, Planner, expect, load_costs
+from tidar_megatron.inference.request import DecodeOptions
+
+FREE = Costs([1, 272], [64], [[0.01], [0.01]])  # a machine with free slots
+DEAR = Costs([1, 272], [64], [[0.001], [0.272]])  # one where every token of a forward costs as much as the first
+MIDDLING = Costs([1, 8, 32, 272], [64, 512], [[0.001, 0.002], [0.002, 0.003], [0.004, 0.006], [0.03, 0.05]])
+
+
+def believing(probability, length=16):
+    """Acceptance that has seen much of one kind."""
+    acceptance = Acceptance()
+    for own in (True, False):
+        for offset in range(1, length):
+            acceptance.counts[own, offset] = [probability * 1e6, 1e6]
+    return acceptance
+
+
+def simulate(draft_length, branches, probability, cost, steps=20_000, seed=0):
+    """The same plan played out, with the policies that decode: tokens and seconds a forward."""
+    draw = random.Random(seed)
+    policy = Linear(draft_length) if branches == 0 else Branches(draft_length, branches)
+    drafts, tokens, seconds = Drafts([0]), 0, 0.0
+    for _ in range(steps):
+        drafts.confidences = [probability] * (len(drafts.tokens) - 1)
+        plan = policy.plan(drafts)
+        accepted = 1
+        while accepted < plan.num_drafts and draw.random() < probability:
+            accepted += 1
+        tokens += accepted
+        seconds += cost(plan.num_tokens, plan.num_masks > 0)
+        drafts = Drafts([0] * (1 + len(plan.rows_after(accepted))))
+    return tokens / steps, seconds / steps
+
+
+@pytest.mark.parametrize("probability", [0.3, 0.7, 0.95])
+@pytest.mark.parametrize(("draft_length", "branches"), [(4, None), (8, None), (8, 0), (8, 1), (8, 2), (16, 1), (2, 1)])
+def test_what_is_expected_of_a_plan_is_what_it_does(draft_length, branches, probability):
+    cost = Cost(MIDDLING, 100, 1, (0.0002, 0.0005))
+    expected = expect(draft_length, branches, believing(probability), None, cost)
+    tokens, seconds = simulate(draft_length, branches, probability, cost)
+    assert expected.tokens_per_forward == pytest.approx(tokens, rel=0.03)
+    assert expected.seconds == pytest.approx(seconds, rel=0.03)
+
+
+def choice(costs, probability, batch=1):
+    planner = Planner(costs, 16)
+    planner.acceptance = believing(probability)
+    planner.begin(batch, 100)
+    return planner.choice
+
+
+def test_the_machine_and_the_text_decide():
+    assert choice(FREE, 0.9).branches is None and choice(FREE, 0.9).draft_length == 16
+    assert choice(DEAR, 0.2).name == choice(MIDDLING, 0.02).name == "ar"
+    assert choice(MIDDLING, 0.9).branches in (0, 1, 2) and choice(MIDDLING, 0.9).draft_length > 4
+    sizes = [choice(MIDDLING, 0.8, batch).forward_tokens for batch in (1, 4, 32)]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1]  # a batch fills the machine by itself
+
+
+def test_costs_between_and_beyond_what_was_timed():
+    assert MIDDLING.of(1, 64) == pytest.approx(0.001)
+    assert MIDDLING.of(1, 0) == pytest.approx(0.001)
+    assert MIDDLING.of(4.5, 64) == pytest.approx(0.0015)
+    assert MIDDLING.of(8, 288) == pytest.approx(0.0025)
+    assert MIDDLING.of(512, 64) == pytest.approx(0.03 + 0.026)
+    assert MIDDLING.of(1, 960) == pytest.approx(0.003)
+    assert Costs([1], [0], [[0.5]]).of(9, 9) == 0.5
+
+
+def test_acceptance_is_learned_and_forgotten():
+    acceptance, draw = Acceptance(), random.Random(0)
+    assert acceptance.of(5, True) == pytest.approx(Acceptance.PRIOR)
+    for _ in range(500):
+        acceptance.observe(1, True, draw.random() < 0.9)
+        acceptance.observe(2, True, draw.random() < 0.4)
+    assert acceptance.of(1, True) == pytest.approx(0.9, abs=0.06)
+    assert acceptance.of(2, True) == pytest.approx(0.4, abs=0.1)
+    assert acceptance.of(3, True) == pytest.approx(acceptance.of(2, True))  # unseen: as its neighbour
+    for _ in range(2000):
+        acceptance.observe(1, True, False)
+    assert acceptance.of(1, True) < 0.01
+
+
+def test_drafts_are_tried_again_after_plain_steps():
+    planner = Planner(DEAR, 8)
+    planner.acceptance = believing(0.0, 8)
+    planner.begin(1, 100)
+    policy = Planned(planner)
+    plans = [policy.plan(Drafts([0])) for _ in range(2 * Planner.PROBE)]
+    assert plans.count(Plan(1, (1,), 8)) == 2 and plans.count(Plan(1)) == len(plans) - 2
+    assert policy.plan(Drafts([0, 1, 2])) == Plan(3)
+
+
+def test_costs_are_timed_once_and_kept(trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("TIDAR_CACHE", str(tmp_path))
+    first = load_costs(trained)
+    assert first.sizes[0] == 1 and all(seconds > 0 for row in first.seconds for seconds in row)
+    assert first.sizes[-1] + first.contexts[-1] <= trained.context_limit
+    monkeypatch.setattr(planning, "measure_costs", lambda model: 1 / 0)
+    assert load_costs(trained) == first
+    (path,) = tmp_path.iterdir()
+    path.write_text("{")
+    with pytest.raises(ZeroDivisionError):
+        load_costs(trained)
+
+
+@pytest.mark.parametrize("costs", [FREE, DEAR, MIDDLING])
+def test_the_text_does_not_depend_on_the_plan(trained, prompts, costs, monkeypatch):
+    """Also while the plan changes: alone, in a batch, and on a planner that has learned from other text."""
+    monkeypatch.setitem(vars(trained), "_planner", (torch.get_num_threads(), Planner(costs, 8)))
+    expected = [generate(trained, prompt, DecodeOptions("ar", max_new_tokens=50)).token_ids for prompt in prompts]
+    for _ in range(2):
+        assert [generate(trained, p, DecodeOptions(max_new_tokens=50)).token_ids for p in prompts] == expected
+        batch = generate_batch(trained, prompts, DecodeOptions(max_new_tokens=50), 3)
+        assert [generation.token_ids for generation in batch] == expected
+    explained = vars(trained)["_planner"][1].explain()
+    assert "tokens/forward" in explained and "accepted by offset" in explained
+
+
+def test_without_a_tidar_section_it_is_autoregression(tiny):
+    model = tiny("llama", tidar=False)
+    plain = generate(model, [1, 2], DecodeOptions("ar", max_new_tokens=20))
+    assert generate(model, [1, 2], DecodeOptions(max_new_tokens=20)).token_ids == plain.token_ids

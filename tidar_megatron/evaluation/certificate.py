@@ -1,0 +1,242 @@
+"""Is the output what plain AR decoding gives? Of one checkpoint, dtype, machine; against transformers' ``generate``.
+
+Greedy: every mode and plan, alone and in a batch, token for token. Matrix products of other shapes round differently,
+so where two tokens are equally likely up to rounding, either may come out: a *tie*, told apart from a difference and
+counted. Sampled: how often each continuation is drawn, against its probability under the model.
+"""
+
+import itertools
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tidar_megatron.errors import UserError
+from tidar_megatron.evaluation.statistics import chi_square
+from tidar_megatron.inference.engine import Engine
+from tidar_megatron.inference.model import DecodeModel
+from tidar_megatron.inference.request import DecodeOptions, parse_plan
+from tidar_megatron.inference.sampling import SamplingOptions
+from tidar_megatron.inference.sequence import Sequence as Decoding
+
+TIE = 1e-4  # two logits, float32
+MOST_TIES = 0.01  # of the prompts
+LEAST_P_VALUE = 1e-4
+BATCHES = (1, 8)
+TOP_K, DRAWN = 4, 3  # continuations of 3 tokens, each one of 4
+
+
+def plans(lengths: Sequence[int] = (2, 4, 8, 16), drafts: bool = True) -> dict[str, DecodeOptions]:
+    """Every mode, every K, every number of branches; what drafts by masks only where the model can."""
+    names = ["ar", *(f"lookup:{K}" for K in lengths)]
+    if drafts:
+        names += ["auto", *(f"{kind}:{K}" for K in lengths for kind in ("linear", "all", "1", "2"))]
+    return {name: parse_plan(name) for name in names}
+
+
+@dataclass
+class Run:
+    """One plan and batch size over all prompts."""
+
+    plan: str
+    batch: int
+    identical: int = 0
+    ties: list[dict[str, Any]] = field(default_factory=list)
+    differences: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class Certificate:
+    """What was found. ``identical``: prompts the same in all runs; ``ties``: tied in one, never different."""
+
+    prompts: int
+    identical: int
+    ties: int
+    runs: list[Run]
+    sampled: list[dict[str, Any]]
+
+    @property
+    def holds(self) -> bool:
+        """Nothing differs, ties are rare, and no sampled distribution is off."""
+        same = self.identical + self.ties == self.prompts and self.ties <= MOST_TIES * self.prompts
+        return same and all(test["p_value"] > LEAST_P_VALUE for test in self.sampled)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "holds": self.holds}
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """JSON lines, each a string or an object with a ``prompt``.
+
+    Raises:
+        UserError: the file cannot be read, or a line is neither.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            value = json.loads(line)
+            prompts.append(value["prompt"] if isinstance(value, dict) else value)
+        except (ValueError, KeyError):
+            prompts.append(None)
+        if not isinstance(prompts[-1], str):
+            raise UserError(f'{path}, line {number}: must be a JSON string or an object with a "prompt"')
+    if not prompts:
+        raise UserError(f"{path}: holds no prompts; write one JSON string a line")
+    return prompts
+
+
+class Stock:
+    """Transformers' own greedy ``generate`` of the same weights, with its logits."""
+
+    def __init__(self, model: DecodeModel, folder: str | Path) -> None:
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        causal_lm = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, trust_remote_code=False)
+        self.causal_lm = causal_lm.to(model.device).eval()
+        # nothing of the folder's: no sampling, no end of text, but never the mask token
+        never = None if model.mask_token_id is None else [model.mask_token_id]
+        self._config = GenerationConfig(do_sample=False, suppress_tokens=never)
+        self.causal_lm.generation_config = self._config
+        self.mask_token_id = model.mask_token_id
+
+    @torch.inference_mode()
+    def generate(self, prompt: Sequence[int], count: int) -> tuple[list[int], Tensor]:
+        """``count`` tokens, and the logits ``[V]`` that the last was chosen from."""
+        ids = torch.tensor([list(prompt)], device=self.causal_lm.device)
+        out = self.causal_lm.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        return out.sequences[0, len(prompt) :].tolist(), out.logits[-1][0]
+
+    @torch.inference_mode()
+    def probabilities(self, prompt: Sequence[int], top_k: int, count: int) -> dict[tuple[int, ...], float]:
+        """Of every continuation of ``count`` tokens, each of the ``top_k`` likeliest."""
+        found: dict[tuple[int, ...], float] = {(): 1.0}
+        for _ in range(count):
+            texts = list(found)
+            logits = self.causal_lm(torch.tensor([[*prompt, *text] for text in texts])).logits[:, -1].float()
+            if self.mask_token_id is not None:
+                logits[:, self.mask_token_id] = -torch.inf
+            best = logits.topk(top_k)
+            p = best.values.softmax(-1).tolist()
+            found = {
+                (*text, token): found[text] * share
+                for text, tokens, shares in zip(texts, best.indices.tolist(), p, strict=True)
+                for token, share in zip(tokens, shares, strict=True)
+            }
+        return found
+
+
+def certify(
+    model: DecodeModel,
+    folder: str | Path,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    runs: Mapping[str, DecodeOptions],
+    samples: int,
+) -> Certificate:
+    """Compare every plan, alone and eight at a time, with transformers' greedy ``generate``; then what is drawn.
+
+    Args:
+        folder: the model's.
+        prompts: token ids.
+        samples: continuations to draw with each plan that a sampled test is made of; 0 for none.
+    """
+    stock = Stock(model, folder)
+    expected = [stock.generate(prompt, max_new_tokens)[0] for prompt in prompts]
+    done = [
+        _run(model, stock, Run(name, batch), options, prompts, expected)
+        for name, options in runs.items()
+        for batch in BATCHES
+    ]
+    tied = {found["prompt"] for run in done for found in run.ties}
+    different = {found["prompt"] for run in done for found in run.differences}
+    unsure = max(prompts[:32], key=lambda prompt: _entropy(stock.probabilities(prompt, TOP_K, 1)))
+    sampled = [_sample(model, stock, unsure, name, runs[name], samples) for name in runs if samples]
+    identical = len(prompts) - len(tied | different)
+    return Certificate(len(prompts), identical, len(tied - different), done, sampled)
+
+
+def _run(
+    model: DecodeModel,
+    stock: Stock,
+    run: Run,
+    options: DecodeOptions,
+    prompts: Sequence[Sequence[int]],
+    expected: Sequence[list[int]],
+) -> Run:
+    options = replace(options, max_new_tokens=len(expected[0]), ignore_eos=True)
+    room = max(Decoding(model, prompt, options).room for prompt in prompts)
+    engine = Engine(model, run.batch, room, queue_size=len(prompts))
+    pairs = list(zip(prompts, expected, strict=True))
+    watched = [_Watched(engine.submit(prompt, options), theirs) for prompt, theirs in pairs]
+    while not engine.is_idle:
+        engine.step()
+    for number, (watch, (prompt, theirs)) in enumerate(zip(watched, pairs, strict=True)):
+        if watch.sequence.error is not None:
+            raise watch.sequence.error
+        ours = watch.sequence.tokens
+        place = next((n for n, pair in enumerate(itertools.zip_longest(ours, theirs)) if len(set(pair)) > 1), None)
+        if place is None:
+            run.identical += 1
+            continue
+        token, other = ours[place], theirs[place]
+        rows = {"ours": watch.row, "transformers": stock.generate(prompt, place + 1)[1]}
+        apart = {of: None if row is None else abs(float(row[token] - row[other])) for of, row in rows.items()}
+        found = {"prompt": number, "position": place, "tokens": [token, other], "logits_apart": apart}
+        tie = all(gap is not None and gap <= TIE for gap in apart.values())
+        (run.ties if tie else run.differences).append(found)
+    return run
+
+
+class _Watched:
+    """Keeps the logits from which a sequence chose the first token that is not the expected one."""
+
+    def __init__(self, sequence: Decoding, expected: Sequence[int]) -> None:
+        self.sequence, self._expected = sequence, expected
+        self.row: Tensor | None = None
+        self._accept = sequence.accept
+        sequence.accept = self._watch  # type: ignore[method-assign]
+
+    def _watch(self, logits: Tensor) -> list[int]:
+        before = len(self.sequence.tokens)
+        tokens = self._accept(logits)
+        wrong = [n for n, token in enumerate(tokens) if token != self._expected[before + n]]
+        if wrong and self.row is None:
+            self.row = logits[wrong[0]].clone()
+        return tokens
+
+
+def _entropy(probabilities: Mapping[Any, float]) -> float:
+    return -sum(p * math.log(p) for p in probabilities.values() if p > 0)
+
+
+def _sample(
+    model: DecodeModel, stock: Stock, prompt: Sequence[int], name: str, options: DecodeOptions, samples: int
+) -> dict[str, Any]:
+    expected = stock.probabilities(prompt, TOP_K, DRAWN)
+    asked = replace(options, max_new_tokens=2 * DRAWN, ignore_eos=True)
+    engine = Engine(model, 16, Decoding(model, prompt, asked).room, queue_size=samples)
+    sampling = SamplingOptions(temperature=1.0, top_k=TOP_K)
+    drawn = [engine.submit(prompt, replace(asked, sampling=replace(sampling, seed=seed))) for seed in range(samples)]
+    while not engine.is_idle:
+        engine.step()
+    counts = Counter(tuple(sequence.tokens[:DRAWN]) for sequence in drawn)
+    impossible = sum(count for text, count in counts.items() if text not in expected)
+    p_value = 0.0 if impossible else chi_square([counts[text] for text in expected], list(expected.values()))
+    return {"plan": name, "samples": samples, "entropy": _entropy(expected), "p_value": p_value}

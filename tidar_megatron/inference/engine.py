@@ -1,0 +1,187 @@
+"""The engine: many requests, one forward a step.
+
+Each step every sequence that has a slot brings its part, a piece of its prompt or its drafts, and one forward serves
+all of them (``attention.py``); each then decides for itself (``sequence.py``). A sequence that ends leaves at once and
+the next one waiting takes its slot in the step after. Nothing a sequence computes depends on what else is in the
+forward, but for the rounding of matrix products of other shapes.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Tokens
+
+import torch
+from torch import Tensor
+
+from tidar_megatron.errors import UserError
+from tidar_megatron.inference.attention import PackedForward
+from tidar_megatron.inference.cache import KVPool
+from tidar_megatron.inference.model import DecodeModel
+from tidar_megatron.inference.request import DecodeOptions, Generation, Step
+from tidar_megatron.inference.sequence import Sequence
+
+PROMPT_CHUNK = 512  # prompt tokens of a sequence in a forward: others need not wait for a long one
+
+
+class Engine:
+    """A continuous batch.
+
+    Args:
+        model: what :func:`~tidar_megatron.inference.model.load_model` returned.
+        batch_size: sequences in a forward at most.
+        capacity: places of each one's slot, :attr:`Sequence.room` of the longest request.
+        queue_size: requests that may wait.
+    """
+
+    def __init__(self, model: DecodeModel, batch_size: int, capacity: int, queue_size: int = 1024) -> None:
+        self.model = model
+        self._pool = KVPool(batch_size, capacity)
+        self._free = list(range(batch_size))[::-1]
+        self._waiting: deque[Sequence] = deque()
+        self._queue_size = queue_size
+        self._active: list[Sequence] = []
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is under way."""
+        return not self._active and not self._waiting
+
+    def submit(self, prompt: Tokens[int], options: DecodeOptions | None = None) -> Sequence:
+        """A request that :meth:`step` will serve.
+
+        Raises:
+            UserError: for a request that cannot be served, or where too many wait.
+        """
+        sequence = Sequence(self.model, prompt, options or DecodeOptions())
+        if sequence.room > self._pool.capacity:
+            raise UserError(
+                f"the request needs room for {sequence.room} tokens and the engine's slots have {self._pool.capacity}: "
+                "ask for fewer new tokens or drafts, or make the engine's capacity larger"
+            )
+        if len(self._waiting) >= self._queue_size:
+            raise UserError(f"{len(self._waiting)} requests are waiting already: try again later")
+        self._waiting.append(sequence)
+        return sequence
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Forget a request; of one that has ended nothing is left to forget."""
+        if sequence in self._waiting:
+            self._waiting.remove(sequence)
+        if sequence in self._active:
+            self._leave(sequence)
+        sequence.stop = sequence.stop or "cancelled"
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[Sequence, Step]]:
+        """One forward; what it made final for each sequence that is in it. A sequence that fails ends alone."""
+        start = time.perf_counter()
+        while self._free and self._waiting:
+            sequence = self._waiting.popleft()
+            sequence.slot = self._free.pop()
+            self._active.append(sequence)
+        if not self._active:
+            return []
+        served = list(self._active)
+        planner = next((s.planner for s in served if s.planner is not None), None)
+        context = sum(sequence.length for sequence in served) / len(served)
+        if planner is not None:
+            planner.begin(len(served), context)
+        before = [(sequence.reads_prompt, len(sequence.tokens)) for sequence in served]
+        packed = PackedForward(self._pool, [sequence.part(PROMPT_CHUNK) for sequence in served])
+        hidden = self.model.forward(packed)
+        for sequence, logits in zip(served, self._logits(hidden, packed, [s.rows for s in served]), strict=True):
+            _guarded(sequence, sequence.accept, logits)
+        for sequence, logits in zip(served, self._logits(hidden, packed, [s.draft_rows for s in served]), strict=True):
+            if len(logits):
+                _guarded(sequence, sequence.draft, logits)
+        seconds = time.perf_counter() - start
+        if planner is not None and not any(is_prompt for is_prompt, _ in before):
+            planner.end(packed.num_tokens, packed.num_masks > 0, context, seconds)
+        for sequence in served:
+            if sequence.stop is not None:
+                self._leave(sequence)
+        size = packed.num_tokens
+        return [
+            (sequence, Step(sequence.tokens[n:], seconds, sequence.stop, is_prompt, sequence.logprobs[n:], size))
+            for sequence, (is_prompt, n) in zip(served, before, strict=True)
+        ]
+
+    def _logits(self, hidden: Tensor, packed: PackedForward, rows: Tokens[Tokens[int]]) -> tuple[Tensor, ...]:
+        """Of these rows of each sequence, and of no others: the output layer is most of a small model."""
+        places = [start + row for start, own in zip(packed.starts, rows, strict=True) for row in own]
+        return self.model.logits(hidden[places]).split([len(own) for own in rows])
+
+    def _leave(self, sequence: Sequence) -> None:
+        self._active.remove(sequence)
+        assert sequence.slot is not None
+        self._free.append(sequence.slot)
+        sequence.slot = None
+
+
+def _guarded(sequence: Sequence, decide: Callable[[Tensor], object], logits: Tensor) -> None:
+    """What goes wrong with one sequence must not end the others."""
+    try:
+        decide(logits)
+    except Exception as error:
+        sequence.stop, sequence.error = "error", error
+
+
+def stream(model: DecodeModel, prompt: Tokens[int], options: DecodeOptions | None = None) -> Iterator[Step]:
+    """Generate for one prompt, one :class:`Step` a forward, those of the prompt first.
+
+    Args:
+        model: what :func:`~tidar_megatron.inference.model.load_model` returned.
+        prompt: token ids; prompt and output together never exceed ``model.context_limit`` tokens.
+
+    Raises:
+        UserError: here and not in the midst of it, for options or a prompt that cannot be served.
+    """
+    room = Sequence(model, prompt, options or DecodeOptions()).room
+    engine = Engine(model, 1, room)
+    sequence = engine.submit(prompt, options)
+    return _steps(engine, sequence)
+
+
+def _steps(engine: Engine, sequence: Sequence) -> Iterator[Step]:
+    while not engine.is_idle:
+        for _, step in engine.step():
+            if sequence.error is not None:
+                raise sequence.error
+            yield step
+
+
+def generate(
+    model: DecodeModel,
+    prompt: Tokens[int],
+    options: DecodeOptions | None = None,
+    on_step: Callable[[Step], None] | None = None,
+) -> Generation:
+    """Generate to the end. Arguments and errors as :func:`stream`; ``on_step`` sees every step as it comes."""
+    options = options or DecodeOptions()
+    generation = Generation.of(model, options)
+    for step in stream(model, prompt, options):
+        generation.add(step)
+        if on_step is not None:
+            on_step(step)
+    return generation
+
+
+def generate_batch(
+    model: DecodeModel, prompts: Tokens[Tokens[int]], options: DecodeOptions | None = None, batch_size: int = 8
+) -> list[Generation]:
+    """Generate for many prompts, ``batch_size`` at a time; each gives the tokens that it gives alone.
+
+    Raises:
+        UserError: before anything is generated, for options or a prompt that cannot be served.
+    """
+    options = options or DecodeOptions()
+    room = max((Sequence(model, prompt, options).room for prompt in prompts), default=0)
+    engine = Engine(model, batch_size, room, queue_size=len(prompts))
+    generations = {engine.submit(prompt, options): Generation.of(model, options) for prompt in prompts}
+    while not engine.is_idle:
+        for sequence, step in engine.step():
+            if sequence.error is not None:
+                raise sequence.error
+            generations[sequence].add(step)
+    return list(generations.values())

@@ -1,0 +1,377 @@
+"""Which plan gives the most tokens per second on this machine, for this model, on this text.
+
+Two things decide: what a forward of T tokens costs behind P committed ones, which :func:`measure_costs` times once per
+machine and model, and how often drafts are accepted, which :class:`Acceptance` learns while text is made. From both
+:func:`candidates` computes the rate of every plan - K drafts, branches for the m likeliest outcomes or for all, two
+forwards in turn, or plain autoregression - and the :class:`Planner` takes the best. A plan changes how fast the text
+comes, never what it says.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from tidar_megatron.inference.attention import PackedForward, Part, Plan
+from tidar_megatron.inference.cache import KVPool
+from tidar_megatron.inference.drafting import Branches, Drafts, Linear, Policy, likeliest_outcomes, ranked_outcomes
+from tidar_megatron.inference.model import DecodeModel
+from tidar_megatron.inference.request import DecodeOptions, Mode
+
+SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 72, 104, 136, 208, 272)  # tokens of a forward
+CONTEXTS = (64, 512, 2048)
+ROUNDS = 5
+
+
+@dataclass
+class Costs:
+    """Seconds of a forward, the output layer over its rows included, and what a step takes beside it.
+
+    ``seconds[i][j]``: of ``sizes[i]`` tokens behind ``contexts[j]``; between them costs are interpolated.
+    ``beside``: of a step that drafts nothing, and of one that drafts.
+    """
+
+    sizes: list[int]
+    contexts: list[int]
+    seconds: list[list[float]]
+    beside: Sequence[float] = (0.0, 0.0)
+
+    def of(self, tokens: float, context: float) -> float:
+        """Of so many tokens behind so many; beyond the largest size in proportion to the last two."""
+        column = [_between(self.contexts, row, context) for row in self.seconds]
+        return _between(self.sizes, column, tokens)
+
+
+def _between(places: Sequence[float], values: Sequence[float], at: float) -> float:
+    """Linear, also beyond the ends (not below the first value)."""
+    if len(places) == 1 or at <= places[0]:
+        return values[0]
+    right = next((n for n, place in enumerate(places) if place >= at), len(places) - 1)
+    left = right - 1
+    slope = (values[right] - values[left]) / (places[right] - places[left])
+    return max(values[left] + slope * (at - places[left]), values[0])
+
+
+def load_costs(model: DecodeModel) -> Costs:
+    """:func:`measure_costs`, kept in a file per machine, threads, model and dtype (in ``TIDAR_CACHE``)."""
+    path = _costs_file(model)
+    try:
+        return Costs(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        costs = measure_costs(model)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(f".{os.getpid()}").write_text(json.dumps(vars(costs)))
+        path.with_suffix(f".{os.getpid()}").replace(path)
+    except OSError:
+        pass  # measured again next time
+    return costs
+
+
+def _costs_file(model: DecodeModel) -> Path:
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tidar-megatron"
+    root = Path(os.environ.get("TIDAR_CACHE") or home)
+    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else _processor()
+    shape = model.causal_lm.config.to_json_string()
+    what = [device, torch.get_num_threads(), torch.__version__, str(model.dtype), shape, SIZES, CONTEXTS]
+    return root / f"costs-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}.json"
+
+
+@cache
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as info:
+            return next(line.split(":")[1].strip() for line in info if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+@torch.inference_mode()
+def measure_costs(model: DecodeModel) -> Costs:
+    """Time forwards of a few sizes behind a few contexts; the median of each."""
+    limit = model.context_limit
+    sizes = [size for size in SIZES if size < limit] or [1]
+    contexts = [context for context in CONTEXTS if context + sizes[-1] <= limit] or [max(0, limit - sizes[-1])]
+    pool = KVPool(1, contexts[-1] + sizes[-1])
+    token = 0 if model.mask_token_id != 0 else 1
+    seconds: list[list[list[float]]] = [[[] for _ in contexts] for _ in sizes]
+    for j, context in enumerate(contexts):
+        for i, size in enumerate(sizes):
+            packed = PackedForward(pool, [Part(0, context, [token] * size, Plan(size))])
+            for number in range(ROUNDS + 1):  # one after the other, as decoding does: caches are warm
+                start = time.perf_counter()
+                hidden = model.forward(packed)
+                model.logits(hidden[: min(size, 32)]).argmax(-1).tolist()
+                if number:
+                    seconds[i][j].append(time.perf_counter() - start)
+    costs = Costs(sizes, contexts, [[median(times) for times in row] for row in seconds])
+    return replace(costs, beside=[_beside(model, costs, "ar"), _beside(model, costs, "tidar")])
+
+
+def _beside(model: DecodeModel, costs: Costs, mode: Mode) -> float:
+    """What a step of the engine takes beside its forward."""
+    from tidar_megatron.inference.engine import stream  # which chooses by this module
+
+    prompt = [0 if model.mask_token_id != 0 else 1] * 16
+    options = DecodeOptions(mode, branches=1 if mode == "tidar" else "all", max_new_tokens=24, ignore_eos=True)
+    if len(prompt) + options.max_new_tokens > model.context_limit or (mode == "tidar" and model.mask_token_id is None):
+        return 0.0
+    steps = [step for step in stream(model, prompt, options) if not step.is_prefill][:-2]  # the last draft nothing
+    return median(step.seconds - costs.of(step.forward_tokens, len(prompt)) for step in steps) if steps else 0.0
+
+
+@dataclass
+class Acceptance:
+    """How often a draft is accepted, by its offset in the block that drafted it, if all drafts before it were.
+
+    Old evidence fades, so the text at hand counts most. What was never seen is believed to be as its neighbour.
+    """
+
+    HALF_LIFE = 200.0  # drafts at an offset
+    PRIOR, WEIGHT = 0.7, 2.0
+    counts: dict[tuple[bool, int], list[float]] = field(default_factory=dict)
+
+    def observe(self, offset: int, own: bool, was_accepted: bool) -> None:
+        """A draft at ``offset`` (1: the first after the certain token), of the outcome's own branch or a shorter."""
+        seen = self.counts.setdefault((own, offset), [0.0, 0.0])
+        fade = 0.5 ** (1 / self.HALF_LIFE)
+        seen[0] = seen[0] * fade + was_accepted
+        seen[1] = seen[1] * fade + 1
+
+    def of(self, offset: int, own: bool) -> float:
+        """The probability believed."""
+        prior = self.PRIOR if offset <= 1 else self.of(offset - 1, own)
+        good, seen = self.counts.get((own, offset), (0.0, 0.0))
+        return (good + self.WEIGHT * prior) / (seen + self.WEIGHT)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan and what it is expected to do: ``branches`` None for all outcomes, 0 for two forwards in turn."""
+
+    draft_length: int  # K; 1 is plain autoregression
+    branches: int | None
+    tokens_per_forward: float = 1.0
+    forward_tokens: float = 1.0
+    seconds: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second of one sequence."""
+        return self.tokens_per_forward / self.seconds
+
+    @property
+    def name(self) -> str:
+        """As the options name it."""
+        if self.draft_length == 1:
+            return "ar"
+        how = {None: "all branches", 0: "linear"}.get(self.branches, f"{self.branches} branches")
+        return f"{how}, K={self.draft_length}"
+
+    @cached_property
+    def policy(self) -> Policy:
+        """What follows it."""
+        if self.draft_length == 1:
+            return Policy()
+        return Linear(self.draft_length) if self.branches == 0 else Branches(self.draft_length, self.branches)
+
+
+def expect(
+    draft_length: int, branches: int | None, acceptance: Acceptance, hits: float | None, cost: "Cost"
+) -> Candidate:
+    """The long run of a plan, a Markov chain over what its drafts come from.
+
+    State 0: drafts of their own branch; j: of a branch that is j tokens shorter; the last: none.
+
+    Args:
+        draft_length, branches: the plan.
+        acceptance: of the drafts.
+        hits: how often the outcome had a branch, if known; else as ``acceptance`` has it.
+        cost: seconds of a forward of so many tokens.
+    """
+    K = draft_length
+    if K == 1:
+        return Candidate(1, branches, seconds=cost(1, drafts=False))
+    believed = {own: [acceptance.of(k, own) for k in range(K)] for own in (True, False)}
+    none, size = K - 1, K
+    moves = torch.zeros(size, size, dtype=torch.float64)
+    gained, spent, held = [0.0] * size, [0.0] * size, [0.0] * size
+    for state in range(size):
+        odds = [] if state == none else believed[state == 0][state + 1 :]
+        outcomes, reached = [], 1.0
+        for odd in odds:
+            outcomes.append(reached * (1 - odd))
+            reached *= odd
+        outcomes.append(reached)  # of 1, 2, ... accepted
+        count = len(outcomes)
+        if branches == 0:
+            own: tuple[int, ...] = (1,) if state == none else ()
+        elif branches is None or branches >= count:
+            own = tuple(range(1, count + 1))
+        else:
+            own = likeliest_outcomes(odds, branches)
+        gained[state] = sum(n * p for n, p in enumerate(outcomes, 1))
+        held[state] = count + len(own) * K
+        spent[state] = cost(held[state], drafts=bool(own))
+        for n, p in enumerate(outcomes, 1):
+            shorter = [r for r in own if r <= n]
+            lag = n - max(shorter) if shorter else none
+            moves[state, min(lag, none)] += p
+        if hits is not None and own and count > len(own) and moves[state, 0] < 1:
+            moves[state, 1:] *= (1 - hits) / (1 - moves[state, 0])
+            moves[state, 0] = hits
+    share = torch.zeros(size, dtype=torch.float64)
+    share[none] = 1.0
+    moves = (moves + torch.eye(size, dtype=torch.float64)) / 2  # lazy, so that a cycle of two settles
+    for _ in range(7):
+        moves = moves @ moves  # 128 steps in the end
+    weights = (share @ moves).tolist()
+    tokens, seconds = (sum(w * x for w, x in zip(weights, values, strict=True)) for values in (gained, spent))
+    return Candidate(K, branches, tokens, sum(w * x for w, x in zip(weights, held, strict=True)), seconds)
+
+
+class Cost:
+    """Seconds that a sequence pays for its tokens in a step, ``batch`` alike in it; ``beside`` as in :class:`Costs`."""
+
+    def __init__(self, costs: Costs, context: float, batch: int, beside: Sequence[float]) -> None:
+        self._costs, self._context, self._batch, self._beside = costs, context, batch, beside
+        self._known: dict[float, float] = {}
+
+    def __call__(self, tokens: float, drafts: bool) -> float:
+        if tokens not in self._known:
+            self._known[tokens] = self._costs.of(tokens * self._batch, self._context)
+        return (self._known[tokens] + self._beside[drafts]) / self._batch
+
+
+class Planner:
+    """Chooses for all sequences of an engine.
+
+    Args:
+        costs: of this machine and model.
+        block_size: what the model was trained with; K is tried up to twice of it.
+    """
+
+    BRANCHES = (None, 0, 1, 2, 3)
+    PROBE = 128  # plain steps after which drafts are tried again
+
+    def __init__(self, costs: Costs, block_size: int) -> None:
+        self.costs = costs
+        self.lengths = sorted({k for k in (2, 3, 4, 6, 8, 12, 16, 24, 32) if k <= block_size} | {block_size})
+        self.acceptance = Acceptance()
+        self._ranks: list[float] = []  # of the outcomes, by the drafts' own confidences: how often each came true
+        self._beside = [(2 * seconds, 2.0) for seconds in costs.beside]  # sum and count, both fading
+        self._batch, self._context, self._scale = 1, 0.0, costs.of(16, 0)
+        self._steps, self._next = 0, 0
+        self.choice = Candidate(block_size, 1)
+
+    def candidates(self) -> list[Candidate]:
+        """Every plan with what is expected of it now, the best first."""
+        beside = [total / count for total, count in self._beside]
+        cost = Cost(self.costs, self._context, self._batch, beside)
+        found = [expect(1, None, self.acceptance, None, cost)]
+        for K in self.lengths:
+            for branches in self.BRANCHES:
+                if K > 1 and (branches is None or branches < K):
+                    found.append(expect(K, branches, self.acceptance, self._hit_rate(branches), cost))
+        return sorted(found, key=lambda candidate: -candidate.rate)
+
+    def begin(self, batch: int, context: float) -> None:
+        """Before a forward: choose again where there is reason to."""
+        scale = self.costs.of(16 * batch, context)
+        changed = batch != self._batch or not 0.85 <= scale / self._scale <= 1.18
+        if changed or self._steps >= self._next:
+            self._scale = scale
+            self._batch, self._context = batch, context
+            self._next = max(self._steps + 4, min(2 * self._steps, self._steps + 256))
+            best = self.candidates()[0]
+            self.choice = best
+
+    def end(self, tokens: int, drafts: bool, context: float, seconds: float) -> None:
+        """After a forward of so many tokens, with masks or without: what the step cost beyond what was timed."""
+        self._steps += 1
+        (total, count), fade = self._beside[drafts], 0.95
+        self._beside[drafts] = fade * total + seconds - self.costs.of(tokens, context), fade * count + 1
+
+    def observe(self, drafts: Drafts, plan: Plan, accepted: int) -> None:
+        """What became of the drafts of a sequence that ``plan`` verified."""
+        for place in range(1, min(accepted + 1, plan.num_drafts)):
+            self.acceptance.observe(drafts.lag + place, drafts.lag == 0, place < accepted)
+        if drafts.lag == 0 and 1 < plan.num_drafts == len(drafts.confidences) + 1:
+            ranked = ranked_outcomes(drafts.confidences)
+            self._ranks += [0.0] * (len(ranked) - len(self._ranks))
+            self._ranks = [0.995 * seen for seen in self._ranks]
+            self._ranks[ranked.index(accepted)] += 1
+
+    def _hit_rate(self, branches: int | None) -> float | None:
+        """How often the outcome is among so many of the likeliest."""
+        return sum(self._ranks[:branches]) / sum(self._ranks) if branches and sum(self._ranks) > 10 else None
+
+    def explain(self, count: int = 8) -> str:
+        """The best plans, and plain autoregression, and why, as a table."""
+        lines = [f"{'plan':22} {'tokens/forward':>14} {'tokens in it':>12} {'ms':>7} {'tokens/s':>9}"]
+        found = self.candidates()
+        for c in [c for n, c in enumerate(found) if n < count or c.draft_length == 1]:
+            milliseconds = c.seconds * self._batch * 1e3
+            lines.append(
+                f"{c.name:22} {c.tokens_per_forward:14.2f} {c.forward_tokens:12.1f} {milliseconds:7.2f} {c.rate:9.0f}"
+            )
+        seen = ", ".join(f"{self.acceptance.of(k, True):.2f}" for k in range(1, self.lengths[-1]))
+        return "\n".join([*lines, f"accepted by offset: {seen}"])
+
+
+class Planned(Policy):
+    """The policy of a sequence that follows a planner."""
+
+    def __init__(self, planner: Planner) -> None:
+        self.planner = planner
+        longest = planner.lengths[-1]
+        self.most_tokens = longest * (1 + longest)
+        self._plain = 0
+
+    @property
+    def draft_length(self) -> int:  # type: ignore[override]
+        """K of the plan chosen now."""
+        return self.planner.choice.draft_length
+
+    @property
+    def drafts_at_once(self) -> bool:  # type: ignore[override]
+        """Whether the plan chosen now drafts."""
+        return self.planner.choice.draft_length > 1
+
+    @property
+    def wants_confidences(self) -> bool:  # type: ignore[override]
+        """Always: also what other plans would have done is learned from them."""
+        return True
+
+    def plan(self, drafts: Drafts) -> Plan:
+        """As the planner chose."""
+        choice = self.planner.choice
+        if choice.draft_length > 1:
+            return choice.policy.plan(drafts)
+        self._plain += 1
+        if len(drafts.tokens) == 1 and self._plain % Planner.PROBE == 0:
+            return Plan(1, (1,), self.planner.lengths[-1])
+        return Plan(len(drafts.tokens))
+
+    def observe(self, drafts: Drafts, plan: Plan, accepted: int) -> None:
+        """Tell the planner."""
+        self.planner.observe(drafts, plan, accepted)
+
+
+def planner_of(model: DecodeModel) -> Planner:
+    """The model's planner, which remembers over requests; made anew where torch has another number of threads."""
+    threads = torch.get_num_threads()
+    known = vars(model).get("_planner")
+    if known is None or known[0] != threads:
+        known = threads, Planner(load_costs(model), model.block_size or 8)
+        vars(model)["_planner"] = known
+    planner: Planner = known[1]
+    return planner

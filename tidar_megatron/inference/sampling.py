@@ -1,0 +1,209 @@
+"""What is drawn, so that the output is distributed as plain AR sampling's, whatever the drafts are.
+
+p is the model's distribution of the next token after the request's processors (in transformers' order: repetition
+penalty, minimum length, temperature, top-k, top-p, min-p), q what a draft was drawn from. A draft x stays with
+probability min(1, p(x) / q(x)); at the first that does not, the token is drawn from max(p - q, 0), scaled to 1; if all
+stay, one more is drawn from p (speculative sampling: arXiv 2211.17192, theorem 1; arXiv 2302.01318). Greedy decoding is
+temperature 0: a draft stays if it is the argmax.
+
+Each request has its own source of random numbers, so what else is in the batch does not change what it draws.
+
+Shapes: n rows, of which row i is what the model says after the i-th draft; V vocabulary.
+"""
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tidar_megatron.errors import UserError
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How the next token is chosen. The defaults are greedy decoding.
+
+    ``temperature`` 0 takes the likeliest token. ``top_k`` None, ``top_p`` 1, ``min_p`` 0 and ``repetition_penalty`` 1
+    change nothing. Before ``min_new_tokens`` no end-of-sequence token is emitted. Without a ``seed`` every run draws
+    other tokens.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    min_new_tokens: int = 0
+    seed: int | None = None
+
+    def check(self) -> None:
+        """Raises UserError for values that mean nothing."""
+        _number("temperature", self.temperature, 0.0, math.inf, "0 (greedy) or more")
+        _number("top-p", self.top_p, 0.0, 1.0, "above 0 and at most 1", above=True)
+        _number("min-p", self.min_p, 0.0, 1.0, "from 0 to 1")
+        _number("repetition penalty", self.repetition_penalty, 0.0, math.inf, "above 0", above=True)
+        for name, value, least in (("top-k", self.top_k, 1), ("min new tokens", self.min_new_tokens, 0)):
+            if value is not None and not (isinstance(value, int) and not isinstance(value, bool) and value >= least):
+                raise UserError(f"{name} {value!r}: use an integer of at least {least}")
+        if self.seed is not None and not (isinstance(self.seed, int) and self.seed >= 0):
+            raise UserError(f"seed {self.seed!r}: use an integer of at least 0")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether nothing is drawn."""
+        return self.temperature == 0
+
+
+def _number(name: str, value: float, low: float, high: float, wanted: str, above: bool = False) -> None:
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not fits or not low <= value <= high or (above and value == low):
+        raise UserError(f"{name} {value!r}: must be {wanted}")
+
+
+def probabilities(logits: Tensor, options: SamplingOptions) -> Tensor:
+    """``logits [n, V]`` after penalties -> what a token is drawn from, float32 ``[n, V]``; temperature above 0."""
+    scores = logits.float() / options.temperature
+    if options.top_k is not None and options.top_k < scores.shape[-1]:
+        least = scores.topk(options.top_k, dim=-1).values[:, -1:]
+        scores = scores.masked_fill(scores < least, -torch.inf)
+    if options.top_p < 1:
+        ordered, places = scores.sort(dim=-1, descending=True, stable=True)
+        shares = ordered.softmax(-1)
+        beyond = shares.cumsum(-1) - shares >= options.top_p  # the likeliest always stays
+        scores = scores.masked_fill(beyond.gather(-1, places.argsort(-1)), -torch.inf)
+    p = scores.softmax(-1)
+    if options.min_p > 0:
+        p = p.masked_fill(p < options.min_p * p.max(-1, keepdim=True).values, 0)
+        p = p / p.sum(-1, keepdim=True)
+    return p
+
+
+def penalized(logits: Tensor, penalty: float, seen: Tensor) -> Tensor:
+    """Tokens that ``seen``, bool ``[n, V]``, marks become less likely (CTRL, arXiv 1909.05858, section 4.1)."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def draw(weights: Tensor, uniforms: Sequence[float]) -> Tensor:
+    """One column of each row, with probability proportional to its weight: ``[n, V]``, n numbers in [0, 1) -> int64."""
+    heights = weights.cumsum(-1, dtype=torch.float64)
+    total = heights[:, -1:]
+    wanted = torch.tensor(uniforms, dtype=torch.float64).unsqueeze(-1).to(weights.device) * total
+    wanted = torch.minimum(wanted, torch.nextafter(total, torch.zeros_like(total)))  # u * total may round up to it
+    return torch.searchsorted(heights, wanted, right=True).squeeze(-1)
+
+
+def accepted(p: Tensor, drafts: Tensor, q: Tensor | None, uniforms: Sequence[float]) -> Tensor:
+    """Which drafts stay, each by itself: bool ``[n]``.
+
+    Args:
+        p: ``[n, V]``, of the positions of the drafts.
+        drafts: int64 ``[n]``.
+        q: ``[n, V]``, what they were drawn from; None: they were certain, as an argmax or a lookup is.
+        uniforms: n numbers in [0, 1).
+    """
+    places = drafts.unsqueeze(-1)
+    ours = p.gather(-1, places).squeeze(-1).double()
+    theirs = 1.0 if q is None else q.gather(-1, places).squeeze(-1).double()
+    return torch.tensor(uniforms, dtype=torch.float64).to(p.device) * theirs < ours
+
+
+def residual(p: Tensor, draft: Tensor, q: Tensor | None) -> Tensor:
+    """What the token in place of a draft that did not stay is drawn from, not scaled: ``[V]`` each -> ``[V]``."""
+    left = p.scatter(-1, draft, 0.0) if q is None else (p - q).clamp(min=0)
+    return torch.where(left.sum() > 0, left, p)  # p = q up to rounding: then any of p's tokens will do
+
+
+class Sampler:
+    """What one request draws from and with.
+
+    Args:
+        options: of the request.
+        prompt: token ids, which a repetition penalty counts.
+        end_of_text: ids that ``min_new_tokens`` holds back.
+        vocabulary: V.
+    """
+
+    def __init__(
+        self,
+        options: SamplingOptions,
+        prompt: Sequence[int],
+        end_of_text: Collection[int],
+        vocabulary: int,
+        device: torch.device,
+    ) -> None:
+        self.options = options
+        self._random = np.random.Generator(np.random.Philox(options.seed))
+        self._end_of_text = sorted(end_of_text)
+        self._emitted = 0
+        self._seen: Tensor | None = None
+        if options.repetition_penalty != 1:
+            self._seen = torch.zeros(vocabulary, dtype=torch.bool, device=device)
+            self._seen[list(prompt)] = True
+
+    def emit(self, tokens: Sequence[int]) -> None:
+        """These tokens became final."""
+        self._emitted += len(tokens)
+        if self._seen is not None:
+            self._seen[list(tokens)] = True
+
+    @property
+    def processes(self) -> bool:
+        """Whether the argmax of raw logits is not yet the greedy token."""
+        return self._seen is not None or self._emitted < self.options.min_new_tokens
+
+    def process(self, logits: Tensor, drafts: Sequence[int]) -> Tensor:
+        """Penalty and minimum length, row by row.
+
+        Args:
+            logits: ``[n, V]``; row i comes after the first i + 1 of the drafts.
+            drafts: n tokens; the first is final (it was emitted), the others come after it.
+        """
+        if self._seen is not None:
+            seen = self._seen.repeat(len(logits), 1)
+            for row, draft in enumerate(drafts):
+                seen[row:, draft] = True
+            logits = penalized(logits, self.options.repetition_penalty, seen)
+        if (short := self.options.min_new_tokens - self._emitted) > 0 and self._end_of_text:
+            logits = logits.clone()
+            logits[:short, self._end_of_text] = -torch.inf
+        return logits
+
+    def uniforms(self, count: int) -> list[float]:
+        """The next numbers in [0, 1)."""
+        return self._random.random(count).tolist()
+
+    def choose(self, logits: Tensor, drafts: Sequence[int], q: Tensor | None) -> list[int]:
+        """Which drafts stay, and the token after them.
+
+        Args:
+            logits: raw ``[n, V]``; row i is the model's after the i-th draft.
+            drafts: n tokens, of which the first is final already.
+            q: ``[n - 1, V]``, what the others were drawn from; None: nothing was drawn.
+
+        Returns:
+            The drafts that stay, without the first, and the token drawn: one to n tokens.
+        """
+        logits = self.process(logits, drafts)
+        if self.options.greedy:
+            best = logits.argmax(-1).tolist()
+            count = 1
+            while count < len(drafts) and drafts[count] == best[count - 1]:
+                count += 1
+            return best[:count]
+        p, others = probabilities(logits, self.options), torch.tensor(drafts[1:], device=logits.device)
+        stays = accepted(p[:-1], others, q, self.uniforms(len(drafts) - 1)).tolist()
+        count = stays.index(False) if False in stays else len(stays)
+        weights = p[count]
+        if count < len(stays):
+            weights = residual(weights, others[count], None if q is None else q[count])
+        return [*drafts[1 : count + 1], int(draw(weights[None], self.uniforms(1)))]
+
+    def propose(self, logits: Tensor) -> tuple[list[int], Tensor | None]:
+        """Drafts for the rows' positions, and what they were drawn from (None: the likeliest were taken)."""
+        if self.options.greedy:
+            return logits.argmax(-1).tolist(), None
+        q = probabilities(logits, self.options)
+        return draw(q, self.uniforms(len(q))).tolist(), q

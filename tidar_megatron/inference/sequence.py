@@ -1,0 +1,204 @@
+"""One request on its way: what it has committed, what waits to be verified, and why it ends.
+
+Between two forwards a sequence is its committed prefix (K/V in the pool) and a few drafts. The first draft is
+*certain*: it was chosen from autoregressive logits already computed, so it has been emitted and only its K/V is
+missing. One forward verifies the drafts and may draft anew; what the model says after the last accepted draft is the
+next certain token. Every emitted token is therefore chosen from autoregressive logits, whatever the drafts were.
+"""
+
+from collections.abc import Sequence as Tokens
+
+import torch
+from torch import Tensor
+
+from tidar_megatron.inference.attention import Part, Plan
+from tidar_megatron.inference.drafting import Branches, Drafts, Linear, Lookup, Policy
+from tidar_megatron.inference.model import DecodeModel
+from tidar_megatron.inference.planner import Planned, Planner, planner_of
+from tidar_megatron.inference.request import DecodeOptions, StopReason, check_prompt
+from tidar_megatron.inference.sampling import Sampler
+from tidar_megatron.inference.text import TextStream
+
+
+class Sequence:
+    """A forward asks for :meth:`part`, gives :meth:`accept` the logits of :attr:`rows`, :meth:`draft` those of
+    :attr:`draft_rows`.
+
+    Raises:
+        UserError: for options or a prompt that cannot be served.
+    """
+
+    def __init__(self, model: DecodeModel, prompt: Tokens[int], options: DecodeOptions) -> None:
+        options.check(model)
+        prompt = list(prompt)
+        check_prompt(model, prompt)
+        self.options = options
+        self.slot: int | None = None
+        self.length = 0  # committed tokens
+        self.tokens: list[int] = []  # emitted ones
+        self.logprobs: list[float] = []  # of them, if asked for
+        self.stop: StopReason | None = None
+        self.error: Exception | None = None
+        self._context_limit = model.context_limit
+        self._policy = make_policy(model, options, prompt)
+        end_of_text = frozenset() if options.ignore_eos else model.eos_token_ids
+        self._end_of_text = end_of_text
+        self._sampler = Sampler(options.sampling, prompt, end_of_text, model.vocab_size, model.device)
+        self._text = StopStrings(model.tokenizer, options.stop) if options.stop else None
+        wanted = len(prompt) + options.max_new_tokens
+        self._end = min(wanted, model.context_limit)  # tokens of prompt and output together
+        self._full: StopReason = "length" if wanted <= model.context_limit else "context"
+        self._unread = prompt
+        self._drafts = Drafts()
+        self._part = Part(0, 0, (), Plan(0))
+        self._accepted = 0  # tokens of the part that are committed
+
+    @property
+    def room(self) -> int:
+        """Places that its slot must have: all tokens of prompt and output, and the most that one forward holds."""
+        return self._end + self._policy.most_tokens
+
+    def part(self, prompt_tokens: int) -> Part:
+        """What it has in the next forward: a piece of its prompt, of at most so many tokens, or its drafts."""
+        assert self.slot is not None and self.stop is None
+        if self._unread:
+            tokens = self._unread[:prompt_tokens]
+            is_last = len(tokens) == len(self._unread)
+            branches = (len(tokens),) if is_last and self._policy.drafts_at_once else ()
+            plan = Plan(len(tokens), branches, self._policy.draft_length)
+        else:
+            # The last token that fits needs no K/V: no draft beyond it is worth a place, nor one at the context limit.
+            self._cut_drafts(self._end - 1 - self.length)
+            plan = self._policy.plan(self._drafts)
+            self._cut_drafts(plan.num_drafts)
+            tokens = self._drafts.tokens
+        self._part = Part(self.slot, self.length, tokens, self._useful(plan))
+        return self._part
+
+    @property
+    def planner(self) -> Planner | None:
+        """Who chooses its plans, in mode ``auto``."""
+        return self._policy.planner if isinstance(self._policy, Planned) else None
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether this forward is of its prompt."""
+        return bool(self._unread)
+
+    @property
+    def rows(self) -> list[int]:
+        """The rows of its part whose logits verify: those of the drafts or of the prompt's last token.
+
+        With a trust ratio below 1 also the first mask of each branch, which stands where these rows' next token does.
+        """
+        plan = self._part.plan
+        if self._unread and plan.num_drafts < len(self._unread):
+            return []
+        rows = list(range(plan.num_drafts - 1 if self._unread else 0, plan.num_drafts))
+        if self.options.trust_ratio < 1 and plan.branches:
+            assert plan.branches == tuple(row + 1 for row in rows)
+            rows += [plan.num_drafts + number * plan.draft_length for number in range(len(plan.branches))]
+        return rows
+
+    @property
+    def draft_rows(self) -> range:
+        """The rows of its part whose logits draft."""
+        return self._part.plan.rows_after(self._accepted) if self.stop is None and not self._unread else range(0)
+
+    def accept(self, logits: Tensor) -> list[int]:
+        """Verify and commit; ``logits [rows, V]`` -> the tokens that became final."""
+        plan, drafts = self._part.plan, self._part.tokens
+        if not len(logits):  # a piece of the prompt, not its last
+            self._commit(plan.num_drafts)
+            return []
+        if (beta := self.options.trust_ratio) < 1 and plan.branches:
+            verifying, drafting = logits.chunk(2)
+            logits = beta * verifying + (1 - beta) * drafting
+        if self._unread:
+            tokens = self._sampler.choose(logits, drafts[-1:], None)
+            self._commit(plan.num_drafts)
+        else:
+            tokens = self._sampler.choose(logits, drafts, self._drafts.q)
+            self._policy.observe(self._drafts, plan, len(tokens))
+            self._commit(len(tokens))
+        tokens = self._cut(tokens)
+        if self.options.logprobs:
+            rows = logits[: len(tokens)].float().log_softmax(-1)
+            self.logprobs += rows.gather(-1, torch.tensor(tokens, device=rows.device)[:, None]).flatten().tolist()
+        self.tokens += tokens
+        self._sampler.emit(tokens)
+        self._drafts = Drafts([tokens[-1], *self._policy.look_up(tokens)] if self.stop is None else [])
+        return tokens
+
+    def draft(self, logits: Tensor) -> None:
+        """Keep what these rows' ``logits [rows, V]`` propose behind the certain token."""
+        tokens, q = self._sampler.propose(logits)
+        confidences: list[float] = []
+        if self._policy.wants_confidences:
+            likely = logits.float().softmax(-1) if q is None else q
+            confidences = likely.max(-1).values.tolist()
+        branch = max(r for r in self._part.plan.branches if r <= self._accepted)
+        self._drafts = Drafts([*self._drafts.tokens, *tokens], q, confidences, self._accepted - branch)
+
+    def _commit(self, count: int) -> None:
+        self.length += count
+        self._accepted = count
+        self._unread = self._unread[count:]
+
+    def _cut_drafts(self, count: int) -> None:
+        drafts = self._drafts
+        if count < len(drafts.tokens):
+            q = None if drafts.q is None else drafts.q[: count - 1]
+            self._drafts = Drafts(drafts.tokens[:count], q, drafts.confidences[: count - 1], drafts.lag)
+
+    def _useful(self, plan: Plan) -> Plan:
+        """The plan, less branches that could not draft a single useful token, its masks within the context."""
+        last = self._end - 1 if self.options.trust_ratio < 1 else self._end - 2  # mixing needs the place itself
+        useful = tuple(r for r in plan.branches if self.length + r <= last)
+        if not useful:
+            return Plan(plan.num_drafts)
+        room = self._context_limit - self.length - max(useful)
+        return Plan(plan.num_drafts, useful, min(plan.draft_length, room))
+
+    def _cut(self, tokens: list[int]) -> list[int]:
+        """The tokens up to the first end; sets why, if there is one."""
+        for count, token in enumerate(tokens, 1):
+            if token in self._end_of_text:
+                self.stop = "eos"
+            elif self._text is not None and self._text.ends_with(token):
+                self.stop = "stop"
+            if self.stop is not None:
+                return tokens[:count]
+        if self.length + 1 >= self._end:
+            self.stop = self._full
+        return tokens
+
+
+class StopStrings:
+    """Watches the text of a sequence for strings that end it."""
+
+    def __init__(self, tokenizer: object, strings: Tokens[str]) -> None:
+        self._stream, self._strings = TextStream(tokenizer), tuple(strings)
+        self._longest = max(map(len, strings))
+        self._tail = ""
+
+    def ends_with(self, token: int) -> bool:
+        """Whether a string is complete with this token."""
+        piece = self._stream.push([token])
+        text = self._tail + piece
+        self._tail = text[-self._longest + 1 :] if self._longest > 1 else ""
+        return any(string in text for string in self._strings)
+
+
+def make_policy(model: DecodeModel, options: DecodeOptions, prompt: Tokens[int]) -> Policy:
+    """The policy of a mode."""
+    draft_length = options.resolved_draft_length(model) or 1
+    if options.mode == "auto" and model.mask_token_id is not None:
+        return Planned(planner_of(model))
+    if options.mode == "tidar":
+        return Branches(draft_length, None if options.branches == "all" else options.branches)
+    if options.mode == "linear":
+        return Linear(draft_length)
+    if options.mode == "lookup":
+        return Lookup(prompt, draft_length)
+    return Policy()
