@@ -68,7 +68,7 @@ def main() -> None:
         encode_prompt(model.tokenizer, prompt, add_special_tokens=False)
         for prompt in prompts[:: PROMPTS_WRITTEN // PROMPTS_DECODED]
     ]
-    print(f"decoding {len(prompts)} prompts with {len(plans()) + 2} plans ...", flush=True)
+    print(f"decoding {len(decoded)} prompts with {len(plans()) + 2} plans ...", flush=True)
     figures = compare_plans(model, decoded, plans(), NEW_TOKENS, transformers_folder=folder)
     stock = figures["transformers generate"]
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

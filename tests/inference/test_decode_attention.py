@@ -100,6 +100,60 @@ def test_packed_attention_is_grouped_query_attention_of_each(parts, heads, dtype
             torch.testing.assert_close(out[0, rows, head].double(), expected, rtol=tolerance, atol=tolerance)
 
 
+@settings(deadline=None)
+@given(
+    plan=plans(),
+    lengths=st.lists(st.integers(0, 20), min_size=2, max_size=5),
+    heads=st.sampled_from([(4, 4), (4, 2), (6, 1)]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    plain=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_parts_of_one_plan_in_one_call(plan, lengths, heads, dtype, plain, seed):
+    """As one by one, the pool included; stale and unused places of the pool do not matter."""
+    query_heads, kv_heads = heads
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(heads, tokens):
+        return torch.randn(1, heads, tokens, 8, generator=generator).to(dtype)
+
+    total = len(lengths) * plan.num_tokens
+    query, key, value = draw(query_heads, total), draw(kv_heads, total), draw(kv_heads, total)
+    fill = draw(kv_heads, 24), draw(kv_heads, 24)
+    results = []
+    for uniform in (True, False):
+        pool = KVPool(len(lengths) + 2, 60)
+        for slot, length in enumerate(lengths, 1):
+            pool.write(0, slot, 0, *(x[:, :, : min(24, length + 3)] + slot for x in fill))
+        parts = [Part(n, length, [0] * plan.num_drafts, plan) for n, length in enumerate(lengths, 1)]
+        packed = PackedForward(pool, parts)
+        assert packed.is_uniform
+        vars(packed)["is_uniform"] = uniform
+        with pytest.MonkeyPatch.context() as patch:
+            if plain:
+                patch.setattr(attention_kernels, "has_flash", lambda device: False)
+                patch.setattr(attention, "has_flash", lambda device: False)
+            out = packed.attend(0, query, key, value, 0.3)
+        held = [pool.read(0, n, length + plan.num_tokens) for n, length in enumerate(lengths, 1)]
+        results.append([out, *(tensor for pair in held for tensor in pair)])
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_what_is_not_uniform():
+    def uniform(*parts):
+        return PackedForward(KVPool(4, 400), [Part(s, 0, [0] * plan.num_drafts, plan) for s, plan in parts]).is_uniform
+
+    plan = Plan(2, (1,), 3)
+    assert uniform((1, plan), (2, plan))
+    assert not uniform((1, plan))
+    assert not uniform((1, plan), (3, plan))
+    assert not uniform((2, plan), (1, plan))
+    assert not uniform((1, plan), (2, Plan(2)))
+    assert not uniform((1, Plan(200)), (2, Plan(200)))
+
+
 def test_a_wrapped_model_refuses_to_look_ahead(tiny):
     """Outside the engine nobody makes our mask, and none at all would let every token see its future."""
     with pytest.raises(AssertionError, match="set_attn_implementation"):

@@ -11,7 +11,7 @@ from tidar_megatron.errors import UserError
 from tidar_megatron.inference import engine
 from tidar_megatron.inference.attention import ATTENTION_NAME, Plan
 from tidar_megatron.inference.drafting import Lookup, likeliest_outcomes
-from tidar_megatron.inference.engine import Engine, generate, generate_batch, stream
+from tidar_megatron.inference.engine import generate, stream
 from tidar_megatron.inference.model import DecodeModel
 from tidar_megatron.inference.request import DecodeOptions, Generation
 
@@ -123,62 +123,6 @@ def test_long_prompt_prefilled_in_chunks(tiny, stock_generate, monkeypatch):
     chunked = generate(model, prompt, tidar())
     assert chunked.token_ids == expected.token_ids == stock_generate(model, prompt, 24)
     assert chunked.emitted == expected.emitted  # so the drafts saw the same prompt
-
-
-# ---- many at once -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", ["tidar", "linear", "ar", "lookup"])
-@pytest.mark.parametrize("batch_size", [1, 3, 8])
-def test_a_batch_gives_each_prompt_what_it_gives_alone(trained, prompts, mode, batch_size, monkeypatch):
-    """Ragged, longer than a chunk of the prompt, more than there are slots; the same drafts are accepted, too."""
-    monkeypatch.setattr(engine, "PROMPT_CHUNK", 12)
-    options = DecodeOptions(mode, None if mode == "ar" else 8, 2 if mode == "tidar" else "all", 40)
-    together = generate_batch(trained, prompts, options, batch_size)
-    for prompt, ours in zip(prompts, together, strict=True):
-        alone = generate(trained, prompt, options)
-        assert (ours.token_ids, ours.emitted, ours.stop) == (alone.token_ids, alone.emitted, alone.stop)
-
-
-def test_requests_of_all_kinds_share_a_forward(trained, prompts):
-    kinds = [tidar(8), tidar(4, 1), DecodeOptions("linear", 6), ar(), DecodeOptions("lookup", 5), tidar(8, "all", 5)]
-    serving = Engine(trained, 4, 250)
-    sequences = [serving.submit(prompt, options) for prompt, options in zip(prompts[1:], kinds, strict=False)]
-    while not serving.is_idle:
-        serving.step()
-    for prompt, options, sequence in zip(prompts[1:], kinds, sequences, strict=False):
-        assert sequence.tokens == generate(trained, prompt, options).token_ids
-
-
-def test_one_that_is_cancelled_or_fails_disturbs_nobody(trained, prompts, monkeypatch):
-    expected = [generate(trained, prompt, tidar(8, 2, 30)).token_ids for prompt in prompts[3:7]]
-    serving = Engine(trained, 3, 250)
-    running = [serving.submit(prompt, tidar(8, 2, 30)) for prompt in prompts[3:7]]
-    broken, cancelled = running[1], running[2]
-    monkeypatch.setattr(broken, "draft", lambda logits: 1 / 0)
-    serving.step()
-    assert broken.stop == "error" and isinstance(broken.error, ZeroDivisionError)
-    serving.step()
-    serving.cancel(cancelled)
-    waiting = serving.submit(prompts[3], ar())
-    serving.cancel(waiting)
-    while not serving.is_idle:
-        serving.step()
-    assert (cancelled.stop, waiting.stop, waiting.tokens) == ("cancelled", "cancelled", [])
-    assert cancelled.tokens == expected[2][: len(cancelled.tokens)] != []
-    assert [running[0].tokens, running[3].tokens] == [expected[0], expected[3]]
-
-
-def test_the_queue_and_the_slots_have_bounds(trained, prompts):
-    serving = Engine(trained, 1, 60, queue_size=2)
-    with pytest.raises(UserError, match=r"needs room for \d+ tokens and the engine's slots have 60"):
-        serving.submit(prompts[4], tidar(8))
-    for _ in range(2):
-        serving.submit(prompts[0], ar())
-    with pytest.raises(UserError, match="2 requests are waiting already"):
-        serving.submit(prompts[0], ar())
-    serving.step()
-    serving.submit(prompts[0], ar())
 
 
 # ---- where it stops -----------------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ committed prefix, so only the local T x T part needs a mask and it does not depe
 
 The tokens of all sequences of a forward lie side by side in one row, without padding: the model's matrix products serve
 all of them at once, and attention, which :func:`packed_attention` brings into transformers, goes through the
-sequences one by one. Each reads its own slot of the :class:`KVPool`, so none can see another, and they may differ in
-length, in plan, and in what they wait for.
+sequences one by one, or serves all in one call where their plans are alike. Each reads its own slot of the
+:class:`KVPool`, so none can see another, and they may differ in length, in plan, and in what they wait for.
 
 Shapes: T tokens of a sequence in the forward, P committed before them, H query heads, N K/V heads (never expanded),
 G = H / N, D head dimension.
@@ -15,7 +15,7 @@ G = H / N, D head dimension.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -112,6 +112,8 @@ class PackedForward:
             edges.append(place)
             place += part.plan.num_tokens
         self.starts: list[int] = edges
+        self._lengths = torch.tensor([part.length for part in parts])
+        self._prefix_bias: Tensor | None = None
         self.num_tokens = place
         self.num_masks = sum(part.plan.num_masks for part in parts)
 
@@ -129,6 +131,8 @@ class PackedForward:
 
         Keys and values of all tokens are written behind the committed ones of their sequence.
         """
+        if self.is_uniform:
+            return self._attend_uniform(layer, query, key, value, scale)
         outputs = []
         for part, start in zip(self._parts, self.starts, strict=True):
             rows = slice(start, start + part.plan.num_tokens)
@@ -136,6 +140,32 @@ class PackedForward:
             keys, values = self._pool.write(layer, part.slot, part.length, new_key, new_value)
             outputs.append(_attend(query[:, :, rows], keys, values, part, scale))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    @cached_property
+    def is_uniform(self) -> bool:
+        """Whether one call may serve all: several small parts of one plan, whose slots lie side by side in order."""
+        first = self._parts[0]
+        in_order = all((p.plan, p.slot) == (first.plan, first.slot + n) for n, p in enumerate(self._parts))
+        return len(self._parts) > 1 and in_order and first.plan.num_tokens <= MOST_KEPT
+
+    def _attend_uniform(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """One call for all prefixes, padded to the longest, and one for what is new."""
+        count, plan = len(self._parts), self._parts[0].plan
+        query, key, value = (x[0].unflatten(1, (count, -1)).transpose(0, 1) for x in (query, key, value))
+        _, heads, tokens, head_dim = query.shape
+        groups = heads // key.shape[1]
+        folded = query.reshape(count, key.shape[1], groups * tokens, head_dim)
+        keys, values = self._pool.write_side_by_side(layer, self._parts[0].slot, self._lengths, key, value)
+        bias = None if tokens == 1 else _kept_local_bias(plan, groups, query.dtype, query.device)
+        out, lse = attend(folded, key, value, bias, scale)
+        if keys.shape[2]:
+            if self._prefix_bias is None:
+                hidden = torch.arange(keys.shape[2]) >= self._lengths[:, None]
+                bias = torch.zeros(hidden.shape, dtype=query.dtype).masked_fill_(hidden, HIDDEN)
+                self._prefix_bias = bias[:, None, None].to(query.device)
+            before, before_lse = attend(folded, keys, values, self._prefix_bias, scale)
+            out = torch.lerp(out, before, torch.sigmoid(before_lse - lse).unsqueeze(-1).to(out.dtype))
+        return out.reshape(count, heads, tokens, -1).transpose(1, 2).reshape(1, count * tokens, heads, -1)
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, part: Part, scale: float) -> Tensor:

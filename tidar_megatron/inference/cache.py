@@ -32,6 +32,26 @@ class KVPool:
         values[:, :, length:].copy_(value)
         return keys, values
 
+    def write_side_by_side(
+        self, layer: int, first_slot: int, lengths: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Put ``[n, N, T, D]`` each behind the first ``lengths [n]`` (on the host) tokens of n slots.
+
+        Returns:
+            Views of what was there before, ``[n, N, longest, D]``; what is behind a shorter one is not its own.
+        """
+        if layer not in self._layers:
+            self._layers[layer] = self._room(key), self._room(value)
+        count, _, tokens, _ = key.shape
+        longest = int(lengths.max())
+        assert longest + tokens <= self.capacity
+        slots = torch.arange(first_slot, first_slot + count)[:, None]
+        places = lengths[:, None] + torch.arange(tokens)
+        for room, new in zip(self._layers[layer], (key, value), strict=True):
+            room[slots, :, places] = new.transpose(1, 2)
+        keys, values = (room[first_slot : first_slot + count, :, :longest] for room in self._layers[layer])
+        return keys, values
+
     def read(self, layer: int, slot: int, length: int) -> tuple[Tensor, Tensor]:
         """Views of the first ``length`` tokens, each ``[N, length, D]``."""
         keys, values = self._layers[layer]
@@ -44,4 +64,5 @@ class KVPool:
 
     def _room(self, like: Tensor) -> Tensor:
         _, heads, _, head_dim = like.shape
-        return torch.empty(self.slots, heads, self.capacity, head_dim, dtype=like.dtype, device=like.device)
+        # zeros: what is padded is multiplied by a weight of 0, and must be a number
+        return torch.zeros(self.slots, heads, self.capacity, head_dim, dtype=like.dtype, device=like.device)

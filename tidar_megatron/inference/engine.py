@@ -80,6 +80,7 @@ class Engine:
             sequence = self._waiting.popleft()
             sequence.slot = self._free.pop()
             self._active.append(sequence)
+            self._active.sort(key=lambda other: other.slot or 0)  # side by side in a forward as in the pool
         if not self._active:
             return []
         served = list(self._active)
@@ -116,6 +117,7 @@ class Engine:
         self._active.remove(sequence)
         assert sequence.slot is not None
         self._free.append(sequence.slot)
+        self._free.sort(reverse=True)  # the lowest first, so that those in use lie together
         sequence.slot = None
 
 
