@@ -102,14 +102,15 @@ def test_packed_attention_is_grouped_query_attention_of_each(parts, heads, dtype
 
 @settings(deadline=None)
 @given(
-    plan=plans(),
+    plans=st.lists(st.sampled_from([Plan(8), Plan(4, (1,), 4), Plan(4, (3,), 4), Plan(2, (1, 2), 3)]), min_size=5)
+    | plans().map(lambda plan: [plan] * 5),
     lengths=st.lists(st.integers(0, 20), min_size=2, max_size=5),
     heads=st.sampled_from([(4, 4), (4, 2), (6, 1)]),
     dtype=st.sampled_from([torch.float32, torch.float64]),
     plain=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_parts_of_one_plan_in_one_call(plan, lengths, heads, dtype, plain, seed):
+def test_parts_of_one_size_in_one_call(plans, lengths, heads, dtype, plain, seed):
     """As one by one, the pool included; stale and unused places of the pool do not matter."""
     query_heads, kv_heads = heads
     generator = torch.Generator().manual_seed(seed)
@@ -117,7 +118,8 @@ def test_parts_of_one_plan_in_one_call(plan, lengths, heads, dtype, plain, seed)
     def draw(heads, tokens):
         return torch.randn(1, heads, tokens, 8, generator=generator).to(dtype)
 
-    total = len(lengths) * plan.num_tokens
+    size, plans = plans[0].num_tokens, plans[: len(lengths)]
+    total = len(lengths) * size
     query, key, value = draw(query_heads, total), draw(kv_heads, total), draw(kv_heads, total)
     fill = draw(kv_heads, 24), draw(kv_heads, 24)
     results = []
@@ -125,7 +127,8 @@ def test_parts_of_one_plan_in_one_call(plan, lengths, heads, dtype, plain, seed)
         pool = KVPool(len(lengths) + 2, 60)
         for slot, length in enumerate(lengths, 1):
             pool.write(0, slot, 0, *(x[:, :, : min(24, length + 3)] + slot for x in fill))
-        parts = [Part(n, length, [0] * plan.num_drafts, plan) for n, length in enumerate(lengths, 1)]
+        pairs = zip(lengths, plans, strict=True)
+        parts = [Part(n, length, [0] * plan.num_drafts, plan) for n, (length, plan) in enumerate(pairs, 1)]
         packed = PackedForward(pool, parts)
         assert packed.is_uniform
         vars(packed)["is_uniform"] = uniform
@@ -134,7 +137,7 @@ def test_parts_of_one_plan_in_one_call(plan, lengths, heads, dtype, plain, seed)
                 patch.setattr(attention_kernels, "has_flash", lambda device: False)
                 patch.setattr(attention, "has_flash", lambda device: False)
             out = packed.attend(0, query, key, value, 0.3)
-        held = [pool.read(0, n, length + plan.num_tokens) for n, length in enumerate(lengths, 1)]
+        held = [pool.read(0, n, length + size) for n, length in enumerate(lengths, 1)]
         results.append([out, *(tensor for pair in held for tensor in pair)])
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
     for ours, theirs in zip(*results, strict=True):
@@ -150,6 +153,7 @@ def test_what_is_not_uniform():
     assert not uniform((1, plan))
     assert not uniform((1, plan), (3, plan))
     assert not uniform((2, plan), (1, plan))
+    assert uniform((1, plan), (2, Plan(5)))
     assert not uniform((1, plan), (2, Plan(2)))
     assert not uniform((1, Plan(200)), (2, Plan(200)))
 

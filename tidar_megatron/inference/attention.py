@@ -6,7 +6,7 @@ committed prefix, so only the local T x T part needs a mask and it does not depe
 
 The tokens of all sequences of a forward lie side by side in one row, without padding: the model's matrix products serve
 all of them at once, and attention, which :func:`packed_attention` brings into transformers, goes through the
-sequences one by one, or serves all in one call where their plans are alike. Each reads its own slot of the
+sequences one by one, or serves all in one call where they bring as many tokens each. Each reads its own slot of the
 :class:`KVPool`, so none can see another, and they may differ in length, in plan, and in what they wait for.
 
 Shapes: T tokens of a sequence in the forward, P committed before them, H query heads, N K/V heads (never expanded),
@@ -113,7 +113,8 @@ class PackedForward:
             place += part.plan.num_tokens
         self.starts: list[int] = edges
         self._lengths = torch.tensor([part.length for part in parts])
-        self._prefix_bias: Tensor | None = None
+        self._prefix_bias: Tensor | None = None  # of a uniform forward, the same in all layers
+        self._local_bias: Tensor | None = None
         self.num_tokens = place
         self.num_masks = sum(part.plan.num_masks for part in parts)
 
@@ -143,21 +144,23 @@ class PackedForward:
 
     @cached_property
     def is_uniform(self) -> bool:
-        """Whether one call may serve all: several small parts of one plan, whose slots lie side by side in order."""
-        first = self._parts[0]
-        in_order = all((p.plan, p.slot) == (first.plan, first.slot + n) for n, p in enumerate(self._parts))
-        return len(self._parts) > 1 and in_order and first.plan.num_tokens <= MOST_KEPT
+        """Whether one call may serve all: several small parts of one size, whose slots lie side by side in order."""
+        slot, size = self._parts[0].slot, self._parts[0].plan.num_tokens
+        fits = all((p.plan.num_tokens, p.slot) == (size, slot + n) for n, p in enumerate(self._parts))
+        return len(self._parts) > 1 and fits and size <= MOST_KEPT
 
     def _attend_uniform(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """One call for all prefixes, padded to the longest, and one for what is new."""
-        count, plan = len(self._parts), self._parts[0].plan
+        count = len(self._parts)
         query, key, value = (x[0].unflatten(1, (count, -1)).transpose(0, 1) for x in (query, key, value))
         _, heads, tokens, head_dim = query.shape
         groups = heads // key.shape[1]
         folded = query.reshape(count, key.shape[1], groups * tokens, head_dim)
         keys, values = self._pool.write_side_by_side(layer, self._parts[0].slot, self._lengths, key, value)
-        bias = None if tokens == 1 else _kept_local_bias(plan, groups, query.dtype, query.device)
-        out, lse = attend(folded, key, value, bias, scale)
+        if self._local_bias is None and tokens > 1:
+            biases = [_kept_local_bias(part.plan, groups, query.dtype, query.device) for part in self._parts]
+            self._local_bias = biases[0] if all(bias is biases[0] for bias in biases) else torch.cat(biases)
+        out, lse = attend(folded, key, value, self._local_bias, scale)
         if keys.shape[2]:
             if self._prefix_bias is None:
                 hidden = torch.arange(keys.shape[2]) >= self._lengths[:, None]
