@@ -1,19 +1,54 @@
 #!/usr/bin/env python
-"""What training costs over plain AR, measured side by side in one process.
+"""What training costs over plain AR, and what decoding gains, measured side by side in one process.
 
-python tools/benchmark.py training|attention|loss|loader [--json]
+python tools/benchmark.py training|attention|loss|loader|decode [--json]
 """
 
+import argparse
 import json
 import shlex
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from tidar_megatron.errors import OneLineParser, UserError, run_tool
 
-SEQ_LENGTHS = {"training": [1024, 2048], "attention": [1024, 2048, 4096], "loader": [1024, 4096], "loss": []}
-REPEATS = {"training": 7, "attention": 9, "loader": 20, "loss": 7}
+SEQ_LENGTHS = {
+    "training": [1024, 2048],
+    "attention": [1024, 2048, 4096],
+    "loader": [1024, 4096],
+    "loss": [],
+    "decode": [],
+}
+DECODE = ("model", "prompts", "assistant", "contexts", "batch_sizes", "max_new_tokens")
+REPEATS = {"training": 7, "attention": 9, "loader": 20, "loss": 7, "decode": 5}
+
+
+def flag(name: str) -> str:
+    """As it is given."""
+    return "--" + name.replace("_", "-")
+
+
+def run_decode(arguments: argparse.Namespace, repeats: int) -> dict[str, Any]:
+    """Load, then measure."""
+    from tidar_megatron.benchmark.decode import decode
+    from tidar_megatron.evaluation.certificate import read_prompts
+    from tidar_megatron.inference.model import load_model
+    from tidar_megatron.inference.text import encode_prompt
+
+    texts = read_prompts(arguments.prompts)
+    model = load_model(arguments.model)
+    prompts = [encode_prompt(model.tokenizer, text, add_special_tokens=False) for text in texts]
+    assistant = load_model(arguments.assistant).causal_lm if arguments.assistant else None
+    if assistant is not None:
+        assistant.set_attn_implementation("sdpa")
+    new = arguments.max_new_tokens or 128
+    contexts, batches = arguments.contexts or [128, 1024, 4096], arguments.batch_sizes or [1, 4, 8]
+    if min(contexts) + new > model.context_limit:
+        limit = model.context_limit
+        raise UserError(f"--contexts {min(contexts)}: with {new} new tokens longer than the model's context of {limit}")
+    return decode(model, prompts, contexts, batches, new, repeats, assistant)
 
 
 def main() -> None:
@@ -26,10 +61,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="threads of torch on the CPU")
     parser.add_argument("--chunk-size", type=int, metavar="N", help="of the chunked attention [256]")
     parser.add_argument("--output", default="runs/benchmarks", metavar="DIR", help="folder [runs/benchmarks]")
+    parser.add_argument("--model", metavar="DIR", help="decode: Hugging Face folder")
+    parser.add_argument("--prompts", metavar="FILE", help='decode: JSON lines: strings, or objects with a "prompt"')
+    parser.add_argument("--assistant", metavar="DIR", help="decode: a smaller model that drafts for transformers")
+    parser.add_argument("--contexts", type=int, nargs="+", metavar="P", help="decode [128 1024 4096]")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", metavar="N", help="decode [1 4 8]")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="decode [128]")
     parser.add_argument("--plot", metavar="FILE.png", help="training: draw step time over S")
     parser.add_argument("--json", action="store_true", help="print one JSON object, as the last line")
     arguments = parser.parse_args()
-    seq_lengths = arguments.seq_lengths or SEQ_LENGTHS[arguments.what]
+    seq_lengths = arguments.seq_lengths or SEQ_LENGTHS.get(arguments.what, [])
     fractions, chunk_size = arguments.diffusion_block_fractions or [1.0, 0.25], arguments.chunk_size
     chunk_size = 256 if chunk_size is None else chunk_size
     repeats = REPEATS[arguments.what] if arguments.repeats is None else arguments.repeats
@@ -38,6 +79,8 @@ def main() -> None:
         ("--repeats", [repeats]),
         ("--threads", [1 if arguments.threads is None else arguments.threads]),
         ("--chunk-size", [chunk_size]),
+        *((flag(name), getattr(arguments, name) or []) for name in ("contexts", "batch_sizes")),
+        ("--max-new-tokens", [1 if arguments.max_new_tokens is None else arguments.max_new_tokens]),
     ):
         if wrong := [value for value in values if value < 1]:
             raise UserError(f"{name} {wrong[0]}: must be at least 1")
@@ -50,9 +93,12 @@ def main() -> None:
         ("--diffusion-block-fractions", arguments.diffusion_block_fractions, ("training",)),
         ("--chunk-size", arguments.chunk_size, ("attention", "training")),
         ("--plot", arguments.plot, ("training",)),
+        *((flag(name), getattr(arguments, name), ("decode",)) for name in DECODE),
     ):
         if given is not None and arguments.what not in of:
             raise UserError(f"{name}: is for {' and '.join(of)}, not for {arguments.what}; leave it out")
+    if arguments.what == "decode" and not (arguments.model and arguments.prompts):
+        raise UserError("decode: needs --model DIR and --prompts FILE")
     if arguments.plot and not find_spec("matplotlib"):
         raise UserError(f"--plot {arguments.plot}: needs matplotlib; in the checkout, pip install -e '.[plot]'")
     for name, folder in (("--output", Path(arguments.output)), ("--plot", Path(arguments.plot or ".").parent)):
@@ -86,6 +132,8 @@ def main() -> None:
         from tidar_megatron.benchmark.loss import loss
 
         result = loss(repeats)
+    elif arguments.what == "decode":
+        result = run_decode(arguments, repeats)
     else:
         from tidar_megatron.benchmark.loader import loader
 

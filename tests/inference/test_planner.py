@@ -5,11 +5,12 @@ import random
 import pytest
 import torch
 
-from tidar_megatron.inference import planner as planning
+from tidar_megatron.inference import costs as timing
 from tidar_megatron.inference.attention import Plan
+from tidar_megatron.inference.costs import Costs, load_costs
 from tidar_megatron.inference.drafting import Branches, Drafts, Linear
 from tidar_megatron.inference.engine import generate, generate_batch
-from tidar_megatron.inference.planner import Acceptance, Cost, Costs, Planned, Planner, expect, load_costs
+from tidar_megatron.inference.planner import Acceptance, Cost, Planned, Planner, expect
 from tidar_megatron.inference.request import DecodeOptions
 
 FREE = Costs([1, 272], [64], [[0.01], [0.01]])  # a machine with free slots
@@ -107,7 +108,7 @@ def test_costs_are_timed_once_and_kept(trained, tmp_path, monkeypatch):
     first = load_costs(trained)
     assert first.sizes[0] == 1 and all(seconds > 0 for row in first.seconds for seconds in row)
     assert first.sizes[-1] + first.contexts[-1] <= trained.context_limit
-    monkeypatch.setattr(planning, "measure_costs", lambda model: 1 / 0)
+    monkeypatch.setattr(timing, "measure_costs", lambda model: 1 / 0)
     assert load_costs(trained) == first
     (path,) = tmp_path.iterdir()
     path.write_text("{")

@@ -17,6 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tidar_megatron.distributed.platform import device
+from tidar_megatron.inference.costs import processor
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     where = device()
     shown = {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2),
@@ -122,14 +123,6 @@ def machine() -> dict[str, Any]:
         "megatron-core": version("megatron-core"),
     }
     return shown | ({"gpu": torch.cuda.get_device_name(where)} if where.type == "cuda" else {})
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as info:
-            return next(line.split(":")[1].strip() for line in info if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def rounded(spread: Spread) -> dict[str, float]:

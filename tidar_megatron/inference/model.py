@@ -46,6 +46,8 @@ class DecodeModel:
         Returns:
             Final hidden states ``[tokens, hidden]``, sequence by sequence, each in the order of its plan's layout.
         """
+        ours = self.causal_lm.config._attn_implementation == ATTENTION_NAME
+        assert ours, "somebody gave the wrapped model another attention: wrap_model it again"
         ids, positions = packed.inputs(self.mask_token_id, self.device)
         return self._base(
             input_ids=ids[None],

@@ -1,131 +1,21 @@
 """Which plan gives the most tokens per second on this machine, for this model, on this text.
 
-Two things decide: what a forward of T tokens costs behind P committed ones, which :func:`measure_costs` times once per
-machine and model, and how often drafts are accepted, which :class:`Acceptance` learns while text is made. From both
-:func:`candidates` computes the rate of every plan - K drafts, branches for the m likeliest outcomes or for all, two
-forwards in turn, or plain autoregression - and the :class:`Planner` takes the best. A plan changes how fast the text
-comes, never what it says.
+Two things decide: what a forward of T tokens costs behind P committed ones (``costs.py``), and how often drafts are
+accepted, which :class:`Acceptance` learns while text is made. From both the :class:`Planner` computes the rate of every
+plan - K drafts, branches for the m likeliest outcomes or for all, two forwards in turn, or plain autoregression - and
+takes the best. A plan changes how fast the text comes, never what it says.
 """
 
-import hashlib
-import json
-import os
-import platform
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
-from pathlib import Path
-from statistics import median
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
-from tidar_megatron.inference.attention import PackedForward, Part, Plan
-from tidar_megatron.inference.cache import KVPool
+from tidar_megatron.inference.attention import Plan
+from tidar_megatron.inference.costs import Costs, load_costs
 from tidar_megatron.inference.drafting import Branches, Drafts, Linear, Policy, likeliest_outcomes, ranked_outcomes
 from tidar_megatron.inference.model import DecodeModel
-from tidar_megatron.inference.request import DecodeOptions, Mode
-
-SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 72, 104, 136, 208, 272)  # tokens of a forward
-CONTEXTS = (64, 512, 2048)
-ROUNDS = 5
-
-
-@dataclass
-class Costs:
-    """Seconds of a forward, the output layer over its rows included, and what a step takes beside it.
-
-    ``seconds[i][j]``: of ``sizes[i]`` tokens behind ``contexts[j]``; between them costs are interpolated.
-    ``beside``: of a step that drafts nothing, and of one that drafts.
-    """
-
-    sizes: list[int]
-    contexts: list[int]
-    seconds: list[list[float]]
-    beside: Sequence[float] = (0.0, 0.0)
-
-    def of(self, tokens: float, context: float) -> float:
-        """Of so many tokens behind so many; beyond the largest size in proportion to the last two."""
-        column = [_between(self.contexts, row, context) for row in self.seconds]
-        return _between(self.sizes, column, tokens)
-
-
-def _between(places: Sequence[float], values: Sequence[float], at: float) -> float:
-    """Linear, also beyond the ends (not below the first value)."""
-    if len(places) == 1 or at <= places[0]:
-        return values[0]
-    right = next((n for n, place in enumerate(places) if place >= at), len(places) - 1)
-    left = right - 1
-    slope = (values[right] - values[left]) / (places[right] - places[left])
-    return max(values[left] + slope * (at - places[left]), values[0])
-
-
-def load_costs(model: DecodeModel) -> Costs:
-    """:func:`measure_costs`, kept in a file per machine, threads, model and dtype (in ``TIDAR_CACHE``)."""
-    path = _costs_file(model)
-    try:
-        return Costs(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
-        costs = measure_costs(model)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(f".{os.getpid()}").write_text(json.dumps(vars(costs)))
-        path.with_suffix(f".{os.getpid()}").replace(path)
-    except OSError:
-        pass  # measured again next time
-    return costs
-
-
-def _costs_file(model: DecodeModel) -> Path:
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tidar-megatron"
-    root = Path(os.environ.get("TIDAR_CACHE") or home)
-    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else _processor()
-    shape = model.causal_lm.config.to_json_string()
-    what = [device, torch.get_num_threads(), torch.__version__, str(model.dtype), shape, SIZES, CONTEXTS]
-    return root / f"costs-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}.json"
-
-
-@cache
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as info:
-            return next(line.split(":")[1].strip() for line in info if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-@torch.inference_mode()
-def measure_costs(model: DecodeModel) -> Costs:
-    """Time forwards of a few sizes behind a few contexts; the median of each."""
-    limit = model.context_limit
-    sizes = [size for size in SIZES if size < limit] or [1]
-    contexts = [context for context in CONTEXTS if context + sizes[-1] <= limit] or [max(0, limit - sizes[-1])]
-    pool = KVPool(1, contexts[-1] + sizes[-1])
-    token = 0 if model.mask_token_id != 0 else 1
-    seconds: list[list[list[float]]] = [[[] for _ in contexts] for _ in sizes]
-    for j, context in enumerate(contexts):
-        for i, size in enumerate(sizes):
-            packed = PackedForward(pool, [Part(0, context, [token] * size, Plan(size))])
-            for number in range(ROUNDS + 1):  # one after the other, as decoding does: caches are warm
-                start = time.perf_counter()
-                hidden = model.forward(packed)
-                model.logits(hidden[: min(size, 32)]).argmax(-1).tolist()
-                if number:
-                    seconds[i][j].append(time.perf_counter() - start)
-    costs = Costs(sizes, contexts, [[median(times) for times in row] for row in seconds])
-    return replace(costs, beside=[_beside(model, costs, "ar"), _beside(model, costs, "tidar")])
-
-
-def _beside(model: DecodeModel, costs: Costs, mode: Mode) -> float:
-    """What a step of the engine takes beside its forward."""
-    from tidar_megatron.inference.engine import stream  # which chooses by this module
-
-    prompt = [0 if model.mask_token_id != 0 else 1] * 16
-    options = DecodeOptions(mode, branches=1 if mode == "tidar" else "all", max_new_tokens=24, ignore_eos=True)
-    if len(prompt) + options.max_new_tokens > model.context_limit or (mode == "tidar" and model.mask_token_id is None):
-        return 0.0
-    steps = [step for step in stream(model, prompt, options) if not step.is_prefill][:-2]  # the last draft nothing
-    return median(step.seconds - costs.of(step.forward_tokens, len(prompt)) for step in steps) if steps else 0.0
 
 
 @dataclass
@@ -148,7 +38,8 @@ class Acceptance:
 
     def of(self, offset: int, own: bool) -> float:
         """The probability believed."""
-        prior = self.PRIOR if offset <= 1 else self.of(offset - 1, own)
+        neighbour = (offset - 1, True) if own else (offset, True)
+        prior = self.PRIOR if neighbour[0] < 1 else self.of(*neighbour)
         good, seen = self.counts.get((own, offset), (0.0, 0.0))
         return (good + self.WEIGHT * prior) / (seen + self.WEIGHT)
 
@@ -239,7 +130,10 @@ def expect(
 
 
 class Cost:
-    """Seconds that a sequence pays for its tokens in a step, ``batch`` alike in it; ``beside`` as in :class:`Costs`."""
+    """Seconds that a sequence pays for its tokens in a step of ``batch`` alike.
+
+    ``beside`` its forward a step takes so many seconds where it drafts nothing, and where it drafts.
+    """
 
     def __init__(self, costs: Costs, context: float, batch: int, beside: Sequence[float]) -> None:
         self._costs, self._context, self._batch, self._beside = costs, context, batch, beside
@@ -267,7 +161,7 @@ class Planner:
         self.lengths = sorted({k for k in (2, 3, 4, 6, 8, 12, 16, 24, 32) if k <= block_size} | {block_size})
         self.acceptance = Acceptance()
         self._ranks: list[float] = []  # of the outcomes, by the drafts' own confidences: how often each came true
-        self._beside = [(2 * seconds, 2.0) for seconds in costs.beside]  # sum and count, both fading
+        self._beside = [(0.0, 1.0), (0.0, 1.0)]  # of steps without and with masks: sum and count, both fading
         self._batch, self._context, self._scale = 1, 0.0, costs.of(16, 0)
         self._steps, self._next = 0, 0
         self.choice = Candidate(block_size, 1)

@@ -1,0 +1,66 @@
+"""``tools/benchmark.py decode``: what it counts, on a model of seconds."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+from tidar_megatron.benchmark.decode import _text, decode
+from tidar_megatron.inference.model import load_model
+
+
+def test_contexts_are_the_prompts_end_to_end():
+    prompts = [[1, 2, 3], [4, 5], [6]]
+    assert _text(prompts, 2, 0) == [2, 3]
+    assert _text(prompts, 5, 0) == [4, 5, 1, 2, 3]
+    assert _text(prompts, 8, 1) == [4, 5, 1, 2, 3, 6, 4, 5]
+
+
+def test_rows(checkpoint):
+    model = load_model(checkpoint)
+    prompts = [list(b"hello world"), list(b"another one")]
+    assistant = load_model(checkpoint).causal_lm
+    assistant.set_attn_implementation("sdpa")
+    found = decode(model, prompts, [16, 4096], [1, 2], 12, 1, assistant)
+    assert found["skipped"] == [4096]
+    rows = {(row["mode"], row["plan"], row["batch"]): row for row in found["rows"]}
+    for batch in (1, 2):
+        ours = {plan for mode, plan, b in rows if b == batch and mode != "transformers"}
+        assert ours == {"ar", "lookup", "auto", "all", "1", "2", "linear"}
+        assert rows["ar", "ar", batch]["over_ar"] == rows["ar", "ar", batch]["tokens_per_forward"] == 1.0
+        assert rows["transformers", "generate", batch]["tokens_per_forward"] == 1.0
+    assert ("transformers", "prompt-lookup", 1) in rows and ("transformers", "prompt-lookup", 2) not in rows
+    for row in rows.values():
+        assert row["identical_to_ar"] and row["context"] == 16
+        assert row["tokens_per_second"] > 0 and row["peak_bytes"] > 0 and 0 < row["distinct_4grams"] <= 1
+        assert row["first_token_seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "decode: needs --model DIR and --prompts FILE"),
+        (["--model", "x", "--prompts", "y", "--contexts", "0"], "--contexts 0: must be at least 1"),
+        (["--model", "x", "--prompts", "nowhere"], "nowhere: cannot be read"),
+        (["--seq-lengths", "256"], "--seq-lengths: is for"),
+    ],
+)
+def test_bad_input(arguments, message, tmp_path):
+    command = [sys.executable, "tools/benchmark.py", "decode", *arguments, "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and message in done.stderr, done.stderr[-2000:]
+
+
+def test_the_program(checkpoint, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('"hello"\n"abc"\n')
+    command = [sys.executable, "tools/benchmark.py", "decode", "--model", checkpoint]
+    command += ["--prompts", tmp_path / "prompts.jsonl"]
+    more = ["--contexts", 16, "--batch-sizes", 1, "--max-new-tokens", 6, "--repeats", 1, "--output", tmp_path, "--json"]
+    done = subprocess.run(list(map(str, [*command, *more])), cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert json.loads((tmp_path / "decode.json").read_text()) == result
+    wanted = {"mode", "plan", "batch", "context", "tokens_per_forward", "tokens_per_second", "over_ar"}
+    assert all(wanted <= row.keys() for row in result["rows"])

@@ -1,0 +1,163 @@
+"""Decoding: every mode of the engine and transformers' own ``generate``, side by side on the same prompts."""
+
+import time
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+from tidar_megatron.benchmark.measuring import Timings, peak_bytes, rounded
+from tidar_megatron.inference.engine import Engine
+from tidar_megatron.inference.model import DecodeModel
+from tidar_megatron.inference.request import DecodeOptions, distinct_4grams, parse_plan
+from tidar_megatron.inference.sequence import Sequence as Decoding
+
+LOOKUP = 8  # tokens that prompt-lookup drafts, ours and transformers'
+
+
+@dataclass
+class Run:
+    """What one way of decoding did with a batch."""
+
+    tokens: list[list[int]]
+    forwards: int | None  # that emitted tokens; None where it is not known
+    first_token_seconds: float
+
+
+def decode(
+    model: DecodeModel,
+    prompts: Sequence[Sequence[int]],
+    contexts: Sequence[int],
+    batches: Sequence[int],
+    max_new_tokens: int,
+    repeats: int,
+    assistant: Any = None,
+) -> dict[str, Any]:
+    """One row for each way, batch size and context; EOS is ignored, so all make as many tokens.
+
+    Args:
+        model: a model with its tokenizer.
+        prompts: token ids of texts; put end to end they make contexts of any length.
+        contexts: prompt lengths; with the new tokens no longer than the model's context.
+        assistant: a smaller transformers model that drafts for transformers' ``generate``.
+
+    Returns:
+        ``rows`` and ``skipped``, the contexts that do not fit. ``over_ar`` is of whole requests, prefill included.
+    """
+    rows = []
+    fitting = [context for context in contexts if context + max_new_tokens <= model.context_limit]
+    names = ["ar", "lookup", *(["auto", "all", "1", "2", "linear"] if model.mask_token_id is not None else [])]
+    block = model.block_size or LOOKUP
+    plans = {name: parse_plan(name if name in ("ar", "auto") else f"{name}:{block}") for name in names}
+    stock = _Transformers(model)
+    for context in fitting:
+        for batch in batches:
+            texts = [_text(prompts, context, number) for number in range(batch)]
+            ways: dict[str, Callable[[], Run]] = {
+                f"{options.mode} {name}": _ours(model, texts, replace(options, max_new_tokens=max_new_tokens))
+                for name, options in plans.items()
+            }
+            ways["transformers generate"] = stock.run(texts, max_new_tokens)
+            if batch == 1:  # transformers drafts for one sequence only
+                ways["transformers prompt-lookup"] = stock.run(texts, max_new_tokens, prompt_lookup_num_tokens=LOOKUP)
+                if assistant is not None:
+                    ways["transformers assistant"] = stock.run(texts, max_new_tokens, assistant_model=assistant)
+            last: dict[str, Run] = {}
+            times = Timings({name: _keep(last, name, way) for name, way in ways.items()}, repeats)
+            for name, way in ways.items():
+                spread, run = times.ratio("ar ar", name), last[name]
+                mode, _, plan = name.partition(" ")
+                count = sum(map(len, run.tokens))
+                rows.append(
+                    {"mode": mode, "plan": plan, "batch": batch, "context": context}
+                    | {"tokens_per_forward": None if run.forwards is None else round(count / run.forwards, 3)}
+                    | {"tokens_per_second": round(count / times.of(name).median, 1)}
+                    | {"over_ar": round(spread.median, 3), "spread": rounded(spread)}
+                    | {"first_token_seconds": round(run.first_token_seconds, 5)}
+                    | {"distinct_4grams": round(sum(map(distinct_4grams, run.tokens)) / batch, 3)}
+                    | {"identical_to_ar": run.tokens == last["ar ar"].tokens}
+                    | {"peak_bytes": peak_bytes(way)}
+                )
+    settings = {"max_new_tokens": max_new_tokens, "block_size": block}
+    return {"settings": settings, "rows": rows, "skipped": [c for c in contexts if c not in fitting]}
+
+
+def _text(prompts: Sequence[Sequence[int]], length: int, first: int) -> list[int]:
+    """``length`` tokens: the prompts from ``first`` on, end to end, without the beginning of the first of them."""
+    text: list[int] = []
+    number = first
+    while len(text) < length:
+        text = [*prompts[number % len(prompts)], *text]
+        number += 1
+    return text[-length:]
+
+
+def _keep(last: dict[str, Run], name: str, way: Callable[[], Run]) -> Callable[[], None]:
+    def run() -> None:
+        last[name] = way()
+
+    return run
+
+
+def _ours(model: DecodeModel, texts: Sequence[Sequence[int]], options: DecodeOptions) -> Callable[[], Run]:
+    options = replace(options, ignore_eos=True)
+    room = max(Decoding(model, text, options).room for text in texts)
+
+    def run() -> Run:
+        start = time.perf_counter()
+        engine = Engine(model, len(texts), room)
+        sequences = [engine.submit(text, options) for text in texts]
+        forwards, first = 0, 0.0
+        while not engine.is_idle:
+            forwards += sum(bool(step.tokens) for _, step in engine.step())
+            first = first or (time.perf_counter() - start if forwards else 0.0)
+        return Run([sequence.tokens for sequence in sequences], forwards, first)
+
+    return run
+
+
+class _FirstToken(BaseStreamer):
+    """Notes when transformers gives the first token: it hands over the prompt, then token by token."""
+
+    def __init__(self, start: float) -> None:
+        self._start, self._puts, self.seconds = start, 0, 0.0
+
+    def put(self, value: torch.Tensor) -> None:
+        """Tokens that became known."""
+        self._puts += 1
+        if self._puts == 2:
+            self.seconds = time.perf_counter() - self._start
+
+    def end(self) -> None:
+        """Nothing is left to do."""
+
+
+class _Transformers:
+    """Greedy ``generate`` of the same weights with transformers' own attention."""
+
+    def __init__(self, model: DecodeModel) -> None:
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        causal_lm = AutoModelForCausalLM.from_config(deepcopy(model.causal_lm.config), attn_implementation="sdpa")
+        causal_lm.load_state_dict(model.causal_lm.state_dict())
+        self._causal_lm = causal_lm.to(model.device, model.dtype).eval()
+        never = None if model.mask_token_id is None else [model.mask_token_id]
+        self._causal_lm.generation_config = GenerationConfig(do_sample=False, suppress_tokens=never)
+
+    def run(self, texts: Sequence[Sequence[int]], max_new_tokens: int, **more: Any) -> Callable[[], Run]:
+        """``texts`` are of one length."""
+        ids = torch.tensor([list(text) for text in texts], device=self._causal_lm.device)
+
+        @torch.inference_mode()
+        def generate() -> Run:
+            first = _FirstToken(time.perf_counter())
+            out = self._causal_lm.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, streamer=first, **more
+            )
+            plain = len(texts) * max_new_tokens if not more else None
+            return Run(out[:, ids.shape[1] :].tolist(), plain, first.seconds)
+
+        return generate
