@@ -64,6 +64,9 @@ def test_one_that_is_cancelled_or_fails_disturbs_nobody(trained, prompts, monkey
 
 
 def test_the_queue_and_the_slots_have_bounds(trained, prompts):
+    with pytest.raises(UserError, match="batch size 0: must be at least 1"):
+        generate_batch(trained, prompts, ar(), 0)
+    assert generate_batch(trained, [], ar()) == []
     serving = Engine(trained, 1, 60, queue_size=2)
     with pytest.raises(UserError, match=r"needs room for \d+ tokens and the engine's slots have 60"):
         serving.submit(prompts[4], tidar(8))

@@ -51,17 +51,20 @@ class Plan:
         """T."""
         return self.num_drafts + self.num_masks
 
+    def branch_after(self, accepted: int) -> int | None:
+        """The branch of the outcome ``accepted`` or, where it has none, the longest shorter one: it saw fewer drafts,
+        all of them accepted. None when there is none."""
+        return max((r for r in self.branches if r <= accepted), default=None)
+
     def rows_after(self, accepted: int) -> range:
         """The rows that draft what follows the next certain token when ``accepted`` drafts were accepted.
 
-        They belong to the branch of that outcome or, where it has none, to the longest shorter branch: it saw fewer
-        drafts, all of them accepted. Its rows up to the certain token's own are skipped: autoregression is trusted
-        there. Empty when no branch is left.
+        They belong to :meth:`branch_after`. Its rows up to the certain token's own are skipped: autoregression is
+        trusted there. Empty when no branch is left.
         """
-        usable = [r for r in self.branches if r <= accepted]
-        if not usable:
+        branch = self.branch_after(accepted)
+        if branch is None:
             return range(0)
-        branch = max(usable)
         start = self.num_drafts + self.branches.index(branch) * self.draft_length
         return range(start + accepted - branch + 1, start + self.draft_length)
 
@@ -112,10 +115,8 @@ class PackedForward:
             edges.append(place)
             place += part.plan.num_tokens
         self.starts: list[int] = edges
-        self._lengths = torch.tensor([part.length for part in parts])
-        self._prefix_bias: Tensor | None = None  # of a uniform forward, the same in all layers
-        self._local_bias: Tensor | None = None
         self.num_tokens = place
+        self._shared: _Uniform | None = None
         self.num_masks = sum(part.plan.num_masks for part in parts)
 
     def inputs(self, mask_token_id: int | None, device: torch.device) -> Tensor:
@@ -156,18 +157,13 @@ class PackedForward:
         _, heads, tokens, head_dim = query.shape
         groups = heads // key.shape[1]
         folded = query.reshape(count, key.shape[1], groups * tokens, head_dim)
-        keys, values = self._pool.write_side_by_side(layer, self._parts[0].slot, self._lengths, key, value)
-        if self._local_bias is None and tokens > 1:
-            biases = [_kept_local_bias(part.plan, groups, query.dtype, query.device) for part in self._parts]
-            self._local_bias = biases[0] if all(bias is biases[0] for bias in biases) else torch.cat(biases)
-        out, lse = attend(folded, key, value, self._local_bias, scale)
-        if keys.shape[2]:
-            if self._prefix_bias is None:
-                hidden = torch.arange(keys.shape[2]) >= self._lengths[:, None]
-                bias = torch.zeros(hidden.shape, dtype=query.dtype).masked_fill_(hidden, HIDDEN)
-                self._prefix_bias = bias[:, None, None].to(query.device)
-            before, before_lse = attend(folded, keys, values, self._prefix_bias, scale)
-            out = torch.lerp(out, before, torch.sigmoid(before_lse - lse).unsqueeze(-1).to(out.dtype))
+        if self._shared is None:
+            self._shared = _Uniform(self._parts, groups, query.dtype, query.device)
+        shared = self._shared
+        keys, values = self._pool.write_side_by_side(layer, shared.slots, shared.places, shared.longest, key, value)
+        out, lse = attend(folded, key, value, shared.local_bias, scale)
+        if shared.longest:
+            out = _merged(out, lse, *attend(folded, keys, values, shared.prefix_bias, scale))
         return out.reshape(count, heads, tokens, -1).transpose(1, 2).reshape(1, count * tokens, heads, -1)
 
 
@@ -187,10 +183,30 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, part: Part, scale: floa
         split = part.length
         out, lse = attend(folded, keys[:, :, split:], values[:, :, split:], bias, scale, causal)
         if split:
-            before, before_lse = attend(folded, keys[:, :, :split], values[:, :, :split], None, scale)
-            share = torch.sigmoid(before_lse - lse).unsqueeze(-1).to(out.dtype)
-            out = torch.lerp(out, before, share)
+            out = _merged(out, lse, *attend(folded, keys[:, :, :split], values[:, :, :split], None, scale))
     return out.reshape(1, heads, tokens, -1).transpose(1, 2)
+
+
+def _merged(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> Tensor:
+    """Attention over both sets of keys, from that over each."""
+    return torch.lerp(out, other, torch.sigmoid(other_lse - lse).unsqueeze(-1).to(out.dtype))
+
+
+class _Uniform:
+    """What all layers of a uniform forward share: places in the pool, and masks."""
+
+    def __init__(self, parts: Sequence[Part], groups: int, dtype: torch.dtype, device: torch.device) -> None:
+        lengths = torch.tensor([part.length for part in parts])
+        self.slots, self.longest = slice(parts[0].slot, parts[0].slot + len(parts)), int(lengths.max())
+        tokens = parts[0].plan.num_tokens
+        self.places = (lengths[:, None] + torch.arange(tokens)).to(device)
+        hidden = torch.arange(self.longest) >= lengths[:, None]  # behind the end of a shorter prefix
+        prefix = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, HIDDEN)
+        self.prefix_bias = prefix[:, None, None].to(device)
+        self.local_bias: Tensor | None = None
+        if tokens > 1:
+            biases = [_kept_local_bias(part.plan, groups, dtype, device) for part in parts]
+            self.local_bias = biases[0] if all(bias is biases[0] for bias in biases) else torch.cat(biases)
 
 
 def packed_attention(

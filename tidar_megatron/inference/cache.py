@@ -23,33 +23,27 @@ class KVPool:
 
     def write(self, layer: int, slot: int, length: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Put ``[1, N, T, D]`` each behind a slot's first ``length`` tokens; views of its ``length + T`` tokens."""
-        if layer not in self._layers:
-            self._layers[layer] = self._room(key), self._room(value)
         stop = length + key.shape[2]
         assert stop <= self.capacity
-        keys, values = (tensor[slot : slot + 1, :, :stop] for tensor in self._layers[layer])
+        keys, values = (tensor[slot : slot + 1, :, :stop] for tensor in self._of(layer, key, value))
         keys[:, :, length:].copy_(key)
         values[:, :, length:].copy_(value)
         return keys, values
 
     def write_side_by_side(
-        self, layer: int, first_slot: int, lengths: Tensor, key: Tensor, value: Tensor
+        self, layer: int, slots: slice, places: Tensor, longest: int, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Put ``[n, N, T, D]`` each behind the first ``lengths [n]`` (on the host) tokens of n slots.
+        """Put ``[n, N, T, D]`` each at ``places``, int64 ``[n, T]``, of n slots whose longest holds so many tokens.
 
         Returns:
             Views of what was there before, ``[n, N, longest, D]``; what is behind a shorter one is not its own.
         """
-        if layer not in self._layers:
-            self._layers[layer] = self._room(key), self._room(value)
-        count, _, tokens, _ = key.shape
-        longest = int(lengths.max())
-        assert longest + tokens <= self.capacity
-        slots = torch.arange(first_slot, first_slot + count)[:, None]
-        places = lengths[:, None] + torch.arange(tokens)
-        for room, new in zip(self._layers[layer], (key, value), strict=True):
-            room[slots, :, places] = new.transpose(1, 2)
-        keys, values = (room[first_slot : first_slot + count, :, :longest] for room in self._layers[layer])
+        assert longest + key.shape[2] <= self.capacity
+        rows = [tensor[slots] for tensor in self._of(layer, key, value)]
+        where = places[:, None, :, None]
+        for room, new in zip(rows, (key, value), strict=True):
+            room.scatter_(2, where.expand(new.shape), new)
+        keys, values = (room[:, :, :longest] for room in rows)
         return keys, values
 
     def read(self, layer: int, slot: int, length: int) -> tuple[Tensor, Tensor]:
@@ -61,6 +55,11 @@ class KVPool:
     def num_bytes(self) -> int:
         """What is allocated."""
         return sum(t.numel() * t.element_size() for pair in self._layers.values() for t in pair)
+
+    def _of(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if layer not in self._layers:
+            self._layers[layer] = self._room(key), self._room(value)
+        return self._layers[layer]
 
     def _room(self, like: Tensor) -> Tensor:
         _, heads, _, head_dim = like.shape

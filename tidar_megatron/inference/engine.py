@@ -32,9 +32,14 @@ class Engine:
         batch_size: sequences in a forward at most.
         capacity: places of each one's slot, :attr:`Sequence.room` of the longest request.
         queue_size: requests that may wait.
+
+    Raises:
+        UserError: a batch without slots.
     """
 
     def __init__(self, model: DecodeModel, batch_size: int, capacity: int, queue_size: int = 1024) -> None:
+        if batch_size < 1:
+            raise UserError(f"batch size {batch_size}: must be at least 1")
         self.model = model
         self._pool = KVPool(batch_size, capacity)
         self._free = list(range(batch_size))[::-1]
@@ -53,7 +58,10 @@ class Engine:
         Raises:
             UserError: for a request that cannot be served, or where too many wait.
         """
-        sequence = Sequence(self.model, prompt, options or DecodeOptions())
+        return self.enqueue(Sequence(self.model, prompt, options or DecodeOptions()))
+
+    def enqueue(self, sequence: Sequence) -> Sequence:
+        """As :meth:`submit`, of a sequence that is made already, perhaps to know how much room it needs."""
         if sequence.room > self._pool.capacity:
             raise UserError(
                 f"the request needs room for {sequence.room} tokens and the engine's slots have {self._pool.capacity}: "
@@ -139,10 +147,9 @@ def stream(model: DecodeModel, prompt: Tokens[int], options: DecodeOptions | Non
     Raises:
         UserError: here and not in the midst of it, for options or a prompt that cannot be served.
     """
-    room = Sequence(model, prompt, options or DecodeOptions()).room
-    engine = Engine(model, 1, room)
-    sequence = engine.submit(prompt, options)
-    return _steps(engine, sequence)
+    sequence = Sequence(model, prompt, options or DecodeOptions())
+    engine = Engine(model, 1, sequence.room)
+    return _steps(engine, engine.enqueue(sequence))
 
 
 def _steps(engine: Engine, sequence: Sequence) -> Iterator[Step]:
@@ -178,9 +185,10 @@ def generate_batch(
         UserError: before anything is generated, for options or a prompt that cannot be served.
     """
     options = options or DecodeOptions()
-    room = max((Sequence(model, prompt, options).room for prompt in prompts), default=0)
+    sequences = [Sequence(model, prompt, options) for prompt in prompts]
+    room = max((sequence.room for sequence in sequences), default=0)
     engine = Engine(model, batch_size, room, queue_size=len(prompts))
-    generations = {engine.submit(prompt, options): Generation.of(model, options) for prompt in prompts}
+    generations = {engine.enqueue(sequence): Generation.of(model, options) for sequence in sequences}
     while not engine.is_idle:
         for sequence, step in engine.step():
             if sequence.error is not None:

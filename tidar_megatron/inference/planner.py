@@ -150,7 +150,7 @@ class Planner:
 
     Args:
         costs: of this machine and model.
-        block_size: what the model was trained with; K is tried up to twice of it.
+        block_size: what the model was trained with; the largest K that is tried.
     """
 
     BRANCHES = (None, 0, 1, 2, 3)
@@ -178,15 +178,13 @@ class Planner:
         return sorted(found, key=lambda candidate: -candidate.rate)
 
     def begin(self, batch: int, context: float) -> None:
-        """Before a forward: choose again where there is reason to."""
+        """Before a forward: choose again after some steps, or where batch and context make forwards cost otherwise."""
         scale = self.costs.of(16 * batch, context)
-        changed = batch != self._batch or not 0.85 <= scale / self._scale <= 1.18
-        if changed or self._steps >= self._next:
+        if self._steps >= self._next or not 0.85 <= scale / self._scale <= 1.18:
             self._scale = scale
             self._batch, self._context = batch, context
             self._next = max(self._steps + 4, min(2 * self._steps, self._steps + 256))
-            best = self.candidates()[0]
-            self.choice = best
+            self.choice = self.candidates()[0]
 
     def end(self, tokens: int, drafts: bool, context: float, seconds: float) -> None:
         """After a forward of so many tokens, with masks or without: what the step cost beyond what was timed."""

@@ -137,7 +137,8 @@ class Sequence:
         if self._policy.wants_confidences:
             likely = logits.float().softmax(-1) if q is None else q
             confidences = likely.max(-1).values.tolist()
-        branch = max(r for r in self._part.plan.branches if r <= self._accepted)
+        branch = self._part.plan.branch_after(self._accepted)
+        assert branch is not None
         self._drafts = Drafts([*self._drafts.tokens, *tokens], q, confidences, self._accepted - branch)
 
     def _commit(self, count: int) -> None:
