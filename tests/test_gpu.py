@@ -11,7 +11,7 @@ from tidar_megatron.distributed.groups import shut_down
 from tidar_megatron.inference.engine import generate
 from tidar_megatron.inference.model import load_model
 from tidar_megatron.inference.request import DecodeOptions
-from tidar_megatron.models.attention import hybrid_attention, make_plan
+from tidar_megatron.models.attention import choose_backend, hybrid_attention, make_plan
 from tidar_megatron.training.loop import pretrain
 
 pytestmark = [
@@ -20,14 +20,14 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("backend", ["dense", "chunked", "flex"])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "flex", "auto"])
 def test_attention_equals_the_cpus(backend):
     """Outputs and gradients of packed documents."""
     visibility = training_layout(*documents([100, 60], 256), 16)
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(2, heads, 512, 64, generator=generator) for heads in (4, 2, 2, 4)]
     seen = []
-    for device, chosen in (("cpu", "dense"), ("cuda", backend)):
+    for device, chosen in (("cpu", "dense"), ("cuda", choose_backend(backend, "cuda", 64, False))):
         plan = make_plan(visibility, backend=chosen, chunk_size=32, device=device)
         *inputs, upstream = (t.to(device) for t in tensors)
         inputs = [t.requires_grad_() for t in inputs]
