@@ -12,22 +12,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from tidar_megatron.config import flag
 from tidar_megatron.errors import OneLineParser, UserError, run_tool
 
-SEQ_LENGTHS = {
-    "training": [1024, 2048],
-    "attention": [1024, 2048, 4096],
-    "loader": [1024, 4096],
-    "loss": [],
-    "decode": [],
-}
+SEQ_LENGTHS = {"training": [1024, 2048], "attention": [1024, 2048, 4096], "loader": [1024, 4096]}
 DECODE = ("model", "prompts", "assistant", "contexts", "batch_sizes", "max_new_tokens")
 REPEATS = {"training": 7, "attention": 9, "loader": 20, "loss": 7, "decode": 5}
-
-
-def flag(name: str) -> str:
-    """As it is given."""
-    return "--" + name.replace("_", "-")
 
 
 def run_decode(arguments: argparse.Namespace, repeats: int) -> dict[str, Any]:

@@ -101,18 +101,13 @@ def machine() -> str:
     """The processor and the libraries, as they matter for the figures."""
     import torch
 
-    models = [line.split(":")[1].strip() for line in cpu_lines() if line.startswith("model name")]
-    name = models[0] if models else platform.processor() or platform.machine()
+    from tidar_megatron.inference.costs import processor
+
+    name = processor()
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
     threads = torch.get_num_threads()
     return f"{name}, {threads} threads, Python {platform.python_version()}, torch {torch.__version__}"
-
-
-def cpu_lines() -> list[str]:
-    """What Linux knows of the processor; nothing elsewhere."""
-    info = Path("/proc/cpuinfo")
-    return info.read_text().splitlines() if info.exists() else []
 
 
 def print_table(figures: dict[str, Any], summary: dict[str, Any]) -> None:

@@ -106,8 +106,7 @@ class Stock:
         self.causal_lm = causal_lm.to(model.device).eval()
         # nothing of the folder's: no sampling, no end of text, but never the mask token
         never = None if model.mask_token_id is None else [model.mask_token_id]
-        self._config = GenerationConfig(do_sample=False, suppress_tokens=never)
-        self.causal_lm.generation_config = self._config
+        self.causal_lm.generation_config = GenerationConfig(do_sample=False, suppress_tokens=never)
         self.mask_token_id = model.mask_token_id
 
     @torch.inference_mode()
@@ -129,7 +128,8 @@ class Stock:
         found: dict[tuple[int, ...], float] = {(): 1.0}
         for _ in range(count):
             texts = list(found)
-            logits = self.causal_lm(torch.tensor([[*prompt, *text] for text in texts])).logits[:, -1].float()
+            ids = torch.tensor([[*prompt, *text] for text in texts], device=self.causal_lm.device)
+            logits = self.causal_lm(ids).logits[:, -1].float()
             if self.mask_token_id is not None:
                 logits[:, self.mask_token_id] = -torch.inf
             best = logits.topk(top_k)
@@ -166,8 +166,10 @@ def certify(
     ]
     tied = {found["prompt"] for run in done for found in run.ties}
     different = {found["prompt"] for run in done for found in run.differences}
-    unsure = max(prompts[:32], key=lambda prompt: _entropy(stock.probabilities(prompt, TOP_K, 1)))
-    sampled = [_sample(model, stock, unsure, name, runs[name], samples) for name in runs if samples]
+    sampled = []
+    if samples:
+        unsure = max(prompts[:32], key=lambda prompt: _entropy(stock.probabilities(prompt, TOP_K, 1)))
+        sampled = [_sample(model, stock, unsure, name, runs[name], samples) for name in runs]
     identical = len(prompts) - len(tied | different)
     return Certificate(len(prompts), identical, len(tied - different), done, sampled)
 
