@@ -11,6 +11,12 @@ from torch import Tensor
 
 HIDDEN = -1e30  # what a mask adds to a score. Not -inf: a row that sees nothing in a tile must stay a number
 
+
+def hiding(dtype: torch.dtype) -> float:
+    """:data:`HIDDEN`, or as low as a bias of that dtype may be."""
+    return max(HIDDEN, torch.finfo(dtype).min / 4)
+
+
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 

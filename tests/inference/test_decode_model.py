@@ -97,7 +97,7 @@ def check_cache(model, text, engine, length):
     cache = DynamicCache(config=model.causal_lm.config)
     stock(model, text[:-1], cache=cache)
     for layer in range(2):
-        keys, values = engine._pool.read(layer, 0, length)
+        keys, values = engine._forwards.pool.read(layer, 0, length)
         torch.testing.assert_close(keys, cache.layers[layer].keys[0], rtol=0, atol=1e-10)
         torch.testing.assert_close(values, cache.layers[layer].values[0], rtol=0, atol=1e-10)
 
@@ -127,10 +127,10 @@ def test_a_step_allocates_nothing_that_grows_and_never_runs_out(trained, prompts
         engine = Engine(trained, 1, Sequence(trained, prompts[4], options).room)
         engine.submit(prompts[4], options)
         engine.step()
-        held, place = engine._pool.num_bytes, engine._pool.read(0, 0, 1)[0].data_ptr()
+        held, place = engine._forwards.pool.num_bytes, engine._forwards.pool.read(0, 0, 1)[0].data_ptr()
         while not engine.is_idle:
             engine.step()
-        assert (engine._pool.num_bytes, engine._pool.read(0, 0, 1)[0].data_ptr()) == (held, place)
+        assert (engine._forwards.pool.num_bytes, engine._forwards.pool.read(0, 0, 1)[0].data_ptr()) == (held, place)
 
 
 # ---- loading ------------------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def test_nothing_piles_up_over_a_thousand_requests(trained):
             live = [sequence for sequence in live if not sequence.stop]
         if number % 200 == 199:
             gc.collect()
-            sizes.append((process.memory_info().rss, serving._pool.num_bytes))
+            sizes.append((process.memory_info().rss, serving._forwards.pool.num_bytes))
     while not serving.is_idle:
         serving.step()
     ended += [sequence.stop for sequence in live]

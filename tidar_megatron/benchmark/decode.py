@@ -55,7 +55,7 @@ def decode(
     stock = _Transformers(model)
     for context in fitting:
         for batch in batches:
-            texts = [_text(prompts, context, number) for number in range(batch)]
+            texts = [text_of(prompts, context, number) for number in range(batch)]
             ways: dict[str, Callable[[], Run]] = {
                 f"{options.mode} {name}": _ours(model, texts, replace(options, max_new_tokens=max_new_tokens))
                 for name, options in plans.items()
@@ -85,7 +85,7 @@ def decode(
     return {"settings": settings, "rows": rows, "skipped": [c for c in contexts if c not in fitting]}
 
 
-def _text(prompts: Sequence[Sequence[int]], length: int, first: int) -> list[int]:
+def text_of(prompts: Sequence[Sequence[int]], length: int, first: int) -> list[int]:
     """``length`` tokens: the prompts from ``first`` on, end to end, without the beginning of the first of them."""
     text: list[int] = []
     number = first

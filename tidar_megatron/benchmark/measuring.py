@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tidar_megatron.distributed.platform import device
@@ -83,6 +84,19 @@ def peak_bytes(run: Callable[[], object]) -> int:
     with _LiveStorages() as live:
         run()
     return live.peak
+
+
+def allocated_bytes(run: Callable[[], object]) -> int:
+    """All bytes that ``run`` took from the allocator, at whatever time and for however long; kernels' own included."""
+    where = device()
+    if where.type == "cuda":
+        before = torch.cuda.memory_stats(where)["allocated_bytes.all.allocated"]
+        run()
+        return torch.cuda.memory_stats(where)["allocated_bytes.all.allocated"] - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    events = seen.profiler.kineto_results.events()
+    return sum(event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0)
 
 
 class _LiveStorages(TorchDispatchMode):

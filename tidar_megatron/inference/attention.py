@@ -16,13 +16,13 @@ G = H / N, D head dimension.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tidar_megatron.attention_kernels import HIDDEN, attend, has_flash
+from tidar_megatron.attention_kernels import attend, has_flash, hiding
 from tidar_megatron.attention_mask import INDEX, decode_layout, may_attend
 from tidar_megatron.inference.cache import KVPool
 
@@ -87,7 +87,7 @@ def _local_bias(plan: Plan, groups: int, dtype: torch.dtype, device: torch.devic
     It carries the dtype of the queries because the kernel takes any other and computes nonsense.
     """
     hidden = ~local_mask(plan)
-    bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, HIDDEN)
+    bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, hiding(dtype))
     return bias.repeat(groups, 1)[None, None].to(device)
 
 
@@ -104,6 +104,25 @@ class Part(NamedTuple):
     plan: Plan
 
 
+class Forward(Protocol):
+    """What a model's forward must be given: the tokens of several sequences side by side, and their attention.
+
+    ``starts``: where the rows of each sequence begin, of ``num_tokens`` rows.
+    """
+
+    starts: list[int]
+    num_tokens: int
+
+    def inputs(self, mask_token_id: int | None, device: torch.device) -> Tensor:
+        """Token ids and position ids, int64 ``[2, tokens]``."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """``query [1, H, tokens, D]``, ``key``, ``value [1, N, tokens, D]`` -> ``[1, tokens, H, D]``.
+
+        Keys and values of all tokens are written behind the committed ones of their sequence.
+        """
+
+
 class PackedForward:
     """The sequences of one forward, side by side, and the attention of each."""
 
@@ -116,11 +135,11 @@ class PackedForward:
             place += part.plan.num_tokens
         self.starts: list[int] = edges
         self.num_tokens = place
-        self._shared: _Uniform | None = None
+        self._uniform: Uniform | None = None
         self.num_masks = sum(part.plan.num_masks for part in parts)
 
     def inputs(self, mask_token_id: int | None, device: torch.device) -> Tensor:
-        """Token ids and position ids, int64 ``[2, tokens]``."""
+        """As :meth:`Forward.inputs`."""
         ids: list[int | None] = []
         positions: list[int] = []
         for part in self._parts:
@@ -129,12 +148,11 @@ class PackedForward:
         return torch.tensor([ids, positions]).to(device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """``query [1, H, tokens, D]``, ``key``, ``value [1, N, tokens, D]`` -> ``[1, tokens, H, D]``.
-
-        Keys and values of all tokens are written behind the committed ones of their sequence.
-        """
+        """As :meth:`Forward.attend`."""
         if self.is_uniform:
-            return self._attend_uniform(layer, query, key, value, scale)
+            if self._uniform is None:
+                self._uniform = self._as_uniform(query.shape[1] // key.shape[1], query)
+            return self._uniform.attend(self._pool, layer, query, key, value, scale)
         outputs = []
         for part, start in zip(self._parts, self.starts, strict=True):
             rows = slice(start, start + part.plan.num_tokens)
@@ -150,20 +168,49 @@ class PackedForward:
         fits = all((p.plan.num_tokens, p.slot) == (size, slot + n) for n, p in enumerate(self._parts))
         return len(self._parts) > 1 and fits and size <= MOST_KEPT
 
-    def _attend_uniform(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """One call for all prefixes, padded to the longest, and one for what is new."""
-        count = len(self._parts)
+    def _as_uniform(self, groups: int, query: Tensor) -> "Uniform":
+        parts, dtype, device = self._parts, query.dtype, query.device
+        lengths = torch.tensor([part.length for part in parts])
+        local_bias: Tensor | None = None
+        if (tokens := parts[0].plan.num_tokens) > 1:
+            biases = [_kept_local_bias(part.plan, groups, dtype, device) for part in parts]
+            local_bias = biases[0] if all(bias is biases[0] for bias in biases) else torch.cat(biases)
+        longest = int(lengths.max())
+        assert longest + tokens <= self._pool.capacity
+        return Uniform(
+            slots=slice(parts[0].slot, parts[0].slot + len(parts)),
+            places=(lengths[:, None] + torch.arange(tokens)).to(device),
+            longest=longest,
+            prefix_bias=self._pool.hidden_behind(lengths.to(device), longest, dtype),
+            local_bias=local_bias,
+        )
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """n sequences that bring T tokens each, served in one call; what all layers share.
+
+    ``slots`` of the pool, side by side; ``places`` int64 ``[n, T]`` in them, where new keys and values go; ``longest``
+    prefix, to which all are padded; ``prefix_bias [n, 1, 1, longest]``, which hides the padding; ``local_bias
+    [n or 1, 1, G * T, T]``, the masks among what is new (None: T is 1).
+    """
+
+    slots: slice
+    places: Tensor
+    longest: int
+    prefix_bias: Tensor
+    local_bias: Tensor | None
+
+    def attend(self, pool: KVPool, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """``query [1, H, n * T, D]``, ``key``, ``value [1, N, n * T, D]`` -> ``[1, n * T, H, D]``."""
+        count = len(self.places)
         query, key, value = (x[0].unflatten(1, (count, -1)).transpose(0, 1) for x in (query, key, value))
         _, heads, tokens, head_dim = query.shape
-        groups = heads // key.shape[1]
-        folded = query.reshape(count, key.shape[1], groups * tokens, head_dim)
-        if self._shared is None:
-            self._shared = _Uniform(self._parts, groups, query.dtype, query.device)
-        shared = self._shared
-        keys, values = self._pool.write_side_by_side(layer, shared.slots, shared.places, shared.longest, key, value)
-        out, lse = attend(folded, key, value, shared.local_bias, scale)
-        if shared.longest:
-            out = _merged(out, lse, *attend(folded, keys, values, shared.prefix_bias, scale))
+        folded = query.reshape(count, key.shape[1], -1, head_dim)  # as in _attend
+        keys, values = pool.write_side_by_side(layer, self.slots, self.places, self.longest, key, value)
+        out, lse = attend(folded, key, value, self.local_bias, scale)
+        if self.longest:
+            out = _merged(out, lse, *attend(folded, keys, values, self.prefix_bias, scale))
         return out.reshape(count, heads, tokens, -1).transpose(1, 2).reshape(1, count * tokens, heads, -1)
 
 
@@ -192,23 +239,6 @@ def _merged(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> Tenso
     return torch.lerp(out, other, torch.sigmoid(other_lse - lse).unsqueeze(-1).to(out.dtype))
 
 
-class _Uniform:
-    """What all layers of a uniform forward share: places in the pool, and masks."""
-
-    def __init__(self, parts: Sequence[Part], groups: int, dtype: torch.dtype, device: torch.device) -> None:
-        lengths = torch.tensor([part.length for part in parts])
-        self.slots, self.longest = slice(parts[0].slot, parts[0].slot + len(parts)), int(lengths.max())
-        tokens = parts[0].plan.num_tokens
-        self.places = (lengths[:, None] + torch.arange(tokens)).to(device)
-        hidden = torch.arange(self.longest) >= lengths[:, None]  # behind the end of a shorter prefix
-        prefix = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, HIDDEN)
-        self.prefix_bias = prefix[:, None, None].to(device)
-        self.local_bias: Tensor | None = None
-        if tokens > 1:
-            biases = [_kept_local_bias(part.plan, groups, dtype, device) for part in parts]
-            self.local_bias = biases[0] if all(bias is biases[0] for bias in biases) else torch.cat(biases)
-
-
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -216,7 +246,7 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    packed_forward: PackedForward | None = None,
+    packed_forward: Forward | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """Attention for transformers' interface, which hands ``packed_forward`` through from the call of the model."""

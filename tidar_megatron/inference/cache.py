@@ -9,6 +9,8 @@ context.
 import torch
 from torch import Tensor
 
+from tidar_megatron.attention_kernels import HIDDEN, hiding
+
 
 class KVPool:
     """``slots`` sequences of up to ``capacity`` tokens, those of a forward that are not kept included.
@@ -20,6 +22,7 @@ class KVPool:
     def __init__(self, slots: int, capacity: int) -> None:
         self.slots, self.capacity = slots, capacity
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._bias: Tensor | None = None
 
     def write(self, layer: int, slot: int, length: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Put ``[1, N, T, D]`` each behind a slot's first ``length`` tokens; views of its ``length + T`` tokens."""
@@ -38,13 +41,26 @@ class KVPool:
         Returns:
             Views of what was there before, ``[n, N, longest, D]``; what is behind a shorter one is not its own.
         """
-        assert longest + key.shape[2] <= self.capacity
+        assert longest <= self.capacity
         rows = [tensor[slots] for tensor in self._of(layer, key, value)]
         where = places[:, None, :, None]
         for room, new in zip(rows, (key, value), strict=True):
             room.scatter_(2, where.expand(new.shape), new)
         keys, values = (room[:, :, :longest] for room in rows)
         return keys, values
+
+    def hidden_behind(self, lengths: Tensor, longest: int, dtype: torch.dtype) -> Tensor:
+        """What is added to scores over the first ``longest`` places, to hide those behind ``lengths``, int64 ``[n]``.
+
+        ``[n, 1, 1, longest]``: 0, or next to minus infinity. One tensor for all calls, so the next one overwrites it.
+        """
+        if self._bias is None or self._bias.dtype != dtype or self._bias.device != lengths.device:
+            self._bias = torch.zeros(self.slots, self.capacity, dtype=dtype, device=lengths.device)
+            self._places = torch.arange(self.capacity, dtype=torch.float32, device=lengths.device)
+        bias = self._bias[: len(lengths), :longest]
+        torch.sub((lengths - 0.5)[:, None], self._places[:longest], out=bias)
+        bias.clamp_(max=0).mul_(-4 * HIDDEN)
+        return bias.clamp_(min=hiding(dtype))[:, None, None]
 
     def read(self, layer: int, slot: int, length: int) -> tuple[Tensor, Tensor]:
         """Views of the first ``length`` tokens, each ``[N, length, D]``."""

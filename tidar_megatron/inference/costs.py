@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import platform
 import time
@@ -9,44 +10,46 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from statistics import median
 
+import numpy as np
 import torch
 
-from tidar_megatron.inference.attention import PackedForward, Part, Plan
-from tidar_megatron.inference.cache import KVPool
+from tidar_megatron.inference.attention import Part, Plan
 from tidar_megatron.inference.model import DecodeModel
+from tidar_megatron.inference.static import Forwards
 
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 72, 104, 136, 208, 272)  # tokens of a forward
-CONTEXTS = (64, 512, 2048)
-ROUNDS = 5
+CONTEXTS = (64, 1024)
+ROUNDS, SECONDS = 5, 4.0  # no more rounds after so many seconds, but two
 
 
 @dataclass
 class Costs:
     """Seconds of a forward, the output layer over its rows included.
 
-    ``seconds[i][j]``: of ``sizes[i]`` tokens behind ``contexts[j]``; between them costs are interpolated.
+    ``seconds[i][j]``: of ``sizes[i]`` tokens behind ``contexts[j]``; between them, and beyond, they are on a line.
     """
 
     sizes: list[int]
     contexts: list[int]
     seconds: list[list[float]]
 
-    def of(self, tokens: float, context: float) -> float:
-        """Of so many tokens behind so many; beyond the largest size in proportion to the last two."""
-        column = [_between(self.contexts, row, context) for row in self.seconds]
-        return _between(self.sizes, column, tokens)
+    def curve(self, context: float, most: int) -> list[float]:
+        """Of 0, 1, 2, ... ``most`` tokens behind so many."""
+        column = np.array([_on_line(self.contexts, row, context) for row in self.seconds])
+        found = np.interp(np.arange(most + 1), self.sizes, column)
+        if len(self.sizes) > 1 and most > (last := self.sizes[-1]):
+            slope = max(0.0, (column[-1] - column[-2]) / (last - self.sizes[-2]))
+            found[last:] = column[-1] + slope * np.arange(most + 1 - last)
+        return found.tolist()
 
 
-def _between(places: Sequence[float], values: Sequence[float], at: float) -> float:
-    """Linear, also beyond the ends (not below the first value)."""
-    if len(places) == 1 or at <= places[0]:
-        return values[0]
-    right = next((n for n, place in enumerate(places) if place >= at), len(places) - 1)
-    left = right - 1
-    slope = (values[right] - values[left]) / (places[right] - places[left])
-    return max(values[left] + slope * (at - places[left]), values[0])
+def _on_line(places: Sequence[float], values: Sequence[float], at: float) -> float:
+    """Beyond the last in proportion to the last two; never less than the first."""
+    found = float(np.interp(at, places, values))
+    if len(places) > 1 and at > places[-1]:
+        found += (at - places[-1]) * (values[-1] - values[-2]) / (places[-1] - places[-2])
+    return max(found, values[0])
 
 
 def load_costs(model: DecodeModel) -> Costs:
@@ -86,20 +89,23 @@ def processor() -> str:
 
 @torch.inference_mode()
 def measure_costs(model: DecodeModel) -> Costs:
-    """Time forwards of a few sizes behind a few contexts; the median of each."""
+    """Time forwards of a few sizes behind a few contexts, in turns; the best of each: what disturbs only ever adds."""
     limit = model.context_limit
     sizes = [size for size in SIZES if size < limit] or [1]
     contexts = [context for context in CONTEXTS if context + sizes[-1] <= limit] or [max(0, limit - sizes[-1])]
-    pool = KVPool(1, contexts[-1] + sizes[-1])
+    forwards = Forwards(model, 1, contexts[-1] + sizes[-1])
     token = 0 if model.mask_token_id != 0 else 1
-    seconds: list[list[list[float]]] = [[[] for _ in contexts] for _ in sizes]
-    for j, context in enumerate(contexts):
+    seconds = [[math.inf] * len(contexts) for _ in sizes]
+    begin = time.perf_counter()
+    for number in range(ROUNDS):
+        if number >= 2 and time.perf_counter() - begin > SECONDS:
+            break
         for i, size in enumerate(sizes):
-            packed = PackedForward(pool, [Part(0, context, [token] * size, Plan(size))])
-            for number in range(ROUNDS + 1):  # one after the other, as decoding does: caches are warm
-                start = time.perf_counter()
-                hidden = model.forward(packed)
-                model.logits(hidden[: min(size, 32)]).argmax(-1).tolist()
-                if number:
-                    seconds[i][j].append(time.perf_counter() - start)
-    return Costs(sizes, contexts, [[median(times) for times in row] for row in seconds])
+            for j, context in enumerate(contexts):
+                parts = [Part(0, context, [token] * size, Plan(size))]
+                for _ in range(2):  # the second finds the caches warm, as decoding does
+                    start = time.perf_counter()
+                    hidden, _ = forwards.run(parts)
+                    model.logits(hidden[: min(size, 32)]).argmax(-1).tolist()
+                    seconds[i][j] = min(seconds[i][j], time.perf_counter() - start)
+    return Costs(sizes, contexts, seconds)

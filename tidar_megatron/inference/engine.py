@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from tidar_megatron.errors import UserError
-from tidar_megatron.inference.attention import PackedForward
-from tidar_megatron.inference.cache import KVPool
+from tidar_megatron.inference.attention import Forward
 from tidar_megatron.inference.model import DecodeModel
 from tidar_megatron.inference.request import DecodeOptions, Generation, Step
 from tidar_megatron.inference.sequence import Sequence
+from tidar_megatron.inference.static import Forwards
 
 PROMPT_CHUNK = 512  # prompt tokens of a sequence in a forward: others need not wait for a long one
 
@@ -32,16 +32,25 @@ class Engine:
         batch_size: sequences in a forward at most.
         capacity: places of each one's slot, :attr:`Sequence.room` of the longest request.
         queue_size: requests that may wait.
+        static: as :class:`~tidar_megatron.inference.static.Forwards` has it.
 
     Raises:
         UserError: a batch without slots.
     """
 
-    def __init__(self, model: DecodeModel, batch_size: int, capacity: int, queue_size: int = 1024) -> None:
+    def __init__(
+        self,
+        model: DecodeModel,
+        batch_size: int,
+        capacity: int,
+        queue_size: int = 1024,
+        static: bool | None = None,
+    ) -> None:
         if batch_size < 1:
             raise UserError(f"batch size {batch_size}: must be at least 1")
         self.model = model
-        self._pool = KVPool(batch_size, capacity)
+        self.capacity = capacity
+        self._forwards = Forwards(model, batch_size, capacity, static)
         self._free = list(range(batch_size))[::-1]
         self._waiting: deque[Sequence] = deque()
         self._queue_size = queue_size
@@ -62,9 +71,9 @@ class Engine:
 
     def enqueue(self, sequence: Sequence) -> Sequence:
         """As :meth:`submit`, of a sequence that is made already, perhaps to know how much room it needs."""
-        if sequence.room > self._pool.capacity:
+        if sequence.room > self.capacity:
             raise UserError(
-                f"the request needs room for {sequence.room} tokens and the engine's slots have {self._pool.capacity}: "
+                f"the request needs room for {sequence.room} tokens and the engine's slots have {self.capacity}: "
                 "ask for fewer new tokens or drafts, or make the engine's capacity larger"
             )
         if len(self._waiting) >= self._queue_size:
@@ -97,16 +106,16 @@ class Engine:
         if planner is not None:
             planner.begin(len(served), context)
         before = [(sequence.reads_prompt, len(sequence.tokens)) for sequence in served]
-        packed = PackedForward(self._pool, [sequence.part(PROMPT_CHUNK) for sequence in served])
-        hidden = self.model.forward(packed)
+        reads_prompts = any(is_prompt for is_prompt, _ in before)
+        hidden, packed = self._forwards.run([sequence.part(PROMPT_CHUNK) for sequence in served], reads_prompts)
         for sequence, logits in zip(served, self._logits(hidden, packed, [s.rows for s in served]), strict=True):
             _guarded(sequence, sequence.accept, logits)
         for sequence, logits in zip(served, self._logits(hidden, packed, [s.draft_rows for s in served]), strict=True):
             if len(logits):
                 _guarded(sequence, sequence.draft, logits)
         seconds = time.perf_counter() - start
-        if planner is not None and not any(is_prompt for is_prompt, _ in before):
-            planner.end(packed.num_tokens, packed.num_masks > 0, context, seconds)
+        if planner is not None and not reads_prompts and all(s.planner is planner for s in served):
+            planner.end(packed.num_tokens, seconds)
         for sequence in served:
             if sequence.stop is not None:
                 self._leave(sequence)
@@ -116,7 +125,7 @@ class Engine:
             for sequence, (is_prompt, n) in zip(served, before, strict=True)
         ]
 
-    def _logits(self, hidden: Tensor, packed: PackedForward, rows: Tokens[Tokens[int]]) -> tuple[Tensor, ...]:
+    def _logits(self, hidden: Tensor, packed: Forward, rows: Tokens[Tokens[int]]) -> tuple[Tensor, ...]:
         """Of these rows of each sequence, and of no others: the output layer is most of a small model."""
         places = [start + row for start, own in zip(packed.starts, rows, strict=True) for row in own]
         return self.model.logits(hidden[places]).split([len(own) for own in rows])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from tidar_megatron.errors import UserError
-from tidar_megatron.inference.attention import ATTENTION_NAME, PackedForward
+from tidar_megatron.inference.attention import ATTENTION_NAME, Forward
 
 
 @dataclass
@@ -40,7 +40,7 @@ class DecodeModel:
         self.device: torch.device = self.causal_lm.device
         self.vocab_size: int = self.causal_lm.config.vocab_size
 
-    def forward(self, packed: PackedForward) -> Tensor:
+    def forward(self, packed: Forward) -> Tensor:
         """Run the tokens of all sequences of a forward; their K/V are written to the pool.
 
         Returns:

@@ -2,14 +2,16 @@
 
 Two things decide: what a forward of T tokens costs behind P committed ones (``costs.py``), and how often drafts are
 accepted, which :class:`Acceptance` learns while text is made. From both the :class:`Planner` computes the rate of every
-plan - K drafts, branches for the m likeliest outcomes or for all, two forwards in turn, or plain autoregression - and
-takes the best. A plan changes how fast the text comes, never what it says.
+plan - K drafts, branches for the m likeliest outcomes or for all, two forwards in turn, or plain autoregression -
+corrects it by what the plan gave where it was followed, and takes the best. A plan changes how fast the text comes,
+never what it says.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 
 from tidar_megatron.inference.attention import Plan
@@ -25,16 +27,15 @@ class Acceptance:
     Old evidence fades, so the text at hand counts most. What was never seen is believed to be as its neighbour.
     """
 
-    HALF_LIFE = 200.0  # drafts at an offset
+    FADE = 0.5 ** (1 / 400)  # half is forgotten after 400 drafts at an offset
     PRIOR, WEIGHT = 0.7, 2.0
     counts: dict[tuple[bool, int], list[float]] = field(default_factory=dict)
 
     def observe(self, offset: int, own: bool, was_accepted: bool) -> None:
         """A draft at ``offset`` (1: the first after the certain token), of the outcome's own branch or a shorter."""
         seen = self.counts.setdefault((own, offset), [0.0, 0.0])
-        fade = 0.5 ** (1 / self.HALF_LIFE)
-        seen[0] = seen[0] * fade + was_accepted
-        seen[1] = seen[1] * fade + 1
+        seen[0] = seen[0] * self.FADE + was_accepted
+        seen[1] = seen[1] * self.FADE + 1
 
     def of(self, offset: int, own: bool) -> float:
         """The probability believed."""
@@ -52,12 +53,18 @@ class Candidate:
     branches: int | None
     tokens_per_forward: float = 1.0
     forward_tokens: float = 1.0
-    seconds: float = 0.0
+    seconds: float = 0.0  # of a step, for one sequence
+    believed_tokens: float = 1.0  # tokens per forward before they are corrected by what was had
 
     @property
     def rate(self) -> float:
         """Tokens per second of one sequence."""
         return self.tokens_per_forward / self.seconds
+
+    @property
+    def key(self) -> tuple[int, int | None]:
+        """The plan alone."""
+        return self.draft_length, self.branches
 
     @property
     def name(self) -> str:
@@ -90,11 +97,11 @@ def expect(
     """
     K = draft_length
     if K == 1:
-        return Candidate(1, branches, seconds=cost(1, drafts=False))
+        return Candidate(1, branches, seconds=cost(1))
     believed = {own: [acceptance.of(k, own) for k in range(K)] for own in (True, False)}
     none, size = K - 1, K
-    moves = torch.zeros(size, size, dtype=torch.float64)
-    gained, spent, held = [0.0] * size, [0.0] * size, [0.0] * size
+    moves = np.zeros((size, size))
+    gained, spent, held = np.zeros(size), np.zeros(size), np.zeros(size)
     for state in range(size):
         odds = [] if state == none else believed[state == 0][state + 1 :]
         outcomes, reached = [], 1.0
@@ -111,38 +118,48 @@ def expect(
             own = likeliest_outcomes(odds, branches)
         gained[state] = sum(n * p for n, p in enumerate(outcomes, 1))
         held[state] = count + len(own) * K
-        spent[state] = cost(held[state], drafts=bool(own))
+        spent[state] = cost(int(held[state]))
         for n, p in enumerate(outcomes, 1):
             shorter = [r for r in own if r <= n]
-            lag = n - max(shorter) if shorter else none
-            moves[state, min(lag, none)] += p
+            moves[state, min(n - shorter[-1], none) if shorter else none] += p
         if hits is not None and own and count > len(own) and moves[state, 0] < 1:
             moves[state, 1:] *= (1 - hits) / (1 - moves[state, 0])
             moves[state, 0] = hits
-    share = torch.zeros(size, dtype=torch.float64)
-    share[none] = 1.0
-    moves = (moves + torch.eye(size, dtype=torch.float64)) / 2  # lazy, so that a cycle of two settles
-    for _ in range(7):
-        moves = moves @ moves  # 128 steps in the end
-    weights = (share @ moves).tolist()
-    tokens, seconds = (sum(w * x for w, x in zip(weights, values, strict=True)) for values in (gained, spent))
-    return Candidate(K, branches, tokens, sum(w * x for w, x in zip(weights, held, strict=True)), seconds)
+    # shares of the states: s = s @ moves, and they add up to 1
+    shares = np.linalg.solve((np.eye(size) - moves + 1).T, np.ones(size))
+    tokens, forward_tokens, seconds = (float(shares @ values) for values in (gained, held, spent))
+    return Candidate(K, branches, tokens, forward_tokens, seconds, tokens)
 
 
 class Cost:
-    """Seconds that a sequence pays for its tokens in a step of ``batch`` alike.
+    """Seconds that a sequence pays for its tokens in a step of ``batch`` alike, behind ``context`` tokens."""
 
-    ``beside`` its forward a step takes so many seconds where it drafts nothing, and where it drafts.
-    """
+    def __init__(self, costs: Costs, context: float, batch: int, most_tokens: int) -> None:
+        self._curve, self._batch = costs.curve(context, most_tokens * batch), batch
 
-    def __init__(self, costs: Costs, context: float, batch: int, beside: Sequence[float]) -> None:
-        self._costs, self._context, self._batch, self._beside = costs, context, batch, beside
-        self._known: dict[float, float] = {}
+    def __call__(self, tokens: int) -> float:
+        return self._curve[tokens * self._batch] / self._batch
 
-    def __call__(self, tokens: float, drafts: bool) -> float:
-        if tokens not in self._known:
-            self._known[tokens] = self._costs.of(tokens * self._batch, self._context)
-        return (self._known[tokens] + self._beside[drafts]) / self._batch
+    def of_step(self, tokens: int) -> float:
+        """Of a step of so many tokens, all sequences together."""
+        return self._curve[min(tokens, len(self._curve) - 1)]
+
+
+@dataclass
+class Record:
+    """What was had of something, beside what was believed of it; old sums fade."""
+
+    FADE = 0.5 ** (1 / 256)
+    had: float = 0.0
+    believed: float = 0.0
+
+    def add(self, had: float, believed: float) -> None:
+        self.had = self.had * self.FADE + had
+        self.believed = self.believed * self.FADE + believed
+
+    def ratio(self, weight: float, otherwise: float) -> float:
+        """Had over believed, where ``otherwise`` stands for so much that was believed."""
+        return (self.had + weight * otherwise) / (self.believed + weight)
 
 
 class Planner:
@@ -155,45 +172,84 @@ class Planner:
 
     BRANCHES = (None, 0, 1, 2, 3)
     PROBE = 128  # plain steps after which drafts are tried again
+    TRIAL, NEAR = 24, 0.9  # steps that plans expected to be nearly the best are followed, to know better
 
     def __init__(self, costs: Costs, block_size: int) -> None:
         self.costs = costs
         self.lengths = sorted({k for k in (2, 3, 4, 6, 8, 12, 16, 24, 32) if k <= block_size} | {block_size})
         self.acceptance = Acceptance()
-        self._ranks: list[float] = []  # of the outcomes, by the drafts' own confidences: how often each came true
-        self._beside = [(0.0, 1.0), (0.0, 1.0)]  # of steps without and with masks: sum and count, both fading
-        self._batch, self._context, self._scale = 1, 0.0, costs.of(16, 0)
-        self._steps, self._next = 0, 0
         self.choice = Candidate(block_size, 1)
+        self._most_tokens = self.lengths[-1] * (1 + self.lengths[-1])
+        self._ranks: list[float] = []  # of the outcomes, by the drafts' own confidences: how often each came true
+        self._tokens: dict[object, Record] = {}  # by plan; None: of all that draft
+        self._seconds: dict[object, Record] = {}  # by plan and batch; None: of all
+        self._tried: dict[object, int] = {}  # steps, by plan and batch
+        self._choices: dict[tuple[int, int], tuple[Candidate, Cost]] = {}  # by batch and context
+        self._batch, self._context = 1, 0.0
+        self._steps, self._next = 0, 0
+        self._cost = Cost(costs, 0, 1, self._most_tokens)
 
-    def candidates(self) -> list[Candidate]:
+    def candidates(self, batch: int | None = None, context: float | None = None) -> list[Candidate]:
         """Every plan with what is expected of it now, the best first."""
-        beside = [total / count for total, count in self._beside]
-        cost = Cost(self.costs, self._context, self._batch, beside)
+        batch, context = batch or self._batch, self._context if context is None else context
+        cost = Cost(self.costs, context, batch, self._most_tokens)
         found = [expect(1, None, self.acceptance, None, cost)]
         for K in self.lengths:
             for branches in self.BRANCHES:
                 if K > 1 and (branches is None or branches < K):
                     found.append(expect(K, branches, self.acceptance, self._hit_rate(branches), cost))
-        return sorted(found, key=lambda candidate: -candidate.rate)
+        return sorted((self._corrected(candidate, batch) for candidate in found), key=lambda one: -one.rate)
+
+    def _corrected(self, plan: Candidate, batch: int) -> Candidate:
+        """By what it gave and took so far; what was never followed, by what the others did."""
+        tokens = 1.0
+        if plan.draft_length > 1:
+            usual = self._tokens.get(None, Record()).ratio(20, 1.0)
+            tokens = self._tokens.get(plan.key, Record()).ratio(60, usual)
+        usual = self._seconds.get(None, Record()).ratio(4 * plan.seconds, 1.0)
+        seconds = self._seconds.get((plan.key, batch), Record()).ratio(8 * batch * plan.seconds, usual)
+        return replace(plan, tokens_per_forward=plan.tokens_per_forward * tokens, seconds=plan.seconds * seconds)
 
     def begin(self, batch: int, context: float) -> None:
         """Before a forward: choose again after some steps, or where batch and context make forwards cost otherwise."""
-        scale = self.costs.of(16 * batch, context)
-        if self._steps >= self._next or not 0.85 <= scale / self._scale <= 1.18:
-            self._scale = scale
-            self._batch, self._context = batch, context
-            self._next = max(self._steps + 4, min(2 * self._steps, self._steps + 256))
-            self.choice = self.candidates()[0]
+        if self._steps >= self._next:
+            self._forget()
+            self._next = max(self._steps + 4, min(2 * self._steps, self._steps + 512))
+        place = batch, int(2 * math.log2(1 + context / 512))
+        self._batch, self._context = batch, context
+        if place not in self._choices:
+            found = self.candidates()
+            best = next((plan for plan in found if self._is_worth_a_trial(plan, found[0])), found[0])
+            if best is not found[0]:
+                self._next = min(self._next, self._steps + self.TRIAL)
+            self._choices[place] = best, Cost(self.costs, context, batch, self._most_tokens)
+        self.choice, self._cost = self._choices[place]
 
-    def end(self, tokens: int, drafts: bool, context: float, seconds: float) -> None:
-        """After a forward of so many tokens, with masks or without: what the step cost beyond what was timed."""
+    def _forget(self) -> None:
+        """Machine and text change: what was found of plans that are not followed grows old as well."""
+        self._choices.clear()
+        for record in (*self._tokens.values(), *self._seconds.values()):
+            record.had, record.believed = 0.9 * record.had, 0.9 * record.believed
+        self._tried = {key: steps // 2 for key, steps in self._tried.items()}
+
+    def _is_worth_a_trial(self, plan: Candidate, best: Candidate) -> bool:
+        tried = self._tried.get((plan.key, self._batch), 0)
+        return plan is not best and plan.rate > self.NEAR * best.rate and tried < self.TRIAL and self._steps > 64
+
+    def end(self, tokens: int, seconds: float) -> None:
+        """After a step of so many tokens, all of whose sequences followed the choice."""
         self._steps += 1
-        (total, count), fade = self._beside[drafts], 0.95
-        self._beside[drafts] = fade * total + seconds - self.costs.of(tokens, context), fade * count + 1
+        key = self.choice.key, self._batch
+        self._tried[key] = self._tried.get(key, 0) + 1
+        believed = self._cost.of_step(tokens)
+        for of in (key, None):
+            self._seconds.setdefault(of, Record()).add(min(seconds, 4 * believed), believed)
 
     def observe(self, drafts: Drafts, plan: Plan, accepted: int) -> None:
         """What became of the drafts of a sequence that ``plan`` verified."""
+        if self.choice.draft_length > 1:
+            for of in (self.choice.key, None):
+                self._tokens.setdefault(of, Record()).add(accepted, self.choice.believed_tokens)
         for place in range(1, min(accepted + 1, plan.num_drafts)):
             self.acceptance.observe(drafts.lag + place, drafts.lag == 0, place < accepted)
         if drafts.lag == 0 and 1 < plan.num_drafts == len(drafts.confidences) + 1:

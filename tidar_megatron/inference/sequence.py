@@ -76,6 +76,11 @@ class Sequence:
         return self._part
 
     @property
+    def last_part(self) -> Part:
+        """What it had in the last forward."""
+        return self._part
+
+    @property
     def planner(self) -> Planner | None:
         """Who chooses its plans, in mode ``auto``."""
         return self._policy.planner if isinstance(self._policy, Planned) else None

@@ -1,0 +1,125 @@
+"""Forwards of few shapes: as those without padding; few shapes, and nothing compiled per step."""
+
+import pytest
+import torch
+
+from tidar_megatron.inference.attention import PackedForward, Part, Plan
+from tidar_megatron.inference.cache import KVPool
+from tidar_megatron.inference.engine import Engine
+from tidar_megatron.inference.model import wrap_model
+from tidar_megatron.inference.request import DecodeOptions, parse_plan
+from tidar_megatron.inference.static import TOKENS, Forwards, Shape, StaticForward
+
+PLANS = ["ar", "lookup:6", "linear:8", "all:4", "1:8", "2:8", "auto"]
+
+
+def decode(model, prompts, plan, static, slots=3, tokens=60):
+    options = parse_plan(plan)
+    engine = Engine(model, slots, 700, queue_size=len(prompts), static=static)
+    asked = [
+        engine.submit(prompt, DecodeOptions(**{**vars(options), "max_new_tokens": tokens - 7 * (number % 3)}))
+        for number, prompt in enumerate(prompts)
+    ]
+    while not engine.is_idle:
+        engine.step()
+    assert all(sequence.error is None for sequence in asked)
+    return [sequence.tokens for sequence in asked], engine
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_tokens_are_those_of_packed_forwards(trained, prompts, plan):
+    expected, packed = decode(trained, prompts, plan, False)
+    found, engine = decode(trained, prompts, plan, True)
+    assert found == expected
+    assert engine._forwards.shapes and not packed._forwards.shapes
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_hidden_states_are_those_of_packed_forwards(tiny, groups):
+    """Behind prefixes of several lengths, one of them empty, other plans side by side, a slot without a sequence."""
+    model = tiny("llama" if groups == 2 else "qwen2")
+    plans = {0: Plan(3, (1, 3), 4), 1: Plan(1), 3: Plan(5, (2,), 3)}
+    lengths = {0: 9, 1: 0, 3: 30}
+    hidden = {}
+    with torch.inference_mode():
+        for static in (False, True):
+            forwards = Forwards(model, 4, 100, static)
+            for slot, length in lengths.items():
+                if length:
+                    forwards.run([Part(slot, 0, [7 + slot] * length, Plan(length))], reads_prompt=True)
+            parts = [Part(slot, lengths[slot], [5] * plan.num_drafts, plan) for slot, plan in plans.items()]
+            for _ in range(2):  # the second writes over what the first has left
+                out, forward = forwards.run(parts)
+            rows = [
+                out[start : start + part.plan.num_tokens] for start, part in zip(forward.starts, parts, strict=True)
+            ]
+            hidden[static] = torch.cat(rows)
+            assert isinstance(forward, PackedForward) != static
+    torch.testing.assert_close(hidden[True], hidden[False], rtol=0, atol=1e-5)
+
+
+def test_shapes_are_few(trained, prompts):
+    """Whatever plans, lengths and numbers of sequences: sizes are rounded up to a few."""
+    steps = 0
+    for slots in (1, 3):
+        for plan in PLANS:
+            _, engine = decode(trained, prompts, plan, True, slots)
+            shapes = engine._forwards.shapes
+            assert all(shape.tokens in TOKENS and shape.prefix in (256, 512, 763) for shape in shapes)
+            assert len({shape.tokens for shape in shapes}) <= 6
+            steps += sum(forward._uses for forward in shapes.values())
+    assert steps > 500
+
+
+def test_shape_of_parts():
+    pool = KVPool(6, 3000)
+    parts = [Part(0, 300, [1], Plan(1)), Part(4, 20, [1] * 3, Plan(3, (1, 3), 5))]
+    assert Shape.of(parts[:1], pool) == (1, 1, 512)
+    assert Shape.of(parts, pool) == (6, 16, 512)
+    assert Shape.of([Part(1, 2900, [1] * 8, Plan(8))], pool) == (2, 8, 3000)
+    assert Shape.of([Part(0, 0, [1] * 600, Plan(600))], pool) is None
+
+
+def test_nothing_is_compiled_per_step(tiny, monkeypatch):
+    """torch.compile sees every shape once: as many graphs as it made for a first text serve all later ones."""
+    model, made = tiny("qwen3"), []
+
+    def backend(module, inputs):
+        made.append(len(inputs))
+        return module
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
+    plain = model.forward
+    compiled = torch.compile(plain, backend=backend, dynamic=False)
+    expected = [decode(model, [[1, 2, 3]], plan, True, 1, 40)[0] for plan in ("ar", "1:8", "all:4")]
+
+    def forward(packed):
+        return (compiled if isinstance(packed, StaticForward) else plain)(packed)
+
+    monkeypatch.setitem(vars(model), "forward", forward)
+    engine = Engine(model, 1, 700, static=True)
+    counts = []
+    for _ in range(3):
+        for number, plan in enumerate(("ar", "1:8", "all:4")):
+            options = parse_plan(plan)
+            sequence = engine.submit([1, 2, 3], DecodeOptions(**{**vars(options), "max_new_tokens": 40}))
+            while not engine.is_idle:
+                engine.step()
+            assert [sequence.tokens] == expected[number]
+        counts.append(len(made))
+    assert counts[0] == counts[1] == counts[2]
+    assert 1 < counts[0] <= len(engine._forwards.shapes) + 1  # the first one finds the pool without its tensors
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("plan", PLANS)
+def test_captured_graphs_say_the_same(trained, prompts, plan):
+    model = wrap_model(trained.causal_lm.cuda(), trained.tokenizer)
+    try:
+        expected, _ = decode(model, prompts, plan, False)
+        found, engine = decode(model, prompts, plan, True)
+        assert found == expected
+        assert any(forward._graph is not None for forward in engine._forwards.shapes.values())
+    finally:
+        trained.causal_lm.cpu()

@@ -1,0 +1,160 @@
+"""What a decode step costs beside a bare forward of the same tokens under the same mask, and over the context."""
+
+import time
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from tidar_megatron.attention_mask import INDEX, decode_layout, may_attend, prefix_layout
+from tidar_megatron.benchmark.decode import text_of
+from tidar_megatron.benchmark.measuring import Spread, allocated_bytes, rounded
+from tidar_megatron.inference.attention import Part
+from tidar_megatron.inference.cache import KVPool
+from tidar_megatron.inference.engine import Engine
+from tidar_megatron.inference.model import DecodeModel
+from tidar_megatron.inference.request import DecodeOptions, parse_plan
+from tidar_megatron.inference.sequence import Sequence as Decoding
+
+
+@dataclass
+class Pass:
+    """A text's decode steps, and the bare forwards of what was in them."""
+
+    step_seconds: float = 0.0
+    bare_seconds: float = 0.0
+    steps: int = 0
+    tokens: int = 0
+    bytes: list[int] = field(default_factory=list)  # allocated by a step
+
+
+def step(
+    model: DecodeModel,
+    prompts: Sequence[Sequence[int]],
+    contexts: Sequence[int],
+    max_new_tokens: int,
+    repeats: int,
+) -> dict[str, Any]:
+    """One row for each plan and context. Every step of the engine is followed by its bare forward.
+
+    The bare forward is transformers' own model with torch's scaled-dot-product attention under the mask of the step's
+    tokens, keys and values in a cache that copies nothing, and the output layer on as many rows as the step needs.
+    Not in its time: making the mask, choosing and accepting tokens, drafting.
+
+    Args:
+        prompts: token ids of texts; put end to end they make contexts of any length.
+    """
+    block = model.block_size or 8
+    names = ["ar", *(f"{kind}:{block}" for kind in ("linear", "1", "2", "all")), "auto"]
+    plans = {name: replace(parse_plan(name), max_new_tokens=max_new_tokens, ignore_eos=True) for name in names}
+    bare = Bare(model)
+    fitting = [context for context in contexts if context + max_new_tokens <= model.context_limit]
+    measured: dict[tuple[str, int], list[Pass]] = {(name, context): [] for name in names for context in fitting}
+    for number in range(repeats + 1):
+        for name, context in measured:
+            done = _pass(model, bare, text_of(prompts, context, number), plans[name], watched=number == 0)
+            measured[name, context].append(done)
+    rows = []
+    for (name, context), (first, *rest) in measured.items():
+        per_step = Spread.of([done.step_seconds / done.steps for done in rest])
+        near = Spread.of([done.step_seconds / done.steps for done in measured[name, fitting[0]][1:]])
+        rows.append(
+            {"plan": name, "context": context}
+            | {"over_bare": rounded(Spread.of([done.step_seconds / done.bare_seconds for done in rest]))}
+            | {"step_milliseconds": round(1e3 * per_step.median, 4)}
+            | {"milliseconds_per_token": round(1e3 * Spread.of([d.step_seconds / d.tokens for d in rest]).median, 4)}
+            | {"over_nearest": round(per_step.median / near.median, 3)}
+            | {"bare_over_nearest": _growth(measured[name, context][1:], measured[name, fitting[0]][1:])}
+            | {"bytes_per_step": max(first.bytes)}
+        )
+    return {"rows": rows, "skipped": [context for context in contexts if context not in fitting]}
+
+
+def _growth(far: Sequence[Pass], near: Sequence[Pass]) -> float:
+    of = [Spread.of([done.bare_seconds / done.steps for done in passes]).median for passes in (far, near)]
+    return round(of[0] / of[1], 3)
+
+
+def _pass(model: DecodeModel, bare: "Bare", text: Sequence[int], options: DecodeOptions, watched: bool) -> Pass:
+    engine = Engine(model, 1, Decoding(model, text, options).room)
+    sequence = engine.submit(text, options)
+    while sequence.reads_prompt:
+        engine.step()
+    bare.make_room(engine.capacity)
+    done = Pass()
+    while not engine.is_idle:
+        if watched:
+            done.bytes.append(allocated_bytes(engine.step))
+            continue
+        start = time.perf_counter()
+        ((_, made),) = engine.step()
+        done.step_seconds += time.perf_counter() - start
+        done.steps += 1
+        done.tokens += len(made.tokens)
+        plan = sequence.last_part.plan
+        drafting = plan.rows_after(len(made.tokens)) if made.stop is None else ()
+        done.bare_seconds += bare.seconds(sequence.last_part, plan.num_drafts + len(drafting))
+    return done
+
+
+class Bare:
+    """Transformers' model of the same weights, called directly."""
+
+    def __init__(self, model: DecodeModel) -> None:
+        causal_lm = AutoModelForCausalLM.from_config(deepcopy(model.causal_lm.config), attn_implementation="sdpa")
+        causal_lm.load_state_dict(model.causal_lm.state_dict())
+        self._causal_lm = causal_lm.to(model.device, model.dtype).eval()
+        self._mask_token_id = model.mask_token_id
+        self._pool = KVPool(1, 1)
+
+    def make_room(self, capacity: int) -> None:
+        """For texts of so many tokens; what is in it does not matter."""
+        self._pool = KVPool(1, capacity)
+
+    @torch.inference_mode()
+    def seconds(self, part: Part, rows: int) -> float:
+        """Of one forward of the part, with logits of so many rows."""
+        plan, device = part.plan, self._causal_lm.device
+        layout = decode_layout(0, plan.num_drafts, plan.branches, plan.draft_length)
+        visible = may_attend(layout, torch.cat([prefix_layout(0), layout]))
+        mask = torch.zeros(plan.num_tokens, part.length + plan.num_tokens, dtype=self._causal_lm.dtype)
+        mask[:, part.length :].masked_fill_(~visible, torch.finfo(mask.dtype).min)
+        ids = torch.tensor([[*part.tokens, *[self._mask_token_id] * plan.num_masks]], device=device)
+        positions = (part.length + layout[:, INDEX])[None].to(device)
+        bias = None if plan.num_tokens == 1 else mask[None, None].to(device)
+        start = time.perf_counter()
+        self._causal_lm(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=bias,
+            past_key_values=_Room(self._pool, part.length),
+            logits_to_keep=rows,
+        )
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+
+class _Room:
+    """A pool as the cache that transformers' models expect: what they read is a view."""
+
+    is_compileable = False
+
+    def __init__(self, pool: KVPool, length: int) -> None:
+        self._pool, self._length = pool, length
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        return self._pool.write(layer, 0, self._length, key, value)
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return self._length
+
+    def get_query_offset(self, layer: int = 0) -> int:
+        return self._length
+
+    def get_mask_sizes(self, tokens: int, layer: int = 0) -> tuple[int, int]:
+        return self._length + tokens, 0

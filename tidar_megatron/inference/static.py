@@ -1,0 +1,157 @@
+"""Decode forwards of few shapes, for a GPU: launching a forward's many small kernels takes longer than running them.
+
+What changes from step to step - token ids, positions, places in the pool, lengths, masks - is written into tensors
+that stay where they are, and sizes are rounded up to a few. So one CUDA graph serves every step of a :class:`Shape`,
+whatever plans the sequences follow, and nothing is compiled or captured anew as texts grow.
+
+A prompt's pieces come in any size and are large; they go through :class:`PackedForward` as on a CPU.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tidar_megatron.attention_kernels import hiding
+from tidar_megatron.inference.attention import Forward, PackedForward, Part, Plan, Uniform, local_mask, position_offsets
+from tidar_megatron.inference.cache import KVPool
+from tidar_megatron.inference.model import DecodeModel
+
+TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320)
+MARGIN = 63  # places that rounding up may add to a slot
+LEAST_PREFIX = 256
+
+
+class Shape(NamedTuple):
+    """``sequences`` bring ``tokens`` each, behind at most ``prefix``; all three rounded up."""
+
+    sequences: int
+    tokens: int
+    prefix: int
+
+    @staticmethod
+    def of(parts: Sequence[Part], pool: KVPool) -> "Shape | None":
+        """None for parts that are too large."""
+        most = max(part.plan.num_tokens for part in parts)
+        tokens = next((size for size in TOKENS if size >= most), None)
+        if tokens is None:
+            return None
+        sequences = min(_power_of_two(1 + max(part.slot for part in parts)), pool.slots)
+        prefix = max(LEAST_PREFIX, _power_of_two(max(part.length for part in parts)))
+        return Shape(sequences, tokens, min(prefix, pool.capacity))
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << max(0, least - 1).bit_length()
+
+
+class StaticForward:
+    """A forward of one shape; the slots of sequences that are not in it bring tokens that mean nothing."""
+
+    def __init__(self, pool: KVPool, shape: Shape, device: torch.device) -> None:
+        self._pool, self._shape = pool, shape
+        count = shape.sequences * shape.tokens
+        self._numbers = torch.zeros(3, count, dtype=torch.int64, device=device)  # token ids, positions, places
+        self._lengths = torch.zeros(shape.sequences, dtype=torch.int64, device=device)
+        self._visible = torch.zeros(shape.sequences, shape.tokens, shape.tokens, dtype=torch.bool, device=device)
+        self._uniform: Uniform | None = None
+        self._uses = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._hidden: Tensor | None = None
+        self.starts: list[int] = []
+        self.num_tokens = count
+
+    def load(self, parts: Sequence[Part], mask_token_id: int | None) -> None:
+        """Write what the sequences bring."""
+        sequences, tokens, _ = self._shape
+        ids, positions = torch.zeros(2, sequences, tokens, dtype=torch.int64)
+        lengths = torch.zeros(sequences, dtype=torch.int64)
+        for part in parts:
+            assert part.length + tokens <= self._pool.capacity
+            row, brought = [*part.tokens, *[mask_token_id] * part.plan.num_masks], part.plan.num_tokens
+            ids[part.slot, :brought] = torch.tensor(row)
+            positions[part.slot, :brought] = part.length + torch.tensor(position_offsets(part.plan))
+            lengths[part.slot] = part.length
+            self._visible[part.slot].copy_(_padded_mask(part.plan, tokens, self._visible.device))
+        places = lengths[:, None] + torch.arange(tokens)
+        self._numbers.copy_(torch.stack([ids, positions, places]).flatten(1))
+        self._lengths.copy_(lengths)
+        self.starts = [part.slot * tokens for part in parts]
+
+    def inputs(self, mask_token_id: int | None, device: torch.device) -> Tensor:
+        """As :meth:`Forward.inputs`; called first in every forward."""
+        self._uniform = None
+        return self._numbers[:2]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """As :meth:`Forward.attend`."""
+        if self._uniform is None:
+            self._uniform = self._as_uniform(query.shape[1] // key.shape[1], query.dtype)
+        return self._uniform.attend(self._pool, layer, query, key, value, scale)
+
+    def _as_uniform(self, groups: int, dtype: torch.dtype) -> Uniform:
+        sequences, tokens, prefix = self._shape
+        bias = torch.zeros(self._visible.shape, dtype=dtype, device=self._visible.device)
+        bias = bias.masked_fill(~self._visible, hiding(dtype)).repeat(1, groups, 1)
+        return Uniform(
+            slots=slice(0, sequences),
+            places=self._numbers[2].view(sequences, tokens),
+            longest=prefix,
+            prefix_bias=self._pool.hidden_behind(self._lengths, prefix, dtype),
+            local_bias=bias[:, None],
+        )
+
+    def run(self, model: DecodeModel) -> Tensor:
+        """Hidden states ``[tokens, hidden]``, which the next run overwrites."""
+        self._uses += 1
+        if self._graph is not None:
+            self._graph.replay()
+        elif self._uses <= WARM_UP or self._numbers.device.type != "cuda":
+            return model.forward(self)
+        else:
+            torch.cuda.synchronize()
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._hidden = model.forward(self)
+            self._graph.replay()  # what is captured has not run
+        assert self._hidden is not None
+        return self._hidden
+
+
+WARM_UP = 3  # runs of a shape before it is captured: libraries choose kernels in the first, and a rare shape never pays
+
+
+@lru_cache(maxsize=512)
+def _padded_mask(plan: Plan, tokens: int, device: torch.device) -> Tensor:
+    """:func:`local_mask` as ``[tokens, tokens]``; what is padding sees itself, so that it stays a number."""
+    mask = torch.eye(tokens, dtype=torch.bool)
+    mask[: plan.num_tokens, : plan.num_tokens] = local_mask(plan)
+    return mask.to(device)
+
+
+class Forwards:
+    """Runs the forwards of an engine over its pool.
+
+    Args:
+        static: whether decode steps have few shapes and, on a GPU, become CUDA graphs; None: on a GPU.
+    """
+
+    def __init__(self, model: DecodeModel, slots: int, capacity: int, static: bool | None = None) -> None:
+        self.is_static = model.device.type == "cuda" if static is None else static
+        self.shapes: dict[Shape, StaticForward] = {}
+        self.pool = KVPool(slots, capacity + MARGIN * self.is_static)
+        self._model = model
+
+    def run(self, parts: Sequence[Part], reads_prompt: bool = False) -> tuple[Tensor, Forward]:
+        """Hidden states ``[tokens, hidden]``, and the forward that says where each part's rows start."""
+        shape = Shape.of(parts, self.pool) if self.is_static and not reads_prompt else None
+        if shape is None:
+            packed = PackedForward(self.pool, parts)
+            return self._model.forward(packed), packed
+        if shape not in self.shapes:
+            self.shapes[shape] = StaticForward(self.pool, shape, self._model.device)
+        forward = self.shapes[shape]
+        forward.load(parts, self._model.mask_token_id)
+        return forward.run(self._model), forward
