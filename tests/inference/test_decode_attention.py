@@ -44,7 +44,7 @@ def test_rows_after_are_the_places_behind_the_certain_token(plan):
 
 
 def test_masks_of_prompts_are_not_kept():
-    kept = attention._kept_local_bias
+    kept = attention._kept_bias
     query = torch.zeros(1, 2, 200, 8)
     before = kept.cache_info().currsize
     for length in (150, 160):
@@ -60,10 +60,12 @@ def test_masks_of_prompts_are_not_kept():
     heads=st.sampled_from([(4, 4), (4, 2), (6, 1)]),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
     plain=st.booleans(),
+    short=st.sampled_from([-1, 4, 9]),
     seed=st.integers(0, 2**31),
 )
-def test_packed_attention_is_grouped_query_attention_of_each(parts, heads, dtype, plain, seed):
-    """Sequences of other lengths and plans side by side, with torch's CPU kernel and the plain one."""
+def test_packed_attention_is_grouped_query_attention_of_each(parts, heads, dtype, plain, short, seed):
+    """Sequences of other lengths and plans side by side, with torch's CPU kernel and the plain one; the prefix in the
+    masked call and apart."""
     query_heads, kv_heads = heads
     head_dim, generator = 8, torch.Generator().manual_seed(seed)
     tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 4e-2}[dtype]
@@ -85,7 +87,11 @@ def test_packed_attention_is_grouped_query_attention_of_each(parts, heads, dtype
         if plain:
             patch.setattr(attention_kernels, "has_flash", lambda device: False)
             patch.setattr(attention, "has_flash", lambda device: False)
+        patch.setattr(attention, "SHORT", max(short, 0))
+        patch.setattr(attention, "MOST_KEPT", 0 if short < 0 else attention.MOST_KEPT)
+        attention._kept_bias.cache_clear()
         out = packed.attend(3, query, key, value, 0.3)
+        attention._kept_bias.cache_clear()
     assert out.shape == (1, total, query_heads, head_dim) and out.dtype == dtype
     start = 0
     for (plan, prefix), (keys, values) in zip(parts, before, strict=True):

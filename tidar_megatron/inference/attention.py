@@ -81,18 +81,25 @@ def local_mask(plan: Plan) -> Tensor:
     return may_attend(layout, layout)
 
 
-def _local_bias(plan: Plan, groups: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """:func:`local_mask` as what is added to scores, once for each query head of a group: ``[1, 1, G * T, T]``.
+SHORT = 512  # a prefix of so many tokens is part of the masked call: a second call costs more than the mask does
+MOST_KEPT = 128  # a piece of a prompt is a plan of its own length, used once: such (large) masks are not kept
 
-    It carries the dtype of the queries because the kernel takes any other and computes nonsense.
+
+def _bias(plan: Plan, groups: int, dtype: torch.dtype, device: torch.device, prefix: int = 0) -> Tensor:
+    """:func:`local_mask` as what is added to scores, once for each query head of a group; zeros for a prefix before it.
+
+    ``[1, 1, G * T, prefix + T]``, of which the last P + T columns serve a prefix of P. It carries the dtype of the
+    queries because the kernel takes any other and computes nonsense.
     """
     hidden = ~local_mask(plan)
-    bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, hiding(dtype))
+    bias = torch.zeros(len(hidden), prefix + len(hidden), dtype=dtype)
+    bias[:, prefix:].masked_fill_(hidden, hiding(dtype))
     return bias.repeat(groups, 1)[None, None].to(device)
 
 
-_kept_local_bias = lru_cache(maxsize=512)(_local_bias)
-MOST_KEPT = 128  # a piece of a prompt is a plan of its own length, used once: such (large) masks are not kept
+@lru_cache(maxsize=128)
+def _kept_bias(plan: Plan, groups: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return _bias(plan, groups, dtype, device, SHORT)
 
 
 class Part(NamedTuple):
@@ -173,8 +180,8 @@ class PackedForward:
         lengths = torch.tensor([part.length for part in parts])
         local_bias: Tensor | None = None
         if (tokens := parts[0].plan.num_tokens) > 1:
-            biases = [_kept_local_bias(part.plan, groups, dtype, device) for part in parts]
-            local_bias = biases[0] if all(bias is biases[0] for bias in biases) else torch.cat(biases)
+            biases = [_kept_bias(part.plan, groups, dtype, device)[..., SHORT:] for part in parts]
+            local_bias = biases[0] if len({part.plan for part in parts}) == 1 else torch.cat(biases)
         longest = int(lengths.max())
         assert longest + tokens <= self._pool.capacity
         return Uniform(
@@ -215,19 +222,23 @@ class Uniform:
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, part: Part, scale: float) -> Tensor:
-    """One sequence: the prefix, which all see, and what is new, under the local mask; merged."""
+    """One sequence: the prefix, which all see, and what is new, under the local mask; merged where it is long."""
     _, heads, tokens, head_dim = query.shape
     groups = heads // keys.shape[1]
     folded = query.reshape(1, keys.shape[1], groups * tokens, head_dim)  # head n * G + g becomes rows g * T ...
+    split = part.length
     if tokens == 1:
         out, _ = attend(folded, keys, values, None, scale)
+    elif split <= SHORT and tokens <= MOST_KEPT:
+        bias = _kept_bias(part.plan, groups, query.dtype, query.device)
+        out, _ = attend(folded, keys, values, bias[..., SHORT - split :], scale)
     else:
         causal = not part.plan.branches and groups == 1 and has_flash(query.device)
         bias = None
-        if not causal:
-            make = _kept_local_bias if tokens <= MOST_KEPT else _local_bias
-            bias = make(part.plan, groups, query.dtype, query.device)
-        split = part.length
+        if not causal and tokens <= MOST_KEPT:
+            bias = _kept_bias(part.plan, groups, query.dtype, query.device)[..., SHORT:]
+        elif not causal:
+            bias = _bias(part.plan, groups, query.dtype, query.device)
         out, lse = attend(folded, keys[:, :, split:], values[:, :, split:], bias, scale, causal)
         if split:
             out = _merged(out, lse, *attend(folded, keys[:, :, :split], values[:, :, :split], None, scale))

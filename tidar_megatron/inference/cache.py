@@ -28,9 +28,10 @@ class KVPool:
         """Put ``[1, N, T, D]`` each behind a slot's first ``length`` tokens; views of its ``length + T`` tokens."""
         stop = length + key.shape[2]
         assert stop <= self.capacity
-        keys, values = (tensor[slot : slot + 1, :, :stop] for tensor in self._of(layer, key, value))
-        keys[:, :, length:].copy_(key)
-        values[:, :, length:].copy_(value)
+        keys, values = self._of(layer, key, value)
+        keys, values = keys[slot : slot + 1, :, :stop], values[slot : slot + 1, :, :stop]
+        keys[:, :, length:] = key
+        values[:, :, length:] = value
         return keys, values
 
     def write_side_by_side(

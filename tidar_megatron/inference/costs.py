@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +22,7 @@ from tidar_megatron.inference.static import Forwards
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 72, 104, 136, 208, 272)  # tokens of a forward
 CONTEXTS = (64, 1024)
 ROUNDS, SECONDS = 5, 4.0  # no more rounds after so many seconds, but two
+CHECKED, OFF = (1, 8, 16, 32), 1.3  # what is kept is timed anew where one of these takes so many times as long
 
 
 @dataclass
@@ -44,6 +46,47 @@ class Costs:
         return found.tolist()
 
 
+class Clock:
+    """:class:`Costs` as they turn out to be: a step is more than a forward, and the machine not what it was when timed.
+
+    How many times as long a step took is kept by its size, in half octaves, and by batch; the median of the last counts,
+    for now and then a step is disturbed. Sizes far from any that was seen follow those that were.
+    """
+
+    KEPT = 31  # steps of a size
+
+    def __init__(self, costs: Costs) -> None:
+        self._costs = costs
+        self._ratios: dict[int, dict[int, deque[float]]] = {}  # by batch, by size
+        self._timed: tuple[float, list[float]] = (-1.0, [])
+
+    def observe(self, batch: int, context: float, tokens: int, seconds: float) -> None:
+        """A step of so many tokens, all sequences together."""
+        if not 0.9 <= (1 + self._timed[0]) / (1 + context) <= 1.1 or tokens >= len(self._timed[1]):
+            self._timed = context, self._costs.curve(context, max(tokens, len(self._timed[1]) - 1, 272))
+        sizes = self._ratios.setdefault(_octaves(batch), {})
+        sizes.setdefault(_octaves(tokens), deque(maxlen=self.KEPT)).append(seconds / self._timed[1][tokens])
+
+    def curve(self, batch: int, context: float, most: int) -> list[float]:
+        """As :meth:`Costs.curve`."""
+        timed = self._costs.curve(context, most)
+        seen = self._ratios.get(_octaves(batch))
+        if not seen:
+            return timed
+        sizes, counts = np.array(list(seen)), np.array([len(ratios) for ratios in seen.values()])
+        medians = np.array([np.median(ratios) for ratios in seen.values()])
+        near = np.maximum(8.0 ** -abs(np.arange(_octaves(most) + 1)[:, None] - sizes), 1e-4)
+        near *= counts / (counts + 4)  # how sure
+        ratios = (near @ medians + 1e-5) / (near.sum(axis=1) + 1e-5)
+        places = np.array([_octaves(tokens) for tokens in range(most + 1)])
+        return (np.array(timed) * ratios[places]).tolist()
+
+
+@cache
+def _octaves(number: int) -> int:
+    return round(2 * math.log2(max(1, number)))
+
+
 def _on_line(places: Sequence[float], values: Sequence[float], at: float) -> float:
     """Beyond the last in proportion to the last two; never less than the first."""
     found = float(np.interp(at, places, values))
@@ -53,12 +96,18 @@ def _on_line(places: Sequence[float], values: Sequence[float], at: float) -> flo
 
 
 def load_costs(model: DecodeModel) -> Costs:
-    """:func:`measure_costs`, kept in a file per machine, threads, model and dtype (in ``TIDAR_CACHE``)."""
+    """:func:`measure_costs`, kept in a file per machine, threads, model and dtype (in ``TIDAR_CACHE``).
+
+    What is kept is held against a few forwards: it may have been timed while the machine was busy, or is by now.
+    """
     path = _costs_file(model)
     try:
-        return Costs(**json.loads(path.read_text()))
+        costs = Costs(**json.loads(path.read_text()))
+        if _still_holds(costs, model):
+            return costs
     except (OSError, ValueError, TypeError):
-        costs = measure_costs(model)
+        pass
+    costs = measure_costs(model)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(f".{os.getpid()}").write_text(json.dumps(vars(costs)))
@@ -87,25 +136,39 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-@torch.inference_mode()
 def measure_costs(model: DecodeModel) -> Costs:
     """Time forwards of a few sizes behind a few contexts, in turns; the best of each: what disturbs only ever adds."""
     limit = model.context_limit
     sizes = [size for size in SIZES if size < limit] or [1]
     contexts = [context for context in CONTEXTS if context + sizes[-1] <= limit] or [max(0, limit - sizes[-1])]
-    forwards = Forwards(model, 1, contexts[-1] + sizes[-1])
+    seconds = _best_seconds(model, [(size, context) for size in sizes for context in contexts], ROUNDS)
+    return Costs(sizes, contexts, [[seconds[size, context] for context in contexts] for size in sizes])
+
+
+def _still_holds(costs: Costs, model: DecodeModel) -> bool:
+    """Whether a few forwards take what they took."""
+    context, *_ = costs.contexts
+    few = [size for size in CHECKED if size in costs.sizes]
+    now = _best_seconds(model, [(size, context) for size in few], ROUNDS)
+    return all(1 / OFF < now[size, context] / costs.curve(context, size)[size] < OFF for size in few)
+
+
+@torch.inference_mode()
+def _best_seconds(model: DecodeModel, forwards: Sequence[tuple[int, int]], rounds: int) -> dict[tuple[int, int], float]:
+    """Of forwards of so many tokens behind so many."""
+    most, longest = (max(numbers) for numbers in zip(*forwards, strict=True))
+    runner = Forwards(model, 1, most + longest)
     token = 0 if model.mask_token_id != 0 else 1
-    seconds = [[math.inf] * len(contexts) for _ in sizes]
+    seconds = dict.fromkeys(forwards, math.inf)
     begin = time.perf_counter()
-    for number in range(ROUNDS):
+    for number in range(rounds):
         if number >= 2 and time.perf_counter() - begin > SECONDS:
             break
-        for i, size in enumerate(sizes):
-            for j, context in enumerate(contexts):
-                parts = [Part(0, context, [token] * size, Plan(size))]
-                for _ in range(2):  # the second finds the caches warm, as decoding does
-                    start = time.perf_counter()
-                    hidden, _ = forwards.run(parts)
-                    model.logits(hidden[: min(size, 32)]).argmax(-1).tolist()
-                    seconds[i][j] = min(seconds[i][j], time.perf_counter() - start)
-    return Costs(sizes, contexts, seconds)
+        for size, context in forwards:
+            parts = [Part(0, context, [token] * size, Plan(size))]
+            for _ in range(2):  # the second finds the caches warm, as decoding does
+                start = time.perf_counter()
+                hidden, _ = runner.run(parts)
+                model.logits(hidden[: min(size, 32)]).argmax(-1).tolist()
+                seconds[size, context] = min(seconds[size, context], time.perf_counter() - start)
+    return seconds

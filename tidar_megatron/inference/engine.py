@@ -128,7 +128,12 @@ class Engine:
     def _logits(self, hidden: Tensor, packed: Forward, rows: Tokens[Tokens[int]]) -> tuple[Tensor, ...]:
         """Of these rows of each sequence, and of no others: the output layer is most of a small model."""
         places = [start + row for start, own in zip(packed.starts, rows, strict=True) for row in own]
-        return self.model.logits(hidden[places]).split([len(own) for own in rows])
+        counts = [len(own) for own in rows]
+        if not places:
+            return hidden[:0].split(counts)
+        first, last = places[0], places[-1]
+        in_a_row = last - first == len(places) - 1  # then a view will do
+        return self.model.logits(hidden[first : last + 1] if in_a_row else hidden[places]).split(counts)
 
     def _leave(self, sequence: Sequence) -> None:
         self._active.remove(sequence)

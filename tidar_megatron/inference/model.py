@@ -60,7 +60,7 @@ class DecodeModel:
         """Logits ``[rows, vocabulary]`` of hidden states ``[rows, hidden]``. The mask token can never be emitted."""
         logits = self._head(hidden)
         if self.mask_token_id is not None:
-            logits[:, self.mask_token_id] = -torch.inf
+            logits.select(-1, self.mask_token_id).fill_(-torch.inf)
         return logits
 
 

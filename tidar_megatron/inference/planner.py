@@ -8,6 +8,7 @@ never what it says.
 """
 
 import math
+from collections import deque
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -15,8 +16,8 @@ import numpy as np
 import torch
 
 from tidar_megatron.inference.attention import Plan
-from tidar_megatron.inference.costs import Costs, load_costs
-from tidar_megatron.inference.drafting import Branches, Drafts, Linear, Policy, likeliest_outcomes, ranked_outcomes
+from tidar_megatron.inference.costs import Clock, Costs, load_costs
+from tidar_megatron.inference.drafting import Branches, Drafts, Linear, Policy, likeliest_outcomes
 from tidar_megatron.inference.model import DecodeModel
 
 
@@ -39,10 +40,62 @@ class Acceptance:
 
     def of(self, offset: int, own: bool) -> float:
         """The probability believed."""
-        neighbour = (offset - 1, True) if own else (offset, True)
-        prior = self.PRIOR if neighbour[0] < 1 else self.of(*neighbour)
+        return self.upto(offset + 1, own)[offset]
+
+    def upto(self, count: int, own: bool) -> list[float]:
+        """Of the offsets below ``count``."""
+        believed = [self.PRIOR]
+        for offset in range(1, count):
+            believed.append(self._with_prior(offset, True, believed[-1]))
+        return believed if own else [self._with_prior(offset, False, prior) for offset, prior in enumerate(believed)]
+
+    def _with_prior(self, offset: int, own: bool, prior: float) -> float:
         good, seen = self.counts.get((own, offset), (0.0, 0.0))
         return (good + self.WEIGHT * prior) / (seen + self.WEIGHT)
+
+
+class Outcomes:
+    """What drafts claimed and what became of them, of late: which says what other plans would have had branches for."""
+
+    KEPT, ENOUGH = 256, 16  # blocks of a length
+
+    def __init__(self) -> None:
+        self._blocks: dict[int, deque[tuple[list[float], int]]] = {}  # by number of drafts
+        self._known: dict[int, tuple[np.ndarray, np.ndarray] | None] = {}
+
+    def observe(self, confidences: list[float], accepted: int) -> None:
+        """Of a block's drafts, and how many were accepted, the certain token included."""
+        self._blocks.setdefault(len(confidences), deque(maxlen=self.KEPT)).append((confidences, accepted))
+        self._known.clear()
+
+    def lags(self, count: int, branches: int) -> np.ndarray | None:
+        """With that many drafts and branches for the likeliest outcomes: how much shorter the branch to go on from is.
+
+        Probabilities of 0, 1, ... ``count`` - 1 tokens shorter, and of none at all. None: too little was seen.
+        """
+        if count not in self._known:
+            self._known[count] = self._ranked(count)
+        known = self._known[count]
+        if known is None:
+            return None
+        order, accepted = known
+        has_branch = np.zeros(order.shape, dtype=bool)
+        np.put_along_axis(has_branch, order[:, :branches], True, axis=1)
+        places = np.arange(1, count + 1)
+        longest = np.where(has_branch & (places <= accepted[:, None]), places, 0).max(axis=1)
+        lag = np.where(longest == 0, count, accepted - longest)
+        return np.bincount(lag, minlength=count + 1) / len(lag)
+
+    def _ranked(self, count: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """The outcomes of each block, the likeliest first, and the one that came true; longer blocks are cut."""
+        blocks = [block for drafts, kept in self._blocks.items() if drafts >= count - 1 for block in kept]
+        if len(blocks) < self.ENOUGH:
+            return None
+        claimed = np.array([confidences[: count - 1] for confidences, _ in blocks])
+        accepted = np.minimum([accepted for _, accepted in blocks], count)
+        one = np.ones((len(blocks), 1))
+        chances = np.cumprod(np.hstack([one, claimed]), axis=1) * np.hstack([1 - claimed, one])  # as ranked_outcomes
+        return np.argsort(-chances, axis=1, kind="stable"), accepted
 
 
 @dataclass(frozen=True)
@@ -54,7 +107,6 @@ class Candidate:
     tokens_per_forward: float = 1.0
     forward_tokens: float = 1.0
     seconds: float = 0.0  # of a step, for one sequence
-    believed_tokens: float = 1.0  # tokens per forward before they are corrected by what was had
 
     @property
     def rate(self) -> float:
@@ -83,7 +135,7 @@ class Candidate:
 
 
 def expect(
-    draft_length: int, branches: int | None, acceptance: Acceptance, hits: float | None, cost: "Cost"
+    draft_length: int, branches: int | None, acceptance: Acceptance, outcomes: Outcomes | None, cost: "Cost"
 ) -> Candidate:
     """The long run of a plan, a Markov chain over what its drafts come from.
 
@@ -92,74 +144,57 @@ def expect(
     Args:
         draft_length, branches: the plan.
         acceptance: of the drafts.
-        hits: how often the outcome had a branch, if known; else as ``acceptance`` has it.
+        outcomes: which had a branch, if known; else the likeliest are as ``acceptance`` has it.
         cost: seconds of a forward of so many tokens.
     """
     K = draft_length
     if K == 1:
         return Candidate(1, branches, seconds=cost(1))
-    believed = {own: [acceptance.of(k, own) for k in range(K)] for own in (True, False)}
+    believed = {own: acceptance.upto(K, own) for own in (True, False)}
     none, size = K - 1, K
     moves = np.zeros((size, size))
     gained, spent, held = np.zeros(size), np.zeros(size), np.zeros(size)
     for state in range(size):
         odds = [] if state == none else believed[state == 0][state + 1 :]
-        outcomes, reached = [], 1.0
+        chances, reached = [], 1.0
         for odd in odds:
-            outcomes.append(reached * (1 - odd))
+            chances.append(reached * (1 - odd))
             reached *= odd
-        outcomes.append(reached)  # of 1, 2, ... accepted
-        count = len(outcomes)
+        chances.append(reached)  # of 1, 2, ... accepted
+        count = len(chances)
         if branches == 0:
             own: tuple[int, ...] = (1,) if state == none else ()
         elif branches is None or branches >= count:
             own = tuple(range(1, count + 1))
         else:
             own = likeliest_outcomes(odds, branches)
-        gained[state] = sum(n * p for n, p in enumerate(outcomes, 1))
+        gained[state] = sum(n * p for n, p in enumerate(chances, 1))
         held[state] = count + len(own) * K
         spent[state] = cost(int(held[state]))
-        for n, p in enumerate(outcomes, 1):
+        lags = outcomes.lags(count, branches) if outcomes and branches and count > branches else None
+        if lags is not None:
+            moves[state, :count] = lags[:-1]
+            moves[state, none] += lags[-1]
+            continue
+        for n, p in enumerate(chances, 1):
             shorter = [r for r in own if r <= n]
             moves[state, min(n - shorter[-1], none) if shorter else none] += p
-        if hits is not None and own and count > len(own) and moves[state, 0] < 1:
-            moves[state, 1:] *= (1 - hits) / (1 - moves[state, 0])
-            moves[state, 0] = hits
+    moves *= 0.999
+    moves[:, none] += 0.001  # texts begin now and then; and so no state holds for ever
     # shares of the states: s = s @ moves, and they add up to 1
     shares = np.linalg.solve((np.eye(size) - moves + 1).T, np.ones(size))
     tokens, forward_tokens, seconds = (float(shares @ values) for values in (gained, held, spent))
-    return Candidate(K, branches, tokens, forward_tokens, seconds, tokens)
+    return Candidate(K, branches, tokens, forward_tokens, seconds)
 
 
 class Cost:
     """Seconds that a sequence pays for its tokens in a step of ``batch`` alike, behind ``context`` tokens."""
 
-    def __init__(self, costs: Costs, context: float, batch: int, most_tokens: int) -> None:
-        self._curve, self._batch = costs.curve(context, most_tokens * batch), batch
+    def __init__(self, clock: Clock, context: float, batch: int, most_tokens: int) -> None:
+        self._curve, self._batch = clock.curve(batch, context, most_tokens * batch), batch
 
     def __call__(self, tokens: int) -> float:
         return self._curve[tokens * self._batch] / self._batch
-
-    def of_step(self, tokens: int) -> float:
-        """Of a step of so many tokens, all sequences together."""
-        return self._curve[min(tokens, len(self._curve) - 1)]
-
-
-@dataclass
-class Record:
-    """What was had of something, beside what was believed of it; old sums fade."""
-
-    FADE = 0.5 ** (1 / 256)
-    had: float = 0.0
-    believed: float = 0.0
-
-    def add(self, had: float, believed: float) -> None:
-        self.had = self.had * self.FADE + had
-        self.believed = self.believed * self.FADE + believed
-
-    def ratio(self, weight: float, otherwise: float) -> float:
-        """Had over believed, where ``otherwise`` stands for so much that was believed."""
-        return (self.had + weight * otherwise) / (self.believed + weight)
 
 
 class Planner:
@@ -172,95 +207,78 @@ class Planner:
 
     BRANCHES = (None, 0, 1, 2, 3)
     PROBE = 128  # plain steps after which drafts are tried again
-    TRIAL, NEAR = 24, 0.9  # steps that plans expected to be nearly the best are followed, to know better
+    SELDOM = 512  # steps between two choices, where little is new
+    TRIAL = 12  # of these are spent on blocks of full length where shorter ones were chosen, to know of all offsets
 
     def __init__(self, costs: Costs, block_size: int) -> None:
-        self.costs = costs
         self.lengths = sorted({k for k in (2, 3, 4, 6, 8, 12, 16, 24, 32) if k <= block_size} | {block_size})
         self.acceptance = Acceptance()
+        self.outcomes = Outcomes()
+        self.clock = Clock(costs)
         self.choice = Candidate(block_size, 1)
         self._most_tokens = self.lengths[-1] * (1 + self.lengths[-1])
-        self._ranks: list[float] = []  # of the outcomes, by the drafts' own confidences: how often each came true
-        self._tokens: dict[object, Record] = {}  # by plan; None: of all that draft
-        self._seconds: dict[object, Record] = {}  # by plan and batch; None: of all
-        self._tried: dict[object, int] = {}  # steps, by plan and batch
-        self._choices: dict[tuple[int, int], tuple[Candidate, Cost]] = {}  # by batch and context
+        self._gave: dict[tuple[int, int | None], list[float]] = {}  # tokens and steps, by plan
+        self._choices: dict[tuple[int, int], Candidate] = {}  # by batch and context
         self._batch, self._context = 1, 0.0
-        self._steps, self._next = 0, 0
-        self._cost = Cost(costs, 0, 1, self._most_tokens)
+        self._steps, self._next, self._plain = 0, 0, 0
+        self._tries = False
 
-    def candidates(self, batch: int | None = None, context: float | None = None) -> list[Candidate]:
+    def candidates(self) -> list[Candidate]:
         """Every plan with what is expected of it now, the best first."""
-        batch, context = batch or self._batch, self._context if context is None else context
-        cost = Cost(self.costs, context, batch, self._most_tokens)
+        cost = Cost(self.clock, self._context, self._batch, self._most_tokens)
         found = [expect(1, None, self.acceptance, None, cost)]
         for K in self.lengths:
             for branches in self.BRANCHES:
                 if K > 1 and (branches is None or branches < K):
-                    found.append(expect(K, branches, self.acceptance, self._hit_rate(branches), cost))
-        return sorted((self._corrected(candidate, batch) for candidate in found), key=lambda one: -one.rate)
+                    found.append(self._corrected(expect(K, branches, self.acceptance, self.outcomes, cost)))
+        return sorted(found, key=lambda candidate: -candidate.rate)
 
-    def _corrected(self, plan: Candidate, batch: int) -> Candidate:
-        """By what it gave and took so far; what was never followed, by what the others did."""
-        tokens = 1.0
-        if plan.draft_length > 1:
-            usual = self._tokens.get(None, Record()).ratio(20, 1.0)
-            tokens = self._tokens.get(plan.key, Record()).ratio(60, usual)
-        usual = self._seconds.get(None, Record()).ratio(4 * plan.seconds, 1.0)
-        seconds = self._seconds.get((plan.key, batch), Record()).ratio(8 * batch * plan.seconds, usual)
-        return replace(plan, tokens_per_forward=plan.tokens_per_forward * tokens, seconds=plan.seconds * seconds)
+    def _corrected(self, plan: Candidate) -> Candidate:
+        """By what it gave where it was followed."""
+        tokens, steps = self._gave.get(plan.key, (0.0, 0.0))
+        weight = 200  # steps: text varies so much that few of them say little
+        return replace(plan, tokens_per_forward=(tokens + weight * plan.tokens_per_forward) / (steps + weight))
 
     def begin(self, batch: int, context: float) -> None:
         """Before a forward: choose again after some steps, or where batch and context make forwards cost otherwise."""
         if self._steps >= self._next:
-            self._forget()
-            self._next = max(self._steps + 4, min(2 * self._steps, self._steps + 512))
+            self._next = max(self._steps + 4, min(2 * self._steps, self._steps + self.SELDOM))
+            self._choices.clear()
+            self._gave = {key: [0.9 * tokens, 0.9 * steps] for key, (tokens, steps) in self._gave.items()}
         place = batch, int(2 * math.log2(1 + context / 512))
         self._batch, self._context = batch, context
         if place not in self._choices:
-            found = self.candidates()
-            best = next((plan for plan in found if self._is_worth_a_trial(plan, found[0])), found[0])
-            if best is not found[0]:
-                self._next = min(self._next, self._steps + self.TRIAL)
-            self._choices[place] = best, Cost(self.costs, context, batch, self._most_tokens)
-        self.choice, self._cost = self._choices[place]
+            self._choices[place] = self._choose()
+        self.choice = self._choices[place]
 
-    def _forget(self) -> None:
-        """Machine and text change: what was found of plans that are not followed grows old as well."""
-        self._choices.clear()
-        for record in (*self._tokens.values(), *self._seconds.values()):
-            record.had, record.believed = 0.9 * record.had, 0.9 * record.believed
-        self._tried = {key: steps // 2 for key, steps in self._tried.items()}
+    def _choose(self) -> Candidate:
+        best, *others = self.candidates()
+        self._tries = not self._tries and 1 < best.draft_length < self.lengths[-1] and self._steps > self.SELDOM
+        if not self._tries:
+            return best
+        self._next = self._steps + self.TRIAL
+        return next(plan for plan in others if plan.draft_length == self.lengths[-1] and plan.branches)
 
-    def _is_worth_a_trial(self, plan: Candidate, best: Candidate) -> bool:
-        tried = self._tried.get((plan.key, self._batch), 0)
-        return plan is not best and plan.rate > self.NEAR * best.rate and tried < self.TRIAL and self._steps > 64
+    def wants_a_probe(self) -> bool:
+        """Whether a plain step shall draft, to see whether that is worth it by now."""
+        self._plain += 1
+        return self._plain % self.PROBE == 0
 
     def end(self, tokens: int, seconds: float) -> None:
         """After a step of so many tokens, all of whose sequences followed the choice."""
         self._steps += 1
-        key = self.choice.key, self._batch
-        self._tried[key] = self._tried.get(key, 0) + 1
-        believed = self._cost.of_step(tokens)
-        for of in (key, None):
-            self._seconds.setdefault(of, Record()).add(min(seconds, 4 * believed), believed)
+        self.clock.observe(self._batch, self._context, tokens, seconds)
 
     def observe(self, drafts: Drafts, plan: Plan, accepted: int) -> None:
         """What became of the drafts of a sequence that ``plan`` verified."""
         if self.choice.draft_length > 1:
-            for of in (self.choice.key, None):
-                self._tokens.setdefault(of, Record()).add(accepted, self.choice.believed_tokens)
+            gave = self._gave.setdefault(self.choice.key, [0.0, 0.0])
+            gave[0] += accepted
+            gave[1] += 1
         for place in range(1, min(accepted + 1, plan.num_drafts)):
             self.acceptance.observe(drafts.lag + place, drafts.lag == 0, place < accepted)
         if drafts.lag == 0 and 1 < plan.num_drafts == len(drafts.confidences) + 1:
-            ranked = ranked_outcomes(drafts.confidences)
-            self._ranks += [0.0] * (len(ranked) - len(self._ranks))
-            self._ranks = [0.995 * seen for seen in self._ranks]
-            self._ranks[ranked.index(accepted)] += 1
-
-    def _hit_rate(self, branches: int | None) -> float | None:
-        """How often the outcome is among so many of the likeliest."""
-        return sum(self._ranks[:branches]) / sum(self._ranks) if branches and sum(self._ranks) > 10 else None
+            self.outcomes.observe(drafts.confidences, accepted)
 
     def explain(self, count: int = 8) -> str:
         """The best plans, and plain autoregression, and why, as a table."""
@@ -282,7 +300,6 @@ class Planned(Policy):
         self.planner = planner
         longest = planner.lengths[-1]
         self.most_tokens = longest * (1 + longest)
-        self._plain = 0
 
     @property
     def draft_length(self) -> int:  # type: ignore[override]
@@ -304,8 +321,7 @@ class Planned(Policy):
         choice = self.planner.choice
         if choice.draft_length > 1:
             return choice.policy.plan(drafts)
-        self._plain += 1
-        if len(drafts.tokens) == 1 and self._plain % Planner.PROBE == 0:
+        if len(drafts.tokens) == 1 and self.planner.wants_a_probe():
             return Plan(1, (1,), self.planner.lengths[-1])
         return Plan(len(drafts.tokens))
 
