@@ -1,11 +1,12 @@
 #!/usr/bin/env python
 """What training costs over plain AR, and what decoding gains, measured side by side in one process.
 
-python tools/benchmark.py training|attention|loss|loader|decode [--json]
+python tools/benchmark.py training|attention|loss|loader|decode|planner|step [--json]
 """
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from importlib.util import find_spec
@@ -16,29 +17,61 @@ from tidar_megatron.config import flag
 from tidar_megatron.errors import OneLineParser, UserError, run_tool
 
 SEQ_LENGTHS = {"training": [1024, 2048], "attention": [1024, 2048, 4096], "loader": [1024, 4096]}
-DECODE = ("model", "prompts", "assistant", "contexts", "batch_sizes", "max_new_tokens")
-REPEATS = {"training": 7, "attention": 9, "loader": 20, "loss": 7, "decode": 5}
+REPEATS = {"training": 7, "attention": 9, "loader": 20, "loss": 7, "decode": 5, "planner": 7, "step": 7}
+OF_A_MODEL = ("decode", "planner", "step")
+MEANT_FOR = {
+    "seq_lengths": ("attention", "training", "loader"),
+    "diffusion_block_fractions": ("training",),
+    "chunk_size": ("attention", "training"),
+    "plot": ("training",),
+    "model": OF_A_MODEL,
+    "prompts": OF_A_MODEL,
+    "max_new_tokens": OF_A_MODEL,
+    "contexts": ("decode", "step"),
+    "batch_sizes": ("decode",),
+    "assistant": ("decode",),
+    "bodies": ("planner",),
+}
 
 
-def run_decode(arguments: argparse.Namespace, repeats: int) -> dict[str, Any]:
+def run_model(arguments: argparse.Namespace, repeats: int) -> dict[str, Any]:
     """Load, then measure."""
+    import torch
+
+    from tidar_megatron.benchmark.bodies import BODIES
     from tidar_megatron.benchmark.decode import decode
+    from tidar_megatron.benchmark.planner import planner
+    from tidar_megatron.benchmark.step import step
     from tidar_megatron.evaluation.certificate import read_prompts
     from tidar_megatron.inference.model import load_model
     from tidar_megatron.inference.text import encode_prompt
 
+    settings = []
+    for name in arguments.bodies or ["own"]:
+        body, _, threads = name.partition("@")
+        if body not in ("own", "useless", *BODIES) or not (threads or "1").isdecimal() or threads == "0":
+            raise UserError(f"--bodies {name}: use own, useless, {', '.join(BODIES)}, or one of them and @THREADS")
+        settings.append((body, int(threads) if threads else torch.get_num_threads()))
     texts = read_prompts(arguments.prompts)
     model = load_model(arguments.model)
+    if arguments.what == "planner" and model.mask_token_id is None:
+        raise UserError(
+            f"--model {arguments.model}: cannot draft, so there is nothing to plan; export a TiDAR checkpoint"
+        )
     prompts = [encode_prompt(model.tokenizer, text, add_special_tokens=False) for text in texts]
-    assistant = load_model(arguments.assistant).causal_lm if arguments.assistant else None
-    if assistant is not None:
-        assistant.set_attn_implementation("sdpa")
     new = arguments.max_new_tokens or 128
-    contexts, batches = arguments.contexts or [128, 1024, 4096], arguments.batch_sizes or [1, 4, 8]
+    contexts = arguments.contexts or {"decode": [128, 1024, 4096], "step": [256, 1024, 4096]}.get(arguments.what, [1])
     if min(contexts) + new > model.context_limit:
         limit = model.context_limit
         raise UserError(f"--contexts {min(contexts)}: with {new} new tokens longer than the model's context of {limit}")
-    return decode(model, prompts, contexts, batches, new, repeats, assistant)
+    if arguments.what == "planner":
+        return planner(model, prompts, settings, new, repeats)
+    if arguments.what == "step":
+        return step(model, prompts, contexts, new, repeats)
+    assistant = load_model(arguments.assistant).causal_lm if arguments.assistant else None
+    if assistant is not None:
+        assistant.set_attn_implementation("sdpa")
+    return decode(model, prompts, contexts, arguments.batch_sizes or [1, 4, 8], new, repeats, assistant)
 
 
 def main() -> None:
@@ -51,12 +84,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="threads of torch on the CPU")
     parser.add_argument("--chunk-size", type=int, metavar="N", help="of the chunked attention [256]")
     parser.add_argument("--output", default="runs/benchmarks", metavar="DIR", help="folder [runs/benchmarks]")
-    parser.add_argument("--model", metavar="DIR", help="decode: Hugging Face folder")
-    parser.add_argument("--prompts", metavar="FILE", help='decode: JSON lines: strings, or objects with a "prompt"')
+    parser.add_argument("--model", metavar="DIR", help="decode, planner, step: Hugging Face folder")
+    parser.add_argument("--prompts", metavar="FILE", help='of a model: JSON lines: strings, or objects with a "prompt"')
     parser.add_argument("--assistant", metavar="DIR", help="decode: a smaller model that drafts for transformers")
-    parser.add_argument("--contexts", type=int, nargs="+", metavar="P", help="decode [128 1024 4096]")
+    parser.add_argument(
+        "--contexts", type=int, nargs="+", metavar="P", help="decode [128 1024 4096], step [256 1024 4096]"
+    )
     parser.add_argument("--batch-sizes", type=int, nargs="+", metavar="N", help="decode [1 4 8]")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="decode [128]")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of a model [128]")
+    help_of_bodies = "planner: own, useless (drafts), 11M or 88M, and @THREADS where not torch's [own]"
+    parser.add_argument("--bodies", nargs="+", metavar="NAME[@N]", help=help_of_bodies)
     parser.add_argument("--plot", metavar="FILE.png", help="training: draw step time over S")
     parser.add_argument("--json", action="store_true", help="print one JSON object, as the last line")
     arguments = parser.parse_args()
@@ -78,17 +115,11 @@ def main() -> None:
         raise UserError(f"--seq-lengths {wrong_lengths[0]}: must be a multiple of 256, of 16 documents of whole blocks")
     if wrong_fractions := [value for value in fractions if not 0 < value <= 1]:
         raise UserError(f"--diffusion-block-fractions {wrong_fractions[0]:g}: must be above 0 and at most 1")
-    for name, given, of in (
-        ("--seq-lengths", arguments.seq_lengths, ("attention", "training", "loader")),
-        ("--diffusion-block-fractions", arguments.diffusion_block_fractions, ("training",)),
-        ("--chunk-size", arguments.chunk_size, ("attention", "training")),
-        ("--plot", arguments.plot, ("training",)),
-        *((flag(name), getattr(arguments, name), ("decode",)) for name in DECODE),
-    ):
-        if given is not None and arguments.what not in of:
-            raise UserError(f"{name}: is for {' and '.join(of)}, not for {arguments.what}; leave it out")
-    if arguments.what == "decode" and not (arguments.model and arguments.prompts):
-        raise UserError("decode: needs --model DIR and --prompts FILE")
+    for name, of in MEANT_FOR.items():
+        if getattr(arguments, name) is not None and arguments.what not in of:
+            raise UserError(f"{flag(name)}: is for {' and '.join(of)}, not for {arguments.what}; leave it out")
+    if arguments.what in OF_A_MODEL and not (arguments.model and arguments.prompts):
+        raise UserError(f"{arguments.what}: needs --model DIR and --prompts FILE")
     if arguments.plot and not find_spec("matplotlib"):
         raise UserError(f"--plot {arguments.plot}: needs matplotlib; in the checkout, pip install -e '.[plot]'")
     for name, folder in (("--output", Path(arguments.output)), ("--plot", Path(arguments.plot or ".").parent)):
@@ -99,6 +130,7 @@ def main() -> None:
     if arguments.plot and Path(arguments.plot).suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"--plot {arguments.plot}: name a file that ends in .png, .svg or .pdf")
 
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler, which counts bytes, tells of itself
     import torch  # heavy: after the command line is known to be sound
 
     from tidar_megatron.benchmark import report
@@ -122,8 +154,8 @@ def main() -> None:
         from tidar_megatron.benchmark.loss import loss
 
         result = loss(repeats)
-    elif arguments.what == "decode":
-        result = run_decode(arguments, repeats)
+    elif arguments.what in OF_A_MODEL:
+        result = run_model(arguments, repeats)
     else:
         from tidar_megatron.benchmark.loader import loader
 

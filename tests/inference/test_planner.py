@@ -78,8 +78,10 @@ def test_costs_between_and_beyond_what_was_timed():
         (512, 64, 0.03 + 0.026),
         (1, 960, 0.003),
     ):
-        assert MIDDLING.curve(context, 600)[tokens] == pytest.approx(seconds)
-    assert Costs([1], [0], [[0.5]]).curve(9, 9) == [0.5] * 10
+        for most in (tokens, 600):
+            assert MIDDLING.curve(context, most)[tokens] == pytest.approx(seconds)
+        assert MIDDLING.of(tokens, context) == pytest.approx(seconds)
+    assert list(Costs([1], [0], [[0.5]]).curve(9, 9)) == [0.5] * 10
 
 
 def test_acceptance_is_learned_and_forgotten():
@@ -133,7 +135,7 @@ def test_a_slower_machine_costs_no_plan_and_a_size_that_is_slow_is_left():
     now = {plan.key: plan for plan in planner.candidates()}
     for plan in (first.key, (1, None), (8, None)):  # sizes that were never met, too
         assert now[plan].seconds == pytest.approx(2 * believed[plan].seconds, rel=0.1)
-    follow(planner, gives, lambda tokens: 6.0 if tokens > 12 else 2.0, 1000)
+    follow(planner, gives, lambda tokens: 6.0 if tokens > 12 else 2.0, 2 * Planner.SELDOM)
     assert planner.choice.forward_tokens < 12
 
 

@@ -22,6 +22,13 @@ BODIES = {
 INTO_STREAM = ("o_proj.weight", "down_proj.weight", "embed_tokens.weight", "lm_head.weight")
 
 
+def in_body(model: DecodeModel, body: str) -> DecodeModel:
+    """``own``: the model; ``useless``: a copy :func:`with_useless_drafts`; else :func:`grown`."""
+    if body == "own":
+        return model
+    return with_useless_drafts(model) if body == "useless" else grown(model, body)
+
+
 def grown(model: DecodeModel, body: str) -> DecodeModel:
     """``model``, a Llama or Qwen without biases, in one of :data:`BODIES`; query heads per K/V head stay as they are.
 
@@ -56,11 +63,12 @@ def grown(model: DecodeModel, body: str) -> DecodeModel:
 
 
 def with_useless_drafts(model: DecodeModel) -> DecodeModel:
-    """``model``, whose mask token means something else than what it was trained to: it drafts, and nearly always wrong.
+    """A copy whose mask token means something else than what it was trained to: it drafts, and nearly always wrong.
 
     Its autoregression is the same, for the mask token is never in a text.
     """
     assert model.mask_token_id is not None
+    model = wrap_model(deepcopy(model.causal_lm), model.tokenizer)
     table = model.causal_lm.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

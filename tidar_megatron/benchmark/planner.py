@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
+from tidar_megatron.benchmark.bodies import in_body
 from tidar_megatron.benchmark.measuring import Spread, rounded
 from tidar_megatron.inference.engine import stream
 from tidar_megatron.inference.model import DecodeModel
@@ -14,6 +17,7 @@ from tidar_megatron.inference.request import DecodeOptions, parse_plan
 
 LENGTHS = (2, 3, 4, 6, 8, 12, 16)
 KINDS = ("linear", "1", "2", "3", "all")
+PASS_SECONDS = 2.0  # of plain AR, about
 
 
 @dataclass
@@ -25,23 +29,43 @@ class Pass:
     seconds: float = 0.0
 
 
-def planner(model: DecodeModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, repeats: int) -> dict[str, Any]:
+def planner(
+    model: DecodeModel,
+    prompts: Sequence[Sequence[int]],
+    settings: Sequence[tuple[str, int]],
+    max_new_tokens: int,
+    repeats: int,
+) -> dict[str, Any]:
     """Greedy, one request at a time, end of text ignored.
 
     Args:
-        prompts: token ids; a measurement decodes all of them once.
+        prompts: token ids; a measurement decodes some of them, more of a fast model.
+        settings: bodies (``own``, ``useless``, or one of :data:`~tidar_megatron.benchmark.bodies.BODIES`) and threads.
         max_new_tokens: of each, at least 2.
         repeats: rounds in which the sweep's winner, ``auto`` and AR are measured again.
 
     Returns:
-        ``compared``, ratios of the rounds; ``sweep``, every fixed plan, the fastest first.
+        ``compared``, a row for each setting with ratios of the rounds; ``sweep``, every fixed plan, the fastest first.
     """
+    compared, swept = [], []
+    for body, threads in settings:
+        torch.set_num_threads(threads)
+        row, rows = _setting(in_body(model, body), prompts, max_new_tokens, repeats)
+        compared.append({"body": body, "threads": threads, **row})
+        swept += [{"body": body, "threads": threads, **plan} for plan in rows]
+    return {"compared": compared, "sweep": swept}
+
+
+def _setting(
+    model: DecodeModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, repeats: int
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     fixed = [f"{kind}:{length}" for kind in KINDS for length in LENGTHS if not kind.isdigit() or int(kind) < length]
     names = ["ar", *fixed, "auto"]
     plans = {name: replace(parse_plan(name), max_new_tokens=max_new_tokens, ignore_eos=True) for name in names}
     start = time.perf_counter()
     learned = planner_of(model)
     load_seconds = time.perf_counter() - start
+    prompts = prompts[: max(2, min(8, round(PASS_SECONDS / _pass(model, prompts[:1], plans["ar"]).seconds)))]
     swept = _rounds(model, prompts, {name: plans[name] for name in ["ar", *fixed]}, 2)
     fastest = sorted(swept, key=lambda name: min(run.seconds for run in swept[name]))
     best = fastest[0]
@@ -52,12 +76,13 @@ def planner(model: DecodeModel, prompts: Sequence[Sequence[int]], max_new_tokens
         pairs = zip(again[name], again[other], strict=True)
         return rounded(Spread.of([theirs.seconds / ours.seconds for ours, theirs in pairs]))
 
-    compared = {
+    row = {
         "best": best,
         "auto_chose": learned.choice.name,
         "auto_over_best": ratio("auto", best),
         "auto_over_ar": ratio("auto", "ar"),
         "best_over_ar": ratio(best, "ar"),
+        "prompts": len(prompts),
         "load_seconds": round(load_seconds, 2),
     }
     rows = []
@@ -65,7 +90,7 @@ def planner(model: DecodeModel, prompts: Sequence[Sequence[int]], max_new_tokens
         run = min(swept[name], key=lambda run: run.seconds)
         rate, per_forward = run.tokens / run.seconds, run.tokens / run.forwards
         rows.append({"plan": name, "tokens_per_second": round(rate, 1), "tokens_per_forward": round(per_forward, 3)})
-    return {"compared": [compared], "sweep": rows}
+    return row, rows
 
 
 def _rounds(

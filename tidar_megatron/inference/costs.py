@@ -6,11 +6,13 @@ import math
 import os
 import platform
 import time
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
@@ -36,21 +38,33 @@ class Costs:
     contexts: list[int]
     seconds: list[list[float]]
 
-    def curve(self, context: float, most: int) -> list[float]:
-        """Of 0, 1, 2, ... ``most`` tokens behind so many."""
-        column = np.array([_on_line(self.contexts, row, context) for row in self.seconds])
-        found = np.interp(np.arange(most + 1), self.sizes, column)
-        if len(self.sizes) > 1 and most > (last := self.sizes[-1]):
-            slope = max(0.0, (column[-1] - column[-2]) / (last - self.sizes[-2]))
-            found[last:] = column[-1] + slope * np.arange(most + 1 - last)
-        return found.tolist()
+    def of(self, tokens: int, context: float) -> float:
+        """Of so many tokens behind so many."""
+        row, share = _between(self.sizes, tokens)
+        column, part = _between(self.contexts, context)
+        near, far = (
+            row_of[column] + part * (row_of[min(column + 1, len(row_of) - 1)] - row_of[column])
+            for row_of in (self.seconds[row], self.seconds[min(row + 1, len(self.sizes) - 1)])
+        )
+        return near + share * (far - near)
+
+    def curve(self, context: float, most: int) -> np.ndarray:
+        """Of 0, 1, 2, ... ``most`` tokens behind so many, float64."""
+        known = [size for size in self.sizes if size < most] + [most]
+        return np.interp(np.arange(most + 1), known, [self.of(size, context) for size in known])
+
+
+def _between(places: Sequence[int], at: float) -> tuple[int, float]:
+    """The place to the left, and how far on the way to the next: more than 1 behind the last, 0 before the first."""
+    left = min(max(bisect_right(places, at) - 1, 0), max(len(places) - 2, 0))
+    return left, max(0.0, (at - places[left]) / (places[left + 1] - places[left])) if len(places) > 1 else 0.0
 
 
 class Clock:
     """:class:`Costs` as they turn out to be: a step is more than a forward, and the machine not what it was when timed.
 
-    How many times as long a step took is kept by its size, in half octaves, and by batch; the median of the last counts,
-    for now and then a step is disturbed. Sizes far from any that was seen follow those that were.
+    How many times as long a step took is kept by its size, in half octaves, and by batch; the median of the last
+    counts, for now and then a step is disturbed. Sizes far from any that was seen follow those that were.
     """
 
     KEPT = 31  # steps of a size
@@ -58,41 +72,30 @@ class Clock:
     def __init__(self, costs: Costs) -> None:
         self._costs = costs
         self._ratios: dict[int, dict[int, deque[float]]] = {}  # by batch, by size
-        self._timed: tuple[float, list[float]] = (-1.0, [])
 
     def observe(self, batch: int, context: float, tokens: int, seconds: float) -> None:
         """A step of so many tokens, all sequences together."""
-        if not 0.9 <= (1 + self._timed[0]) / (1 + context) <= 1.1 or tokens >= len(self._timed[1]):
-            self._timed = context, self._costs.curve(context, max(tokens, len(self._timed[1]) - 1, 272))
         sizes = self._ratios.setdefault(_octaves(batch), {})
-        sizes.setdefault(_octaves(tokens), deque(maxlen=self.KEPT)).append(seconds / self._timed[1][tokens])
+        ratio = seconds / self._costs.of(tokens, context)
+        sizes.setdefault(_octaves(tokens), deque(maxlen=self.KEPT)).append(ratio)
 
     def curve(self, batch: int, context: float, most: int) -> list[float]:
-        """As :meth:`Costs.curve`."""
+        """As :meth:`Costs.curve`, for the batch."""
         timed = self._costs.curve(context, most)
         seen = self._ratios.get(_octaves(batch))
         if not seen:
-            return timed
+            return timed.tolist()
         sizes, counts = np.array(list(seen)), np.array([len(ratios) for ratios in seen.values()])
-        medians = np.array([np.median(ratios) for ratios in seen.values()])
+        medians = np.array([median(ratios) for ratios in seen.values()])
         near = np.maximum(8.0 ** -abs(np.arange(_octaves(most) + 1)[:, None] - sizes), 1e-4)
         near *= counts / (counts + 4)  # how sure
         ratios = (near @ medians + 1e-5) / (near.sum(axis=1) + 1e-5)
-        places = np.array([_octaves(tokens) for tokens in range(most + 1)])
-        return (np.array(timed) * ratios[places]).tolist()
+        return (timed * ratios[[_octaves(tokens) for tokens in range(most + 1)]]).tolist()
 
 
 @cache
 def _octaves(number: int) -> int:
     return round(2 * math.log2(max(1, number)))
-
-
-def _on_line(places: Sequence[float], values: Sequence[float], at: float) -> float:
-    """Beyond the last in proportion to the last two; never less than the first."""
-    found = float(np.interp(at, places, values))
-    if len(places) > 1 and at > places[-1]:
-        found += (at - places[-1]) * (values[-1] - values[-2]) / (places[-1] - places[-2])
-    return max(found, values[0])
 
 
 def load_costs(model: DecodeModel) -> Costs:
@@ -150,7 +153,7 @@ def _still_holds(costs: Costs, model: DecodeModel) -> bool:
     context, *_ = costs.contexts
     few = [size for size in CHECKED if size in costs.sizes]
     now = _best_seconds(model, [(size, context) for size in few], ROUNDS)
-    return all(1 / OFF < now[size, context] / costs.curve(context, size)[size] < OFF for size in few)
+    return all(1 / OFF < now[size, context] / costs.of(size, context) < OFF for size in few)
 
 
 @torch.inference_mode()

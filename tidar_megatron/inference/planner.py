@@ -57,28 +57,36 @@ class Acceptance:
 class Outcomes:
     """What drafts claimed and what became of them, of late: which says what other plans would have had branches for."""
 
-    KEPT, ENOUGH = 256, 16  # blocks of a length
+    KEPT, ENOUGH = 160, 16  # blocks of a length
 
     def __init__(self) -> None:
         self._blocks: dict[int, deque[tuple[list[float], int]]] = {}  # by number of drafts
-        self._known: dict[int, tuple[np.ndarray, np.ndarray] | None] = {}
+        self._arrays: dict[int, tuple[np.ndarray, ...]] = {}
+        self._ranks: dict[int, tuple[np.ndarray, np.ndarray] | None] = {}
+        self._lags: dict[tuple[int, int], np.ndarray | None] = {}
 
     def observe(self, confidences: list[float], accepted: int) -> None:
         """Of a block's drafts, and how many were accepted, the certain token included."""
         self._blocks.setdefault(len(confidences), deque(maxlen=self.KEPT)).append((confidences, accepted))
-        self._known.clear()
+        for found in (self._arrays, self._ranks, self._lags):
+            found.clear()
 
     def lags(self, count: int, branches: int) -> np.ndarray | None:
         """With that many drafts and branches for the likeliest outcomes: how much shorter the branch to go on from is.
 
         Probabilities of 0, 1, ... ``count`` - 1 tokens shorter, and of none at all. None: too little was seen.
         """
-        if count not in self._known:
-            self._known[count] = self._ranked(count)
-        known = self._known[count]
-        if known is None:
+        if (count, branches) not in self._lags:
+            self._lags[count, branches] = self._find_lags(count, branches)
+        return self._lags[count, branches]
+
+    def _find_lags(self, count: int, branches: int) -> np.ndarray | None:
+        if count not in self._ranks:
+            self._ranks[count] = self._ranked(count)
+        ranked = self._ranks[count]
+        if ranked is None:
             return None
-        order, accepted = known
+        order, accepted = ranked
         has_branch = np.zeros(order.shape, dtype=bool)
         np.put_along_axis(has_branch, order[:, :branches], True, axis=1)
         places = np.arange(1, count + 1)
@@ -88,12 +96,15 @@ class Outcomes:
 
     def _ranked(self, count: int) -> tuple[np.ndarray, np.ndarray] | None:
         """The outcomes of each block, the likeliest first, and the one that came true; longer blocks are cut."""
-        blocks = [block for drafts, kept in self._blocks.items() if drafts >= count - 1 for block in kept]
-        if len(blocks) < self.ENOUGH:
+        for drafts, blocks in self._blocks.items():
+            if drafts not in self._arrays:
+                self._arrays[drafts] = tuple(np.array(column) for column in zip(*blocks, strict=True))
+        long_enough = [arrays for drafts, arrays in self._arrays.items() if drafts >= count - 1]
+        if sum(len(accepted) for _, accepted in long_enough) < self.ENOUGH:
             return None
-        claimed = np.array([confidences[: count - 1] for confidences, _ in blocks])
-        accepted = np.minimum([accepted for _, accepted in blocks], count)
-        one = np.ones((len(blocks), 1))
+        claimed = np.concatenate([confidences[:, : count - 1] for confidences, _ in long_enough])
+        accepted = np.minimum(np.concatenate([accepted for _, accepted in long_enough]), count)
+        one = np.ones((len(accepted), 1))
         chances = np.cumprod(np.hstack([one, claimed]), axis=1) * np.hstack([1 - claimed, one])  # as ranked_outcomes
         return np.argsort(-chances, axis=1, kind="stable"), accepted
 
@@ -207,7 +218,7 @@ class Planner:
 
     BRANCHES = (None, 0, 1, 2, 3)
     PROBE = 128  # plain steps after which drafts are tried again
-    SELDOM = 512  # steps between two choices, where little is new
+    SELDOM = 1024  # steps between two choices, where little is new
     TRIAL = 12  # of these are spent on blocks of full length where shorter ones were chosen, to know of all offsets
 
     def __init__(self, costs: Costs, block_size: int) -> None:
