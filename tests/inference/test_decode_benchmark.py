@@ -54,13 +54,13 @@ def test_bad_input(arguments, message, tmp_path):
 
 
 def test_the_program(checkpoint, tmp_path):
-    (tmp_path / "prompts.jsonl").writetext_of('"hello"\n"abc"\n')
+    (tmp_path / "prompts.jsonl").write_text('"hello"\n"abc"\n')
     command = [sys.executable, "tools/benchmark.py", "decode", "--model", checkpoint]
     command += ["--prompts", tmp_path / "prompts.jsonl"]
     more = ["--contexts", 16, "--batch-sizes", 1, "--max-new-tokens", 6, "--repeats", 1, "--output", tmp_path, "--json"]
     done = subprocess.run(list(map(str, [*command, *more])), cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout.splitlines()[-1])
-    assert json.loads((tmp_path / "decode.json").readtext_of()) == result
+    assert json.loads((tmp_path / "decode.json").read_text()) == result
     wanted = {"mode", "plan", "batch", "context", "tokens_per_forward", "tokens_per_second", "over_ar"}
     assert all(wanted <= row.keys() for row in result["rows"])
