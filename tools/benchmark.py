@@ -67,11 +67,13 @@ def run_model(arguments: argparse.Namespace, repeats: int) -> dict[str, Any]:
     if arguments.what == "planner":
         return planner(model, prompts, settings, new, repeats)
     if arguments.what == "step":
-        return step(model, prompts, contexts, new, repeats)
+        return step(model, arguments.model, prompts, contexts, new, repeats)
     assistant = load_model(arguments.assistant).causal_lm if arguments.assistant else None
     if assistant is not None:
         assistant.set_attn_implementation("sdpa")
-    return decode(model, prompts, contexts, arguments.batch_sizes or [1, 4, 8], new, repeats, assistant)
+    return decode(
+        model, arguments.model, prompts, contexts, arguments.batch_sizes or [1, 4, 8], new, repeats, assistant
+    )
 
 
 def main() -> None:

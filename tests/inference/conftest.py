@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from tidar_megatron.attention_mask import INDEX, may_attend, training_layout
+from tidar_megatron.checkpoint.custom_generate import write_custom_generate
 from tidar_megatron.inference.model import DecodeModel, wrap_model
 
 MASK = 47
@@ -182,6 +183,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: PreTrai
     folder = tmp_path_factory.mktemp("checkpoint")
     lm = make_causal_lm("qwen3", torch.float32, vocab_size=258, eos_token_id=256, initializer_range=0.4)
     lm.config.tidar = {"mask_token_id": 257, "block_size": BLOCK}
+    lm.generation_config.suppress_tokens = [257]
     lm.save_pretrained(folder)
     byte_tokenizer.save_pretrained(folder)
+    write_custom_generate(folder)
     return folder

@@ -23,7 +23,7 @@ def test_rows(checkpoint):
     prompts = [list(b"hello world"), list(b"another one")]
     assistant = load_model(checkpoint).causal_lm
     assistant.set_attn_implementation("sdpa")
-    found = decode(model, prompts, [16, 4096], [1, 2], 12, 1, assistant)
+    found = decode(model, checkpoint, prompts, [16, 4096], [1, 2], 12, 1, assistant)
     assert found["skipped"] == [4096]
     rows = {(row["mode"], row["plan"], row["batch"]): row for row in found["rows"]}
     for batch in (1, 2):

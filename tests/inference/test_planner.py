@@ -147,7 +147,7 @@ def test_costs_that_were_timed_on_a_busy_machine_are_found_out():
     planner.begin(1, 100)
     assert planner.choice.name == "ar"
     policy = Planned(planner)
-    for _ in range(2000):
+    for _ in range(4000):
         planner.begin(1, 100)
         plan = policy.plan(Drafts([0]))
         planner.end(plan.num_tokens, 0.001 + 0.0001 * plan.num_tokens)

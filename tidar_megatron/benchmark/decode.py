@@ -2,14 +2,15 @@
 
 import time
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.generation.streamers import BaseStreamer
 
 from tidar_megatron.benchmark.measuring import Timings, peak_bytes, rounded
+from tidar_megatron.evaluation.stock import load_stock
 from tidar_megatron.inference.engine import Engine
 from tidar_megatron.inference.model import DecodeModel
 from tidar_megatron.inference.request import DecodeOptions, distinct_4grams, parse_plan
@@ -29,6 +30,7 @@ class Run:
 
 def decode(
     model: DecodeModel,
+    folder: str | Path,
     prompts: Sequence[Sequence[int]],
     contexts: Sequence[int],
     batches: Sequence[int],
@@ -40,8 +42,9 @@ def decode(
 
     Args:
         model: a model with its tokenizer.
+        folder: where it lies; if it carries a ``custom_generate``, that is run as well.
         prompts: token ids of texts; put end to end they make contexts of any length.
-        contexts: prompt lengths; with the new tokens no longer than the model's context.
+        contexts: prompt lengths, the longest of a batch; with the new tokens no longer than the model's context.
         assistant: a smaller transformers model that drafts for transformers' ``generate``.
 
     Returns:
@@ -52,15 +55,20 @@ def decode(
     names = ["ar", "lookup", *(["auto", "all", "1", "2", "linear"] if model.mask_token_id is not None else [])]
     block = model.block_size or LOOKUP
     plans = {name: parse_plan(name if name in ("ar", "auto") else f"{name}:{block}") for name in names}
-    stock = _Transformers(model)
+    stock = _Transformers(model, folder)
+    carries = (Path(folder) / "custom_generate").is_dir()
     for context in fitting:
         for batch in batches:
-            texts = [text_of(prompts, context, number) for number in range(batch)]
+            lengths = [context - context * (number % 8) // 16 for number in range(batch)]
+            texts = [text_of(prompts, length, number) for number, length in enumerate(lengths)]
             ways: dict[str, Callable[[], Run]] = {
                 f"{options.mode} {name}": _ours(model, texts, replace(options, max_new_tokens=max_new_tokens))
                 for name, options in plans.items()
             }
             ways["transformers generate"] = stock.run(texts, max_new_tokens)
+            if batch == 1 and carries:
+                remote = {"custom_generate": str(folder), "trust_remote_code": True}
+                ways["transformers custom_generate"] = stock.run(texts, max_new_tokens, **remote)
             if batch == 1:  # transformers drafts for one sequence only
                 ways["transformers prompt-lookup"] = stock.run(texts, max_new_tokens, prompt_lookup_num_tokens=LOOKUP)
                 if assistant is not None:
@@ -138,26 +146,23 @@ class _FirstToken(BaseStreamer):
 class _Transformers:
     """Greedy ``generate`` of the same weights with transformers' own attention."""
 
-    def __init__(self, model: DecodeModel) -> None:
-        from transformers import AutoModelForCausalLM, GenerationConfig
-
-        causal_lm = AutoModelForCausalLM.from_config(deepcopy(model.causal_lm.config), attn_implementation="sdpa")
-        causal_lm.load_state_dict(model.causal_lm.state_dict())
-        self._causal_lm = causal_lm.to(model.device, model.dtype).eval()
-        never = None if model.mask_token_id is None else [model.mask_token_id]
-        self._causal_lm.generation_config = GenerationConfig(do_sample=False, suppress_tokens=never)
+    def __init__(self, model: DecodeModel, folder: str | Path) -> None:
+        self._causal_lm = load_stock(folder, model, never_masks=False)
 
     def run(self, texts: Sequence[Sequence[int]], max_new_tokens: int, **more: Any) -> Callable[[], Run]:
-        """``texts`` are of one length."""
-        ids = torch.tensor([list(text) for text in texts], device=self._causal_lm.device)
+        """Shorter texts are padded on the left."""
+        width = max(map(len, texts))
+        padded = [[0] * (width - len(text)) + list(text) for text in texts]
+        seen = [[0] * (width - len(text)) + [1] * len(text) for text in texts]
+        ids, mask = (torch.tensor(rows, device=self._causal_lm.device) for rows in (padded, seen))
 
         @torch.inference_mode()
         def generate() -> Run:
             first = _FirstToken(time.perf_counter())
             out = self._causal_lm.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, streamer=first, **more
+                ids, attention_mask=mask, max_new_tokens=max_new_tokens, streamer=first, **more
             )
             plain = len(texts) * max_new_tokens if not more else None
-            return Run(out[:, ids.shape[1] :].tolist(), plain, first.seconds)
+            return Run(out[:, width:].tolist(), plain, first.seconds)
 
         return generate

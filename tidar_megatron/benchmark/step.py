@@ -2,17 +2,17 @@
 
 import time
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from tidar_megatron.attention_mask import INDEX, decode_layout, may_attend, prefix_layout
 from tidar_megatron.benchmark.decode import text_of
 from tidar_megatron.benchmark.measuring import Spread, allocated_bytes, rounded
+from tidar_megatron.evaluation.stock import load_stock
 from tidar_megatron.inference.attention import Part
 from tidar_megatron.inference.cache import KVPool
 from tidar_megatron.inference.engine import Engine
@@ -34,6 +34,7 @@ class Pass:
 
 def step(
     model: DecodeModel,
+    folder: str | Path,
     prompts: Sequence[Sequence[int]],
     contexts: Sequence[int],
     max_new_tokens: int,
@@ -51,7 +52,7 @@ def step(
     block = model.block_size or 8
     names = ["ar", *(f"{kind}:{block}" for kind in ("linear", "1", "2", "all")), "auto"]
     plans = {name: replace(parse_plan(name), max_new_tokens=max_new_tokens, ignore_eos=True) for name in names}
-    bare = Bare(model)
+    bare = Bare(model, folder)
     fitting = [context for context in contexts if context + max_new_tokens <= model.context_limit]
     measured: dict[tuple[str, int], list[Pass]] = {(name, context): [] for name in names for context in fitting}
     for number in range(repeats + 1):
@@ -104,10 +105,8 @@ def _pass(model: DecodeModel, bare: "Bare", text: Sequence[int], options: Decode
 class Bare:
     """Transformers' model of the same weights, called directly."""
 
-    def __init__(self, model: DecodeModel) -> None:
-        causal_lm = AutoModelForCausalLM.from_config(deepcopy(model.causal_lm.config), attn_implementation="sdpa")
-        causal_lm.load_state_dict(model.causal_lm.state_dict())
-        self._causal_lm = causal_lm.to(model.device, model.dtype).eval()
+    def __init__(self, model: DecodeModel, folder: str | Path) -> None:
+        self._causal_lm = load_stock(folder, model)
         self._mask_token_id = model.mask_token_id
         self._pool = KVPool(1, 1)
 

@@ -16,6 +16,7 @@ from megatron.core.models.gpt import GPTModel
 from safetensors import safe_open
 from torch import Tensor
 
+from tidar_megatron.checkpoint.custom_generate import write_custom_generate
 from tidar_megatron.checkpoint.mapping import (
     MASK_TOKEN,
     cut,
@@ -256,11 +257,13 @@ def export_huggingface(model: GPTModel, config: Config, tokenizer: Any, folder: 
     tied = {"lm_head.weight"} if hf_config.tie_word_embeddings else set()
     assert not unexpected and set(missing) <= tied, (missing, unexpected)
     hf_model.tie_weights()
-    hf_model.generation_config = GenerationConfig(eos_token_id=eos_token_id, do_sample=False)
+    never = [config.tidar.mask_token_id]  # the mask token is no word: transformers' generate shall not say it either
+    hf_model.generation_config = GenerationConfig(eos_token_id=eos_token_id, do_sample=False, suppress_tokens=never)
 
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     hf_model.save_pretrained(partial)
+    write_custom_generate(partial)
     if tokenizer is not None:
         if len(tokenizer) == config.tidar.mask_token_id:  # the next free id: the mask token gets its name
             tokenizer.add_tokens([MASK_TOKEN], special_tokens=True)

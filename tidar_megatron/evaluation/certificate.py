@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tidar_megatron.errors import UserError
 from tidar_megatron.evaluation.statistics import chi_square
+from tidar_megatron.evaluation.stock import load_stock
 from tidar_megatron.inference.engine import Engine
 from tidar_megatron.inference.model import DecodeModel
 from tidar_megatron.inference.request import DecodeOptions, parse_plan
@@ -100,13 +101,7 @@ class Stock:
     """Transformers' own greedy ``generate`` of the same weights, with its logits."""
 
     def __init__(self, model: DecodeModel, folder: str | Path) -> None:
-        from transformers import AutoModelForCausalLM, GenerationConfig
-
-        causal_lm = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, trust_remote_code=False)
-        self.causal_lm = causal_lm.to(model.device).eval()
-        # nothing of the folder's: no sampling, no end of text, but never the mask token
-        never = None if model.mask_token_id is None else [model.mask_token_id]
-        self.causal_lm.generation_config = GenerationConfig(do_sample=False, suppress_tokens=never)
+        self.causal_lm = load_stock(folder, model)
         self.mask_token_id = model.mask_token_id
 
     @torch.inference_mode()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from tidar_megatron.evaluation.stock import load_stock
 from tidar_megatron.inference.engine import generate
 from tidar_megatron.inference.model import DecodeModel
 from tidar_megatron.inference.request import DecodeOptions, distinct_4grams
@@ -100,11 +101,7 @@ class TransformersGenerate:
     """Greedy ``generate`` of transformers; it does not time its prefill, so the time of one token is taken off."""
 
     def __init__(self, model: DecodeModel, folder: str, max_new_tokens: int) -> None:
-        from transformers import AutoModelForCausalLM, GenerationConfig
-
-        causal_lm = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, trust_remote_code=False)
-        self._causal_lm = causal_lm.to(model.device).eval()
-        self._causal_lm.generation_config = GenerationConfig(do_sample=False)  # no EOS: all run to the end
+        self._causal_lm = load_stock(folder, model, never_masks=False)
         self._max_new_tokens = max_new_tokens
 
     @torch.inference_mode()

@@ -103,7 +103,7 @@ def load_model(
         raise UserError(
             f"{path}: transformers cannot load it as a causal LM ({reason}); export the checkpoint again"
         ) from error
-    return wrap_model(causal_lm.to(torch_device), _load_tokenizer(path))
+    return wrap_model(causal_lm.to(torch_device).requires_grad_(False), _load_tokenizer(path))
 
 
 def wrap_model(causal_lm: PreTrainedModel, tokenizer: Any = None) -> DecodeModel:
@@ -114,7 +114,7 @@ def wrap_model(causal_lm: PreTrainedModel, tokenizer: Any = None) -> DecodeModel
     """
     config = causal_lm.config
     refuse_unsupported(config)
-    causal_lm.eval().requires_grad_(False)
+    causal_lm.eval()
     causal_lm.set_attn_implementation(ATTENTION_NAME)
     if causal_lm.config._attn_implementation != ATTENTION_NAME:
         raise UserError(f"{type(causal_lm).__name__} fixes its own attention; use a Llama, Qwen or Mistral checkpoint")

@@ -217,7 +217,7 @@ class Planner:
     """
 
     BRANCHES = (None, 0, 1, 2, 3)
-    PROBE = 128  # plain steps after which drafts are tried again
+    PROBE = 256  # plain steps after which drafts are tried again
     SELDOM = 1024  # steps between two choices, where little is new
     TRIAL = 12  # of these are spent on blocks of full length where shorter ones were chosen, to know of all offsets
 

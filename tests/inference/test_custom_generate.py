@@ -1,0 +1,141 @@
+"""The exported folder decodes with transformers alone: the engine's own files, the same tokens."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from tidar_megatron.checkpoint.custom_generate import MODULES, source_of, write_custom_generate
+from tidar_megatron.errors import UserError
+from tidar_megatron.inference.custom_generate import generate
+
+ALONE = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM
+folder = sys.argv[1]
+model = AutoModelForCausalLM.from_pretrained(folder)
+texts = [b"hello wor", b"ab", b"the same the sa"]
+width = max(map(len, texts))
+ids = torch.tensor([[0] * (width - len(text)) + list(text) for text in texts])
+mask = torch.tensor([[0] * (width - len(text)) + [1] * len(text) for text in texts])
+options = dict(input_ids=ids, attention_mask=mask, max_new_tokens=40, pad_token_id=0, do_sample=False)
+stock = model.generate(**options)
+remote = dict(custom_generate=folder, trust_remote_code=True)
+for plan in ("auto", "all:8", "2:8", "linear:8", "lookup:4", "ar"):
+    assert torch.equal(model.generate(**options, plan=plan, **remote), stock), plan
+assert torch.equal(model.generate(**options), stock)
+one = model.generate(ids[2:], max_length=30, do_sample=False)
+assert torch.equal(model.generate(ids[2:], max_length=30, do_sample=False, **remote), one)
+first = int(stock[0, width])
+eos = dict(options, eos_token_id=first)
+assert torch.equal(model.generate(**eos, **remote), model.generate(**eos))
+drawn = []
+for seed in (1, 1, 2):
+    torch.manual_seed(seed)
+    sampling = dict(options, do_sample=True, temperature=0.8, top_p=0.9, num_return_sequences=2, plan="2:8")
+    drawn.append(model.generate(**sampling, **remote))
+assert drawn[0].shape == (6, width + 40) and torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+assert not any(name.startswith("tidar_megatron") for name in sys.modules)
+loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+assert torch.equal(loaded.generate(ids[2:], max_length=30, do_sample=False), one)
+print("alone:", sum(name.startswith("transformers_modules") for name in sys.modules))
+"""
+
+
+def test_the_files_are_the_package_s_own(checkpoint):
+    folder = Path(checkpoint) / "custom_generate"
+    assert {path.stem for path in folder.glob("*.py")} == set(MODULES)
+    for name in MODULES:
+        text = (folder / f"{name}.py").read_text()
+        assert text == source_of(name)
+        assert "from tidar_megatron" not in text and "import tidar_megatron" not in text
+
+
+def test_transformers_alone_decodes_with_them(checkpoint, tmp_path):
+    script = tmp_path / "alone.py"
+    script.write_text(ALONE)
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), str(checkpoint)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "alone:" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def stock(checkpoint):
+    return AutoModelForCausalLM.from_pretrained(checkpoint)
+
+
+def test_the_model_is_left_as_it_was(stock):
+    ids = torch.tensor([[1, 2, 3]])
+    stock.train()
+    attention = stock.config._attn_implementation
+    generate(ids, model=stock, max_new_tokens=3)
+    assert stock.training and stock.config._attn_implementation == attention
+    assert all(parameter.requires_grad for parameter in stock.parameters())
+    with pytest.raises(UserError, match="mask token"):
+        generate(torch.tensor([[stock.config.tidar["mask_token_id"]]]), model=stock)
+    assert stock.config._attn_implementation == attention
+    stock.eval()
+
+
+def test_a_streamer_sees_the_prompt_and_then_all_tokens(stock):
+    class Streamer:
+        def __init__(self):
+            self.seen, self.ended = [], False
+
+        def put(self, value):
+            self.seen += value.flatten().tolist()
+
+        def end(self):
+            self.ended = True
+
+    streamer = Streamer()
+    made = generate(torch.tensor([[1, 2, 3]]), model=stock, max_new_tokens=9, streamer=streamer)
+    assert streamer.seen == made[0].tolist() and streamer.ended
+
+
+def test_minimum_and_penalty_as_in_transformers(stock):
+    ids = torch.tensor([list(b"abcabcab")])
+    eos = int(stock.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=-1)[0, -1])
+    for options in ({"min_new_tokens": 6}, {"min_length": 12}, {"repetition_penalty": 1.5}):
+        config = GenerationConfig(
+            max_new_tokens=12, do_sample=False, eos_token_id=eos, pad_token_id=0, suppress_tokens=[257], **options
+        )
+        expected = stock.generate(ids, generation_config=config)
+        assert torch.equal(generate(ids, config, model=stock, plan="all:4"), expected), options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_beams": 4}, "num_beams: not served"),
+        ({"no_repeat_ngram_size": 2}, "no_repeat_ngram_size: not served"),
+        ({"output_scores": True}, "output_scores: not served"),
+        ({"logits_processor": [print]}, "logits_processor: not served"),
+        ({"nonsense": 3}, "nonsense: not served"),
+        ({"suppress_tokens": [3]}, "suppress_tokens: not served"),
+        ({"plan": "fast"}, "plan 'fast'"),
+        ({"do_sample": True, "temperature": -1.0}, "temperature"),
+        ({"stop_strings": "x"}, "need a tokenizer"),
+    ],
+)
+def test_what_is_not_served_is_named(stock, options, message):
+    with pytest.raises(UserError, match=message):
+        generate(torch.tensor([[1, 2]]), model=stock, **options)
+
+
+def test_batches_have_no_streamer(stock):
+    with pytest.raises(UserError, match="one row"):
+        generate(torch.ones(2, 3, dtype=torch.int64), model=stock, streamer=object())
+
+
+def test_the_folder_must_be_new(tmp_path):
+    write_custom_generate(tmp_path)
+    with pytest.raises(FileExistsError):
+        write_custom_generate(tmp_path)

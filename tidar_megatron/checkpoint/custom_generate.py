@@ -1,0 +1,30 @@
+"""The engine as files that an exported folder carries, so that transformers alone can decode with it."""
+
+import re
+from importlib.resources import files
+from pathlib import Path
+
+from tidar_megatron import __version__
+
+MODULES = {  # file in the folder -> module of this package; the first is what transformers calls
+    "generate": "inference/custom_generate",
+    **{name: f"inference/{name}" for name in ("engine", "sequence", "drafting", "planner", "costs", "static")},
+    **{name: f"inference/{name}" for name in ("attention", "cache", "model", "request", "sampling", "text")},
+    **{name: name for name in ("attention_mask", "attention_kernels", "errors")},
+}
+
+
+def write_custom_generate(folder: str | Path) -> None:
+    """Write ``FOLDER/custom_generate``; transformers runs it where ``trust_remote_code`` allows."""
+    target = Path(folder) / "custom_generate"
+    target.mkdir()
+    for name in MODULES:
+        (target / f"{name}.py").write_text(source_of(name), encoding="utf-8")
+
+
+def source_of(name: str) -> str:
+    """A module, importing its neighbours from the folder it will lie in."""
+    module = files("tidar_megatron").joinpath(*f"{MODULES[name]}.py".split("/")).read_text(encoding="utf-8")
+    module = re.sub(r"(?m)^from tidar_megatron(?:\.\w+)*?\.(\w+) import ", r"from .\1 import ", module)
+    about = f"# Copied from tidar-megatron {__version__}, tidar_megatron/{MODULES[name]}.py: change it there.\n"
+    return about + module
