@@ -25,14 +25,8 @@ OF_NO_EFFECT = ("use_cache", "synced_gpus", "cache_implementation", "disable_com
 SERVED = {  # options of a GenerationConfig that are served, or mean nothing here
     *("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "max_length"),
     *("min_new_tokens", "min_length", "eos_token_id", "pad_token_id", "bos_token_id", "num_return_sequences"),
-    *(
-        "suppress_tokens",
-        "stop_strings",
-        "transformers_version",
-        "prefill_chunk_size",
-        "renormalize_logits",
-        *OF_NO_EFFECT,
-    ),
+    *("suppress_tokens", "stop_strings", "transformers_version", "prefill_chunk_size", "renormalize_logits"),
+    *OF_NO_EFFECT,
 }
 
 
