@@ -1,11 +1,12 @@
 """The certificate: it holds where it should, and notices another token, another distribution, and a tie."""
 
+import os
 import random
 
 import pytest
 import torch
 
-from tests.inference.conftest import make_causal_lm
+from tests.inference.conftest import FAMILIES, MASK, make_causal_lm
 from tidar_megatron.errors import UserError
 from tidar_megatron.evaluation import certificate
 from tidar_megatron.evaluation.certificate import certify, plans, read_prompts
@@ -14,6 +15,7 @@ from tidar_megatron.inference import sampling
 from tidar_megatron.inference.model import load_model
 from tidar_megatron.inference.sequence import Sequence
 
+THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 PROMPTS = [[1, 2, 3], [40, 5, 6, 7, 9], [9]]
 
 
@@ -110,3 +112,14 @@ def test_prompts_are_read(tmp_path):
             read_prompts(path)
     with pytest.raises(UserError, match="cannot be read"):
         read_prompts(tmp_path / "none")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_in_every_plan(family, tmp_path):
+    """Random weights: exactness may not depend on training, nor on a family's details."""
+    make_causal_lm(family, torch.float32).save_pretrained(tmp_path)
+    draw = random.Random(0)
+    lengths = (1, 2, 7, 20, 33, 50) if not THOROUGH else range(1, 60)
+    prompts = [[draw.randrange(MASK) for _ in range(length)] for length in lengths]
+    found = certify(load_model(tmp_path), tmp_path, prompts, 24, plans(), 0)
+    assert found.holds and found.identical == len(prompts) and len(found.runs) == 2 * 22
