@@ -1,6 +1,7 @@
 """A draft/verify forward against slow references, what is kept in the cache, and what is refused by name."""
 
 import json
+import shutil
 from typing import Any
 
 import pytest
@@ -205,8 +206,7 @@ def test_qwen2_with_a_window_it_does_not_use_is_welcome(causal_lm):
     ],
 )
 def test_broken_config(checkpoint, tmp_path, edit, message):
-    for file in checkpoint.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text())
     edit(config)
     (tmp_path / "config.json").write_text(json.dumps(config))

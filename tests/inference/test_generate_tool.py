@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -144,8 +145,7 @@ def test_bad_input_of_the_program_itself(checkpoint, arguments, message):
 
 
 def test_a_folder_without_a_tidar_section(checkpoint, tool, tmp_path):
-    for file in checkpoint.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text())
     del config["tidar"]
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -38,7 +38,7 @@ def grown(model: DecodeModel, body: str) -> DecodeModel:
     old = model.causal_lm.config
     sizes = dict(BODIES[body])
     if any(getattr(old, name) > size for name, size in sizes.items()):
-        raise UserError(f"--body {body}: the model is larger; use a smaller one, or leave --body out")
+        raise UserError(f"--bodies {body}: the model is larger; use a smaller one, or leave that body out")
     groups = old.num_attention_heads // old.num_key_value_heads
     config = deepcopy(old)
     config.update(sizes | {"num_key_value_heads": sizes["num_attention_heads"] // groups, "head_dim": old.head_dim})

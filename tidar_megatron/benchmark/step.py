@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -25,9 +26,8 @@ from tidar_megatron.inference.sequence import Sequence as Decoding
 class Pass:
     """A text's decode steps, and the bare forwards of what was in them."""
 
-    step_seconds: float = 0.0
-    bare_seconds: float = 0.0
-    steps: int = 0
+    step_seconds: list[float] = field(default_factory=list)
+    bare_seconds: list[float] = field(default_factory=list)
     tokens: int = 0
     bytes: list[int] = field(default_factory=list)  # allocated by a step
 
@@ -40,7 +40,8 @@ def step(
     max_new_tokens: int,
     repeats: int,
 ) -> dict[str, Any]:
-    """One row for each plan and context. Every step of the engine is followed by its bare forward.
+    """One row for each plan and context. Every step of the engine is followed by its bare forward: ``over_bare`` is of
+    such pairs. ``over_nearest``: how many times as long as behind the first context, and the same of bare forwards.
 
     The bare forward is transformers' own model with torch's scaled-dot-product attention under the mask of the step's
     tokens, keys and values in a cache that copies nothing, and the output layer on as many rows as the step needs.
@@ -61,23 +62,22 @@ def step(
             measured[name, context].append(done)
     rows = []
     for (name, context), (first, *rest) in measured.items():
-        per_step = Spread.of([done.step_seconds / done.steps for done in rest])
-        near = Spread.of([done.step_seconds / done.steps for done in measured[name, fitting[0]][1:]])
+        near = measured[name, fitting[0]][1:]
+        pairs = [pair for done in rest for pair in zip(done.step_seconds, done.bare_seconds, strict=True)]
         rows.append(
-            {"plan": name, "context": context}
-            | {"over_bare": rounded(Spread.of([done.step_seconds / done.bare_seconds for done in rest]))}
-            | {"step_milliseconds": round(1e3 * per_step.median, 4)}
-            | {"milliseconds_per_token": round(1e3 * Spread.of([d.step_seconds / d.tokens for d in rest]).median, 4)}
-            | {"over_nearest": round(per_step.median / near.median, 3)}
-            | {"bare_over_nearest": _growth(measured[name, context][1:], measured[name, fitting[0]][1:])}
+            {"plan": name, "context": context, "over_bare": rounded(Spread.of([ours / bare for ours, bare in pairs]))}
+            | {"step_milliseconds": round(1e3 * _usual(rest, "step_seconds"), 4)}
+            | {"tokens_per_step": round(sum(done.tokens for done in rest) / len(pairs), 3)}
+            | {"over_nearest": round(_usual(rest, "step_seconds") / _usual(near, "step_seconds"), 3)}
+            | {"bare_over_nearest": round(_usual(rest, "bare_seconds") / _usual(near, "bare_seconds"), 3)}
             | {"bytes_per_step": max(first.bytes)}
         )
     return {"rows": rows, "skipped": [context for context in contexts if context not in fitting]}
 
 
-def _growth(far: Sequence[Pass], near: Sequence[Pass]) -> float:
-    of = [Spread.of([done.bare_seconds / done.steps for done in passes]).median for passes in (far, near)]
-    return round(of[0] / of[1], 3)
+def _usual(passes: Sequence[Pass], which: str) -> float:
+    """Of a step: the mean of each pass, for steps differ in size; the median of the passes."""
+    return median(fmean(getattr(done, which)) for done in passes)
 
 
 def _pass(model: DecodeModel, bare: "Bare", text: Sequence[int], options: DecodeOptions, watched: bool) -> Pass:
@@ -93,12 +93,11 @@ def _pass(model: DecodeModel, bare: "Bare", text: Sequence[int], options: Decode
             continue
         start = time.perf_counter()
         ((_, made),) = engine.step()
-        done.step_seconds += time.perf_counter() - start
-        done.steps += 1
+        done.step_seconds.append(time.perf_counter() - start)
         done.tokens += len(made.tokens)
         plan = sequence.last_part.plan
         drafting = plan.rows_after(len(made.tokens)) if made.stop is None else ()
-        done.bare_seconds += bare.seconds(sequence.last_part, plan.num_drafts + len(drafting))
+        done.bare_seconds.append(bare.seconds(sequence.last_part, plan.num_drafts + len(drafting)))
     return done
 
 

@@ -81,7 +81,7 @@ def local_mask(plan: Plan) -> Tensor:
     return may_attend(layout, layout)
 
 
-SHORT = 512  # a prefix of so many tokens is part of the masked call: a second call costs more than the mask does
+SHORT = 2048  # a prefix of so many tokens is part of the masked call: a second call costs more than the mask does
 MOST_KEPT = 128  # a piece of a prompt is a plan of its own length, used once: such (large) masks are not kept
 
 
@@ -143,6 +143,7 @@ class PackedForward:
         self.starts: list[int] = edges
         self.num_tokens = place
         self._uniform: Uniform | None = None
+        self._biases: list[_Bias | None] = [None] * len(parts)
         self.num_masks = sum(part.plan.num_masks for part in parts)
 
     def inputs(self, mask_token_id: int | None, device: torch.device) -> Tensor:
@@ -152,7 +153,7 @@ class PackedForward:
         for part in self._parts:
             ids += [*part.tokens, *[mask_token_id] * part.plan.num_masks]
             positions += [part.length + offset for offset in position_offsets(part.plan)]
-        return torch.tensor([ids, positions]).to(device)
+        return torch.tensor(ids + positions).view(2, -1).to(device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """As :meth:`Forward.attend`."""
@@ -160,13 +161,21 @@ class PackedForward:
             if self._uniform is None:
                 self._uniform = self._as_uniform(query.shape[1] // key.shape[1], query)
             return self._uniform.attend(self._pool, layer, query, key, value, scale)
+        if len(self._parts) == 1:
+            return self._attend_part(0, layer, query, key, value, scale)
         outputs = []
-        for part, start in zip(self._parts, self.starts, strict=True):
+        for number, (part, start) in enumerate(zip(self._parts, self.starts, strict=True)):
             rows = slice(start, start + part.plan.num_tokens)
-            new_key, new_value = key[:, :, rows], value[:, :, rows]
-            keys, values = self._pool.write(layer, part.slot, part.length, new_key, new_value)
-            outputs.append(_attend(query[:, :, rows], keys, values, part, scale))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+            q, k, v = (tensor[:, :, rows] for tensor in (query, key, value))
+            outputs.append(self._attend_part(number, layer, q, k, v, scale))
+        return torch.cat(outputs, dim=1)
+
+    def _attend_part(self, number: int, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        part = self._parts[number]
+        keys, values = self._pool.write(layer, part.slot, part.length, key, value)
+        if part.plan.num_tokens > 1 and self._biases[number] is None:
+            self._biases[number] = _bias_of(part, _folded(query, key.shape[1]), query)
+        return _attend(query, keys, values, part.length, self._biases[number], scale)
 
     @cached_property
     def is_uniform(self) -> bool:
@@ -221,27 +230,48 @@ class Uniform:
         return out.reshape(count, heads, tokens, -1).transpose(1, 2).reshape(1, count * tokens, heads, -1)
 
 
-def _attend(query: Tensor, keys: Tensor, values: Tensor, part: Part, scale: float) -> Tensor:
+class _Bias(NamedTuple):
+    """How one sequence's keys are masked: all in one call, or what is new apart from the prefix, ``causal`` or not."""
+
+    bias: Tensor | None
+    apart: bool
+    causal: bool = False
+
+
+def _folded(query: Tensor, kv_heads: int) -> int:
+    """How many query heads of a group become rows of one head.
+
+    All, so that keys are read once for them; or none where torch's kernel, which gives a head to a thread, would leave
+    threads without one.
+    """
+    spread = has_flash(query.device) and torch.get_num_threads() > kv_heads
+    return 1 if spread else query.shape[1] // kv_heads
+
+
+def _bias_of(part: Part, groups: int, query: Tensor) -> _Bias:
+    tokens, length = part.plan.num_tokens, part.length
+    apart = length > SHORT or tokens > MOST_KEPT
+    if apart and not part.plan.branches and groups == 1 and has_flash(query.device):
+        return _Bias(None, True, True)
+    if tokens > MOST_KEPT:
+        return _Bias(_bias(part.plan, groups, query.dtype, query.device), True)
+    kept = _kept_bias(part.plan, groups, query.dtype, query.device)
+    return _Bias(kept[..., SHORT - (0 if apart else length) :], apart)
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor, length: int, masked: _Bias | None, scale: float) -> Tensor:
     """One sequence: the prefix, which all see, and what is new, under the local mask; merged where it is long."""
     _, heads, tokens, head_dim = query.shape
-    groups = heads // keys.shape[1]
-    folded = query.reshape(1, keys.shape[1], groups * tokens, head_dim)  # head n * G + g becomes rows g * T ...
-    split = part.length
-    if tokens == 1:
-        out, _ = attend(folded, keys, values, None, scale)
-    elif split <= SHORT and tokens <= MOST_KEPT:
-        bias = _kept_bias(part.plan, groups, query.dtype, query.device)
-        out, _ = attend(folded, keys, values, bias[..., SHORT - split :], scale)
+    kv_heads, rows = keys.shape[1], _folded(query, keys.shape[1]) * tokens
+    folded = query.reshape(kv_heads, -1, rows, head_dim)  # where folded, head n * G + g becomes rows g * T ... of n
+    keys, values = (x.transpose(0, 1).expand(-1, folded.shape[1], -1, -1) for x in (keys, values))
+    if masked is None or not masked.apart:
+        out, _ = attend(folded, keys, values, masked and masked.bias, scale)
     else:
-        causal = not part.plan.branches and groups == 1 and has_flash(query.device)
-        bias = None
-        if not causal and tokens <= MOST_KEPT:
-            bias = _kept_bias(part.plan, groups, query.dtype, query.device)[..., SHORT:]
-        elif not causal:
-            bias = _bias(part.plan, groups, query.dtype, query.device)
-        out, lse = attend(folded, keys[:, :, split:], values[:, :, split:], bias, scale, causal)
-        if split:
-            out = _merged(out, lse, *attend(folded, keys[:, :, :split], values[:, :, :split], None, scale))
+        new = slice(length, None)
+        out, lse = attend(folded, keys[:, :, new], values[:, :, new], masked.bias, scale, masked.causal)
+        if length:
+            out = _merged(out, lse, *attend(folded, keys[:, :, :length], values[:, :, :length], None, scale))
     return out.reshape(1, heads, tokens, -1).transpose(1, 2)
 
 

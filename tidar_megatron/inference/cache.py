@@ -29,9 +29,9 @@ class KVPool:
         stop = length + key.shape[2]
         assert stop <= self.capacity
         keys, values = self._of(layer, key, value)
-        keys, values = keys[slot : slot + 1, :, :stop], values[slot : slot + 1, :, :stop]
-        keys[:, :, length:] = key
-        values[:, :, length:] = value
+        keys, values = keys.narrow(0, slot, 1).narrow(2, 0, stop), values.narrow(0, slot, 1).narrow(2, 0, stop)
+        keys.narrow(2, length, stop - length).copy_(key)
+        values.narrow(2, length, stop - length).copy_(value)
         return keys, values
 
     def write_side_by_side(

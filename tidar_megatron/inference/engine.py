@@ -129,11 +129,12 @@ class Engine:
         """Of these rows of each sequence, and of no others: the output layer is most of a small model."""
         places = [start + row for start, own in zip(packed.starts, rows, strict=True) for row in own]
         counts = [len(own) for own in rows]
-        if not places:
-            return hidden[:0].split(counts)
-        first, last = places[0], places[-1]
-        in_a_row = last - first == len(places) - 1  # then a view will do
-        return self.model.logits(hidden[first : last + 1] if in_a_row else hidden[places]).split(counts)
+        logits = hidden[:0]
+        if places:
+            first, count = places[0], len(places)
+            in_a_row = places[-1] - first == count - 1  # then a view will do
+            logits = self.model.logits(hidden.narrow(0, first, count) if in_a_row else hidden[places])
+        return logits.split(counts) if len(counts) > 1 else (logits,)
 
     def _leave(self, sequence: Sequence) -> None:
         self._active.remove(sequence)

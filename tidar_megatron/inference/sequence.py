@@ -141,7 +141,7 @@ class Sequence:
         confidences: list[float] = []
         if self._policy.wants_confidences:
             likely = logits.float().softmax(-1) if q is None else q
-            confidences = likely.max(-1).values.tolist()
+            confidences = likely.amax(-1).tolist()
         branch = self._part.plan.branch_after(self._accepted)
         assert branch is not None
         self._drafts = Drafts([*self._drafts.tokens, *tokens], q, confidences, self._accepted - branch)
@@ -160,10 +160,14 @@ class Sequence:
     def _useful(self, plan: Plan) -> Plan:
         """The plan, less branches that could not draft a single useful token, its masks within the context."""
         last = self._end - 1 if self.options.trust_ratio < 1 else self._end - 2  # mixing needs the place itself
+        if not plan.branches:
+            return plan
         useful = tuple(r for r in plan.branches if self.length + r <= last)
         if not useful:
             return Plan(plan.num_drafts)
-        room = self._context_limit - self.length - max(useful)
+        room = self._context_limit - self.length - useful[-1]
+        if useful == plan.branches and plan.draft_length <= room:
+            return plan
         return Plan(plan.num_drafts, useful, min(plan.draft_length, room))
 
     def _cut(self, tokens: list[int]) -> list[int]:

@@ -1,0 +1,131 @@
+"""``tools/benchmark.py planner`` and ``step``: what they compare, on models of seconds; bodies that say the same."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+from tests.inference.conftest import make_causal_lm
+from tidar_megatron.benchmark import bodies, planner
+from tidar_megatron.benchmark.bodies import grown, in_body, with_useless_drafts
+from tidar_megatron.benchmark.measuring import allocated_bytes
+from tidar_megatron.benchmark.step import step
+from tidar_megatron.errors import UserError
+from tidar_megatron.inference.engine import Engine, generate
+from tidar_megatron.inference.model import load_model, wrap_model
+from tidar_megatron.inference.request import DecodeOptions, parse_plan
+
+SMALL = {"hidden_size": 64, "intermediate_size": 80, "num_attention_heads": 8, "num_hidden_layers": 3}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_larger_body_says_the_same(family, monkeypatch):
+    monkeypatch.setitem(bodies.BODIES, "small", SMALL)
+    model = wrap_model(make_causal_lm(family, torch.float64, rms_norm_eps=1e-12))
+    larger = grown(model, "small")
+    count = [sum(p.numel() for p in m.causal_lm.parameters()) for m in (model, larger)]
+    assert count[1] > 3 * count[0]
+    ids = torch.randint(0, 47, (2, 30))
+    logits = []
+    for wrapped in (model, larger):
+        wrapped.causal_lm.set_attn_implementation("eager")
+        logits.append(wrapped.causal_lm(ids).logits)
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)  # norms are float32 whatever the dtype
+
+
+def test_a_body_must_be_larger(trained):
+    with pytest.raises(UserError, match="--bodies 11M: the model is larger"):
+        grown(grown(trained, "88M"), "11M")
+
+
+def test_useless_drafts_change_no_text_and_are_not_accepted(trained, prompts):
+    useless = with_useless_drafts(trained)
+    forwards = {}
+    for name, model in (("trained", trained), ("useless", useless)):
+        made = [generate(model, prompt, DecodeOptions("tidar", max_new_tokens=40)) for prompt in prompts]
+        plain = [generate(model, prompt, DecodeOptions("ar", max_new_tokens=40)) for prompt in prompts]
+        assert [g.token_ids for g in made] == [g.token_ids for g in plain]
+        forwards[name] = sum(g.forwards for g in made)
+    assert forwards["useless"] > 1.5 * forwards["trained"]
+    assert in_body(trained, "own") is trained
+
+
+def test_the_planner_against_every_plan(trained, prompts, monkeypatch):
+    monkeypatch.setattr(planner, "LENGTHS", (2, 4))
+    threads = torch.get_num_threads()
+    found = planner.planner(trained, prompts, [("own", 1), ("useless", 1)], 12, 2)
+    assert [row["body"] for row in found["compared"]] == ["own", "useless"]
+    plans = {row["plan"] for row in found["sweep"] if row["body"] == "own"}
+    assert plans == {"ar", *(f"{kind}:{K}" for kind in planner.KINDS for K in (2, 4)), "3:4"} - {"2:2", "3:2"}
+    for row in found["compared"]:
+        assert row["best"] in plans and row["auto_over_best"]["median"] > 0 and row["prompts"] >= 2
+    ar = next(row for row in found["sweep"] if row["plan"] == "ar")
+    assert ar["tokens_per_forward"] == 1.0
+    torch.set_num_threads(threads)
+
+
+def test_a_step_against_a_bare_forward(checkpoint):
+    model = load_model(checkpoint)
+    found = step(model, checkpoint, [list(b"hello world")], [16, 40, 4096], 6, 2)
+    assert found["skipped"] == [4096]
+    assert {row["context"] for row in found["rows"]} == {16, 40} and len(found["rows"]) == 2 * 6
+    for row in found["rows"]:
+        assert row["over_bare"]["median"] > 0 and row["bytes_per_step"] > 0 and row["tokens_per_step"] >= 1
+        assert row["context"] > 16 or row["over_nearest"] == row["bare_over_nearest"] == 1.0
+
+
+@pytest.mark.parametrize("plan", ["ar", "linear:4", "1:4", "all:4"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_bytes_of_a_step_do_not_grow_with_the_context(causal_lm, plan, batch):
+    """Steps of as many tokens take as many bytes behind 600 tokens as behind 1900 (fewer than the 512 that
+    a kernel goes through at a time make its room smaller), kernels' own included."""
+    model = wrap_model(causal_lm("llama", torch.float32, max_position_embeddings=2048))
+    options = parse_plan(plan)
+    taken = {}
+    for context in (600, 1900):
+        engine = Engine(model, batch, 2040)
+        asked = DecodeOptions(**{**vars(options), "max_new_tokens": 30, "ignore_eos": True})
+        sequences = [engine.submit([1 + number] * context, asked) for number in range(batch)]
+        while any(sequence.reads_prompt for sequence in sequences):
+            engine.step()
+        engine.step()
+        by_size = taken.setdefault(context, {})
+        while not engine.is_idle:
+            made = []
+            size = allocated_bytes(lambda engine=engine, made=made: made.extend(engine.step()))
+            if len(made) == batch:
+                key = tuple(sequence.last_part.plan for sequence, _ in made)
+                by_size[key] = min(size, by_size.get(key, size))
+    same = taken[600].keys() & taken[1900].keys()
+    assert same
+    for key in same:
+        assert taken[1900][key] <= taken[600][key] * 1.02, key
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["planner"], "planner: needs --model DIR and --prompts FILE"),
+        (["planner", "--contexts", "64"], "--contexts: is for decode and step, not for planner"),
+        (["step", "--bodies", "own"], "--bodies: is for planner, not for step"),
+        (["planner", "--model", "x", "--prompts", "y", "--bodies", "9M"], "--bodies 9M: use own, useless, 11M, 88M"),
+        (["planner", "--model", "x", "--prompts", "y", "--bodies", "own@0"], "--bodies own@0: use"),
+    ],
+)
+def test_bad_input(arguments, message, tmp_path):
+    command = [sys.executable, "tools/benchmark.py", *arguments, "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and message in done.stderr, done.stderr[-2000:]
+
+
+def test_the_program(checkpoint, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('"hello"\n"abc"\n')
+    command = [sys.executable, "tools/benchmark.py", "step", "--model", checkpoint]
+    command += ["--prompts", tmp_path / "prompts.jsonl", "--contexts", 16, "--max-new-tokens", 4, "--repeats", 1]
+    command += ["--output", tmp_path, "--json"]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "step.json").read_text()) == json.loads(done.stdout.splitlines()[-1])
