@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 from tidar_megatron.benchmark import attention as attention_benchmark
 from tidar_megatron.benchmark import loss as loss_benchmark
 from tidar_megatron.benchmark.measuring import Spread, Timings, peak_bytes
-from tidar_megatron.benchmark.report import plot
+from tidar_megatron.benchmark.report import plot, show
 from tidar_megatron.distributed.groups import shut_down
 
 
@@ -121,3 +121,11 @@ def test_bad_input():
     ):
         done = run(*arguments)
         assert done.returncode == 2 and word in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("skipped", "shown"), [([], None), ([4096, 8192], "skipped: 4096, 8192")])
+def test_tables_of_results_with_and_without_skipped_contexts(skipped, shown, capsys):
+    show({"benchmark": "decode", "rows": [{"mode": "ar", "batch": 1}], "skipped": skipped})
+    printed = capsys.readouterr().out
+    assert "mode" in printed and "ar" in printed and (shown or "mode") in printed
+    assert ("skipped" in printed) is bool(skipped)

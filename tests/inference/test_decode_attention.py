@@ -61,11 +61,12 @@ def test_masks_of_prompts_are_not_kept():
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
     plain=st.booleans(),
     short=st.sampled_from([-1, 4, 9]),
+    threads=st.sampled_from([1, 3]),
     seed=st.integers(0, 2**31),
 )
-def test_packed_attention_is_grouped_query_attention_of_each(parts, heads, dtype, plain, short, seed):
+def test_packed_attention_is_grouped_query_attention_of_each(parts, heads, dtype, plain, short, threads, seed):
     """Sequences of other lengths and plans side by side, with torch's CPU kernel and the plain one; the prefix in the
-    masked call and apart."""
+    masked call and apart; fewer heads than threads."""
     query_heads, kv_heads = heads
     head_dim, generator = 8, torch.Generator().manual_seed(seed)
     tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 4e-2}[dtype]
@@ -87,6 +88,7 @@ def test_packed_attention_is_grouped_query_attention_of_each(parts, heads, dtype
         if plain:
             patch.setattr(attention_kernels, "has_flash", lambda device: False)
             patch.setattr(attention, "has_flash", lambda device: False)
+        patch.setattr(torch, "get_num_threads", lambda: threads)
         patch.setattr(attention, "SHORT", max(short, 0))
         patch.setattr(attention, "MOST_KEPT", 0 if short < 0 else attention.MOST_KEPT)
         attention._kept_bias.cache_clear()

@@ -18,12 +18,17 @@ def write(result: dict[str, Any], folder: str | Path) -> Path:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Each list of rows as a table."""
+    """Each list of rows as a table; what was skipped as a line."""
     console = Console()
     lists = {name: value for name, value in result.items() if isinstance(value, list)}
     if not lists:
         lists = {result["benchmark"]: [{k: v for k, v in result.items() if isinstance(v, float)}]}
     for name, rows in lists.items():
+        if not rows:
+            continue
+        if not isinstance(rows[0], dict):
+            console.print(f"{name}: {', '.join(map(str, rows))}")
+            continue
         table = Table(*(column.replace("_", " ") for column in rows[0]), title=name)
         for row in rows:
             table.add_row(*(_cell(row.get(column, "")) for column in rows[0]))

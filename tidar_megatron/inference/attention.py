@@ -29,8 +29,7 @@ from tidar_megatron.inference.cache import KVPool
 ATTENTION_NAME = "tidar_packed"
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """What one sequence has in a forward: ``num_drafts`` tokens, then a block of ``draft_length`` masks a branch.
 
     Branch r is the pre-draft for the outcome "exactly r drafts accepted"; the tokens lie as

@@ -41,6 +41,8 @@ class Sequence:
         self.error: Exception | None = None
         self._context_limit = model.context_limit
         self._policy = make_policy(model, options, prompt)
+        # who chooses its plans, in mode auto
+        self.planner: Planner | None = self._policy.planner if isinstance(self._policy, Planned) else None
         end_of_text = frozenset() if options.ignore_eos else model.eos_token_ids
         self._end_of_text = end_of_text
         self._sampler = Sampler(options.sampling, prompt, end_of_text, model.vocab_size, model.device)
@@ -79,11 +81,6 @@ class Sequence:
     def last_part(self) -> Part:
         """What it had in the last forward."""
         return self._part
-
-    @property
-    def planner(self) -> Planner | None:
-        """Who chooses its plans, in mode ``auto``."""
-        return self._policy.planner if isinstance(self._policy, Planned) else None
 
     @property
     def reads_prompt(self) -> bool:

@@ -50,8 +50,8 @@ def _power_of_two(least: int) -> int:
 class StaticForward:
     """A forward of one shape; the slots of sequences that are not in it bring tokens that mean nothing."""
 
-    def __init__(self, pool: KVPool, shape: Shape, device: torch.device) -> None:
-        self._pool, self._shape = pool, shape
+    def __init__(self, pool: KVPool, shape: Shape, device: torch.device, graph_memory: object = None) -> None:
+        self._pool, self._shape, self._graph_memory = pool, shape, graph_memory
         count = shape.sequences * shape.tokens
         self._numbers = torch.zeros(3, count, dtype=torch.int64, device=device)  # token ids, positions, places
         self._lengths = torch.zeros(shape.sequences, dtype=torch.int64, device=device)
@@ -113,7 +113,7 @@ class StaticForward:
         else:
             torch.cuda.synchronize()
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            with torch.cuda.graph(self._graph, pool=self._graph_memory):
                 self._hidden = model.forward(self)
             self._graph.replay()  # what is captured has not run
         assert self._hidden is not None
@@ -143,6 +143,8 @@ class Forwards:
         self.shapes: dict[Shape, StaticForward] = {}
         self.pool = KVPool(slots, capacity + MARGIN * self.is_static)
         self._model = model
+        # one for all graphs: what one has made is used up before another runs
+        self._graph_memory = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
 
     def run(self, parts: Sequence[Part], reads_prompt: bool = False) -> tuple[Tensor, Forward]:
         """Hidden states ``[tokens, hidden]``, and the forward that says where each part's rows start."""
@@ -151,7 +153,7 @@ class Forwards:
             packed = PackedForward(self.pool, parts)
             return self._model.forward(packed), packed
         if shape not in self.shapes:
-            self.shapes[shape] = StaticForward(self.pool, shape, self._model.device)
+            self.shapes[shape] = StaticForward(self.pool, shape, self._model.device, self._graph_memory)
         forward = self.shapes[shape]
         forward.load(parts, self._model.mask_token_id)
         return forward.run(self._model), forward
