@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from bisect import bisect_right
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -71,22 +71,23 @@ class Clock:
 
     def __init__(self, costs: Costs) -> None:
         self._costs = costs
-        self._ratios: dict[int, dict[int, deque[float]]] = {}  # by batch, by size
+        # by batch, by size: tokens, context and seconds
+        self._steps: defaultdict[int, defaultdict[int, deque[tuple[int, float, float]]]]
+        self._steps = defaultdict(lambda: defaultdict(lambda: deque(maxlen=self.KEPT)))
 
     def observe(self, batch: int, context: float, tokens: int, seconds: float) -> None:
         """A step of so many tokens, all sequences together."""
-        sizes = self._ratios.setdefault(_octaves(batch), {})
-        ratio = seconds / self._costs.of(tokens, context)
-        sizes.setdefault(_octaves(tokens), deque(maxlen=self.KEPT)).append(ratio)
+        self._steps[_octaves(batch)][_octaves(tokens)].append((tokens, context, seconds))
 
     def curve(self, batch: int, context: float, most: int) -> list[float]:
         """As :meth:`Costs.curve`, for the batch."""
         timed = self._costs.curve(context, most)
-        seen = self._ratios.get(_octaves(batch))
+        seen = self._steps.get(_octaves(batch))
         if not seen:
             return timed.tolist()
-        sizes, counts = np.array(list(seen)), np.array([len(ratios) for ratios in seen.values()])
-        medians = np.array([median(ratios) for ratios in seen.values()])
+        sizes, counts = np.array(list(seen)), np.array([len(steps) for steps in seen.values()])
+        ratios_of = ([took / self._costs.of(tokens, at) for tokens, at, took in steps] for steps in seen.values())
+        medians = np.array([median(ratios) for ratios in ratios_of])
         near = np.maximum(8.0 ** -abs(np.arange(_octaves(most) + 1)[:, None] - sizes), 1e-4)
         near *= counts / (counts + 4)  # how sure
         ratios = (near @ medians + 1e-5) / (near.sum(axis=1) + 1e-5)

@@ -8,7 +8,7 @@ never what it says.
 """
 
 import math
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -60,16 +60,18 @@ class Outcomes:
     KEPT, ENOUGH = 160, 16  # blocks of a length
 
     def __init__(self) -> None:
-        self._blocks: dict[int, deque[tuple[list[float], int]]] = {}  # by number of drafts
+        # by number of drafts
+        self._blocks: defaultdict[int, deque[tuple[list[float], int]]] = defaultdict(lambda: deque(maxlen=self.KEPT))
         self._arrays: dict[int, tuple[np.ndarray, ...]] = {}
         self._ranks: dict[int, tuple[np.ndarray, np.ndarray] | None] = {}
         self._lags: dict[tuple[int, int], np.ndarray | None] = {}
 
     def observe(self, confidences: list[float], accepted: int) -> None:
         """Of a block's drafts, and how many were accepted, the certain token included."""
-        self._blocks.setdefault(len(confidences), deque(maxlen=self.KEPT)).append((confidences, accepted))
-        for found in (self._arrays, self._ranks, self._lags):
-            found.clear()
+        self._blocks[len(confidences)].append((confidences, accepted))
+        if self._lags:
+            for found in (self._arrays, self._ranks, self._lags):
+                found.clear()
 
     def lags(self, count: int, branches: int) -> np.ndarray | None:
         """With that many drafts and branches for the likeliest outcomes: how much shorter the branch to go on from is.
