@@ -32,7 +32,7 @@ test: setup
 
 # hundreds of random cases of every property instead of dozens
 test-slow: setup
-	@$(RUN) HYPOTHESIS_PROFILE=thorough python -m pytest --timeout=3600 tests/test_attention_mask.py tests/test_config.py tests/models tests/data tests/inference $(TEST_ARGS)
+	@$(RUN) HYPOTHESIS_PROFILE=thorough python -m pytest --timeout=3600 tests/test_attention_mask.py tests/test_config.py tests/models tests/data tests/inference tests/evaluation $(TEST_ARGS)
 
 # on a machine with a CUDA device
 test-gpu: setup

@@ -72,6 +72,39 @@ def costs(training, attention, loss):
     return "\n".join(rows)
 
 
+def gains(decode, planner, step):
+    """The README's table of benchmarks/{decode,planner,step}.json."""
+    names = {"auto auto": "auto", "tidar 1": "1 branch", "linear linear": "linear", "lookup lookup": "prompt-lookup"}
+    names["transformers generate"] = "transformers generate"
+    rows = [f"| context | batch | AR tokens/s | {' | '.join(names.values())} |", f"|---|---|---|{'---|' * len(names)}"]
+    found = {(row["context"], row["batch"], f"{row['mode']} {row['plan']}"): row for row in decode["rows"]}
+    assert all(row["identical_to_ar"] for row in decode["rows"])
+    for context, batch in dict.fromkeys((row["context"], row["batch"]) for row in decode["rows"]):
+        cells = [f"{found[context, batch, 'ar ar']['tokens_per_second']:.0f}"]
+        cells += [f"{found[context, batch, name]['over_ar']:.2f}" for name in names]
+        rows.append(f"| {context} | {batch} | {' | '.join(cells)} |")
+    best = []
+    for row in planner["compared"]:
+        name = {"own": "this model", "useless": "useless drafts"}.get(row["body"], row["body"])
+        over_best, over_ar = row["auto_over_best"]["median"], row["auto_over_ar"]["median"]
+        best.append(
+            f"{name}, {row['threads']} threads: {over_best:.2f}, {over_ar:.2f}".replace("1 threads", "1 thread")
+        )
+    over_bare = [row["over_bare"]["median"] for row in step["rows"]]
+    rows.append("")
+    rows.append(f"`auto` over the best of all fixed plans, and over AR: {'; '.join(best)}.")
+    rows.append(f"A decode step over a bare forward of its shape: {min(over_bare):.2f} to {max(over_bare):.2f}.")
+    machine = decode["machine"]
+    rows.append(f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}.")
+    return "\n".join(rows)
+
+
+def test_the_gains_are_what_was_measured():
+    read = [json.loads((ROOT / f"benchmarks/{name}.json").read_text()) for name in ("decode", "planner", "step")]
+    shown = README.split("<!-- table: decoding -->\n")[1].split("\n<!-- end of table -->")[0]
+    assert shown == gains(*read)
+
+
 def test_the_costs_are_what_was_measured():
     read = [json.loads((ROOT / f"benchmarks/{name}.json").read_text()) for name in ("training", "attention", "loss")]
     shown = README.split("<!-- table: benchmarks -->\n")[1].split("\n<!-- end of table -->")[0]

@@ -109,10 +109,13 @@ def main() -> None:
         ("--threads", [1 if arguments.threads is None else arguments.threads]),
         ("--chunk-size", [chunk_size]),
         *((flag(name), getattr(arguments, name) or []) for name in ("contexts", "batch_sizes")),
-        ("--max-new-tokens", [1 if arguments.max_new_tokens is None else arguments.max_new_tokens]),
     ):
         if wrong := [value for value in values if value < 1]:
             raise UserError(f"{name} {wrong[0]}: must be at least 1")
+    if arguments.max_new_tokens is not None and arguments.max_new_tokens < 2:
+        raise UserError(
+            f"--max-new-tokens {arguments.max_new_tokens}: must be at least 2, the first comes of the prompt"
+        )
     if wrong_lengths := [value for value in seq_lengths if value % 256]:
         raise UserError(f"--seq-lengths {wrong_lengths[0]}: must be a multiple of 256, of 16 documents of whole blocks")
     if wrong_fractions := [value for value in fractions if not 0 < value <= 1]:

@@ -23,7 +23,7 @@ def main() -> None:
         "--mask-token-id", type=int, metavar="ID", help="draft with this token where the model has none"
     )
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--dtype", help="default: float32 on a CPU, else bfloat16")
+    parser.add_argument("--dtype", help="default: float32, also on a GPU: narrower types make ties")
     parser.add_argument("--json", action="store_true", help="print one JSON object, as the last line")
     args = parser.parse_args()
     for name, value, least in (
@@ -39,7 +39,7 @@ def main() -> None:
     from tidar_megatron.inference.text import encode_prompt
 
     texts = certificate.read_prompts(args.prompts)[: args.limit]
-    model = load_model(args.model, args.device, args.dtype, args.mask_token_id)
+    model = load_model(args.model, args.device, args.dtype or "float32", args.mask_token_id)
     own = model.mask_token_id is not None and args.mask_token_id is None
     prompts = [encode_prompt(model.tokenizer, text, add_special_tokens=not own) for text in texts]
     runs = certificate.plans(args.draft_lengths, drafts=model.mask_token_id is not None)

@@ -53,7 +53,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: less of the same")
     parser.add_argument("--min-new-tokens", type=int, default=0, metavar="N", help="no end-of-sequence token before")
-    parser.add_argument("--seed", type=int, metavar="N", help="the same tokens again")
+    parser.add_argument("--seed", type=int, metavar="N", help="the same tokens again, with a --plan that is named")
     parser.add_argument(
         "--trust-ratio", type=float, default=1.0, metavar="B", help="below 1 trusts drafts; no longer AR's output"
     )

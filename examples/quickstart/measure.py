@@ -21,6 +21,7 @@ def plans() -> dict[str, Any]:
     from tidar_megatron.inference.request import DecodeOptions
 
     return {
+        "auto, the planner's choice": DecodeOptions(),
         "tidar, all branches, K=4": DecodeOptions("tidar", 4),
         "tidar, all branches, K=8": DecodeOptions("tidar", 8),
         "tidar, 1 branch, K=8": DecodeOptions("tidar", 8, 1),

@@ -123,3 +123,11 @@ def test_every_family_in_every_plan(family, tmp_path):
     prompts = [[draw.randrange(MASK) for _ in range(length)] for length in lengths]
     found = certify(load_model(tmp_path), tmp_path, prompts, 24, plans(), 0)
     assert found.holds and found.identical == len(prompts) and len(found.runs) == 2 * 22
+
+
+def test_what_cannot_be_certified_is_refused_before_it_begins(folder):
+    model = load_model(folder)
+    with pytest.raises(UserError, match=r"prompt 2: .* more than the model's context"):
+        certify(model, folder, [[1], [1] * (model.context_limit - 4)], 8, plans([2]), 0)
+    with pytest.raises(UserError, match="--samples 0"):
+        certify(load_model(folder, dtype="bfloat16"), folder, [[1]], 8, plans([2]), 10)

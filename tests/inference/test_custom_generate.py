@@ -139,3 +139,27 @@ def test_the_folder_must_be_new(tmp_path):
     write_custom_generate(tmp_path)
     with pytest.raises(FileExistsError):
         write_custom_generate(tmp_path)
+
+
+@pytest.mark.parametrize("eos", [[250, 105], None])
+def test_what_is_left_open_is_transformers_choice(stock, monkeypatch, eos):
+    """How many tokens, which end a text, which pads it: with a model's own settings, and with a part of others."""
+    texts = torch.tensor([list(b"hello wo"), list(b"the same")])
+    first = int(stock.generate(texts[:1], max_new_tokens=4, do_sample=False, eos_token_id=-1)[0, -1])
+    theirs = GenerationConfig(eos_token_id=[first, 250], suppress_tokens=[stock.config.tidar["mask_token_id"]])
+    monkeypatch.setattr(stock, "generation_config", theirs)
+    for options in (
+        {},
+        {"eos_token_id": eos},
+        {"max_length": 20},
+        {"generation_config": GenerationConfig(max_new_tokens=30)},
+    ):
+        assert torch.equal(generate(texts, model=stock, **options), stock.generate(texts, **options)), options
+
+
+def test_a_model_that_cannot_be_served_is_left_as_it_was(stock, monkeypatch):
+    attention = stock.config._attn_implementation
+    monkeypatch.setattr(stock.config, "tidar", {"block_size": "many", "mask_token_id": -5})
+    with pytest.raises(UserError):
+        generate(torch.tensor([[1, 2]]), model=stock)
+    assert stock.config._attn_implementation == attention

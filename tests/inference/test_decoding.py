@@ -14,6 +14,7 @@ from tidar_megatron.inference.drafting import Lookup, likeliest_outcomes
 from tidar_megatron.inference.engine import generate, stream
 from tidar_megatron.inference.model import DecodeModel
 from tidar_megatron.inference.request import DecodeOptions, Generation
+from tidar_megatron.inference.sampling import SamplingOptions
 
 MASK = 47
 FAMILIES = ["qwen3", "qwen2", "llama", "mistral", "gemma"]
@@ -134,7 +135,10 @@ def test_the_last_forwards_hold_nothing_useless(trained, prompts, monkeypatch):
         DecodeModel, "forward", lambda self, packed: plans.append(packed._parts[0].plan) or forward(self, packed)
     )
     generate(trained, prompts[4], tidar(8, "all", 2))
-    assert plans == [Plan(16, (16,), 8), Plan(1)]
+    assert plans == [Plan(16), Plan(1)]
+    plans.clear()
+    generate(trained, prompts[4], tidar(8, "all", 3))
+    assert plans[0] == Plan(16, (16,), 8) and plans[1].num_masks == 0
     plans.clear()
     generate(trained, prompts[4], tidar(8, "all", 1))
     assert plans == [Plan(16)]
@@ -223,6 +227,9 @@ def test_a_trust_ratio_of_1_is_autoregression_and_of_0_accepts_what_the_masks_sa
     assert generate(trained, prompts[4], tidar(8, "all", 60, trust_ratio=1.0)).token_ids == expected.token_ids
     assert len(half.token_ids) == len(none.token_ids) == 60
     assert none.token_ids != expected.token_ids
+    for beta in (0.0, 0.5):
+        drawn = tidar(8, "all", 60, trust_ratio=beta, sampling=SamplingOptions(temperature=1.0, seed=1))
+        assert MASK not in half.token_ids + none.token_ids + generate(trained, prompts[4], drawn).token_ids
 
 
 def test_a_trust_ratio_mixes_the_logits(tiny):

@@ -5,6 +5,7 @@ import random
 
 import psutil
 import pytest
+import torch
 
 from tidar_megatron.errors import UserError
 from tidar_megatron.inference import engine
@@ -112,3 +113,29 @@ def test_nothing_piles_up_over_a_thousand_requests(trained):
     assert len({pool for _, pool in sizes}) == 1
     assert sizes[-1][0] - sizes[0][0] < 20e6, sizes
     assert sorted(serving._free) == list(range(8))
+
+
+@pytest.mark.parametrize("sampling", [SamplingOptions(), SamplingOptions(temperature=1.0, seed=1)])
+def test_what_is_no_number_ends_one_request_and_leaves_nothing_behind(trained, prompts, sampling):
+    """Its K/V may be none either: a shorter one that takes the slot beside a longer one must not see it."""
+    expected = [generate(trained, prompt, DecodeOptions("ar", max_new_tokens=20)).token_ids for prompt in prompts]
+    engine = Engine(trained, 2, 120, queue_size=4)
+    bad = engine.submit(prompts[-1], DecodeOptions("tidar", 4, max_new_tokens=30, sampling=sampling))
+    long = engine.submit(prompts[-1], DecodeOptions("ar", max_new_tokens=20))
+    engine.step()
+    with torch.inference_mode():
+        for pair in engine._forwards.pool._layers.values():
+            for room in pair:
+                room[bad.slot].fill_(float("nan"))
+    later = engine.submit(prompts[2], DecodeOptions("ar", max_new_tokens=20))
+    while not engine.is_idle:
+        engine.step()
+    assert bad.stop == "error" and "not numbers" in str(bad.error)
+    assert long.tokens == expected[-1] and later.tokens == expected[2]
+
+
+@pytest.mark.parametrize("temperature", [1e-39, 1e-5])
+def test_no_temperature_that_logits_cannot_be_divided_by(trained, temperature):
+    options = DecodeOptions("ar", sampling=SamplingOptions(temperature=temperature))
+    with pytest.raises(UserError, match=r"use 0 \(greedy\), or at least"):
+        generate(trained, [1], options)

@@ -123,3 +123,10 @@ def test_captured_graphs_say_the_same(trained, prompts, plan):
         assert any(forward._graph is not None for forward in engine._forwards.shapes.values())
     finally:
         trained.causal_lm.cpu()
+
+
+def test_a_step_without_room_for_rounding_up_is_a_packed_one():
+    """A text near its end, whose slot cannot hold as many tokens as its neighbour brings."""
+    pool = KVPool(2, 100)
+    parts = [Part(0, 95, [1], Plan(1)), Part(1, 10, [1] * 8, Plan(8, (1,), 8))]
+    assert Shape.of(parts, pool) is None and Shape.of(parts[1:], pool) is not None

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ LOOKUP = 8  # tokens that prompt-lookup drafts, ours and transformers'
 
 @dataclass
 class Run:
-    """What one way of decoding did with a batch."""
+    """What one way of decoding did with the texts."""
 
     tokens: list[list[int]]
     forwards: int | None  # that emitted tokens; None where it is not known
@@ -38,13 +39,14 @@ def decode(
     repeats: int,
     assistant: Any = None,
 ) -> dict[str, Any]:
-    """One row for each way, batch size and context; EOS is ignored, so all make as many tokens.
+    """One row for each way, batch size and context, over the same texts; EOS is ignored, so all make as many tokens.
 
     Args:
         model: a model with its tokenizer.
         folder: where it lies; if it carries a ``custom_generate``, that is run as well.
         prompts: token ids of texts; put end to end they make contexts of any length.
-        contexts: prompt lengths, the longest of a batch; with the new tokens no longer than the model's context.
+        contexts: prompt lengths, the longest of the texts; with the new tokens no longer than the model's context.
+        batches: how many are decoded at a time; there are as many texts as the largest.
         assistant: a smaller transformers model that drafts for transformers' ``generate``.
 
     Returns:
@@ -58,24 +60,29 @@ def decode(
     stock = _Transformers(model, folder)
     carries = (Path(folder) / "custom_generate").is_dir()
     for context in fitting:
+        lengths = [context - context * (number % 8) // 16 for number in range(max(batches))]
+        texts = [text_of(prompts, length, number) for number, length in enumerate(lengths)]
         for batch in batches:
-            lengths = [context - context * (number % 8) // 16 for number in range(batch)]
-            texts = [text_of(prompts, length, number) for number, length in enumerate(lengths)]
-            ways: dict[str, Callable[[], Run]] = {
-                f"{options.mode} {name}": _ours(model, texts, replace(options, max_new_tokens=max_new_tokens))
+            groups = [texts[start : start + batch] for start in range(0, len(texts), batch)]
+            ours = {
+                f"{options.mode} {name}": partial(_ours, model, replace(options, max_new_tokens=max_new_tokens))
                 for name, options in plans.items()
             }
-            ways["transformers generate"] = stock.run(texts, max_new_tokens)
+            theirs = {"transformers generate": partial(stock.run, max_new_tokens=max_new_tokens)}
             if batch == 1 and carries:
                 remote = {"custom_generate": str(folder), "trust_remote_code": True}
-                ways["transformers custom_generate"] = stock.run(texts, max_new_tokens, **remote)
+                theirs["transformers custom_generate"] = partial(stock.run, max_new_tokens=max_new_tokens, **remote)
             if batch == 1:  # transformers drafts for one sequence only
-                ways["transformers prompt-lookup"] = stock.run(texts, max_new_tokens, prompt_lookup_num_tokens=LOOKUP)
+                lookup = partial(stock.run, max_new_tokens=max_new_tokens, prompt_lookup_num_tokens=LOOKUP)
+                theirs["transformers prompt-lookup"] = lookup
                 if assistant is not None:
-                    ways["transformers assistant"] = stock.run(texts, max_new_tokens, assistant_model=assistant)
+                    helped = partial(stock.run, max_new_tokens=max_new_tokens, assistant_model=assistant)
+                    theirs["transformers assistant"] = helped
+            both = {**ours, **theirs}
+            ways = {name: _all(way, groups) for name, way in both.items()}
             last: dict[str, Run] = {}
             times = Timings({name: _keep(last, name, way) for name, way in ways.items()}, repeats)
-            for name, way in ways.items():
+            for name in ways:
                 spread, run = times.ratio("ar ar", name), last[name]
                 mode, _, plan = name.partition(" ")
                 count = sum(map(len, run.tokens))
@@ -85,9 +92,9 @@ def decode(
                     | {"tokens_per_second": round(count / times.of(name).median, 1)}
                     | {"over_ar": round(spread.median, 3), "spread": rounded(spread)}
                     | {"first_token_seconds": round(run.first_token_seconds, 5)}
-                    | {"distinct_4grams": round(sum(map(distinct_4grams, run.tokens)) / batch, 3)}
+                    | {"distinct_4grams": round(sum(map(distinct_4grams, run.tokens)) / len(texts), 3)}
                     | {"identical_to_ar": run.tokens == last["ar ar"].tokens}
-                    | {"peak_bytes": peak_bytes(way)}
+                    | {"peak_bytes": peak_bytes(partial(both[name], groups[0]))}
                 )
     settings = {"max_new_tokens": max_new_tokens, "block_size": block}
     return {"settings": settings, "rows": rows, "skipped": [c for c in contexts if c not in fitting]}
@@ -110,21 +117,29 @@ def _keep(last: dict[str, Run], name: str, way: Callable[[], Run]) -> Callable[[
     return run
 
 
-def _ours(model: DecodeModel, texts: Sequence[Sequence[int]], options: DecodeOptions) -> Callable[[], Run]:
-    options = replace(options, ignore_eos=True)
-    room = max(Decoding(model, text, options).room for text in texts)
+def _all(way: Callable[[Sequence[Sequence[int]]], Run], groups: Sequence[Sequence[Sequence[int]]]) -> Callable[[], Run]:
+    """One group after the other."""
 
     def run() -> Run:
-        start = time.perf_counter()
-        engine = Engine(model, len(texts), room)
-        sequences = [engine.submit(text, options) for text in texts]
-        forwards, first = 0, 0.0
-        while not engine.is_idle:
-            forwards += sum(bool(step.tokens) for _, step in engine.step())
-            first = first or (time.perf_counter() - start if forwards else 0.0)
-        return Run([sequence.tokens for sequence in sequences], forwards, first)
+        runs = [way(group) for group in groups]
+        forwards = [run.forwards for run in runs if run.forwards is not None]
+        first = sum(run.first_token_seconds for run in runs) / len(runs)
+        return Run([tokens for run in runs for tokens in run.tokens], sum(forwards) if forwards else None, first)
 
     return run
+
+
+def _ours(model: DecodeModel, options: DecodeOptions, texts: Sequence[Sequence[int]]) -> Run:
+    options = replace(options, ignore_eos=True)
+    start = time.perf_counter()
+    room = max(Decoding(model, text, options).room for text in texts)
+    engine = Engine(model, len(texts), room)
+    sequences = [engine.submit(text, options) for text in texts]
+    forwards, first = 0, 0.0
+    while not engine.is_idle:
+        forwards += sum(bool(step.tokens) for _, step in engine.step())
+        first = first or (time.perf_counter() - start if forwards else 0.0)
+    return Run([sequence.tokens for sequence in sequences], forwards, first)
 
 
 class _FirstToken(BaseStreamer):
@@ -149,20 +164,14 @@ class _Transformers:
     def __init__(self, model: DecodeModel, folder: str | Path) -> None:
         self._causal_lm = load_stock(folder, model, never_masks=False)
 
-    def run(self, texts: Sequence[Sequence[int]], max_new_tokens: int, **more: Any) -> Callable[[], Run]:
+    @torch.inference_mode()
+    def run(self, texts: Sequence[Sequence[int]], max_new_tokens: int, **more: Any) -> Run:
         """Shorter texts are padded on the left."""
         width = max(map(len, texts))
         padded = [[0] * (width - len(text)) + list(text) for text in texts]
         seen = [[0] * (width - len(text)) + [1] * len(text) for text in texts]
         ids, mask = (torch.tensor(rows, device=self._causal_lm.device) for rows in (padded, seen))
-
-        @torch.inference_mode()
-        def generate() -> Run:
-            first = _FirstToken(time.perf_counter())
-            out = self._causal_lm.generate(
-                ids, attention_mask=mask, max_new_tokens=max_new_tokens, streamer=first, **more
-            )
-            plain = len(texts) * max_new_tokens if not more else None
-            return Run(out[:, width:].tolist(), plain, first.seconds)
-
-        return generate
+        first = _FirstToken(time.perf_counter())
+        out = self._causal_lm.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, streamer=first, **more)
+        plain = len(texts) * max_new_tokens if not more else None
+        return Run(out[:, width:].tolist(), plain, first.seconds)

@@ -26,7 +26,7 @@ from tidar_megatron.inference.request import DecodeOptions, parse_plan
 from tidar_megatron.inference.sampling import SamplingOptions
 from tidar_megatron.inference.sequence import Sequence as Decoding
 
-TIE = 1e-4  # two logits, float32
+TIE = 1e-4  # two logits, float32; of narrower types, what rounding makes of them
 MOST_TIES = 0.01  # of the prompts
 LEAST_P_VALUE = 1e-4
 BATCHES = (1, 8)
@@ -151,7 +151,21 @@ def certify(
         folder: the model's.
         prompts: token ids.
         samples: continuations to draw with each plan that a sampled test is made of; 0 for none.
+
+    Raises:
+        UserError: prompts that leave no room for the new tokens; samples of a model that is not float32.
     """
+    room = model.context_limit - max_new_tokens
+    if long := [number for number, prompt in enumerate(prompts, 1) if len(prompt) > room]:
+        raise UserError(
+            f"prompt {long[0]}: {len(prompts[long[0] - 1])} tokens and {max_new_tokens} new ones are more than the "
+            f"model's context of {model.context_limit}; ask for fewer new tokens or leave the prompt out"
+        )
+    if samples and model.dtype not in (torch.float32, torch.float64):
+        raise UserError(
+            f"dtype {model.dtype}: its logits tie, so what is drawn from the likeliest few is not defined; "
+            "use --dtype float32, or --samples 0"
+        )
     stock = Stock(model, folder)
     expected = [stock.generate(prompt, max_new_tokens)[0] for prompt in prompts]
     done = [
@@ -196,9 +210,14 @@ def _run(
         rows = {"ours": watch.row, "transformers": stock.generate(prompt, place + 1)[1]}
         apart = {of: None if row is None else abs(float(row[token] - row[other])) for of, row in rows.items()}
         found = {"prompt": number, "position": place, "tokens": [token, other], "logits_apart": apart}
-        tie = all(gap is not None and gap <= TIE for gap in apart.values())
+        tie = all(gap is not None and gap <= _tie(model.dtype, rows["transformers"][other]) for gap in apart.values())
         (run.ties if tie else run.differences).append(found)
     return run
+
+
+def _tie(dtype: torch.dtype, logit: Tensor) -> float:
+    """How far apart two logits may be that are equal up to rounding."""
+    return TIE if dtype == torch.float32 else max(TIE, 4 * torch.finfo(dtype).eps * abs(float(logit)))
 
 
 class _Watched:

@@ -190,11 +190,14 @@ class PackedForward:
         if (tokens := parts[0].plan.num_tokens) > 1:
             biases = [_kept_bias(part.plan, groups, dtype, device)[..., SHORT:] for part in parts]
             local_bias = biases[0] if len({part.plan for part in parts}) == 1 else torch.cat(biases)
+        assert int(lengths.max()) + tokens <= self._pool.capacity
+        places = lengths[:, None] + torch.arange(tokens)
+        if local_bias is None:
+            lengths = lengths + 1
         longest = int(lengths.max())
-        assert longest + tokens <= self._pool.capacity
         return Uniform(
             slots=slice(parts[0].slot, parts[0].slot + len(parts)),
-            places=(lengths[:, None] + torch.arange(tokens)).to(device),
+            places=places.to(device),
             longest=longest,
             prefix_bias=self._pool.hidden_behind(lengths.to(device), longest, dtype),
             local_bias=local_bias,
@@ -207,7 +210,7 @@ class Uniform:
 
     ``slots`` of the pool, side by side; ``places`` int64 ``[n, T]`` in them, where new keys and values go; ``longest``
     prefix, to which all are padded; ``prefix_bias [n, 1, 1, longest]``, which hides the padding; ``local_bias
-    [n or 1, 1, G * T, T]``, the masks among what is new (None: T is 1).
+    [n or 1, 1, G * T, T]``, the masks among what is new. It is None where T is 1: what is new counts as prefix then.
     """
 
     slots: slice
@@ -223,9 +226,12 @@ class Uniform:
         _, heads, tokens, head_dim = query.shape
         folded = query.reshape(count, key.shape[1], -1, head_dim)  # as in _attend
         keys, values = pool.write_side_by_side(layer, self.slots, self.places, self.longest, key, value)
-        out, lse = attend(folded, key, value, self.local_bias, scale)
-        if self.longest:
-            out = _merged(out, lse, *attend(folded, keys, values, self.prefix_bias, scale))
+        if self.local_bias is None:
+            out, _ = attend(folded, keys, values, self.prefix_bias, scale)
+        else:
+            out, lse = attend(folded, key, value, self.local_bias, scale)
+            if self.longest:
+                out = _merged(out, lse, *attend(folded, keys, values, self.prefix_bias, scale))
         return out.reshape(count, heads, tokens, -1).transpose(1, 2).reshape(1, count * tokens, heads, -1)
 
 

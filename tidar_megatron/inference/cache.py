@@ -68,6 +68,12 @@ class KVPool:
         keys, values = self._layers[layer]
         return keys[slot, :, :length], values[slot, :, :length]
 
+    def clear(self, slot: int) -> None:
+        """Of a sequence that failed: what is no number would be one in no sum, hidden or not."""
+        for keys, values in self._layers.values():
+            keys[slot].zero_()
+            values[slot].zero_()
+
     @property
     def num_bytes(self) -> int:
         """What is allocated."""

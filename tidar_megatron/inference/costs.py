@@ -6,20 +6,19 @@ import math
 import os
 import platform
 import time
-from bisect import bisect_right
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from tidar_megatron.inference.attention import Part, Plan
 from tidar_megatron.inference.model import DecodeModel
-from tidar_megatron.inference.static import Forwards
+from tidar_megatron.inference.static import WARM_UP, Forwards
 
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 72, 104, 136, 208, 272)  # tokens of a forward
 CONTEXTS = (64, 1024)
@@ -38,60 +37,80 @@ class Costs:
     contexts: list[int]
     seconds: list[list[float]]
 
-    def of(self, tokens: int, context: float) -> float:
-        """Of so many tokens behind so many."""
-        row, share = _between(self.sizes, tokens)
-        column, part = _between(self.contexts, context)
+    def of(self, tokens: ArrayLike, context: ArrayLike) -> np.ndarray:
+        """Of so many tokens behind so many, each a number or an array of them; float64."""
+        # more tokens and more context never take less: where they seem to, a line beyond what was timed would go to 0
+        table = np.maximum.accumulate(np.maximum.accumulate(np.array(self.seconds), axis=0), axis=1)
+        row, next_row, share = _between(self.sizes, tokens)
+        column, next_column, part = _between(self.contexts, context)
         near, far = (
-            row_of[column] + part * (row_of[min(column + 1, len(row_of) - 1)] - row_of[column])
-            for row_of in (self.seconds[row], self.seconds[min(row + 1, len(self.sizes) - 1)])
+            table[rows, column] + part * (table[rows, next_column] - table[rows, column]) for rows in (row, next_row)
         )
-        return near + share * (far - near)
-
-    def curve(self, context: float, most: int) -> np.ndarray:
-        """Of 0, 1, 2, ... ``most`` tokens behind so many, float64."""
-        known = [size for size in self.sizes if size < most] + [most]
-        return np.interp(np.arange(most + 1), known, [self.of(size, context) for size in known])
+        return np.asarray(near + share * (far - near))
 
 
-def _between(places: Sequence[int], at: float) -> tuple[int, float]:
-    """The place to the left, and how far on the way to the next: more than 1 behind the last, 0 before the first."""
-    left = min(max(bisect_right(places, at) - 1, 0), max(len(places) - 2, 0))
-    return left, max(0.0, (at - places[left]) / (places[left + 1] - places[left])) if len(places) > 1 else 0.0
+def _between(places: Sequence[int], at: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The place to the left, the next, how far on the way to it: more than 1 behind the last, 0 before the first."""
+    known, last = np.array(places), len(places) - 1
+    left = np.clip(np.searchsorted(known, at, side="right") - 1, 0, max(last - 1, 0))
+    right = np.minimum(left + 1, last)
+    return left, right, np.maximum(0.0, (np.asarray(at) - known[left]) / np.maximum(known[right] - known[left], 1))
 
 
 class Clock:
     """:class:`Costs` as they turn out to be: a step is more than a forward, and the machine not what it was when timed.
 
     How many times as long a step took is kept by its size, in half octaves, and by batch; the median of the last
-    counts, for now and then a step is disturbed. Sizes far from any that was seen follow those that were.
+    counts, for now and then a step is disturbed. Sizes that were not seen of late follow those that were: the machine
+    may have been busy then.
     """
 
     KEPT = 31  # steps of a size
+    OLD = 512  # steps since a size was seen, of such a batch
 
     def __init__(self, costs: Costs) -> None:
         self._costs = costs
         # by batch, by size: tokens, context and seconds
         self._steps: defaultdict[int, defaultdict[int, deque[tuple[int, float, float]]]]
         self._steps = defaultdict(lambda: defaultdict(lambda: deque(maxlen=self.KEPT)))
+        self._count: defaultdict[int, int] = defaultdict(int)  # steps, by batch
+        self._last: dict[tuple[int, int], int] = {}  # of these the last of a size, by batch and size
 
     def observe(self, batch: int, context: float, tokens: int, seconds: float) -> None:
         """A step of so many tokens, all sequences together."""
-        self._steps[_octaves(batch)][_octaves(tokens)].append((tokens, context, seconds))
+        batch, size = _octaves(batch), _octaves(tokens)
+        self._count[batch] += 1
+        if self._last.get((batch, size), 0) <= self._count[batch] - self.OLD:
+            self._steps[batch][size].clear()
+        self._steps[batch][size].append((tokens, context, seconds))
+        self._last[batch, size] = self._count[batch]
 
-    def curve(self, batch: int, context: float, most: int) -> list[float]:
-        """As :meth:`Costs.curve`, for the batch."""
-        timed = self._costs.curve(context, most)
-        seen = self._steps.get(_octaves(batch))
+    def guesses(self, batch: int, tokens: int) -> bool:
+        """Whether it knows steps of such a batch, but none of about so many tokens."""
+        seen = self._seen(batch)
+        return bool(seen) and _octaves(tokens) not in seen
+
+    def _seen(self, batch: int) -> dict[int, deque[tuple[int, float, float]]]:
+        """Steps by size, of late."""
+        octave = _octaves(batch)
+        oldest = self._count[octave] - self.OLD
+        return {size: steps for size, steps in self._steps[octave].items() if self._last[octave, size] > oldest}
+
+    def curve(self, batch: int, context: float, most: int) -> np.ndarray:
+        """Of 0, 1, 2, ... ``most`` tokens, all sequences of the batch together, behind so many; float64."""
+        every = np.arange(most + 1)
+        timed = self._costs.of(every, context)
+        seen = self._seen(batch)
         if not seen:
-            return timed.tolist()
+            return timed
+        tokens, at, took = np.array([step for steps in seen.values() for step in steps]).T
+        slower = took / self._costs.of(tokens, at)
         sizes, counts = np.array(list(seen)), np.array([len(steps) for steps in seen.values()])
-        ratios_of = ([took / self._costs.of(tokens, at) for tokens, at, took in steps] for steps in seen.values())
-        medians = np.array([median(ratios) for ratios in ratios_of])
+        medians = np.array([np.median(ratios) for ratios in np.split(slower, counts.cumsum()[:-1])])
         near = np.maximum(8.0 ** -abs(np.arange(_octaves(most) + 1)[:, None] - sizes), 1e-4)
         near *= counts / (counts + 4)  # how sure
         ratios = (near @ medians + 1e-5) / (near.sum(axis=1) + 1e-5)
-        return (timed * ratios[[_octaves(tokens) for tokens in range(most + 1)]]).tolist()
+        return timed * ratios[np.rint(2 * np.log2(np.maximum(every, 1))).astype(int)]
 
 
 @cache
@@ -163,6 +182,9 @@ def _best_seconds(model: DecodeModel, forwards: Sequence[tuple[int, int]], round
     most, longest = (max(numbers) for numbers in zip(*forwards, strict=True))
     runner = Forwards(model, 1, most + longest)
     token = 0 if model.mask_token_id != 0 else 1
+    for size, context in forwards:  # until they are captured, where they will be
+        for _ in range((WARM_UP + 1) * runner.is_static):
+            runner.run([Part(0, context, [token] * size, Plan(size))])
     seconds = dict.fromkeys(forwards, math.inf)
     begin = time.perf_counter()
     for number in range(rounds):

@@ -21,6 +21,7 @@ from tidar_megatron.inference.sampling import SamplingOptions
 from tidar_megatron.inference.sequence import Sequence
 
 MOST_AT_ONCE = 8
+NEW_TOKENS = 20
 OF_NO_EFFECT = ("use_cache", "synced_gpus", "cache_implementation", "disable_compile", "compile_config")
 SERVED = {  # options of a GenerationConfig that are served, or mean nothing here
     *("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "max_length"),
@@ -56,7 +57,10 @@ def generate(
     """
     ids, mask = others.pop("input_ids", inputs), others.pop("attention_mask", None)
     config = deepcopy(generation_config or model.generation_config)
-    unknown = config.update(**{name: value for name, value in others.items() if value is not None})
+    if generation_config is not None:  # as transformers does: what it leaves open is the model's
+        config.update(**model.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
+    unknown = config.update(**others)
+    unknown = {name: value for name, value in unknown.items() if value is not None}
     given = {name: value for name, value in config.to_dict().items() if name[0] != "_" and not _is_neutral(value)}
     if asked := [name for name in given | unknown if name not in SERVED]:
         raise UserError(f"{', '.join(asked)}: not served by this generate; leave it out, or leave custom_generate out")
@@ -91,7 +95,7 @@ def generate(
             streamer.end()
         padding = config.pad_token_id
         if padding is None:
-            padding = min(decoding.eos_token_ids, default=0)
+            padding = eos if isinstance(eos, int) else eos[0] if eos else 0
     longest = max(len(sequence.tokens) for sequence in sequences)
     made = [sequence.tokens + [padding] * (longest - len(sequence.tokens)) for sequence in sequences]
     return torch.cat([ids, torch.tensor(made, dtype=ids.dtype, device=ids.device)], dim=1)
@@ -106,13 +110,13 @@ def _is_neutral(value: object) -> bool:
 def _wrapped(model: PreTrainedModel, tokenizer: Any) -> Iterator[DecodeModel]:
     """The model with our attention, for as long as it decodes; what was learned of it is kept with it."""
     attention, training = model.config._attn_implementation, model.training
-    decoding = wrap_model(model, tokenizer)
     kept = vars(model).setdefault("_tidar_planners", {})
-    vars(decoding)["_planner"] = kept.get((decoding.device, decoding.dtype))
     try:
+        decoding = wrap_model(model, tokenizer)
+        vars(decoding)["_planner"] = kept.get((decoding.device, decoding.dtype))
         yield decoding
-    finally:
         kept[decoding.device, decoding.dtype] = vars(decoding)["_planner"]
+    finally:
         model.set_attn_implementation(attention)
         model.train(training)
 
@@ -135,11 +139,13 @@ def _options(config: GenerationConfig, plan: str, width: int, tokens: int) -> De
         )
     stop = config.stop_strings or ()
     asked = parse_plan(plan)
+    # transformers makes 20 new tokens where nobody says how many
+    count = config.max_new_tokens or (NEW_TOKENS if config.max_length is None else config.max_length - width)
     return DecodeOptions(
         mode=asked.mode,
         draft_length=asked.draft_length,
         branches=asked.branches,
-        max_new_tokens=config.max_new_tokens or (config.max_length or 20) - width,
+        max_new_tokens=count,
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         sampling=sampling,
     )

@@ -102,7 +102,7 @@ class Engine:
             return []
         served = list(self._active)
         planner = next((s.planner for s in served if s.planner is not None), None)
-        context = sum(sequence.length for sequence in served) / len(served)
+        context = sum(sequence.context for sequence in served) / len(served)
         if planner is not None:
             planner.begin(len(served), context)
         before = [(sequence.reads_prompt, len(sequence.tokens)) for sequence in served]
@@ -114,12 +114,13 @@ class Engine:
             if len(logits):
                 _guarded(sequence, sequence.draft, logits)
         seconds = time.perf_counter() - start
-        if planner is not None and not reads_prompts and all(s.planner is planner for s in served):
-            planner.end(packed.num_tokens, seconds)
+        size = sum(sequence.last_part.plan.num_tokens for sequence in served)
+        if planner is not None:
+            is_its_own = not reads_prompts and all(s.planner is planner for s in served)
+            planner.end(size, seconds if is_its_own else None)
         for sequence in served:
             if sequence.stop is not None:
                 self._leave(sequence)
-        size = packed.num_tokens
         return [
             (sequence, Step(sequence.tokens[n:], seconds, sequence.stop, is_prompt, sequence.logprobs[n:], size))
             for sequence, (is_prompt, n) in zip(served, before, strict=True)
@@ -139,6 +140,8 @@ class Engine:
     def _leave(self, sequence: Sequence) -> None:
         self._active.remove(sequence)
         assert sequence.slot is not None
+        if sequence.error is not None:
+            self._forwards.pool.clear(sequence.slot)
         self._free.append(sequence.slot)
         self._free.sort(reverse=True)  # the lowest first, so that those in use lie together
         sequence.slot = None

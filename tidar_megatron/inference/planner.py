@@ -26,17 +26,35 @@ class Acceptance:
     """How often a draft is accepted, by its offset in the block that drafted it, if all drafts before it were.
 
     Old evidence fades, so the text at hand counts most. What was never seen is believed to be as its neighbour.
+    ``better`` and ``worse`` are how much better, in nats, the latest drafts are explained by odds that are e times as
+    high, or as low (Page's cumulative sums): where one is large the text has become another, and what was learned may
+    be wrong.
     """
 
     FADE = 0.5 ** (1 / 400)  # half is forgotten after 400 drafts at an offset
     PRIOR, WEIGHT = 0.7, 2.0
+    ENOUGH, KEPT = 16, 6.0  # drafts at an offset before others are a surprise; that still count after one
     counts: dict[tuple[bool, int], list[float]] = field(default_factory=dict)
+    better: float = 0.0
+    worse: float = 0.0
 
     def observe(self, offset: int, own: bool, was_accepted: bool) -> None:
         """A draft at ``offset`` (1: the first after the certain token), of the outcome's own branch or a shorter."""
         seen = self.counts.setdefault((own, offset), [0.0, 0.0])
+        if seen[1] > self.ENOUGH:
+            believed = min(0.95, max(0.03, seen[0] / seen[1]))
+            self.better = max(0.0, self.better + was_accepted - math.log1p(believed * (math.e - 1)))
+            self.worse = max(0.0, self.worse - was_accepted - math.log1p(believed * (1 / math.e - 1)))
         seen[0] = seen[0] * self.FADE + was_accepted
         seen[1] = seen[1] * self.FADE + 1
+
+    def forget(self) -> None:
+        """Most of it: what comes next decides."""
+        self.better = self.worse = 0.0
+        for seen in self.counts.values():
+            share = min(1.0, self.KEPT / seen[1])
+            seen[0] *= share
+            seen[1] *= share
 
     def of(self, offset: int, own: bool) -> float:
         """The probability believed."""
@@ -118,13 +136,23 @@ class Candidate:
     draft_length: int  # K; 1 is plain autoregression
     branches: int | None
     tokens_per_forward: float = 1.0
-    forward_tokens: float = 1.0
+    sizes: np.ndarray = field(default_factory=lambda: np.ones(1, dtype=int))  # of its forwards, in tokens
+    shares: np.ndarray = field(default_factory=lambda: np.ones(1))  # how many of its forwards are of which size
     seconds: float = 0.0  # of a step, for one sequence
 
     @property
     def rate(self) -> float:
         """Tokens per second of one sequence."""
         return self.tokens_per_forward / self.seconds
+
+    @property
+    def forward_tokens(self) -> float:
+        """In the mean."""
+        return float(self.shares @ self.sizes)
+
+    def at(self, cost: "Cost") -> "Candidate":
+        """With its seconds."""
+        return replace(self, seconds=float(self.shares @ cost(self.sizes)))
 
     @property
     def key(self) -> tuple[int, int | None]:
@@ -148,7 +176,7 @@ class Candidate:
 
 
 def expect(
-    draft_length: int, branches: int | None, acceptance: Acceptance, outcomes: Outcomes | None, cost: "Cost"
+    draft_length: int, branches: int | None, acceptance: Acceptance, outcomes: Outcomes | None = None
 ) -> Candidate:
     """The long run of a plan, a Markov chain over what its drafts come from.
 
@@ -158,15 +186,14 @@ def expect(
         draft_length, branches: the plan.
         acceptance: of the drafts.
         outcomes: which had a branch, if known; else the likeliest are as ``acceptance`` has it.
-        cost: seconds of a forward of so many tokens.
     """
     K = draft_length
     if K == 1:
-        return Candidate(1, branches, seconds=cost(1))
+        return Candidate(1, branches)
     believed = {own: acceptance.upto(K, own) for own in (True, False)}
     none, size = K - 1, K
     moves = np.zeros((size, size))
-    gained, spent, held = np.zeros(size), np.zeros(size), np.zeros(size)
+    gained, held = np.zeros(size), np.zeros(size, dtype=int)
     for state in range(size):
         odds = [] if state == none else believed[state == 0][state + 1 :]
         chances, reached = [], 1.0
@@ -183,7 +210,6 @@ def expect(
             own = likeliest_outcomes(odds, branches)
         gained[state] = sum(n * p for n, p in enumerate(chances, 1))
         held[state] = count + len(own) * K
-        spent[state] = cost(int(held[state]))
         lags = outcomes.lags(count, branches) if outcomes and branches and count > branches else None
         if lags is not None:
             moves[state, :count] = lags[:-1]
@@ -196,8 +222,7 @@ def expect(
     moves[:, none] += 0.001  # texts begin now and then; and so no state holds for ever
     # shares of the states: s = s @ moves, and they add up to 1
     shares = np.linalg.solve((np.eye(size) - moves + 1).T, np.ones(size))
-    tokens, forward_tokens, seconds = (float(shares @ values) for values in (gained, held, spent))
-    return Candidate(K, branches, tokens, forward_tokens, seconds)
+    return Candidate(K, branches, float(shares @ gained), held, shares)
 
 
 class Cost:
@@ -206,8 +231,18 @@ class Cost:
     def __init__(self, clock: Clock, context: float, batch: int, most_tokens: int) -> None:
         self._curve, self._batch = clock.curve(batch, context, most_tokens * batch), batch
 
-    def __call__(self, tokens: int) -> float:
-        return self._curve[tokens * self._batch] / self._batch
+    def __call__(self, tokens: np.ndarray) -> np.ndarray:
+        return np.asarray(self._curve[tokens * self._batch] / self._batch)
+
+
+@dataclass
+class _Place:
+    """What was chosen for a batch and a context, the steps since the last look, and after how many to look again."""
+
+    choice: Candidate
+    steps: int = 0
+    look_after: int = 0
+    plain_after: int = 0  # steps in all, from which on plain ones may be tried
 
 
 class Planner:
@@ -220,8 +255,10 @@ class Planner:
 
     BRANCHES = (None, 0, 1, 2, 3)
     PROBE = 256  # plain steps after which drafts are tried again
-    SELDOM = 1024  # steps between two choices, where little is new
-    TRIAL = 12  # of these are spent on blocks of full length where shorter ones were chosen, to know of all offsets
+    SELDOM = 1024  # steps between two looks, where little is new
+    SURPRISE = 12.0  # nats of each sequence after which most of what was learned is forgotten
+    SUSPICION, CHECK = 0.5, 16  # nats from which on drafts are tried again after fewer plain steps
+    TRIAL = 12  # steps that try what is not known: offsets beyond the blocks chosen, the time of plain steps
 
     def __init__(self, costs: Costs, block_size: int) -> None:
         self.lengths = sorted({k for k in (2, 3, 4, 6, 8, 12, 16, 24, 32) if k <= block_size} | {block_size})
@@ -231,20 +268,26 @@ class Planner:
         self.choice = Candidate(block_size, 1)
         self._most_tokens = self.lengths[-1] * (1 + self.lengths[-1])
         self._gave: dict[tuple[int, int | None], list[float]] = {}  # tokens and steps, by plan
-        self._choices: dict[tuple[int, int], Candidate] = {}  # by batch and context
+        self._expected: list[Candidate] = []  # what is expected of every plan, since the last look
+        self._places: dict[tuple[int, int], _Place] = {}  # by batch and context
+        self._here = _Place(self.choice)
         self._batch, self._context = 1, 0.0
-        self._steps, self._next, self._plain = 0, 0, 0
-        self._tries = False
+        # steps in all, those when what is learned began, those at the last look; and those of one token
+        self._steps, self._start, self._looked, self._plain = 0, 0, 0, 0
+        self._next_trial = self.SELDOM
 
     def candidates(self) -> list[Candidate]:
         """Every plan with what is expected of it now, the best first."""
+        if not self._expected or self._steps - self._looked >= min(
+            max(4, (self._steps - self._start) // 4), self.SELDOM
+        ):
+            self._looked = self._steps
+            self._gave = {key: [0.9 * tokens, 0.9 * steps] for key, (tokens, steps) in self._gave.items()}
+            plans = [(K, m) for K in self.lengths for m in self.BRANCHES if K > 1 and (m is None or m < K)]
+            found = [self._corrected(expect(*plan, self.acceptance, self.outcomes)) for plan in plans]
+            self._expected = [Candidate(1, None), *found]
         cost = Cost(self.clock, self._context, self._batch, self._most_tokens)
-        found = [expect(1, None, self.acceptance, None, cost)]
-        for K in self.lengths:
-            for branches in self.BRANCHES:
-                if K > 1 and (branches is None or branches < K):
-                    found.append(self._corrected(expect(K, branches, self.acceptance, self.outcomes, cost)))
-        return sorted(found, key=lambda candidate: -candidate.rate)
+        return sorted((plan.at(cost) for plan in self._expected), key=lambda candidate: -candidate.rate)
 
     def _corrected(self, plan: Candidate) -> Candidate:
         """By what it gave where it was followed."""
@@ -254,33 +297,48 @@ class Planner:
 
     def begin(self, batch: int, context: float) -> None:
         """Before a forward: choose again after some steps, or where batch and context make forwards cost otherwise."""
-        if self._steps >= self._next:
-            self._next = max(self._steps + 4, min(2 * self._steps, self._steps + self.SELDOM))
-            self._choices.clear()
-            self._gave = {key: [0.9 * tokens, 0.9 * steps] for key, (tokens, steps) in self._gave.items()}
-        place = batch, int(2 * math.log2(1 + context / 512))
         self._batch, self._context = batch, context
-        if place not in self._choices:
-            self._choices[place] = self._choose()
-        self.choice = self._choices[place]
+        place = batch, int(2 * math.log2(1 + context / 512))
+        if place not in self._places:
+            self._places[place] = _Place(self.choice)
+        self._here = here = self._places[place]
+        if here.steps >= here.look_after:
+            chosen, here.steps = self._choose(here), 0
+            is_new = chosen.key != here.choice.key
+            here.look_after = self.TRIAL if is_new else min(2 * here.look_after + 4, self.SELDOM)
+            here.choice = chosen
+        self.choice = here.choice
 
-    def _choose(self) -> Candidate:
-        best, *others = self.candidates()
-        self._tries = not self._tries and 1 < best.draft_length < self.lengths[-1] and self._steps > self.SELDOM
-        if not self._tries:
+    def _choose(self, here: _Place) -> Candidate:
+        """The best, or what is there if about as good; now and then what may be better than it is known to be."""
+        found = self.candidates()
+        best, plain = found[0], next(plan for plan in found if plan.draft_length == 1)
+        if best is plain:
             return best
-        self._next = self._steps + self.TRIAL
-        return next(plan for plan in others if plan.draft_length == self.lengths[-1] and plan.branches)
+        # a batch's plain steps may be far faster than its larger ones suggest: they are one call (attention.py)
+        is_time = self._steps >= here.plain_after and self.clock.guesses(self._batch, self._batch)
+        if is_time and 2 * plain.rate > best.rate:
+            here.plain_after = self._steps + 8 * self.TRIAL
+            return plain
+        # shorter blocks say nothing of the offsets beyond them
+        if best.draft_length < self.lengths[-1] and self._steps >= self._next_trial:
+            self._next_trial = self._steps + self.TRIAL + self.SELDOM
+            return next(plan for plan in found if plan.draft_length == self.lengths[-1] and plan.branches)
+        present = next(plan for plan in found if plan.key == here.choice.key)
+        return present if present.rate > 0.98 * best.rate else best
 
     def wants_a_probe(self) -> bool:
         """Whether a plain step shall draft, to see whether that is worth it by now."""
         self._plain += 1
-        return self._plain % self.PROBE == 0
+        steps = self.PROBE if self.acceptance.better < self.SUSPICION else self.CHECK
+        return self._plain % (steps * self._batch) == 0
 
-    def end(self, tokens: int, seconds: float) -> None:
-        """After a step of so many tokens, all of whose sequences followed the choice."""
+    def end(self, tokens: int, seconds: float | None) -> None:
+        """After a step of so many tokens; ``seconds`` if all its sequences followed the choice and read no prompt."""
         self._steps += 1
-        self.clock.observe(self._batch, self._context, tokens, seconds)
+        self._here.steps += 1
+        if seconds is not None:
+            self.clock.observe(self._batch, self._context, tokens, seconds)
 
     def observe(self, drafts: Drafts, plan: Plan, accepted: int) -> None:
         """What became of the drafts of a sequence that ``plan`` verified."""
@@ -292,6 +350,19 @@ class Planner:
             self.acceptance.observe(drafts.lag + place, drafts.lag == 0, place < accepted)
         if drafts.lag == 0 and 1 < plan.num_drafts == len(drafts.confidences) + 1:
             self.outcomes.observe(drafts.confidences, accepted)
+        good_news = self.acceptance.better if self.choice.draft_length < self.lengths[-1] else 0.0  # else of no use
+        if max(good_news, self.acceptance.worse) > self.SURPRISE * self._batch:
+            self._forget()
+
+    def _forget(self) -> None:
+        """Begin anew: the text has become another."""
+        self.acceptance.forget()
+        self.outcomes = Outcomes()
+        self._gave.clear()
+        self._expected.clear()
+        self._places.clear()
+        self._start = self._steps
+        self._next_trial = self._steps + self.SELDOM
 
     def explain(self, count: int = 8) -> str:
         """The best plans, and plain autoregression, and why, as a table."""

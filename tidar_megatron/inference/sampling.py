@@ -21,14 +21,16 @@ from torch import Tensor
 
 from tidar_megatron.errors import UserError
 
+COLDEST = 1e-4  # a temperature that logits can be divided by
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
     """How the next token is chosen. The defaults are greedy decoding.
 
     ``temperature`` 0 takes the likeliest token. ``top_k`` None, ``top_p`` 1, ``min_p`` 0 and ``repetition_penalty`` 1
-    change nothing. Before ``min_new_tokens`` no end-of-sequence token is emitted. Without a ``seed`` every run draws
-    other tokens.
+    change nothing. Before ``min_new_tokens`` no end-of-sequence token is emitted. With a ``seed`` and a plan that is
+    named every run draws the same tokens; mode ``auto`` chooses plans by the clock, and what is drawn depends on them.
     """
 
     temperature: float = 0.0
@@ -42,6 +44,8 @@ class SamplingOptions:
     def check(self) -> None:
         """Raises UserError for values that mean nothing."""
         _number("temperature", self.temperature, 0.0, math.inf, "0 (greedy) or more")
+        if 0 < self.temperature < COLDEST:
+            raise UserError(f"temperature {self.temperature}: use 0 (greedy), or at least {COLDEST}")
         _number("top-p", self.top_p, 0.0, 1.0, "above 0 and at most 1", above=True)
         _number("min-p", self.min_p, 0.0, 1.0, "from 0 to 1")
         _number("repetition penalty", self.repetition_penalty, 0.0, math.inf, "above 0", above=True)
@@ -87,9 +91,15 @@ def penalized(logits: Tensor, penalty: float, seen: Tensor) -> Tensor:
 
 
 def draw(weights: Tensor, uniforms: Sequence[float]) -> Tensor:
-    """One column of each row, with probability proportional to its weight: ``[n, V]``, n numbers in [0, 1) -> int64."""
+    """One column of each row, with probability proportional to its weight: ``[n, V]``, n numbers in [0, 1) -> int64.
+
+    Raises:
+        ValueError: weights that are no numbers, or all 0.
+    """
     heights = weights.cumsum(-1, dtype=torch.float64)
     total = heights[:, -1:]
+    if not bool(((total > 0) & total.isfinite()).all()):
+        raise ValueError("the model's logits are not numbers: nothing can be drawn from them")
     wanted = torch.tensor(uniforms, dtype=torch.float64).unsqueeze(-1).to(weights.device) * total
     wanted = torch.minimum(wanted, torch.nextafter(total, torch.zeros_like(total)))  # u * total may round up to it
     return torch.searchsorted(heights, wanted, right=True).squeeze(-1)
@@ -188,7 +198,10 @@ class Sampler:
         """
         logits = self.process(logits, drafts)
         if self.options.greedy:
-            best = logits.argmax(-1).tolist()
+            highest, places = logits.max(-1)
+            if any(value != value for value in highest.tolist()):
+                raise ValueError("the model's logits are not numbers: there is no likeliest token")
+            best = places.tolist()
             count = 1
             while count < len(drafts) and drafts[count] == best[count - 1]:
                 count += 1

@@ -83,6 +83,11 @@ class Sequence:
         return self._part
 
     @property
+    def context(self) -> int:
+        """Tokens that are committed once its prompt is read."""
+        return self.length + len(self._unread)
+
+    @property
     def reads_prompt(self) -> bool:
         """Whether this forward is of its prompt."""
         return bool(self._unread)
@@ -115,7 +120,8 @@ class Sequence:
             return []
         if (beta := self.options.trust_ratio) < 1 and plan.branches:
             verifying, drafting = logits.chunk(2)
-            logits = beta * verifying + (1 - beta) * drafting
+            # of the mask token both are minus infinity, which 0 times would not stay
+            logits = drafting if beta == 0 else beta * verifying + (1 - beta) * drafting
         if self._unread:
             tokens = self._sampler.choose(logits, drafts[-1:], None)
             self._commit(plan.num_drafts)
@@ -156,7 +162,7 @@ class Sequence:
 
     def _useful(self, plan: Plan) -> Plan:
         """The plan, less branches that could not draft a single useful token, its masks within the context."""
-        last = self._end - 1 if self.options.trust_ratio < 1 else self._end - 2  # mixing needs the place itself
+        last = self._end - 1 if self.options.trust_ratio < 1 else self._end - 3  # mixing needs the place itself
         if not plan.branches:
             return plan
         useful = tuple(r for r in plan.branches if self.length + r <= last)

@@ -33,13 +33,13 @@ class Shape(NamedTuple):
 
     @staticmethod
     def of(parts: Sequence[Part], pool: KVPool) -> "Shape | None":
-        """None for parts that are too large."""
+        """None for parts that are too large, or have no room for what is rounded up."""
         most = max(part.plan.num_tokens for part in parts)
         tokens = next((size for size in TOKENS if size >= most), None)
-        if tokens is None:
+        if tokens is None or any(part.length + tokens > pool.capacity for part in parts):
             return None
         sequences = min(_power_of_two(1 + max(part.slot for part in parts)), pool.slots)
-        prefix = max(LEAST_PREFIX, _power_of_two(max(part.length for part in parts)))
+        prefix = max(LEAST_PREFIX, _power_of_two(max(part.length for part in parts) + (tokens == 1)))
         return Shape(sequences, tokens, min(prefix, pool.capacity))
 
 
@@ -47,11 +47,27 @@ def _power_of_two(least: int) -> int:
     return 1 << max(0, least - 1).bit_length()
 
 
+class Capturing(NamedTuple):
+    """Where all graphs of an engine are captured, on the model's GPU, whichever is the current one.
+
+    They share their memory: what one has made is used up before another runs.
+    """
+
+    stream: torch.cuda.Stream
+    memory: object
+
+    @staticmethod
+    def on(device: torch.device) -> "Capturing":
+        """On a GPU."""
+        with torch.cuda.device(device):
+            return Capturing(torch.cuda.Stream(device), torch.cuda.graph_pool_handle())
+
+
 class StaticForward:
     """A forward of one shape; the slots of sequences that are not in it bring tokens that mean nothing."""
 
-    def __init__(self, pool: KVPool, shape: Shape, device: torch.device, graph_memory: object = None) -> None:
-        self._pool, self._shape, self._graph_memory = pool, shape, graph_memory
+    def __init__(self, pool: KVPool, shape: Shape, device: torch.device, capturing: "Capturing | None" = None) -> None:
+        self._pool, self._shape, self._capturing = pool, shape, capturing
         count = shape.sequences * shape.tokens
         self._numbers = torch.zeros(3, count, dtype=torch.int64, device=device)  # token ids, positions, places
         self._lengths = torch.zeros(shape.sequences, dtype=torch.int64, device=device)
@@ -93,14 +109,16 @@ class StaticForward:
 
     def _as_uniform(self, groups: int, dtype: torch.dtype) -> Uniform:
         sequences, tokens, prefix = self._shape
-        bias = torch.zeros(self._visible.shape, dtype=dtype, device=self._visible.device)
-        bias = bias.masked_fill(~self._visible, hiding(dtype)).repeat(1, groups, 1)
+        local_bias: Tensor | None = None
+        if tokens > 1:
+            local_bias = torch.zeros(self._visible.shape, dtype=dtype, device=self._visible.device)
+            local_bias = local_bias.masked_fill(~self._visible, hiding(dtype)).repeat(1, groups, 1)[:, None]
         return Uniform(
             slots=slice(0, sequences),
             places=self._numbers[2].view(sequences, tokens),
             longest=prefix,
-            prefix_bias=self._pool.hidden_behind(self._lengths, prefix, dtype),
-            local_bias=bias[:, None],
+            prefix_bias=self._pool.hidden_behind(self._lengths + (tokens == 1), prefix, dtype),
+            local_bias=local_bias,
         )
 
     def run(self, model: DecodeModel) -> Tensor:
@@ -111,10 +129,13 @@ class StaticForward:
         elif self._uses <= WARM_UP or self._numbers.device.type != "cuda":
             return model.forward(self)
         else:
-            torch.cuda.synchronize()
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, pool=self._graph_memory):
-                self._hidden = model.forward(self)
+            assert self._capturing is not None
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.device(self._numbers.device):
+                torch.cuda.synchronize()
+                with torch.cuda.graph(graph, pool=self._capturing.memory, stream=self._capturing.stream):
+                    self._hidden = model.forward(self)
+            self._graph = graph
             self._graph.replay()  # what is captured has not run
         assert self._hidden is not None
         return self._hidden
@@ -143,8 +164,7 @@ class Forwards:
         self.shapes: dict[Shape, StaticForward] = {}
         self.pool = KVPool(slots, capacity + MARGIN * self.is_static)
         self._model = model
-        # one for all graphs: what one has made is used up before another runs
-        self._graph_memory = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
+        self._capturing = Capturing.on(model.device) if model.device.type == "cuda" else None
 
     def run(self, parts: Sequence[Part], reads_prompt: bool = False) -> tuple[Tensor, Forward]:
         """Hidden states ``[tokens, hidden]``, and the forward that says where each part's rows start."""
@@ -153,7 +173,7 @@ class Forwards:
             packed = PackedForward(self.pool, parts)
             return self._model.forward(packed), packed
         if shape not in self.shapes:
-            self.shapes[shape] = StaticForward(self.pool, shape, self._model.device, self._graph_memory)
+            self.shapes[shape] = StaticForward(self.pool, shape, self._model.device, self._capturing)
         forward = self.shapes[shape]
         forward.load(parts, self._model.mask_token_id)
         return forward.run(self._model), forward
