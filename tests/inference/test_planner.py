@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from tidar_megatron.inference import costs as timing
+from tidar_megatron.inference.acceptance import Acceptance
 from tidar_megatron.inference.attention import Plan
 from tidar_megatron.inference.costs import Clock, Costs, load_costs
 from tidar_megatron.inference.drafting import Branches, Drafts, Linear
 from tidar_megatron.inference.engine import generate, generate_batch
-from tidar_megatron.inference.planner import Acceptance, Cost, Planned, Planner, expect
+from tidar_megatron.inference.planner import Cost, Planned, Planner, expect
 from tidar_megatron.inference.request import DecodeOptions
 
 FREE = Costs([1, 272], [64], [[0.01], [0.01]])  # a machine with free slots

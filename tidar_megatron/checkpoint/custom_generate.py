@@ -8,8 +8,9 @@ from tidar_megatron import __version__
 
 MODULES = {  # file in the folder -> module of this package; the first is what transformers calls
     "generate": "inference/custom_generate",
-    **{name: f"inference/{name}" for name in ("engine", "sequence", "drafting", "planner", "costs", "static")},
-    **{name: f"inference/{name}" for name in ("attention", "cache", "model", "request", "sampling", "text")},
+    **{name: f"inference/{name}" for name in ("engine", "sequence", "drafting", "planner", "acceptance")},
+    **{name: f"inference/{name}" for name in ("costs", "static", "attention", "cache", "model", "request")},
+    **{name: f"inference/{name}" for name in ("sampling", "text")},
     **{name: name for name in ("attention_mask", "attention_kernels", "errors")},
 }
 
