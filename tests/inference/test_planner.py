@@ -88,17 +88,29 @@ def test_costs_between_and_beyond_what_was_timed():
     assert (noisy.of(np.array([1, 300, 9000]), 65536) >= 0.005).all()
 
 
+def test_a_block_says_of_each_offset_what_became_of_it():
+    acceptance = Acceptance()
+    acceptance.observe(2, False, 3, True)
+    assert {key: value[0] for key, value in acceptance.counts.items()} == {
+        **{(False, offset): 1 for offset in (2, 3, 4)},
+        (False, 5): 0,
+    }
+    acceptance.observe(1, True, 0, False)
+    assert len(acceptance.counts) == 4
+
+
 def test_acceptance_is_learned_and_forgotten():
     acceptance, draw = Acceptance(), random.Random(0)
     assert acceptance.of(5, True) == pytest.approx(Acceptance.PRIOR)
     for _ in range(500):
-        acceptance.observe(1, True, draw.random() < 0.9)
-        acceptance.observe(2, True, draw.random() < 0.4)
+        for offset, probability in ((1, 0.9), (2, 0.4)):
+            stays = draw.random() < probability
+            acceptance.observe(offset, True, int(stays), not stays)
     assert acceptance.of(1, True) == pytest.approx(0.9, abs=0.06)
     assert acceptance.of(2, True) == pytest.approx(0.4, abs=0.1)
     assert acceptance.of(3, True) == pytest.approx(acceptance.of(2, True))  # unseen: as its neighbour
     for _ in range(4000):
-        acceptance.observe(1, True, False)
+        acceptance.observe(1, True, 0, True)
     assert acceptance.of(1, True) < 0.01
 
 

@@ -27,15 +27,23 @@ class Acceptance:
     better: float = 0.0
     worse: float = 0.0
 
-    def observe(self, offset: int, own: bool, was_accepted: bool) -> None:
-        """A draft at ``offset`` (1: the first after the certain token), of the outcome's own branch or a shorter."""
-        seen = self.counts.setdefault((own, offset), [0.0, 0.0])
-        if seen[1] > self.ENOUGH:
-            believed = min(0.95, max(0.03, seen[0] / seen[1]))
-            self.better = max(0.0, self.better + was_accepted - math.log1p(believed * (math.e - 1)))
-            self.worse = max(0.0, self.worse - was_accepted - math.log1p(believed * (1 / math.e - 1)))
-        seen[0] = seen[0] * self.FADE + was_accepted
-        seen[1] = seen[1] * self.FADE + 1
+    def observe(self, offset: int, own: bool, accepted: int, rejected: bool) -> None:
+        """What became of a block's drafts: so many in turn were accepted, and the one after them, if ``rejected``, not.
+
+        ``offset`` is the first one's (1: right after the certain token), in the outcome's own branch or a shorter one.
+        """
+        for place in range(offset, offset + accepted + rejected):
+            stayed = place < offset + accepted
+            seen = self.counts.get((own, place))
+            if seen is None:
+                seen = self.counts[own, place] = [0.0, 0.0]
+            good, count = seen
+            if count > self.ENOUGH:
+                gain, loss = _NATS[int(100 * good / count)]
+                self.better = max(0.0, self.better + stayed - gain)
+                self.worse = max(0.0, self.worse - stayed - loss)
+            seen[0] = good * self.FADE + stayed
+            seen[1] = count * self.FADE + 1
 
     def forget(self) -> None:
         """Most of it: what comes next decides."""
@@ -59,6 +67,13 @@ class Acceptance:
     def _with_prior(self, offset: int, own: bool, prior: float) -> float:
         good, seen = self.counts.get((own, offset), (0.0, 0.0))
         return (good + self.WEIGHT * prior) / (seen + self.WEIGHT)
+
+
+# By how likely acceptance is believed to be, in percent: what odds that are e times as high, or as low, cost each time.
+_NATS = [
+    (math.log1p(p * (math.e - 1)), math.log1p(p * (1 / math.e - 1)))
+    for p in (min(0.95, max(0.03, percent / 100)) for percent in range(101))
+]
 
 
 class Outcomes:

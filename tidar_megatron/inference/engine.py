@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from tidar_megatron.errors import UserError
-from tidar_megatron.inference.attention import Forward
 from tidar_megatron.inference.model import DecodeModel
 from tidar_megatron.inference.request import DecodeOptions, Generation, Step
 from tidar_megatron.inference.sequence import Sequence
@@ -108,11 +107,13 @@ class Engine:
         before = [(sequence.reads_prompt, len(sequence.tokens)) for sequence in served]
         reads_prompts = any(is_prompt for is_prompt, _ in before)
         hidden, packed = self._forwards.run([sequence.part(PROMPT_CHUNK) for sequence in served], reads_prompts)
-        for sequence, logits in zip(served, self._logits(hidden, packed, [s.rows for s in served]), strict=True):
-            _guarded(sequence, sequence.accept, logits)
-        for sequence, logits in zip(served, self._logits(hidden, packed, [s.draft_rows for s in served]), strict=True):
-            if len(logits):
-                _guarded(sequence, sequence.draft, logits)
+        logits = _Logits(self.model, hidden, packed.starts, at_once=not reads_prompts)
+        for sequence, of_rows in zip(served, logits.of([s.rows for s in served]), strict=True):
+            _guarded(sequence, sequence.accept, of_rows)
+        drafting = [(sequence, sequence.draft_rows) for sequence in served]
+        for (sequence, rows), of_rows in zip(drafting, logits.of([rows for _, rows in drafting]), strict=True):
+            if rows:
+                _guarded(sequence, sequence.draft, of_rows)
         seconds = time.perf_counter() - start
         size = sum(sequence.last_part.plan.num_tokens for sequence in served)
         if planner is not None:
@@ -126,17 +127,6 @@ class Engine:
             for sequence, (is_prompt, n) in zip(served, before, strict=True)
         ]
 
-    def _logits(self, hidden: Tensor, packed: Forward, rows: Tokens[Tokens[int]]) -> tuple[Tensor, ...]:
-        """Of these rows of each sequence, and of no others: the output layer is most of a small model."""
-        places = [start + row for start, own in zip(packed.starts, rows, strict=True) for row in own]
-        counts = [len(own) for own in rows]
-        logits = hidden[:0]
-        if places:
-            first, count = places[0], len(places)
-            in_a_row = places[-1] - first == count - 1  # then a view will do
-            logits = self.model.logits(hidden.narrow(0, first, count) if in_a_row else hidden[places])
-        return logits.split(counts) if len(counts) > 1 else (logits,)
-
     def _leave(self, sequence: Sequence) -> None:
         self._active.remove(sequence)
         assert sequence.slot is not None
@@ -145,6 +135,37 @@ class Engine:
         self._free.append(sequence.slot)
         self._free.sort(reverse=True)  # the lowest first, so that those in use lie together
         sequence.slot = None
+
+
+class _Logits:
+    """Logits of a forward's rows, those alone that are asked for; of a small forward all at once.
+
+    Each call reads the whole output layer, which is most of a call of few rows.
+    """
+
+    FEW = 32
+
+    def __init__(self, model: DecodeModel, hidden: Tensor, starts: Tokens[int], at_once: bool) -> None:
+        self._model, self._hidden, self._starts = model, hidden, starts
+        self._all = model.logits(hidden) if at_once and len(hidden) <= self.FEW else None
+
+    def of(self, rows: Tokens[Tokens[int]]) -> Tokens[Tensor]:
+        """``[rows, V]`` for each sequence, whose ``rows`` count from its own first."""
+        if self._all is not None:
+            return [_pick(self._all, start, own) for start, own in zip(self._starts, rows, strict=True)]
+        wanted = [_pick(self._hidden, start, own) for start, own in zip(self._starts, rows, strict=True)]
+        if len(wanted) == 1:
+            return (self._model.logits(wanted[0]),) if rows[0] else wanted
+        together = torch.cat(wanted)
+        logits = self._model.logits(together) if len(together) else together
+        return logits.split([len(own) for own in rows])
+
+
+def _pick(tensor: Tensor, start: int, rows: Tokens[int]) -> Tensor:
+    """``rows`` behind ``start``; a view where they follow each other."""
+    if isinstance(rows, range):
+        return tensor[start + rows.start : start + rows.stop]
+    return tensor[[start + row for row in rows]]
 
 
 def _guarded(sequence: Sequence, decide: Callable[[Tensor], object], logits: Tensor) -> None:

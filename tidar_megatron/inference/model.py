@@ -7,10 +7,13 @@ compute, or what would make the output depend on mask positions, is refused by n
 
 import json
 from dataclasses import dataclass
+from inspect import unwrap
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
@@ -34,7 +37,11 @@ class DecodeModel:
     eos_token_ids: frozenset[int]
 
     def __post_init__(self) -> None:
-        self._base: nn.Module = self.causal_lm.base_model
+        base: Any = self.causal_lm.base_model
+        if "forward" not in vars(base):  # nobody has put one of their own there, as accelerate does
+            # below transformers' decorators, which look up defaults and collect what is not asked for
+            base = MethodType(unwrap(type(base).forward), base)
+        self._base = base
         self._head: nn.Module = self.causal_lm.get_output_embeddings()
         self.dtype: torch.dtype = self.causal_lm.dtype
         self.device: torch.device = self.causal_lm.device
@@ -119,6 +126,7 @@ def wrap_model(causal_lm: PreTrainedModel, tokenizer: Any = None) -> DecodeModel
     if causal_lm.config._attn_implementation != ATTENTION_NAME:
         raise UserError(f"{type(causal_lm).__name__} fixes its own attention; use a Llama, Qwen or Mistral checkpoint")
     mask_token_id, block_size = _tidar_section(config)
+    _fuse_norms(causal_lm)
     return DecodeModel(
         causal_lm=causal_lm,
         tokenizer=tokenizer,
@@ -159,6 +167,21 @@ def refuse_unsupported(config: PretrainedConfig) -> None:
         )
     if not isinstance(getattr(config, "max_position_embeddings", None), int):
         refuse("a config without max_position_embeddings", "the context limit must be known")
+
+
+@torch.inference_mode()
+def _fuse_norms(causal_lm: PreTrainedModel) -> None:
+    """One call of torch for each RMSNorm instead of seven, where it gives the same bits (so not for Gemma's, nor in
+    bfloat16): of a small model's forward on a CPU the calls are a tenth."""
+    for module in causal_lm.modules():
+        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+            sample = torch.randn(4, *module.weight.shape, dtype=module.weight.dtype, device=module.weight.device)
+            if torch.equal(_fused_norm(module, sample), module(sample)):
+                module.forward = MethodType(_fused_norm, module)
+
+
+def _fused_norm(module: Any, hidden_states: Tensor) -> Tensor:
+    return F.rms_norm(hidden_states, module.weight.shape, module.weight, module.variance_epsilon)
 
 
 def _tidar_section(config: PretrainedConfig) -> tuple[int | None, int | None]:

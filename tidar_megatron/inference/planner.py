@@ -238,9 +238,10 @@ class Planner:
             gave = self._gave.setdefault(self.choice.key, [0.0, 0.0])
             gave[0] += accepted
             gave[1] += 1
-        for place in range(1, min(accepted + 1, plan.num_drafts)):
-            self.acceptance.observe(drafts.lag + place, drafts.lag == 0, place < accepted)
-        if drafts.lag == 0 and 1 < plan.num_drafts == len(drafts.confidences) + 1:
+        if plan.num_drafts == 1:
+            return
+        self.acceptance.observe(drafts.lag + 1, drafts.lag == 0, accepted - 1, accepted < plan.num_drafts)
+        if drafts.lag == 0 and plan.num_drafts == len(drafts.confidences) + 1:
             self.outcomes.observe(drafts.confidences, accepted)
         good_news = self.acceptance.better if self.choice.draft_length < self.lengths[-1] else 0.0  # else of no use
         if max(good_news, self.acceptance.worse) > self.SURPRISE * self._batch:

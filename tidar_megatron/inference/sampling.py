@@ -199,7 +199,7 @@ class Sampler:
         logits = self.process(logits, drafts)
         if self.options.greedy:
             highest, places = logits.max(-1)
-            if any(value != value for value in highest.tolist()):
+            if any(map(math.isnan, highest.tolist())):
                 raise ValueError("the model's logits are not numbers: there is no likeliest token")
             best = places.tolist()
             count = 1

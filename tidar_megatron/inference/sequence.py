@@ -93,18 +93,18 @@ class Sequence:
         return bool(self._unread)
 
     @property
-    def rows(self) -> list[int]:
+    def rows(self) -> Tokens[int]:
         """The rows of its part whose logits verify: those of the drafts or of the prompt's last token.
 
         With a trust ratio below 1 also the first mask of each branch, which stands where these rows' next token does.
         """
         plan = self._part.plan
         if self._unread and plan.num_drafts < len(self._unread):
-            return []
-        rows = list(range(plan.num_drafts - 1 if self._unread else 0, plan.num_drafts))
+            return range(0)
+        rows = range(plan.num_drafts - 1 if self._unread else 0, plan.num_drafts)
         if self.options.trust_ratio < 1 and plan.branches:
             assert plan.branches == tuple(row + 1 for row in rows)
-            rows += [plan.num_drafts + number * plan.draft_length for number in range(len(plan.branches))]
+            return [*rows, *range(plan.num_drafts, plan.num_tokens, plan.draft_length)]
         return rows
 
     @property
