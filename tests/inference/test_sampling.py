@@ -103,6 +103,7 @@ MODES = {
     "linear": DecodeOptions("linear", 4, max_new_tokens=8),
     "lookup": DecodeOptions("lookup", 4, max_new_tokens=8),
     "ar": DecodeOptions("ar", max_new_tokens=8),
+    "auto": DecodeOptions("auto", max_new_tokens=8),
 }
 
 
