@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from tests.training.small_runs import small
 from tidar_megatron.distributed.groups import shut_down
+from tidar_megatron.training import loop
 from tidar_megatron.training.loop import Trainer, pretrain
 
 LAYOUTS = {
@@ -40,7 +41,7 @@ def run_jobs(jobs):
             dist.barrier()
             trainer.save()
             trainer.close()
-            shut_down()
+            loop.shut_down()
         else:
             pretrain(config)
 
@@ -62,4 +63,6 @@ def tensors(checkpoint):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    loop.shut_down = lambda orderly=True: None  # torchrun's ranks meet once; each job lays out its own groups
     run_jobs(json.loads(Path(sys.argv[1]).read_text()))
+    shut_down()

@@ -91,15 +91,15 @@ class Checkpoints:
         self.wait()
         partial = self._new_partial(iteration)
         self._pending = _Pending(iteration, partial, None)
-        state = {
-            "iteration": iteration,
-            "consumed_sequences": consumed_sequences,
-            "states": states,
-            "fingerprint": self._fingerprint,
-            "layout": self._layout(),
-            "config": dataclasses.asdict(self._config),
-            "megatron_core": megatron_version,
-        }
+        state = distributed.State(
+            iteration=iteration,
+            consumed_sequences=consumed_sequences,
+            states=states,
+            fingerprint=self._fingerprint,
+            layout=self._layout(),
+            config=dataclasses.asdict(self._config),
+            megatron_core=megatron_version,
+        )
         try:
             request = self._plan(run, partial)
         except Exception as error:  # rank 0 writes a small file here: the others are left waiting, and end with it
@@ -121,6 +121,11 @@ class Checkpoints:
             return
         if not self._ranks.any_rank(not self._pending.background.done()):
             self._finish(self._pending.background.report())
+
+    @property
+    def saving(self) -> bool:
+        """Whether a save is under way."""
+        return self._pending is not None
 
     def wait(self) -> None:
         """The same, as soon as it is possible."""
@@ -250,12 +255,12 @@ class Checkpoints:
                 f"warning: {'; '.join(passed_over)}; going on from iteration {iteration}", file=sys.stderr, flush=True
             )
         state = distributed.read_state(checkpoint)
-        check_fingerprint(source, state["fingerprint"], self._fingerprint, settings.override_fingerprint)
+        check_fingerprint(source, state.fingerprint, self._fingerprint, settings.override_fingerprint)
         try:
-            distributed.load(checkpoint, run, same_layout=state["layout"] == self._layout())
+            distributed.load(checkpoint, run, same_layout=state.layout == self._layout())
         except Damaged as damage:
             raise UserError(f"--load {source}: {damage}") from None
-        return Resumed(state["iteration"], state["consumed_sequences"], state["states"])
+        return Resumed(state.iteration, state.consumed_sequences, state.states)
 
     def _damage(self, checkpoint: Path) -> str | None:
         """What is wrong with a checkpoint, on every rank; each rank hashes its share of the files."""

@@ -14,6 +14,7 @@ The data has no state beyond the number of packed sequences consumed, because pa
 """
 
 import json
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch.distributed.checkpoint.api import CheckpointException
 
 from tidar_megatron.checkpoint.manifest import Damaged
 from tidar_megatron.checkpoint.optimizer_state import fill, state_to_fill, state_to_save
@@ -30,6 +33,20 @@ from tidar_megatron.checkpoint.pickles import read_metadata, weights_only
 from tidar_megatron.checkpoint.random_states import random_states, restore_random_states
 
 STATE_FILE = "state.json"
+
+
+class State(BaseModel):
+    """``state.json``."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    iteration: int
+    consumed_sequences: int
+    states: dict[str, Any]  # of single parts of the loop
+    fingerprint: dict[str, Any]
+    layout: dict[str, int | None]
+    config: dict[str, dict[str, Any]]
+    megatron_core: str
 
 
 @dataclass
@@ -51,21 +68,25 @@ def tensors_to_save(run: Trained) -> dict[str, Any]:
     }
 
 
-def texts_to_save(state: dict[str, Any]) -> dict[str, str]:
-    """This rank's small files by name; ``state`` is that of :func:`read_state`."""
+def texts_to_save(state: State) -> dict[str, str]:
+    """This rank's small files by name."""
     texts = {_random_file(dist.get_rank()): json.dumps(random_states())}
     if dist.get_rank() == 0:
-        texts[STATE_FILE] = json.dumps(state, indent=1)
+        texts[STATE_FILE] = state.model_dump_json(indent=1)
     return texts
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
+def read_state(checkpoint: Path) -> State:
     """``state.json`` of a checkpoint.
 
     Raises:
         Damaged: it is missing or garbled.
     """
-    return _read_json(checkpoint / STATE_FILE)
+    try:
+        return State.model_validate(_read_json(checkpoint / STATE_FILE))
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise Damaged(f"{checkpoint / STATE_FILE} is not a run's state: {where}") from None
 
 
 def load(checkpoint: Path, run: Trained, same_layout: bool) -> None:
@@ -79,8 +100,7 @@ def load(checkpoint: Path, run: Trained, same_layout: bool) -> None:
     weights = _weights(run.model)
     asked, frame = state_to_fill(run.optimizer, weights, saved)
     # a key of its own, so that the tensors are not hung into the frame of the checkpoint's optimizer
-    with weights_only():
-        loaded = dist_checkpointing.load({"asked": asked}, str(checkpoint))
+    loaded = _read(checkpoint, {"asked": asked})
     fill(run.optimizer, frame, loaded["asked"], loaded["optimizer"])
     run.scheduler.load_state_dict(loaded["opt_param_scheduler"])
     if same_layout:
@@ -94,10 +114,18 @@ def load_weights(checkpoint: Path, model: list[GPTModel]) -> None:
         Damaged: the checkpoint holds what is not ours.
     """
     read_metadata(checkpoint)
-    with weights_only():
-        loaded = dist_checkpointing.load(_weights(model), str(checkpoint))
+    loaded = _read(checkpoint, _weights(model))
     for name, chunk in zip(_names(model), model, strict=True):
         chunk.load_state_dict(loaded[name])
+
+
+def _read(checkpoint: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    try:
+        with weights_only():
+            return dist_checkpointing.load(asked, str(checkpoint))
+    except (CheckpointException, pickle.UnpicklingError) as error:
+        first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        raise Damaged(f"{checkpoint} is refused: {' '.join(str(first).split())[:200]}") from error
 
 
 def _weights(model: list[GPTModel]) -> dict[str, Any]:

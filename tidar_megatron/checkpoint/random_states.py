@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 def random_states() -> dict[str, Any]:
     """All of them, of this moment."""
     version, words, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = cast(tuple, np.random.get_state(legacy=True))
+    _, keys, position, has_gauss, cached = cast(tuple[Any, ...], np.random.get_state(legacy=True))
     states = {
         "python": [version, list(words), gauss],
         "numpy": [keys.tolist(), position, has_gauss, cached],

@@ -92,8 +92,8 @@ def starting_point(config: Config, fingerprint: Fingerprint) -> int | None:
         raise UserError(f"--load {load}: holds no checkpoint; leave the flag out to start anew")
     if iteration is not None:
         try:
-            before = read_state(checkpoint_folder(load, iteration))["fingerprint"]
-        except (Damaged, KeyError):
+            before = read_state(checkpoint_folder(load, iteration)).fingerprint
+        except Damaged:
             return iteration  # an older one may be whole: loading looks for it
         check_fingerprint(load, before, fingerprint, config.checkpoint.override_fingerprint)
     return iteration
