@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What training costs over plain AR, and what decoding gains, measured side by side in one process.
 
-python tools/benchmark.py training|attention|loss|loader|decode|planner|step [--json]
+python tools/benchmark.py training|attention|loss|loader|checkpoint|decode|planner|step [--json]
 """
 
 import argparse
@@ -17,7 +17,16 @@ from tidar_megatron.config import flag
 from tidar_megatron.errors import OneLineParser, UserError, run_tool
 
 SEQ_LENGTHS = {"training": [1024, 2048], "attention": [1024, 2048, 4096], "loader": [1024, 4096]}
-REPEATS = {"training": 7, "attention": 9, "loader": 20, "loss": 7, "decode": 5, "planner": 7, "step": 7}
+REPEATS = {
+    "training": 7,
+    "attention": 9,
+    "loader": 20,
+    "loss": 7,
+    "checkpoint": 5,
+    "decode": 5,
+    "planner": 7,
+    "step": 7,
+}
 OF_A_MODEL = ("decode", "planner", "step")
 MEANT_FOR = {
     "seq_lengths": ("attention", "training", "loader"),
@@ -159,6 +168,10 @@ def main() -> None:
         from tidar_megatron.benchmark.loss import loss
 
         result = loss(repeats)
+    elif arguments.what == "checkpoint":
+        from tidar_megatron.benchmark.checkpoint import checkpoint
+
+        result = checkpoint(repeats, arguments.output)
     elif arguments.what in OF_A_MODEL:
         result = run_model(arguments, repeats)
     else:

@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.launch.launching import CONFIG, TINY, losses, started, steps, wait_for
 from tests.training.small_runs import small
-from tidar_megatron.checkpoint.distributed import latest_iteration, saved_iterations
+from tidar_megatron.checkpoint.folder import latest_iteration, saved_iterations
 from tidar_megatron.errors import INTERRUPTED_STATUS, Interrupted
 from tidar_megatron.training import signals
 from tidar_megatron.training.loop import Trainer, pretrain

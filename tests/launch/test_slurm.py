@@ -19,7 +19,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.launch.launching import CONFIG, TINY, environment, losses, started, steps, wait_for
-from tidar_megatron.checkpoint.distributed import latest_iteration, saved_iterations
+from tidar_megatron.checkpoint.folder import latest_iteration, saved_iterations
 from tidar_megatron.training.signals import RUN_STATE
 
 pytestmark = pytest.mark.timeout(1800)  # minutes, but more on a machine that has other work

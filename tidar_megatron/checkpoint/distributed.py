@@ -1,142 +1,153 @@
-"""megatron-core's distributed checkpoints (``torch_dist``), in Megatron-LM's folder layout.
+"""What of a run goes into a checkpoint, and back: megatron-core's distributed checkpoints (``torch_dist``).
 
-``FOLDER/iter_0000100/`` holds one checkpoint, ``FOLDER/latest_checkpointed_iteration.txt`` names the newest. A
-checkpoint knows no layout: it can be loaded under another tensor- or pipeline-parallel size. The data has no state
-beyond the number of packed sequences consumed, because packed sequence n is a pure function of (seed, epoch, n).
+===========================  ==========================================================================================
+``*.distcp``, ``.metadata``  weights and Adam's moments by their global names: they know no layout, and can be loaded
+                             under another (TP, PP, VPP, CP, EP, DP, the distributed optimizer on or off)
+``state.json``               where the run stands: iteration, sequences consumed, states of single parts by name; and
+                             what it is: configuration, fingerprint, layout
+``random_00000.json``, ..    the random generators, by rank
+``manifest.json``            sizes and hashes of all of these
+===========================  ==========================================================================================
+
+The data has no state beyond the number of packed sequences consumed, because packed sequence n is a pure function of
+(seed, epoch, n).
 """
 
-import os
-import shutil
+import json
+import pickle
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch.distributed.checkpoint.api import CheckpointException
 
-from tidar_megatron.checkpoint.torch_adam import prepare_to_load, separate_steps
-from tidar_megatron.errors import UserError
+from tidar_megatron.checkpoint.manifest import Damaged
+from tidar_megatron.checkpoint.optimizer_state import fill, state_to_fill, state_to_save
+from tidar_megatron.checkpoint.pickles import read_metadata, weights_only
+from tidar_megatron.checkpoint.random_states import random_states, restore_random_states
 
-TRACKER = "latest_checkpointed_iteration.txt"
-
-
-def checkpoint_folder(folder: str | Path, iteration: int) -> Path:
-    """Where the checkpoint of ``iteration`` lives."""
-    return Path(folder) / f"iter_{iteration:07d}"
-
-
-def saved_iterations(folder: str | Path) -> list[int]:
-    """The iterations with a whole checkpoint, ascending."""
-    return sorted(int(path.name[5:]) for path in Path(folder).glob("iter_*") if path.name[5:].isdigit())
+STATE_FILE = "state.json"
 
 
-def latest_iteration(folder: str | Path) -> int | None:
-    """The iteration the tracker names; None where nothing was saved yet.
+class State(BaseModel):
+    """``state.json``."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    iteration: int
+    consumed_sequences: int
+    states: dict[str, Any]  # of single parts of the loop
+    fingerprint: dict[str, Any]
+    layout: dict[str, int | None]
+    config: dict[str, dict[str, Any]]
+    megatron_core: str
+
+
+@dataclass
+class Trained:
+    """What a checkpoint saves and fills: the tensors of a run."""
+
+    model: list[GPTModel]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+
+
+def tensors_to_save(run: Trained) -> dict[str, Any]:
+    """The state dict for ``dist_checkpointing.save``; collective (the distributed optimizer is gathered)."""
+    weights = _weights(run.model)
+    return {
+        **weights,
+        "optimizer": state_to_save(run.optimizer, weights),
+        "opt_param_scheduler": run.scheduler.state_dict(),
+    }
+
+
+def texts_to_save(state: State) -> dict[str, str]:
+    """This rank's small files by name."""
+    texts = {_random_file(dist.get_rank()): json.dumps(random_states())}
+    if dist.get_rank() == 0:
+        texts[STATE_FILE] = state.model_dump_json(indent=1)
+    return texts
+
+
+def read_state(checkpoint: Path) -> State:
+    """``state.json`` of a checkpoint.
 
     Raises:
-        UserError: the tracker is garbled, or names a checkpoint that is not there.
+        Damaged: it is missing or garbled.
     """
-    tracker = Path(folder) / TRACKER
-    if not tracker.exists():
-        return None
-    text = tracker.read_text(errors="replace").strip()
-    if not text.isdigit():
-        raise UserError(f"{tracker}: holds {text[:40]!r}, not an iteration; write the newest good iteration into it")
-    if not checkpoint_folder(folder, int(text)).is_dir():
-        raise UserError(f"{tracker}: names iteration {text}, but {checkpoint_folder(folder, int(text))} is missing")
-    return int(text)
+    try:
+        return State.model_validate(_read_json(checkpoint / STATE_FILE))
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise Damaged(f"{checkpoint / STATE_FILE} is not a run's state: {where}") from None
 
 
-def save_checkpoint(
-    folder: str | Path,
-    iteration: int,
-    consumed_sequences: int,
-    model: list[GPTModel],
-    optimizer: MegatronOptimizer,
-    scheduler: OptimizerParamScheduler,
-) -> Path:
-    """Write a checkpoint; collective over all ranks. The tracker names it only once it is whole."""
-    target = checkpoint_folder(folder, iteration)
-    partial = target.with_name(target.name + ".partial")
-    is_main = dist.get_rank() == 0
-    if is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    state = _state(model, optimizer, scheduler, loading=False)
-    state |= {"iteration": iteration, "consumed_sequences": consumed_sequences}
-    dist_checkpointing.save(state, str(partial))
-    dist.barrier()
-    if is_main:
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
-        tracker = Path(folder) / TRACKER
-        tracker.with_suffix(".tmp").write_text(str(iteration))
-        os.replace(tracker.with_suffix(".tmp"), tracker)
-    dist.barrier()
-    return target
+def load(checkpoint: Path, run: Trained, same_layout: bool) -> None:
+    """Fill a run's tensors, its schedule, and in the same layout its random generators; collective.
+
+    Raises:
+        Damaged: the checkpoint holds what is not ours.
+    """
+    saved = read_metadata(checkpoint).state_dict_metadata
+    load_weights(checkpoint, run.model)
+    weights = _weights(run.model)
+    asked, frame = state_to_fill(run.optimizer, weights, saved)
+    # a key of its own, so that the tensors are not hung into the frame of the checkpoint's optimizer
+    loaded = _read(checkpoint, {"asked": asked})
+    fill(run.optimizer, frame, loaded["asked"], loaded["optimizer"])
+    run.scheduler.load_state_dict(loaded["opt_param_scheduler"])
+    if same_layout:
+        restore_random_states(_read_json(checkpoint / _random_file(dist.get_rank())))
 
 
-def load_checkpoint(
-    folder: str | Path,
-    iteration: int,
-    model: list[GPTModel],
-    optimizer: MegatronOptimizer,
-    scheduler: OptimizerParamScheduler,
-) -> int:
-    """Fill model, optimizer and schedule from a checkpoint; collective. Returns the sequences consumed so far."""
-    prepare_to_load(optimizer)
-    state = _state(model, optimizer, scheduler, loading=True)
-    loaded = dist_checkpointing.load(state, str(checkpoint_folder(folder, iteration)))
-    _fill(model, loaded)
-    _follow_schedule(loaded["optimizer"], {key: optimizer.param_groups[0][key] for key in ("max_lr", "min_lr")})
-    with torch.no_grad():
-        optimizer.load_state_dict(loaded["optimizer"])
-    separate_steps(optimizer)
-    scheduler.load_state_dict(loaded["opt_param_scheduler"])
-    return int(loaded["consumed_sequences"])
+def load_weights(checkpoint: Path, model: list[GPTModel]) -> None:
+    """Fill the model alone, whatever layout it was trained in; the optimizer's state is not read.
+
+    Raises:
+        Damaged: the checkpoint holds what is not ours.
+    """
+    read_metadata(checkpoint)
+    loaded = _read(checkpoint, _weights(model))
+    for name, chunk in zip(_names(model), model, strict=True):
+        chunk.load_state_dict(loaded[name])
 
 
-def _follow_schedule(state: Any, schedule: dict[str, float]) -> None:
-    """megatron-core keeps the ends of the schedule in the parameter groups; the run's configuration rules over them."""
-    if isinstance(state, dict):
-        for group in state.get("param_groups", []):
-            group.update(schedule)
-        for inner in state.values():
-            _follow_schedule(inner, schedule)
-
-
-def load_weights(folder: str | Path, iteration: int, model: list[GPTModel]) -> None:
-    """Fill the model alone, whatever layout it was trained in."""
-    _fill(model, dist_checkpointing.load(_weights(model), str(checkpoint_folder(folder, iteration))))
+def _read(checkpoint: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    try:
+        with weights_only():
+            return dist_checkpointing.load(asked, str(checkpoint))
+    except (CheckpointException, pickle.UnpicklingError) as error:
+        first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        raise Damaged(f"{checkpoint} is refused: {' '.join(str(first).split())[:200]}") from error
 
 
 def _weights(model: list[GPTModel]) -> dict[str, Any]:
+    return {name: chunk.sharded_state_dict() for name, chunk in zip(_names(model), model, strict=True)}
+
+
+def _names(model: list[GPTModel]) -> list[str]:
     """Megatron-LM's keys: "model", or "model0", "model1", .. of the chunks of an interleaved pipeline."""
-    names = ["model"] if len(model) == 1 else [f"model{number}" for number in range(len(model))]
-    return {name: chunk.sharded_state_dict() for name, chunk in zip(names, model, strict=True)}
+    return ["model"] if len(model) == 1 else [f"model{number}" for number in range(len(model))]
 
 
-def _fill(model: list[GPTModel], loaded: dict[str, Any]) -> None:
-    for number, chunk in enumerate(model):
-        chunk.load_state_dict(loaded["model" if len(model) == 1 else f"model{number}"])
+def _random_file(rank: int) -> str:
+    return f"random_{rank:05d}.json"
 
 
-def _state(
-    model: list[GPTModel], optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, *, loading: bool
-) -> dict[str, Any]:
-    weights = _weights(model)
-    # of the distributed optimizer's formats the one that knows no layout, gathered on one rank of each group alone
-    metadata = {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": True,
-    }
-    return {
-        **weights,
-        "optimizer": optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata),
-        "opt_param_scheduler": scheduler.state_dict(),
-    }
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Damaged(f"{path} is missing") from None
+    except (OSError, ValueError):
+        raise Damaged(f"{path} cannot be read") from None
+    if not isinstance(value, dict):
+        raise Damaged(f"{path} cannot be read")
+    return value

@@ -3,8 +3,10 @@
 import dataclasses
 from pathlib import Path
 
-from tidar_megatron.checkpoint.distributed import checkpoint_folder, latest_iteration, load_weights, saved_iterations
+from tidar_megatron.checkpoint.distributed import load_weights
+from tidar_megatron.checkpoint.folder import checkpoint_folder, latest_iteration, saved_iterations
 from tidar_megatron.checkpoint.huggingface import export_huggingface
+from tidar_megatron.checkpoint.manifest import Damaged, check_hashes
 from tidar_megatron.config import CONFIG_FILE, ParallelConfig, load_config
 from tidar_megatron.data.manifest import TOKENIZER_FOLDER
 from tidar_megatron.data.tokenizer import load_tokenizer
@@ -20,7 +22,7 @@ def export_run(run: str | Path, target: str | Path, iteration: int | None = None
         The iteration exported.
 
     Raises:
-        UserError: ``run`` is no run folder, or holds no checkpoint; ``target`` is not empty.
+        UserError: ``run`` is no run folder, holds no checkpoint, or a damaged one; ``target`` is not empty.
     """
     run = Path(run)
     if not (run / CONFIG_FILE).exists():
@@ -31,10 +33,18 @@ def export_run(run: str | Path, target: str | Path, iteration: int | None = None
     if not checkpoint_folder(run, iteration).is_dir():
         there = ", ".join(str(i) for i in saved_iterations(run)) or "none"
         raise UserError(f"--iteration {iteration}: is not in {run}; there are: {there}")
+    checkpoint = checkpoint_folder(run, iteration)
+    try:
+        check_hashes(checkpoint)
+    except Damaged as damage:
+        raise UserError(f"--checkpoint {run}: {damage}; choose another one with --iteration") from None
     config = dataclasses.replace(load_config(run / CONFIG_FILE), parallel=ParallelConfig())
     assert config.model.vocab_size is not None, "a run's configuration is resolved"
     ranks = initialize(config.parallel, config.training.seed)
     (model,) = build_model(config, config.model.vocab_size, ranks)
-    load_weights(run, iteration, [model])
+    try:
+        load_weights(checkpoint, [model])
+    except Damaged as damage:
+        raise UserError(f"--checkpoint {run}: {damage}") from None
     export_huggingface(model, config, load_tokenizer(run / TOKENIZER_FOLDER), target)
     return iteration

@@ -92,7 +92,7 @@ def parse_config(argv: list[str] | None = None, description: str = "") -> Config
             default = "" if field.default is None else f" [{field.default}]"
             kind: dict[str, Any] = {"help": field.metadata["help"].replace("%", "%%") + default}
             if typing.get_origin(field.type) is tuple:
-                kind |= {"nargs": "+", "metavar": "|".join(typing.get_args(typing.get_args(field.type)[0]))}
+                kind |= {"nargs": "+", "metavar": "|".join(typing.get_args(typing.get_args(field.type)[0])) or "NAME"}
             elif field.type is bool:
                 kind["action"] = argparse.BooleanOptionalAction
             else:

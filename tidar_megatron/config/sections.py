@@ -155,6 +155,12 @@ class CheckpointConfig(Section):
     save: str | None = described("folder of the run: checkpoints, resolved_config.yaml, metrics.jsonl", None)
     load: str | None = described("folder to continue from; equal to --save it may still be empty", None)
     save_interval: Count | None = described("steps between checkpoints; one is always saved at the end", None)
+    async_save: bool = described("write checkpoints while training goes on", False)
+    keep_last: Count | None = described("whole checkpoints to keep; older ones are removed; default: all", None)
+    verify_checkpoint: bool = described("compare the hashes of a checkpoint before it is loaded (sizes: always)", True)
+    override_fingerprint: tuple[str, ...] = described(
+        "parts of the run (data, tokenizer, seed, rotary_base, ..) that may differ from its checkpoint's", ()
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

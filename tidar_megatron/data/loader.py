@@ -4,8 +4,11 @@ The only state is the number of packed sequences consumed so far by all ranks: p
 whoever asks for it and whenever, so a run resumed on another number of ranks goes on with the same global batches.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -131,6 +134,18 @@ class TrainingData:
                 f"data {other.documents.folder} was written with another tokenizer than {self.documents.folder}; "
                 "prepare both in one call (tools/prepare_data.py --held-out-output)"
             )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides which tokens packed sequence n holds, part by part, as JSON can hold it."""
+        manifest = self.documents.manifest
+        told = json.dumps([manifest.dtype, [shard.model_dump() for shard in manifest.shards]])
+        return {
+            "data": hashlib.sha256(told.encode()).hexdigest(),
+            "tokenizer": manifest.tokenizer.fingerprint,
+            "seq_length": self.seq_length,
+            "block_size": self.block_size,
+            "seed": self._seed,
+        }
 
     def _pack(self, sequences: PackedSequences, number: int) -> PackedSequence:
         return pack(sequences.pieces(*sequences.locate(number)), self.documents, self._fill_token)

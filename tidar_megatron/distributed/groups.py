@@ -139,17 +139,17 @@ def seed_everything(seed: int, pipeline_rank: int) -> None:
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
-def shut_down() -> None:
-    """Leave the job."""
+def shut_down(orderly: bool = True) -> None:
+    """Leave the job; where it is not ``orderly``, the other ranks may be anywhere, so nobody is waited for."""
     if dist.is_initialized():
-        _end_groups()
+        _end_groups(orderly)
         dist.destroy_process_group()
 
 
-def _end_groups() -> None:
+def _end_groups(orderly: bool = True) -> None:
     """megatron-core forgets its groups without ending them: gloo's threads would pile up, layout by layout."""
     groups = [group for group in parallel_state._global_process_group_list or [] if group is not None]
-    if groups:
+    if groups and orderly:
         dist.barrier()  # nobody still waits for a message in one of them
     for group in groups:
         dist.destroy_process_group(group)

@@ -5,6 +5,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
@@ -12,7 +13,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from tidar_megatron.checkpoint.distributed import load_checkpoint, save_checkpoint
+from tidar_megatron.checkpoint.checkpoints import Checkpoints
+from tidar_megatron.checkpoint.distributed import Trained
 from tidar_megatron.checkpoint.huggingface import check_huggingface_tokenizer, load_huggingface_weights
 from tidar_megatron.checkpoint.initialize import initialize_weights
 from tidar_megatron.config import CONFIG_FILE, Config, check_world_size
@@ -27,8 +29,15 @@ from tidar_megatron.models.gpt import build_model
 from tidar_megatron.training import signals
 from tidar_megatron.training.metrics import MetricsLogger
 from tidar_megatron.training.optimizer import build_optimizer, whole_weights, wrap_model
-from tidar_megatron.training.resolve import check_continues, resolve, starting_point
+from tidar_megatron.training.resolve import resolve, run_fingerprint, starting_point
 from tidar_megatron.training.step import evaluate, train_step
+
+
+class HasState(Protocol):
+    """A part of the loop with a state that JSON can hold."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any], /) -> None: ...
 
 
 @dataclass
@@ -43,11 +52,13 @@ class Trainer:
     ddp: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+    checkpoints: Checkpoints
     iteration: int = 0
     consumed_sequences: int = 0
 
     def __post_init__(self) -> None:
         self.prefetcher = Prefetcher(self._build_batches, self.ranks.device)
+        self.parts: dict[str, HasState] = {}  # whatever else of the loop outlives a restart, by name
 
     @classmethod
     def build(cls, config: Config) -> "Trainer":
@@ -60,11 +71,6 @@ class Trainer:
         folder = config.data.train_data
         tokenizer = read_manifest(folder).tokenizer
         config = resolve(config, tokenizer)
-        start = starting_point(config)
-        if start is not None:
-            check_continues(config, tokenizer)
-        elif config.training.init_from:
-            check_huggingface_tokenizer(config.training.init_from, Path(folder) / TOKENIZER_FOLDER)
         assert config.tidar.mask_token_id is not None and config.model.vocab_size is not None
 
         def data(folder: str) -> TrainingData:
@@ -82,6 +88,10 @@ class Trainer:
         valid_data = data(config.data.valid_data) if config.data.valid_data else None
         if valid_data is not None:
             train_data.check_same_tokenizer(valid_data)
+        fingerprint = run_fingerprint(config, train_data)
+        start = starting_point(config, fingerprint)
+        if start is None and config.training.init_from:
+            check_huggingface_tokenizer(config.training.init_from, Path(folder) / TOKENIZER_FOLDER)
         with signals.mortal():
             ranks = initialize(config.parallel, config.training.seed)
         model = build_model(config, config.model.vocab_size, ranks)
@@ -91,11 +101,10 @@ class Trainer:
             initialize_weights(model, config.training.seed)
         ddp = wrap_model(model, config)
         optimizer, scheduler = build_optimizer(ddp, config)
-        trainer = cls(config, ranks, train_data, valid_data, model, ddp, optimizer, scheduler)
+        checkpoints = Checkpoints(config, ranks, fingerprint)
+        trainer = cls(config, ranks, train_data, valid_data, model, ddp, optimizer, scheduler, checkpoints)
         if start is not None:
-            assert config.checkpoint.load is not None
-            trainer.iteration = start
-            trainer.consumed_sequences = load_checkpoint(config.checkpoint.load, start, model, optimizer, scheduler)
+            trainer.load()
         return trainer
 
     @property
@@ -173,22 +182,26 @@ class Trainer:
         return evaluate(self.ddp, batches, self.config.tidar.block_size, self.ranks)
 
     def save(self) -> None:
-        """A checkpoint of this moment, if the run has a folder."""
+        """A checkpoint of this moment, if the run has a folder; with --async-save it is only begun."""
         if self.config.checkpoint.save:
-            self.prefetcher.settle()  # megatron-core forks its writers, which must not inherit a lock that is held
-            with whole_weights(self.ddp), signals.shielded():
-                save_checkpoint(
-                    self.config.checkpoint.save,
-                    self.iteration,
-                    self.consumed_sequences,
-                    self.model,
-                    self.optimizer,
-                    self.scheduler,
-                )
+            self.prefetcher.settle()  # a forked writer must not inherit a lock that is held
+            states = {name: part.state_dict() for name, part in self.parts.items()}
+            with whole_weights(self.ddp):
+                run = Trained(self.model, self.optimizer, self.scheduler)
+                self.checkpoints.save(run, self.iteration, self.consumed_sequences, states)
+
+    def load(self) -> None:
+        """Go on from the checkpoint."""
+        resumed = self.checkpoints.load(Trained(self.model, self.optimizer, self.scheduler))
+        self.iteration, self.consumed_sequences = resumed.iteration, resumed.consumed_sequences
+        for name, part in self.parts.items():
+            if name in resumed.states:
+                part.load_state_dict(resumed.states[name])
 
     def close(self) -> None:
         """End what runs beside the loop."""
         self.prefetcher.close()
+        self.checkpoints.close()
 
     def write_run_folder(self) -> None:
         """What makes the run's folder complete in itself: the resolved configuration and the tokenizer."""
@@ -211,7 +224,7 @@ def pretrain(config: Config) -> None:
         Interrupted: a signal asked a rank to leave; all ranks have saved.
     """
     with contextlib.ExitStack() as ending:
-        ending.callback(shut_down)
+        ending.push(lambda kind, error, trace: shut_down(orderly=kind in (None, Interrupted)))
         trainer = Trainer.build(config)
         ending.callback(trainer.close)
         trainer.write_run_folder()
@@ -220,6 +233,7 @@ def pretrain(config: Config) -> None:
             logger = MetricsLogger(trainer.config, trainer.ranks.is_main, trainer.iteration)
         try:
             describe(trainer, logger)
+            trainer.checkpoints.on_published = lambda i: logger.say(f"saved iteration {i} in {config.checkpoint.save}")
             state = _loop(trainer, logger)
             if state and trainer.config.checkpoint.save and trainer.ranks.is_main:
                 signals.write_run_state(trainer.config.checkpoint.save, state)
@@ -251,12 +265,13 @@ def _loop(trainer: Trainer, logger: MetricsLogger) -> str | None:
             seconds, steps = 0.0, 0
         if (last or due(training.eval_interval)) and (evaluation := trainer.evaluate()) is not None:
             logger.evaluation(iteration, evaluation)
+        trainer.checkpoints.maybe_finalize()
         leaving = due(training.exit_interval)
         asked = trainer.ranks.any_rank(signals.received())
         if last or leaving or asked or due(config.checkpoint.save_interval):
             trainer.save()
-            if config.checkpoint.save:
-                logger.say(f"saved iteration {iteration} in {config.checkpoint.save}")
+        if last or leaving or asked:
+            trainer.checkpoints.wait()
         if leaving and not last:
             logger.say(f"leaving after iteration {iteration} (--exit-interval {training.exit_interval})")
             return None

@@ -3,11 +3,14 @@
 import dataclasses
 from pathlib import Path
 
-from tidar_megatron.checkpoint.distributed import latest_iteration
+from tidar_megatron.checkpoint.distributed import read_state
+from tidar_megatron.checkpoint.fingerprint import Fingerprint, check_fingerprint
+from tidar_megatron.checkpoint.folder import checkpoint_folder, latest_iteration, saved_iterations
 from tidar_megatron.checkpoint.huggingface import mask_token_of_huggingface, model_from_huggingface
-from tidar_megatron.config import CONFIG_FILE, Config, ModelConfig, check_config, flag, load_config
-from tidar_megatron.data.manifest import TOKENIZER_FOLDER, TokenizerEntry
-from tidar_megatron.data.tokenizer import fingerprint, load_tokenizer
+from tidar_megatron.checkpoint.manifest import Damaged
+from tidar_megatron.config import Config, ModelConfig, check_config, flag
+from tidar_megatron.data.loader import TrainingData
+from tidar_megatron.data.manifest import TokenizerEntry
 from tidar_megatron.errors import UserError
 
 
@@ -54,49 +57,43 @@ def resolve(config: Config, tokenizer: TokenizerEntry) -> Config:
     return resolved
 
 
-# What a checkpoint cannot be continued without: the model, and what decides which tokens packed sequence n holds.
-CONTINUED = {
-    "model": [field.name for field in dataclasses.fields(ModelConfig) if field.name != "max_position_embeddings"],
-    "tidar": ["block_size", "mask_token_id"],
-    "data": ["seq_length"],
-    "training": ["seed"],
-    "parallel": ["use_distributed_optimizer"],  # the two kinds of optimizer state cannot be turned into each other
-}
+MAY_CHANGE = ("max_position_embeddings",)  # a number that an export writes
 
 
-def check_continues(config: Config, tokenizer: TokenizerEntry) -> None:
-    """Refuse to continue a run as another one.
-
-    Raises:
-        UserError: names the first flag that differs from the run's, or the tokenizer.
-    """
-    run = Path(config.checkpoint.load or "")
-    before = load_config(run / CONFIG_FILE)
-    for section, names in CONTINUED.items():
-        for name in names:
-            was, now = (getattr(getattr(c, section), name) for c in (before, config))
-            if was != now:
-                raise UserError(
-                    f"{flag(name)} {now}: the run in {run} has {was}; continue it with its own settings "
-                    f"(--config {run / CONFIG_FILE}), or export it and start a new run with --init-from"
-                )
-    if fingerprint(load_tokenizer(run / TOKENIZER_FOLDER)) != tokenizer.fingerprint:
-        raise UserError(
-            f"--train-data {config.data.train_data}: was prepared with another tokenizer than that of the run in {run}"
-        )
+def run_fingerprint(config: Config, data: TrainingData) -> Fingerprint:
+    """What a run is: its model, and what decides the tokens of packed sequence n."""
+    model = {name: value for name, value in dataclasses.asdict(config.model).items() if name not in MAY_CHANGE}
+    return {
+        **model,
+        "bf16": config.training.bf16,
+        "mask_token_id": config.tidar.mask_token_id,
+        **data.fingerprint(),
+    }
 
 
-def starting_point(config: Config) -> int | None:
-    """The iteration to continue from; None to start anew.
+def starting_point(config: Config, fingerprint: Fingerprint) -> int | None:
+    """The iteration that the run will probably continue from; None to start anew.
+
+    Whatever can be refused is refused here, before there are process groups; that a checkpoint is damaged may still
+    turn out while it is loaded.
 
     Raises:
-        UserError: ``--load`` names a folder without a checkpoint, or ``--save`` one that holds another run.
+        UserError: ``--load`` names a folder without a whole checkpoint, or of another run; ``--save`` one that holds
+            another run.
     """
     load, save = config.checkpoint.load, config.checkpoint.save
-    iteration = latest_iteration(load) if load else None
     same = bool(load and save and Path(load).resolve() == Path(save).resolve())
-    if load and iteration is None and not same:
-        raise UserError(f"--load {load}: holds no checkpoint; leave the flag out to start anew")
-    if save and not same and latest_iteration(save) is not None:
+    if save and not same and saved_iterations(save):
         raise UserError(f"--save {save}: holds a run already; continue it with --load {save}, or choose another folder")
+    if not load:
+        return None
+    iteration = latest_iteration(load)
+    if iteration is None and not same:
+        raise UserError(f"--load {load}: holds no checkpoint; leave the flag out to start anew")
+    if iteration is not None:
+        try:
+            before = read_state(checkpoint_folder(load, iteration)).fingerprint
+        except Damaged:
+            return iteration  # an older one may be whole: loading looks for it
+        check_fingerprint(load, before, fingerprint, config.checkpoint.override_fingerprint)
     return iteration

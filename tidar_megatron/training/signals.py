@@ -69,8 +69,8 @@ def mortal() -> Iterator[None]:
 def shielded() -> Iterator[None]:
     """Processes started in this block never hear SIGUSR1; one that comes for this process is noted after it.
 
-    SLURM may signal every process of a job. megatron-core saves through a helper process that lives from the first
-    save on: were it killed, no rank could save. (SIGTERM must get through: it is how such helpers are ended.)
+    SLURM may signal every process of a job, and W&B's would end of it. (SIGTERM must get through: it is how such
+    helpers are ended.)
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     try:

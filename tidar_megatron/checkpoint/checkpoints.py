@@ -1,0 +1,281 @@
+"""A run's checkpoints, as the loop sees them: save, go on training, finalize; and at the start, load.
+
+Every call is collective. A save has three parts: all ranks plan it (and, asynchronously, are free again), each writes
+and seals its own files (writer.py), and when the last has done so rank 0 publishes (folder.py). Nothing is published,
+named by the tracker or pruned before; a run that dies meanwhile goes on from the checkpoint before. A rank that could
+not write tells the others, and all leave with the same error.
+"""
+
+import dataclasses
+import errno
+import functools
+import inspect
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import __version__ as megatron_version
+from megatron.core import dist_checkpointing
+
+from tidar_megatron.checkpoint import distributed, folder
+from tidar_megatron.checkpoint.distributed import Trained
+from tidar_megatron.checkpoint.fingerprint import Fingerprint, check_fingerprint, plain
+from tidar_megatron.checkpoint.manifest import Damaged, FileEntry, check_hashes, seal
+from tidar_megatron.checkpoint.pickles import read_metadata
+from tidar_megatron.checkpoint.writer import RESULTS, InBackground, Report, staged, write
+from tidar_megatron.config import Config
+from tidar_megatron.distributed.groups import Ranks
+from tidar_megatron.errors import UserError
+
+NO_SPACE = 2**20  # bytes; torch's archives do not say why they could not be written
+
+
+@dataclass
+class Resumed:
+    """Where a run goes on."""
+
+    iteration: int
+    consumed_sequences: int
+    states: dict[str, Any]  # of single parts, by the names they were saved under
+
+
+@dataclass
+class _Pending:
+    """One that is under way."""
+
+    iteration: int
+    partial: Path
+    request: Any  # megatron-core's AsyncRequest
+    background: InBackground | None = None
+
+
+class Checkpoints:
+    """Saves into ``--save``, loads from ``--load``.
+
+    Args:
+        config: resolved.
+        ranks: of this process.
+        fingerprint: what the run is.
+
+    Attributes:
+        on_published: called on every rank with each iteration that is published.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks, fingerprint: Fingerprint) -> None:
+        self.on_published: Callable[[int], None] = lambda iteration: None
+        self._config, self._ranks, self._fingerprint = config, ranks, plain(fingerprint)
+        self._pending: _Pending | None = None
+        if config.checkpoint.save and ranks.is_main:
+            folder.remove_leftovers(config.checkpoint.save)
+
+    # ---- saving
+
+    def save(self, run: Trained, iteration: int, consumed_sequences: int, states: dict[str, Any]) -> None:
+        """Save this moment; with ``--async-save`` it is only begun.
+
+        Args:
+            run: its tensors.
+            iteration: optimizer steps so far.
+            consumed_sequences: packed sequences so far.
+            states: of single parts of the loop, by name, as JSON can hold them; :meth:`load` gives them back.
+
+        Raises:
+            UserError: it, or the save before, could not be written.
+        """
+        self.wait()
+        partial = self._new_partial(iteration)
+        self._pending = _Pending(iteration, partial, None)
+        state = distributed.State(
+            iteration=iteration,
+            consumed_sequences=consumed_sequences,
+            states=states,
+            fingerprint=self._fingerprint,
+            layout=self._layout(),
+            config=dataclasses.asdict(self._config),
+            megatron_core=megatron_version,
+        )
+        try:
+            request = self._plan(run, partial)
+        except Exception as error:  # rank 0 writes a small file here: the others are left waiting, and end with it
+            raise self._failure(self._reason(error)) from error
+        self._pending.request = request
+        work = functools.partial(write, request, partial, distributed.texts_to_save(state))
+        if self._config.checkpoint.async_save:
+            self._pending.background = InBackground(work)
+        else:
+            self._finish(work())
+
+    def maybe_finalize(self) -> None:
+        """Publish an asynchronous save if every rank has written its part.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        if self._pending is None or self._pending.background is None:
+            return
+        if not self._ranks.any_rank(not self._pending.background.done()):
+            self._finish(self._pending.background.report())
+
+    @property
+    def saving(self) -> bool:
+        """Whether a save is under way."""
+        return self._pending is not None
+
+    def wait(self) -> None:
+        """The same, as soon as it is possible."""
+        while self._pending is not None:
+            self.maybe_finalize()
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        """At the end of the run, however it ends: what is not published by now is given up."""
+        if self._pending is not None and self._pending.background is not None:
+            self._pending.background.abandon()
+        self._pending = None
+
+    def _new_partial(self, iteration: int) -> Path:
+        partial: Path | None = None
+
+        def make() -> None:
+            nonlocal partial
+            partial = folder.new_partial(self._config.checkpoint.save or "", iteration)
+
+        problem = self._on_main(make)
+        if problem:
+            raise UserError(f"--save {self._config.checkpoint.save}: iteration {iteration} is not saved: {problem}")
+        told = [str(partial)]
+        dist.broadcast_object_list(told, src=0)
+        return Path(told[0])
+
+    @staticmethod
+    def _plan(run: Trained, partial: Path) -> Any:
+        own_strategy = {"async_strategy": "mcore"} if "async_strategy" in _PARAMETERS else {}
+        state = distributed.tensors_to_save(run)
+        return staged(dist_checkpointing.save(state, str(partial), async_sharded_save=True, **own_strategy))
+
+    def _finish(self, report: Report) -> None:
+        """All ranks have written: gather what, and publish."""
+        assert self._pending is not None
+        save = self._pending
+        problem = self._reason(report.error) if report.error else None
+        reports: list[Any] = [None] * self._ranks.world_size
+        dist.all_gather_object(reports, (problem, report.files))
+        for said, _ in reports:
+            if said:
+                raise self._failure(said)
+        if save.request.async_fn is not None:
+            RESULTS.put(report.results)
+        try:
+            for finalize in save.request.finalize_fns:  # megatron-core's: gathers, writes .metadata and metadata.json
+                finalize()
+        except Exception as error:
+            raise self._failure(self._reason(error)) from error
+        files: dict[str, FileEntry] = {}
+        for _, theirs in reports:
+            files |= theirs
+        problem = self._on_main(lambda: self._publish(save, files))
+        if problem:
+            raise self._failure(problem)
+        self._pending = None
+        self.on_published(save.iteration)
+
+    def _publish(self, save: _Pending, files: dict[str, FileEntry]) -> None:
+        for path in save.partial.iterdir():
+            if path.name not in files:  # megatron-core's small files
+                files[path.name] = seal(path)
+        folder.publish(save.partial, save.iteration, files, self._config.checkpoint.keep_last)
+
+    def _on_main(self, do: Callable[[], None]) -> str | None:
+        """Let rank 0 do something with files; what went wrong, on every rank."""
+        problem: list[str | None] = [None]
+        if self._ranks.is_main:
+            try:
+                do()
+            except OSError as error:
+                problem = [self._reason(error)]
+        dist.broadcast_object_list(problem, src=0)
+        return problem[0]
+
+    def _reason(self, error: Exception) -> str:
+        if isinstance(error, OSError) and error.errno:
+            return os.strerror(error.errno)
+        partial = self._pending.partial if self._pending is not None else None
+        if partial is not None and partial.exists() and shutil.disk_usage(partial).free < NO_SPACE:
+            return os.strerror(errno.ENOSPC)
+        return " ".join(f"{type(error).__name__}: {error}".split())
+
+    def _failure(self, reason: str) -> UserError:
+        """The save is over, its folder is removed, and this is what to say."""
+        assert self._pending is not None
+        save, into = self._pending, self._config.checkpoint.save or ""
+        self.close()
+        if self._ranks.is_main:
+            shutil.rmtree(save.partial, ignore_errors=True)
+        whole = (
+            [i for i in folder.restart_points(into)[0] if i != save.iteration] if folder.saved_iterations(into) else []
+        )
+        kept = f"iteration {whole[0]} is whole, --load {into} continues it" if whole else "nothing was saved before"
+        return UserError(f"--save {into}: iteration {save.iteration} is not saved: {reason}; {kept}")
+
+    def _layout(self) -> dict[str, Any]:
+        parallel = self._config.parallel
+        names = [f.name for f in dataclasses.fields(parallel) if f.name.endswith("_parallel_size")]
+        return {"world_size": self._ranks.world_size, **{name: getattr(parallel, name) for name in names}}
+
+    # ---- loading
+
+    def load(self, run: Trained) -> Resumed:
+        """Fill ``run`` from the best checkpoint of ``--load`` that is whole; what was passed over is said.
+
+        Raises:
+            UserError: none is whole, or it is another run's.
+        """
+        source, settings = self._config.checkpoint.load, self._config.checkpoint
+        assert source is not None
+        found: list[Any] = [None]
+        if self._ranks.is_main:
+            found = [folder.restart_points(source)]
+        dist.broadcast_object_list(found, src=0)
+        points, passed_over = found[0]
+        for iteration in points:
+            checkpoint = folder.checkpoint_folder(source, iteration)
+            if (damage := self._damage(checkpoint)) is None:
+                break
+            passed_over.append(damage)
+        else:
+            raise folder.no_whole_checkpoint(source, passed_over)
+        if passed_over and self._ranks.is_main:
+            print(
+                f"warning: {'; '.join(passed_over)}; going on from iteration {iteration}", file=sys.stderr, flush=True
+            )
+        state = distributed.read_state(checkpoint)
+        check_fingerprint(source, state.fingerprint, self._fingerprint, settings.override_fingerprint)
+        try:
+            distributed.load(checkpoint, run, same_layout=state.layout == self._layout())
+        except Damaged as damage:
+            raise UserError(f"--load {source}: {damage}") from None
+        return Resumed(state.iteration, state.consumed_sequences, state.states)
+
+    def _damage(self, checkpoint: Path) -> str | None:
+        """What is wrong with a checkpoint, on every rank; each rank hashes its share of the files."""
+        problem: str | None = None
+        try:
+            if self._config.checkpoint.verify_checkpoint:
+                check_hashes(checkpoint, self._ranks.rank, self._ranks.world_size)
+            if self._ranks.is_main:
+                read_metadata(checkpoint)
+                distributed.read_state(checkpoint)
+        except Damaged as damage:
+            problem = str(damage)
+        problems: list[str | None] = [None] * self._ranks.world_size
+        dist.all_gather_object(problems, problem)
+        return next((said for said in problems if said), None)
+
+
+_PARAMETERS = inspect.signature(dist_checkpointing.save).parameters  # async_strategy: from 0.19 on

@@ -1,0 +1,57 @@
+"""What a run is, part by part: its model, its tokenizer, its data. A resume that changes a part is refused by its name.
+
+A change may be meant (more data, another rotary base): ``--override-fingerprint PART`` lets that one part pass.
+"""
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from tidar_megatron.config import CONFIG_FILE, FIELDS, flag
+from tidar_megatron.errors import UserError
+
+Fingerprint = dict[str, Any]  # part -> a value of JSON; a flag's name where a flag decides it
+
+
+def plain(fingerprint: Fingerprint) -> Fingerprint:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(fingerprint))
+
+
+def check_fingerprint(run: str | Path, before: Fingerprint, now: Fingerprint, override: Collection[str]) -> None:
+    """Refuse to continue a run as another one.
+
+    Args:
+        run: the folder that is continued.
+        before: the fingerprint in its checkpoint.
+        now: that of this start.
+        override: the parts that may differ.
+
+    Raises:
+        UserError: names the parts that differ, or one to override that does not exist.
+    """
+    now = plain(now)
+    parts = [*now, *(part for part in before if part not in now)]
+    for part in override:
+        if part not in parts:
+            raise UserError(f"--override-fingerprint {part}: there is no such part; there are: {', '.join(parts)}")
+    differing = [part for part in parts if before.get(part) != now.get(part) and part not in override]
+    if not differing:
+        return
+    said = "; ".join(_difference(part, before.get(part), now.get(part), run) for part in differing)
+    raise UserError(
+        f"{said}; continue it with its own settings (--config {Path(run) / CONFIG_FILE}), export it and start a new "
+        f"run with --init-from, or if the change is meant add --override-fingerprint {' '.join(differing)}"
+    )
+
+
+def _difference(part: str, before: Any, now: Any, run: str | Path) -> str:
+    if part in FIELDS:
+        return f"{flag(part)} {now}: the run in {run} has {before}"
+    return f"{part} {_short(now)}: the run in {run} was started with another {part}, {_short(before)}"
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 16 else text[:12] + ".."

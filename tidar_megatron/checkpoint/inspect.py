@@ -1,0 +1,125 @@
+"""What is in a checkpoint, is it whole, and of which run; read without building a model or running anything in it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from tidar_megatron.checkpoint.distributed import read_state
+from tidar_megatron.checkpoint.folder import TRACKER, checkpoint_folder, restart_points, saved_iterations
+from tidar_megatron.checkpoint.manifest import Damaged, check_hashes, check_sizes
+from tidar_megatron.checkpoint.pickles import read_metadata
+from tidar_megatron.errors import UserError
+
+OPTIMIZER = "optimizer."
+
+
+def inspect(folder: str | Path, verify: bool) -> dict[str, Any]:
+    """A run's folder with all its checkpoints, or one checkpoint.
+
+    Returns:
+        ``checkpoints``: one summary each (:func:`summary`); of a run's folder also ``tracker`` and ``continues_from``;
+        of one checkpoint also ``tensors``, ``files`` and ``state`` as far as they can be read.
+
+    Raises:
+        UserError: it holds no checkpoint.
+    """
+    folder = Path(folder)
+    if folder.name.startswith("iter_"):
+        if not folder.is_dir():
+            raise UserError(f"{folder}: there is no such folder")
+        return {"folder": str(folder), "checkpoints": [summary(folder, verify)], **_contents(folder)}
+    iterations = saved_iterations(folder)
+    if not iterations:
+        raise UserError(
+            f"{folder}: holds no checkpoint; give a folder that was --save in training, or one iter_.. in it"
+        )
+    try:
+        points, passed_over = restart_points(folder)
+    except UserError:
+        points, passed_over = [], []
+    tracker = folder / TRACKER
+    return {
+        "folder": str(folder),
+        "tracker": tracker.read_text(errors="replace").strip()[:40] if tracker.exists() else None,
+        "continues_from": points[0] if points else None,
+        "passed_over": passed_over,
+        "checkpoints": [summary(checkpoint_folder(folder, iteration), verify) for iteration in iterations],
+    }
+
+
+def summary(checkpoint: Path, verify: bool) -> dict[str, Any]:
+    """One line's worth: ``whole`` (sizes, and with ``verify`` hashes, agree), ``damage`` (what does not), sizes."""
+    row: dict[str, Any] = {"name": checkpoint.name, "whole": True, "verified": verify, "damage": None}
+    try:
+        manifest = check_sizes(checkpoint)
+        row |= {"bytes": sum(entry.bytes for entry in manifest.files.values()), "files": len(manifest.files)}
+        if verify:
+            check_hashes(checkpoint)
+        tensors = _tensors(checkpoint)
+        row["parameters"] = sum(t["elements"] for t in tensors if not t["name"].startswith(OPTIMIZER))
+        row["optimizer"] = any(t["name"].startswith(OPTIMIZER) for t in tensors)
+    except Damaged as damage:
+        row |= {"whole": False, "damage": str(damage)}
+    return row
+
+
+def _contents(checkpoint: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    try:
+        found["state"] = read_state(checkpoint).model_dump()
+        found["tensors"] = _tensors(checkpoint)
+        found["files"] = {name: entry.model_dump() for name, entry in check_sizes(checkpoint).files.items()}
+    except Damaged as damage:
+        found["unreadable"] = str(damage)
+    return found
+
+
+def _tensors(checkpoint: Path) -> list[dict[str, Any]]:
+    rows = []
+    for name, entry in sorted(read_metadata(checkpoint).state_dict_metadata.items()):
+        if isinstance(entry, TensorStorageMetadata):
+            elements = torch.Size(entry.size).numel()
+            dtype = str(entry.properties.dtype).removeprefix("torch.")
+            size = elements * entry.properties.dtype.itemsize
+            rows.append({"name": name, "shape": list(entry.size), "dtype": dtype, "elements": elements, "bytes": size})
+    return rows
+
+
+def describe(found: dict[str, Any]) -> list[str]:
+    """The same in lines."""
+    lines = []
+    if "tracker" in found:
+        point = found["continues_from"]
+        goes_on = "no checkpoint is whole" if point is None else f"a run goes on from {point}"
+        lines.append(f"{found['folder']}: the tracker names {found['tracker']}; {goes_on}")
+        lines += [f"  passed over: {said}" for said in found["passed_over"]]
+    lines += [f"{row['name']}: {_one_line(row)}" for row in found["checkpoints"]]
+    if state := found.get("state"):
+        config, sizes = state["config"], {name: size for name, size in state["layout"].items() if size}
+        lines += [
+            f"  iteration {state['iteration']}, {state['consumed_sequences']:,} sequences consumed",
+            f"  of the run in {config.get('checkpoint', {}).get('save')}",
+            f"  trained on {config.get('data', {}).get('train_data')}",
+            f"  saved under {', '.join(f'{name} {size}' for name, size in sizes.items())}",
+            f"  by megatron-core {state['megatron_core']}",
+            f"  with the states of: {', '.join(state['states']) or 'nothing more'}",
+            *(f"  fingerprint: {part} {value}" for part, value in state["fingerprint"].items()),
+            *(f"  config: {name} {values}" for name, values in config.items()),
+        ]
+    for tensor in found.get("tensors", ()):
+        lines.append(f"  {tensor['name']}  {tensor['dtype']} {tensor['shape']}  {tensor['bytes']:,} bytes")
+    for name, entry in found.get("files", {}).items():
+        lines.append(f"  {name}  {entry['bytes']:,} bytes  {entry['sha256']}")
+    if "unreadable" in found:
+        lines.append(f"  cannot be read further: {found['unreadable']}")
+    return lines
+
+
+def _one_line(row: dict[str, Any]) -> str:
+    if not row["whole"]:
+        return f"DAMAGED: {row['damage']}"
+    known = "whole, hashes compared" if row["verified"] else "whole by its sizes"
+    held = f"{row['parameters']:,} parameters {'with' if row['optimizer'] else 'without'} optimizer state"
+    return f"{known}; {held}, {row['bytes']:,} bytes in {row['files']} files"

@@ -1,0 +1,133 @@
+"""What a checkpoint promises, as ``manifest.json``: the size and SHA-256 of every file, written last, checked first.
+
+A checkpoint whose sizes agree with its manifest is *whole*: nothing is missing or cut. Whether a byte has changed since
+it was written, only the hashes tell; they cost one reading of every file.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+FILE_NAME = "manifest.json"
+FORMAT: Final = "tidar-checkpoint-1"
+
+Count = Annotated[int, Field(ge=0)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+PlainName = Annotated[str, Field(pattern=r"^\.?[A-Za-z0-9_][A-Za-z0-9_.-]*$")]  # leads nowhere else
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class FileEntry(_Strict):
+    """One file as it was written."""
+
+    bytes: Count
+    sha256: Sha256
+
+
+class Manifest(_Strict):
+    """One checkpoint."""
+
+    format: Literal["tidar-checkpoint-1"]
+    iteration: Count
+    files: dict[PlainName, FileEntry]
+
+    def text(self) -> str:
+        """The one spelling of this manifest: a changed byte of it is seen too."""
+        return json.dumps(self.model_dump(), indent=1) + "\n"
+
+
+class Damaged(Exception):  # noqa: N818 - said of a checkpoint
+    """A checkpoint is not what it promises; the message names the file."""
+
+
+def seal(path: Path) -> FileEntry:
+    """What the manifest says of a file just written; the file is on the disk when this returns."""
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        os.fsync(stream.fileno())
+        return FileEntry(bytes=stream.tell(), sha256=digest)
+
+
+def write_manifest(folder: Path, iteration: int, files: dict[str, FileEntry]) -> None:
+    """Close a checkpoint: after this its folder holds nothing that is not on the disk."""
+    manifest = Manifest(format=FORMAT, iteration=iteration, files=dict(sorted(files.items())))
+    write_durably(folder / FILE_NAME, manifest.text())
+    sync_folder(folder)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint.
+
+    Raises:
+        Damaged: it is missing, or not one.
+    """
+    path = folder / FILE_NAME
+    try:
+        text = path.read_text(encoding="utf-8")
+        manifest = Manifest.model_validate_json(text)
+    except FileNotFoundError:
+        raise Damaged(f"{path} is missing") from None
+    except (OSError, ValueError, ValidationError):
+        raise Damaged(f"{path} cannot be read") from None
+    if text != manifest.text():
+        raise Damaged(f"{path} was changed")
+    return manifest
+
+
+def check_sizes(folder: Path) -> Manifest:
+    """The manifest of a whole checkpoint.
+
+    Raises:
+        Damaged: a file is missing or has another size.
+    """
+    manifest = read_manifest(folder)
+    for name, entry in manifest.files.items():
+        try:
+            size = (folder / name).stat().st_size
+        except OSError:
+            raise Damaged(f"{folder / name} is missing") from None
+        if size != entry.bytes:
+            raise Damaged(f"{folder / name} has {size} bytes, its manifest says {entry.bytes}")
+    return manifest
+
+
+def check_hashes(folder: Path, share: int = 0, shares: int = 1) -> None:
+    """Read the files of a checkpoint, or those of the ``share`` of so many readers, and compare their hashes.
+
+    Raises:
+        Damaged: a file differs from what was written.
+    """
+    manifest = check_sizes(folder)
+    by_size = sorted(manifest.files, key=lambda name: -manifest.files[name].bytes)
+    for name in by_size[share::shares]:
+        try:
+            with (folder / name).open("rb") as stream:
+                found = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            raise Damaged(f"{folder / name} cannot be read ({error.strerror})") from None
+        if found != manifest.files[name].sha256:
+            raise Damaged(f"{folder / name} was changed: its SHA-256 is not its manifest's")
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a small file; it is on the disk when this returns."""
+    with path.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in ``folder`` on the disk: a rename is durable only after this."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
