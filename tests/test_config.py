@@ -42,6 +42,32 @@ def test_the_resolved_tree_reads_back(tmp_path):
     assert load_config(write(tmp_path, config.to_yaml())) == config
 
 
+@pytest.mark.parametrize(
+    ("written", "flags", "words"),
+    [
+        ("a", "a", ("a",)),
+        ("[0.7, a, 3, b]", "0.7 a 3 b", ("0.7", "a", "3", "b")),
+        ("[a]", "a", ("a",)),
+    ],
+)
+def test_data_are_a_path_or_a_blend(tmp_path, written, flags, words):
+    """In the file as in flags, and in the resolved tree that reads back."""
+    path = write(tmp_path, f"data:\n  train_data: {written}\n  valid_data: null\n")
+    config = load_config(path)
+    assert (config.data.train_data, config.data.valid_data) == (words, ())
+    assert parse_config(["--train-data", *flags.split(), "--seq-length", "64"]).data.train_data == words
+    assert load_config(write(tmp_path, config.to_yaml())) == config
+
+
+def test_switches_of_packing():
+    """On by default, both: positions begin anew with each document, and nothing attends across them."""
+    config = parse_config([])
+    assert config.data.reset_positions and not config.data.cross_document_attention
+    config = parse_config(["--no-reset-positions", "--no-cross-document-attention"])
+    assert not config.data.reset_positions and not config.data.cross_document_attention
+    assert parse_config(["--cross-document-attention"]).data.cross_document_attention
+
+
 def test_every_field_is_a_flag_with_help():
     for name, section in FIELDS.items():
         field = next(f for f in dataclasses.fields(SECTIONS[section]) if f.name == name)

@@ -41,7 +41,7 @@ def heldout_prompts(folder: str, count: int) -> list[str]:
     tokenizer = documents.load_tokenizer()
     prompts = []
     for number in range(len(documents)):
-        rows = tokenizer.decode(documents[number].tolist(), skip_special_tokens=True).splitlines()
+        rows = tokenizer.decode(documents[number][:].tolist(), skip_special_tokens=True).splitlines()
         prompts += [row.encode()[:PROMPT_BYTES].decode(errors="ignore") for row in rows]
     step = max(len(prompts) // count, 1)
     if len(prompts) < count:

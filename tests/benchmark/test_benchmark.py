@@ -40,6 +40,11 @@ def test_rows(what, keys, tmp_path):
     assert all(keys <= row.keys() for row in result["rows"])
     if what == "attention":
         assert {row["backend"] for row in result["rows"]} == {"chunked", "dense"}
+    if what == "loader":  # what is read of ten million documents does not add up in memory
+        (opening,) = result["opening"]
+        assert opening["documents"] == 10_000_000
+        assert opening["mib_after_1000"] - opening["mib_after_200"] < 4
+        assert opening["mib_after_1000"] < 100
     if what == "training":
         assert {row["diffusion_block_fraction"] for row in result["rows"]} == {1.0, 0.25}
         assert all(row["parameters"] >= 11e6 for row in result["rows"])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tidar_megatron.attention_mask import clean_tokens, training_layout
 from tidar_megatron.data.blocks import choose_blocks, strata
 from tidar_megatron.data.doubled import Batch, TokenCounts, make_batch, set_loss_weights
-from tidar_megatron.data.packing import PackedSequence, PackedSequences, fill_sequence, pack
+from tidar_megatron.data.packing import LengthsInMemory, PackedSequence, PackedSequences, fill_sequence, pack
 
 MASK, EOS = 300, 256
 
@@ -20,7 +20,7 @@ def some_rows(seed: int, seq_length: int = 16, block_size: int = 4, count: int =
     random = np.random.default_rng(seed)
     lengths = random.integers(1, 30, count)
     documents = [np.append(random.integers(0, 256, length - 1), EOS) for length in lengths]
-    packed = PackedSequences(lengths, seq_length, block_size, seed)
+    packed = PackedSequences(LengthsInMemory(lengths), seq_length, block_size, seed)
     return [pack(packed.pieces(0, n), documents, EOS) for n in range(len(packed))]
 
 
@@ -31,10 +31,8 @@ def test_the_doubled_sequence() -> None:
         assert (getattr(batch, name).shape, getattr(batch, name).dtype) == ((3, 32), dtype)
     assert (batch.supervised.dtype, batch.loss_weights.dtype) == (torch.bool, torch.float32)
     assert (batch.visibility.shape, batch.visibility.dtype) == ((3, 32, 4), torch.int32)
-    assert batch.position_ids.stride() == (0, 1)
     for number, row in enumerate(rows):
         assert batch.tokens[number].tolist() == row.tokens.tolist() + [MASK] * 16
-        assert batch.position_ids[number].tolist() == [*range(16), *range(16)]
         assert batch.supervised[number].tolist() == [*row.ar_supervised, *row.diffusion_supervised]
         for place in range(16):  # the mask at a place is to give the token of that place
             assert batch.labels[number, 16 + place] == (row.tokens[place] if row.diffusion_supervised[place] else 0)
@@ -46,6 +44,32 @@ def test_the_doubled_sequence() -> None:
     assert batch.num_tokens == 2 * batch.diffusion_tokens == (~batch.padding).sum()
     assert torch.equal(batch.padding[:, :16], batch.padding[:, 16:])
     assert not batch.loss_weights.any()
+
+
+def test_positions_begin_anew_with_each_document_or_run_on() -> None:
+    """Also with a document that goes on from the row before: positions stay below S, whatever its index is."""
+    rows = some_rows(0)[:3]
+    anew, on = make_batch(rows, 4, MASK), make_batch(rows, 4, MASK, reset_positions=False)
+    assert any(row.index[0] > 0 for row in rows)
+    for number, row in enumerate(rows):
+        expected = [place - int(np.argmax(row.document == row.document[place])) for place in range(16)]
+        assert anew.position_ids[number].tolist() == expected * 2
+        assert on.position_ids[number].tolist() == [*range(16), *range(16)]
+    assert on.position_ids.stride() == (0, 1)
+    assert make_batch([fill_sequence(16, EOS)] * 3, 4, MASK).position_ids.stride() == (0, 1)  # all rows alike
+    assert torch.equal(anew.visibility, on.visibility)
+
+
+def test_attention_across_documents() -> None:
+    """A row is one document to attention alone: what is predicted, and where documents begin, stays as it is."""
+    rows = some_rows(0)[:3]
+    batch, without = make_batch(rows, 4, MASK, cross_document_attention=True), make_batch(rows, 4, MASK)
+    one = training_layout(torch.zeros(16, dtype=torch.int64), torch.arange(16), 4)
+    assert all(torch.equal(batch.visibility[row], one) for row in range(3))
+    for name in ("tokens", "labels", "supervised", "padding", "position_ids"):
+        assert torch.equal(getattr(batch, name), getattr(without, name))
+    clean = make_batch(rows, 4, MASK, doubled=False, cross_document_attention=True)
+    assert torch.equal(clean.visibility, batch.visibility[:, :16])
 
 
 def test_the_clean_half_alone() -> None:
@@ -62,7 +86,7 @@ def test_the_clean_half_alone() -> None:
 
 
 def test_moving_keeps_positions_expanded() -> None:
-    batch = make_batch(some_rows(2)[:3], 4, MASK).to("meta")
+    batch = make_batch(some_rows(2)[:3], 4, MASK, reset_positions=False).to("meta")
     assert batch.position_ids.stride() == (0, 1)
     assert {getattr(batch, name).device.type for name in ("tokens", "visibility", "position_ids")} == {"meta"}
     again = make_batch(some_rows(2)[:3], 4, MASK)
@@ -109,7 +133,8 @@ def test_no_supervised_tokens_of_a_kind() -> None:
         assert batch.loss_weights.isfinite().all()
         return batch
 
-    only_eos = [pack(PackedSequences(np.array([1] * 4), 16, 4, 0).pieces(0, 0), [np.array([EOS])] * 4, EOS)]
+    packed = PackedSequences(LengthsInMemory(np.array([1] * 4)), 16, 4, 0)
+    only_eos = [pack(packed.pieces(0, 0), [np.array([EOS])] * 4, EOS)]
     batch = make_batch(only_eos, 4, MASK)
     assert (batch.ar_tokens, batch.diffusion_tokens) == (0, 4)
     assert weights(batch).loss_weights.sum() == 4 * 0.5 * 8 / 4
@@ -167,7 +192,7 @@ def test_weights_are_unbiased_exactly(seed: int, blocks: int, chosen: int) -> No
         total = torch.zeros(4 * blocks, dtype=torch.float64)
         whole = make_batch([row], 4, MASK)
         for choice in choices:
-            batch = make_batch([row], 4, MASK, chosen=np.array([choice], dtype=np.int64))
+            batch = make_batch([row], 4, MASK, chosen=np.array([choice], dtype=np.int64), reset_positions=False)
             masks = slice(4 * blocks, None)
             total.index_add_(0, batch.position_ids[0, masks], batch.stands_for[0, masks].double())
             assert torch.equal(batch.stands_for[0, : 4 * blocks], whole.stands_for[0, : 4 * blocks])

@@ -44,12 +44,12 @@ def test_the_global_batch_does_not_depend_on_ranks_or_micro_batches(data: Traini
 
 def test_steps_follow_each_other_across_epochs(data: TrainingData) -> None:
     """Steps of any sizes, resumed by another instance on other ranks, read one and the same stream."""
-    count = data.sequences_per_epoch
+    count = len(data.sequences[0])
     stream = [data.sequence(n).tokens.tolist() for n in range(2 * count)]
     assert sorted(stream[:count]) != sorted(stream[count:])  # epochs cut other windows
     consumed, seen = 0, []
     for global_batch_size, dp_size in [(4, 1), (8, 2), (8, 4), (4, 2), (count, 1)]:
-        other = TrainingData(data.documents.folder, 32, 4, 300, seed=7)
+        other = TrainingData(data.sources[0].name, 32, 4, 300, seed=7)
         shares = [other.step_batches(consumed, global_batch_size, 1, rank, dp_size) for rank in range(dp_size)]
         seen += [shares[n % dp_size][n // dp_size].tokens[0, :32].tolist() for n in range(global_batch_size)]
         consumed += global_batch_size
@@ -58,8 +58,8 @@ def test_steps_follow_each_other_across_epochs(data: TrainingData) -> None:
 
 
 def test_an_epoch_of_steps_supervises_every_token_once(data: TrainingData) -> None:
-    batches = data.step_batches(0, data.sequences_per_epoch, 1, 0, 1)
-    manifest = data.documents.manifest
+    batches = data.step_batches(0, len(data.sequences[0]), 1, 0, 1)
+    manifest = data.sources[0].manifest
     assert sum(batch.diffusion_tokens for batch in batches) == manifest.tokens
     assert sum(batch.ar_tokens for batch in batches) == manifest.tokens - manifest.documents
 
@@ -73,7 +73,7 @@ def test_the_clean_half_alone_is_the_same_data(data: TrainingData) -> None:
 def test_evaluation_takes_each_sequence_once(data: TrainingData, max_sequences: int | None) -> None:
     whole = data.evaluation_batches(max_sequences, 1, 0, 1)
     total = len(whole)
-    assert total == min(data.sequences_per_epoch, 10**6 if max_sequences is None else max_sequences)
+    assert total == min(len(data.sequences[0]), 10**6 if max_sequences is None else max_sequences)
     reference = Counter(rows(whole))
     for micro_batch_size, dp_size in [(1, 2), (3, 1), (4, 4), (2, 3)]:
         shares = [data.evaluation_batches(max_sequences, micro_batch_size, rank, dp_size) for rank in range(dp_size)]
@@ -89,7 +89,7 @@ def test_evaluation_takes_each_sequence_once(data: TrainingData, max_sequences: 
 
 def test_evaluation_is_in_the_documents_order(data: TrainingData) -> None:
     first = data.evaluation_batches(None, 1, 0, 1)[0].tokens[0, :32].tolist()
-    assert first == data.documents[0][:32].tolist()
+    assert first == data.sources[0][0][:32].tolist()
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_chosen_blocks_do_not_depend_on_ranks_or_micro_batches(half: TrainingDat
 
 def test_blocks_are_chosen_anew_for_every_sequence_and_epoch(half: TrainingData, data: TrainingData) -> None:
     """Keyed on the number over all epochs: the next epoch trains other blocks of the same text."""
-    count = half.sequences_per_epoch
+    count = len(half.sequences[0])
     chosen = [batch.position_ids[0, 32::4].tolist() for batch in half.step_batches(0, 2 * count, 1, 0, 1)]
     assert len(set(map(tuple, chosen))) > min(count, 10)
     assert chosen[:count] != chosen[count:]

@@ -43,32 +43,32 @@ def prefetcher(log: list) -> Iterator[Prefetcher]:
 def test_what_was_foreseen_is_built_once_and_in_the_thread(prefetcher: Prefetcher, log: list) -> None:
     for number in range(5):
         (batch,) = prefetcher.get(number, number >= 2)
-        prefetcher.start(number + 1, number + 1 >= 2)
+        prefetcher.expect([(number + 1, number + 1 >= 2)])
         (expected,) = batch_of(number, number >= 2)
         assert (batch.num_tokens, batch.doubled) == (number, number >= 2)
         assert torch.equal(batch.visibility, expected.visibility)
     prefetcher.settle()
     assert [entry[:2] for entry in log] == [(0, False), (1, False), *((n, True) for n in range(2, 6))]
-    assert {name for *_, name in log} == {"prefetch_0"}
+    assert [name for *_, name in log] == ["MainThread"] + 5 * ["prefetch_0"]
 
 
 def test_what_was_not_foreseen_is_built_all_the_same(prefetcher: Prefetcher) -> None:
-    """A start that nobody takes, the same step asked for twice, another phase than expected."""
-    prefetcher.start(3, True)
+    """What nobody takes, the same step asked for twice, another phase than expected."""
+    prefetcher.expect([(3, True)])
     assert prefetcher.get(7, True)[0].num_tokens == 7
     assert prefetcher.get(7, True)[0].num_tokens == 7
-    prefetcher.start(8, True)
+    prefetcher.expect([(8, True)])
     assert not prefetcher.get(8, False)[0].doubled
-    prefetcher.start(9, True)
-    prefetcher.start(10, True)
+    prefetcher.expect([(9, True)])
+    prefetcher.expect([(10, True)])
     assert prefetcher.get(10, True)[0].num_tokens == 10
 
 
 def test_an_error_reaches_whoever_needs_the_batches(prefetcher: Prefetcher) -> None:
-    prefetcher.start(13, True)
+    prefetcher.expect([(13, True)])
     prefetcher.settle()  # raised by now, but not to somebody who wants something else
     assert prefetcher.get(12, True)[0].num_tokens == 12
-    prefetcher.start(13, True)
+    prefetcher.expect([(13, True)])
     for _ in range(2):
         with pytest.raises(UserError, match=r"^shard 13: is damaged$"):
             prefetcher.get(13, True)
@@ -85,12 +85,68 @@ def test_closing_waits_for_what_is_being_built() -> None:
         return []
 
     prefetcher = Prefetcher(build, CPU)
-    prefetcher.start(1)
+    prefetcher.expect([(1,)])
     assert begun.wait(60)
-    prefetcher.start(2)
+    prefetcher.expect([(2,)])
     threading.Timer(0.05, go.set).start()
     prefetcher.close()
     assert ended == [1]  # what had not begun is not begun any more
+
+
+def test_many_workers_build_the_same_and_keep_the_order() -> None:
+    """As many ahead as there are threads, a later one done while the first waits; each gets what it asked for."""
+    first, built = threading.Event(), []
+
+    def build(number: int) -> list[Batch]:
+        if number == 0:
+            assert first.wait(60)
+        built.append(number)
+        return batch_of(number, True)
+
+    prefetcher = Prefetcher(build, CPU, workers=3)
+    prefetcher.expect([(n,) for n in range(6)])
+    assert prefetcher.get(2)[0].num_tokens == 2
+    first.set()
+    for number in (0, 1, 3):
+        assert prefetcher.get(number)[0].num_tokens == number
+    prefetcher.close()
+    assert sorted(built) == [0, 1, 2, 3]  # no more ahead than there are threads
+
+
+def test_without_workers_the_caller_builds() -> None:
+    threads = []
+
+    def build(number: int) -> list[Batch]:
+        threads.append(threading.current_thread())
+        return batch_of(number, True)
+
+    prefetcher = Prefetcher(build, CPU, workers=0)
+    prefetcher.expect([(1,), (2,)])
+    assert threads == []
+    assert prefetcher.get(1)[0].num_tokens == 1
+    prefetcher.settle()
+    prefetcher.close()
+    assert threads == [threading.current_thread()]
+
+
+def test_settling_waits_for_what_was_forgotten_too() -> None:
+    """A process is forked after it: no thread may hold a lock then."""
+    begun, go, ended = threading.Event(), threading.Event(), []
+
+    def build(number: int) -> list[Batch]:
+        begun.set()
+        assert go.wait(60)
+        ended.append(number)
+        return []
+
+    prefetcher = Prefetcher(build, CPU, workers=2)
+    prefetcher.expect([(1,)])
+    assert begun.wait(60)
+    prefetcher.expect([])
+    threading.Timer(0.05, go.set).start()
+    prefetcher.settle()
+    assert ended == [1]
+    prefetcher.close()
 
 
 def test_nothing_is_started_for_nothing() -> None:
@@ -108,6 +164,7 @@ def test_page_locked_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "set_device", devices.append)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.shape) or tensor.clone())
     prefetcher = Prefetcher(lambda: [make_batch([fill_sequence(8, 256)] * 3, 4, 300)], torch.device("cuda", 5))
+    prefetcher.expect([()])
     (batch,) = prefetcher.get()
     prefetcher.close()
     assert devices == [torch.device("cuda", 5)]

@@ -10,7 +10,7 @@ import torch
 from tidar_megatron.checkpoint.initialize import initialize_weights
 from tidar_megatron.data.blocks import choose_blocks, strata
 from tidar_megatron.data.doubled import TokenCounts, make_batch, set_loss_weights
-from tidar_megatron.data.packing import PackedSequences, pack
+from tidar_megatron.data.packing import LengthsInMemory, PackedSequences, pack
 from tidar_megatron.distributed.groups import initialize, shut_down
 from tidar_megatron.models.gpt import build_model, run_model
 from tidar_megatron.models.layers import PositionRotaryEmbedding
@@ -29,7 +29,7 @@ def setup(request):
     (model,) = build_model(config, 97, ranks)
     initialize_weights([model], 0)
     documents = Documents(config, 14)
-    sequences = PackedSequences(np.array([len(d) for d in documents.tokens]), S, B, seed=1)
+    sequences = PackedSequences(LengthsInMemory(np.array([len(d) for d in documents.tokens])), S, B, seed=1)
     rows = [pack(sequences.pieces(0, n), documents.tokens, 0) for n in range(6)]
     assert any((~row.diffusion_supervised).any() for row in rows)
     yield model, rows
@@ -46,7 +46,8 @@ def test_a_blocks_losses_do_not_depend_on_the_others(setup, chosen):
     """Rows with choices of their own, at positions of their own, in one micro-batch."""
     model, rows = setup
     choice = np.stack([choose_blocks(S // B, chosen, 0, n) for n in range(len(rows))])
-    part, whole = make_batch(rows, B, MASK_TOKEN_ID, chosen=choice), make_batch(rows, B, MASK_TOKEN_ID)
+    part = make_batch(rows, B, MASK_TOKEN_ID, chosen=choice, reset_positions=False)
+    whole = make_batch(rows, B, MASK_TOKEN_ID, reset_positions=False)
     ours, theirs = losses_of(model, part), losses_of(model, whole)
     places = torch.cat([part.position_ids[:, :S], S + part.position_ids[:, S:]], dim=1)
     torch.testing.assert_close(ours, theirs.gather(1, places), rtol=1e-5, atol=1e-5)

@@ -75,6 +75,8 @@ def check_switches(config: Config) -> None:
         raise UserError("--overlap-param-gather: needs --use-distributed-optimizer, whose weights it gathers")
     if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
         raise UserError("--overlap-param-gather: needs --overlap-grad-reduce as well")
+    if config.logging.log_sample_ids and not config.checkpoint.save:
+        raise UserError("--log-sample-ids: needs --save, the folder that the log is written to")
     local = model.transformer_impl == "local"
     selective = parallel.recompute_granularity == "selective"
     if local and selective and "layernorm" in parallel.recompute_modules:

@@ -16,7 +16,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from tidar_megatron.config.checks import check_config
-from tidar_megatron.config.sections import Config
+from tidar_megatron.config.sections import Config, Sources
 from tidar_megatron.errors import OneLineParser, UserError
 
 SECTIONS: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(Config)}
@@ -89,9 +89,11 @@ def parse_config(argv: list[str] | None = None, description: str = "") -> Config
     for name, cls in SECTIONS.items():
         group = parser.add_argument_group(name, (cls.__doc__ or "").split("\n")[0])
         for field in dataclasses.fields(cls):
-            default = "" if field.default is None else f" [{field.default}]"
+            default = "" if field.default in (None, ()) else f" [{field.default}]"
             kind: dict[str, Any] = {"help": field.metadata["help"].replace("%", "%%") + default}
-            if typing.get_origin(field.type) is tuple:
+            if field.type is Sources:
+                kind |= {"nargs": "+", "metavar": "PATH"}
+            elif typing.get_origin(field.type) is tuple:
                 kind |= {"nargs": "+", "metavar": "|".join(typing.get_args(typing.get_args(field.type)[0])) or "NAME"}
             elif field.type is bool:
                 kind["action"] = argparse.BooleanOptionalAction

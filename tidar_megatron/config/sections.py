@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
 
 class Section:
@@ -19,7 +19,17 @@ NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+# one path or several words; the YAML may hold a single string, and weights as numbers
+Sources = Annotated[tuple[str, ...], BeforeValidator(lambda given: _words(given))]
 Rate = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+
+
+def _words(given: Any) -> Any:
+    if given is None:
+        return ()
+    if isinstance(given, str):
+        return (given,)
+    return tuple(map(str, given)) if isinstance(given, list | tuple) else given
 
 
 def described(text: str, default: Any) -> Any:
@@ -81,11 +91,16 @@ class ModelConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Section):
-    """Shards made by tools/prepare_data.py."""
+    """Shards made by tools/prepare_data.py, Megatron's .bin/.idx pairs, or blends of them."""
 
-    train_data: str | None = described("folder of training shards", None)
-    valid_data: str | None = described("folder of held-out shards", None)
+    train_data: Sources = described("folder of shards, prefix of a .bin/.idx pair, or WEIGHT PATH WEIGHT PATH ...", ())
+    valid_data: Sources = described("held-out data, named as train-data are", ())
+    tokenizer: str | None = described("Hugging Face tokenizer folder, for .bin/.idx pairs (shards have theirs)", None)
+    verify_data: bool = described("read and hash all of the data again at the start, not only new or changed", False)
     seq_length: Count = described("S, clean tokens per packed sequence; with all masks the model sees 2S", 1024)
+    reset_positions: bool = described("rotary positions begin anew with each document", True)
+    cross_document_attention: bool = described("let a packed sequence's documents attend to earlier ones", False)
+    num_workers: NonNegative = described("threads that build the next steps' batches; 0: built when needed", 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +183,7 @@ class LoggingConfig(Section):
     """What is told while training."""
 
     log_interval: Count = described("steps between lines", 10)
+    log_sample_ids: bool = described("write what each step trains on to sample_ids/ in the run's folder", False)
     wandb_project: str | None = described("W&B project; without a key the run is kept offline", None)
     wandb_exp_name: str | None = described("W&B run name; default: the name of the save folder", None)
     tensorboard_dir: str | None = described("folder for TensorBoard events", None)

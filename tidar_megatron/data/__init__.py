@@ -1,19 +1,25 @@
-"""From text to the batches a step consumes; knows no model and no Megatron.
+"""From text to the batches a step consumes; knows no model and, but for its ``.idx`` files, no Megatron.
 
-===============  ====================================================================================
-``tokenizer``    one kind of tokenizer: bytes, a trained byte-level BPE, a Hugging Face folder
-``texts``        documents of text from files, folders and JSON lines
-``prepare``      text -> shards, training and held-out (``tools/prepare_data.py``)
-``manifest``     what a folder of shards promises: counts, sizes, hashes, the tokenizer
-``shard_writer`` documents -> token arrays in webdataset tars, written whole or not at all
-``shards``       the documents of such tars, read with suspicion
-``packing``      packed sequence n of an epoch: a pure function of (seed, epoch, n)
-``blocks``       which blocks of packed sequence n have masks: a pure function of (seed, n)
-``doubled``      packed sequences -> the doubled sequence: tokens, labels, visibility, loss weights
-``loader``       the above for one data-parallel rank; its only state is the number of sequences consumed
-``prefetch``     the next step's batches, built by a background thread
-===============  ====================================================================================
+====================  ===============================================================================
+``tokenizer``         one kind of tokenizer: bytes, a trained byte-level BPE, a Hugging Face folder
+``texts``             documents of text from files, folders and JSON lines
+``prepare``           text -> shards, training and held-out (``tools/prepare_data.py``)
+``manifest``          what a folder of shards promises: counts, sizes, hashes, the tokenizer
+``shard_writer``      documents -> token arrays in webdataset tars, written whole or not at all
+``index``             where each document lies, in a file that is built once
+``documents``         documents on the disk, read when they are sliced; what both kinds of source are:
+``shards``            folders of such tars, checked with suspicion when their index is built
+``megatron_indexed``  Megatron's ``.bin/.idx`` pairs, checked likewise
+``sources``           opens either
+``blend``             which source packed sequence n comes from: a pure function of n
+``order``             random orders, as a whole or pointwise
+``packing``           packed sequence n of an epoch: a pure function of (seed, epoch, n)
+``blocks``            which blocks of packed sequence n have masks: a pure function of (seed, n)
+``doubled``           packed sequences -> the doubled sequence: tokens, labels, visibility, loss weights
+``loader``            the above for one data-parallel rank; its only state is the number of sequences consumed
+``prefetch``          the next steps' batches, built by background threads
+``inspect``           a look into data (``tools/inspect_data.py``)
+====================  ===============================================================================
 
-New sources of documents (Megatron's ``.bin/.idx``, an offset index over tars, blends) belong beside ``shards``:
-whatever has ``lengths`` and ``documents[i]`` can be packed.
+A new kind of source is a subclass of ``documents.StoredDocuments``: files, and a function that finds what lies where.
 """

@@ -13,6 +13,8 @@ has its share, so with m a multiple of 2 x CP each context-parallel chunk has as
 import numpy as np
 from numpy.typing import NDArray
 
+from tidar_megatron.data.order import BLOCKS, draws
+
 
 def strata(blocks: int, chosen: int) -> NDArray[np.int64]:
     """The edges of ``chosen`` strata of ``blocks`` blocks, int64 ``[chosen + 1]``: stratum i is edges i .. i + 1.
@@ -26,9 +28,8 @@ def strata(blocks: int, chosen: int) -> NDArray[np.int64]:
 def choose_blocks(blocks: int, chosen: int, seed: int, number: int) -> NDArray[np.int64]:
     """The blocks of packed sequence ``number`` that have masks: int64 ``[chosen]``, rising, one of each stratum.
 
-    The same on every machine and numpy version, as ``packing.permutation``.
+    The same on every machine and numpy version, as all of ``order.py``.
     """
     edges = strata(blocks, chosen)
-    bits = np.random.Philox(np.random.SeedSequence((seed, number, 2)))  # (seed, epoch) and (seed, epoch, 1) are taken
-    draws = bits.random_raw(chosen) % np.diff(edges).astype(np.uint64)  # uniform to one part in 2**64 / size
-    return edges[:-1] + draws.astype(np.int64)
+    drawn = draws(chosen, seed, number, BLOCKS) % np.diff(edges).astype(np.uint64)  # uniform to 1 in 2**64 / size
+    return edges[:-1] + drawn.astype(np.int64)

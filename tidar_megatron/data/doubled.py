@@ -1,8 +1,12 @@
 """Packed sequences -> what the model sees: the doubled sequence, and the weight of each token's loss.
 
-S clean tokens at positions 0 .. S-1, then mask tokens: one for each of them, or for those of chosen blocks alone
+S clean tokens, then mask tokens at the same positions: one for each of them, or for those of chosen blocks alone
 (``blocks.py``). A clean token is to give its document's next token, a mask token the token of its own place. The AR
 warm-up phase has the clean half alone.
+
+Positions are what the rotary embedding turns by. They begin at 0 with each document of a row (``--reset-positions``),
+or run from 0 to S - 1; where nothing attends across documents that is the same to the model but for rounding, since
+rotary attention knows differences of positions alone.
 
 Shapes: b rows, S packed length, M masks a row (S; fewer where blocks are chosen; 0 in the AR warm-up), L = S + M. Under
 context parallelism a rank holds L / CP of the tokens, S / CP clean ones first, and the metadata of K keys: all S clean
@@ -10,7 +14,7 @@ tokens and its own masks (``context_parallel.py``).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -35,8 +39,8 @@ class Batch:
         stands_for: float32 ``[b, L]``, the tokens whose loss this one's estimates: 0 where not supervised, else 1; the
             mask of a chosen block counts for the blocks of its stratum.
         padding: bool ``[b, L]``, True for fill (megatron-core's ``padding_mask``).
-        position_ids: int64 ``[b, L]``; one row expanded (stride 0 over b), also after :meth:`to`, unless blocks are
-            chosen, of which each row has its own.
+        position_ids: int64 ``[b, L]``, below S; where all rows have the same, one row expanded (stride 0 over b), also
+            after :meth:`to`.
         visibility: int32 ``[b, K, 4]``, the metadata of ``attention_mask`` of the keys; K = L on one rank.
         visibility_on_host: the same, wherever the batch has been moved to.
         loss_weights: float32 ``[b, L]``, zero until :func:`set_loss_weights`.
@@ -46,6 +50,7 @@ class Batch:
         num_tokens: tokens that are not fill, clean ones and masks: the micro-batch's part of the loss's denominator
             (Megatron's ``num_tokens``).
         seq_length: clean tokens of a row on this rank, S / CP; the others are its masks.
+        sample_ids: of each row (source, epoch, n), for the log; empty where there is nothing to tell.
     """
 
     tokens: Tensor
@@ -61,6 +66,7 @@ class Batch:
     diffusion_tokens: int
     num_tokens: int
     seq_length: int
+    sample_ids: list[tuple[int, int, int]] = field(default_factory=list)
 
     @property
     def mask_length(self) -> int:
@@ -96,6 +102,7 @@ class Batch:
             diffusion_tokens=int((~padding[:, :clean]).sum()) if self.doubled else 0,
             num_tokens=int((~padding).sum()),
             seq_length=clean,
+            sample_ids=self.sample_ids,
         )
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -125,6 +132,8 @@ def make_batch(
     mask_token_id: int,
     doubled: bool = True,
     chosen: NDArray[np.int64] | None = None,
+    reset_positions: bool = True,
+    cross_document_attention: bool = False,
 ) -> Batch:
     """Stack packed sequences of one length into a micro-batch, doubled or the clean half alone.
 
@@ -135,6 +144,8 @@ def make_batch(
         doubled: whether there are masks.
         chosen: int64 ``[b, m]`` of :func:`tidar_megatron.data.blocks.choose_blocks`, the blocks of each row that have
             masks; default: all of them.
+        reset_positions: whether they begin anew with each document.
+        cross_document_attention: a row is one document to attention, fill included; labels stay as they are.
     """
 
     def stack(name: str) -> Tensor:
@@ -145,7 +156,9 @@ def make_batch(
     S = clean.shape[1]
     labels, supervised, padding = stack("labels"), ar_supervised, ~diffusion_supervised
     stands_for = supervised.float()
-    positions = torch.arange(S).expand(clean.shape)
+    positions = _positions(document, S, reset_positions)
+    if cross_document_attention:
+        document, index = torch.zeros_like(document), torch.arange(S).expand(clean.shape)
     if doubled:
         picked, weight = _masks(len(clean), S, block_size, chosen)
 
@@ -161,11 +174,11 @@ def make_batch(
         stands_for[:, S:] *= weight
         visibility = join(*training_layout(document, index, block_size).split(S, dim=1))
         positions = join(positions, positions)
-        if chosen is None:
-            positions = positions[:1].expand(tokens.shape)
     else:
         tokens = clean
         visibility = clean_tokens(document, index)
+    if (positions == positions[:1]).all():
+        positions = positions[:1].expand(tokens.shape)
     return Batch(
         tokens=tokens,
         labels=labels,
@@ -181,6 +194,16 @@ def make_batch(
         num_tokens=int((~padding).sum()),
         seq_length=S,
     )
+
+
+def _positions(document: Tensor, seq_length: int, reset: bool) -> Tensor:
+    """Of clean tokens: int64 ``[b, S]``."""
+    place = torch.arange(seq_length).expand(document.shape)
+    if not reset:
+        return place
+    begins = torch.ones_like(document, dtype=torch.bool)
+    begins[:, 1:] = document[:, 1:] != document[:, :-1]
+    return place - (place * begins).cummax(dim=1).values
 
 
 def _masks(rows: int, seq_length: int, block_size: int, chosen: NDArray[np.int64] | None) -> tuple[Any, Tensor]:

@@ -2,70 +2,118 @@
 
 The only state is the number of packed sequences consumed so far by all ranks: packed sequence number n is the same
 whoever asks for it and whenever, so a run resumed on another number of ranks goes on with the same global batches.
+Which source it comes from is a function of n as well (``blend.py``); each source counts its own epochs.
 """
 
-import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tidar_megatron.data.blend import Blend, parse_blend
 from tidar_megatron.data.blocks import choose_blocks
+from tidar_megatron.data.documents import StoredDocuments
 from tidar_megatron.data.doubled import Batch, make_batch
 from tidar_megatron.data.packing import PackedSequence, PackedSequences, fill_sequence, pack
-from tidar_megatron.data.shards import ShardedDocuments
+from tidar_megatron.data.sources import open_documents
 from tidar_megatron.errors import UserError
+
+ORDER = 1  # of the functions of (seed, epoch, n): another number where they give another order
 
 
 class TrainingData:
-    """A folder of shards as doubled batches.
+    """Sources of documents as doubled batches.
 
     Args:
-        folder: written by ``tools/prepare_data.py``.
+        data: one path, or weight, path, weight, path, ...: folders written by ``tools/prepare_data.py``, or prefixes of
+            ``.bin/.idx`` pairs.
         seq_length: S, clean tokens in a packed sequence.
         block_size: B.
         mask_token_id: outside the ids the tokenizer uses.
         seed: of the order of the documents in each epoch, and of the choice of blocks.
-        verify: compare the shards' hashes with the manifest.
+        tokenizer: Hugging Face folder, for ``.bin/.idx`` pairs.
+        verify: look at all of the data again, also where that has been done.
         chosen_blocks: blocks of a sequence that have masks in a training step, 1 to S / B; default: all of them.
+        reset_positions, cross_document_attention: as :func:`tidar_megatron.data.doubled.make_batch`.
+        flag: what the user gave ``data`` as, for messages.
 
     Attributes:
-        documents: the shards; ``documents.manifest`` and ``documents.load_tokenizer()`` tell of the tokenizer.
-        sequences_per_epoch: packed sequences in an epoch.
+        sources: the documents of each source; ``sources[0].load_tokenizer()`` is everybody's tokenizer.
+        weights: of each source, as given.
+        sequences: of each source, its packed sequences.
 
     Raises:
-        UserError: damaged data, lengths that do not fit, a mask token the text could hold.
+        UserError: damaged data, lengths that do not fit, a mask token the text could hold, sources of two tokenizers.
     """
 
     def __init__(
         self,
-        folder: str | Path,
+        data: str | Path | Sequence[str],
         seq_length: int,
         block_size: int,
         mask_token_id: int,
         seed: int,
-        verify: bool = True,
+        *,
+        tokenizer: str | None = None,
+        verify: bool = False,
         chosen_blocks: int | None = None,
+        reset_positions: bool = True,
+        cross_document_attention: bool = False,
+        flag: str = "--train-data",
     ) -> None:
-        self.documents = ShardedDocuments(folder, verify)
-        tokenizer = self.documents.manifest.tokenizer
-        if mask_token_id < tokenizer.vocab_size:
+        parts = parse_blend([str(data)] if isinstance(data, str | Path) else data, flag)
+        self.weights = [weight for weight, _ in parts]
+        self.sources = [open_documents(path, tokenizer, verify) for _, path in parts]
+        for source in self.sources[1:]:
+            _check_same_tokenizer(self.sources[0], source)
+        used = self.sources[0].tokenizer
+        if mask_token_id < used.vocab_size:
             raise UserError(
-                f"mask token id {mask_token_id}: the tokenizer of {folder} uses the ids 0..{tokenizer.vocab_size - 1}; "
-                f"nearest that works: {tokenizer.vocab_size}"
+                f"mask token id {mask_token_id}: the tokenizer of {self.sources[0].name} uses the ids "
+                f"0..{used.vocab_size - 1}; nearest that works: {used.vocab_size}"
             )
         self.seq_length, self.block_size, self.mask_token_id = seq_length, block_size, mask_token_id
-        self._fill_token, self._seed, self._chosen_blocks = tokenizer.eos_token_id, seed, chosen_blocks
-        lengths = self.documents.lengths
-        self._shuffled = PackedSequences(lengths, seq_length, block_size, seed)
-        self._in_order = PackedSequences(lengths, seq_length, block_size, seed, shuffle=False)
-        self.sequences_per_epoch = len(self._shuffled)
+        self._fill_token, self._seed, self._chosen_blocks = used.eos_token_id, seed, chosen_blocks
+        self._seen_as: dict[str, Any] = {
+            "reset_positions": reset_positions,
+            "cross_document_attention": cross_document_attention,
+        }
+        self._make_batch: Callable[..., Batch] = partial(
+            make_batch, block_size=block_size, mask_token_id=mask_token_id, **self._seen_as
+        )
+
+        def packed(shuffle: bool) -> list[PackedSequences]:
+            return [PackedSequences(source.index, seq_length, block_size, seed, shuffle) for source in self.sources]
+
+        self.sequences, self._in_order, self._blend = packed(True), packed(False), Blend(self.weights)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides which tokens packed sequence n holds and how they are seen, part by part; plain JSON values."""
+        return {
+            "sources": [
+                {"weight": str(weight), **source.identity}
+                for weight, source in zip(self.weights, self.sources, strict=True)
+            ],
+            "tokenizer": self.sources[0].tokenizer.fingerprint,
+            "seq_length": self.seq_length,
+            "block_size": self.block_size,
+            "mask_token_id": self.mask_token_id,
+            "seed": self._seed,
+            "order": ORDER,
+            **self._seen_as,
+        }
+
+    def locate(self, number: int) -> tuple[int, int, int]:
+        """Packed sequence ``number`` of the run -> its source, that source's epoch, and n in it: its sample id."""
+        source, ordinal = self._blend.locate(number)
+        return source, *self.sequences[source].locate(ordinal)
 
     def sequence(self, number: int) -> PackedSequence:
-        """Packed sequence ``number``, counted over all epochs."""
-        return self._pack(self._shuffled, number)
+        """Packed sequence ``number`` of the run."""
+        source, epoch, n = self.locate(number)
+        return self._pack(self.sequences, source, epoch, n)
 
     def step_batches(
         self,
@@ -80,10 +128,10 @@ class TrainingData:
 
         Over the ranks they are exactly the sequences ``consumed_sequences .. + global_batch_size - 1``, across the end
         of an epoch if need be. Which blocks of a sequence have masks depends on its number alone. Loss weights are not
-        set yet: their totals are summed over the ranks first.
+        set yet: their totals are summed over the ranks first. Threads may call this at once.
 
         Raises:
-            UserError: the global batch does not divide into micro-batches on each rank.
+            UserError: the global batch does not divide into micro-batches on each rank, or the data were cut meanwhile.
         """
         check_batch_sizes(global_batch_size, micro_batch_size, dp_size)
         micro_batches = global_batch_size // (micro_batch_size * dp_size)
@@ -103,22 +151,25 @@ class TrainingData:
     ) -> list[Batch]:
         """One rank's part of the first ``max_sequences`` packed sequences (None: all) in the documents' own order.
 
-        Every block has masks.
+        Every block has masks. A blend ends where one of its sources does.
 
         Each sequence is on one rank once. Every rank gets as many micro-batches of the same shape, since all must take
         part in a collective; where the sequences run out, fill without any supervised token stands in. The number of
         micro-batches is a ``multiple`` (interleaved pipelines take them in groups).
         """
-        total = min(max_sequences if max_sequences is not None else len(self._in_order), len(self._in_order))
+        total = min(self._blend.number(source, len(each)) for source, each in enumerate(self._in_order))
+        total = total if max_sequences is None else min(max_sequences, total)
         micro_batches = -(-total // (micro_batch_size * dp_size * multiple)) * multiple
         fill = fill_sequence(self.seq_length, self._fill_token)
+
+        def sequence(number: int) -> PackedSequence:
+            if number >= total:
+                return fill
+            source, n = self._blend.locate(number)
+            return self._pack(self._in_order, source, 0, n)
+
         return [
-            make_batch(
-                [self._pack(self._in_order, n) if n < total else fill for n in share],
-                self.block_size,
-                self.mask_token_id,
-                doubled,
-            )
+            self._make_batch([sequence(n) for n in share], doubled=doubled)
             for share in _shares(micro_batches, micro_batch_size, dp_rank, dp_size)
         ]
 
@@ -128,34 +179,28 @@ class TrainingData:
         Raises:
             UserError: the fingerprints differ.
         """
-        mine, theirs = self.documents.manifest.tokenizer, other.documents.manifest.tokenizer
-        if mine.fingerprint != theirs.fingerprint:
-            raise UserError(
-                f"data {other.documents.folder} was written with another tokenizer than {self.documents.folder}; "
-                "prepare both in one call (tools/prepare_data.py --held-out-output)"
-            )
+        _check_same_tokenizer(self.sources[0], other.sources[0])
 
-    def fingerprint(self) -> dict[str, Any]:
-        """What decides which tokens packed sequence n holds, part by part, as JSON can hold it."""
-        manifest = self.documents.manifest
-        told = json.dumps([manifest.dtype, [shard.model_dump() for shard in manifest.shards]])
-        return {
-            "data": hashlib.sha256(told.encode()).hexdigest(),
-            "tokenizer": manifest.tokenizer.fingerprint,
-            "seq_length": self.seq_length,
-            "block_size": self.block_size,
-            "seed": self._seed,
-        }
-
-    def _pack(self, sequences: PackedSequences, number: int) -> PackedSequence:
-        return pack(sequences.pieces(*sequences.locate(number)), self.documents, self._fill_token)
+    def _pack(self, sequences: Sequence[PackedSequences], source: int, epoch: int, n: int) -> PackedSequence:
+        return pack(sequences[source].pieces(epoch, n), self.sources[source], self._fill_token)
 
     def _training_batch(self, numbers: Sequence[int], doubled: bool) -> Batch:
         blocks, chosen = self.seq_length // self.block_size, None
         if doubled and self._chosen_blocks not in (None, blocks):
             chosen = np.stack([choose_blocks(blocks, self._chosen_blocks, self._seed, n) for n in numbers])
-        sequences = [self.sequence(n) for n in numbers]
-        return make_batch(sequences, self.block_size, self.mask_token_id, doubled, chosen)
+        ids = [self.locate(n) for n in numbers]
+        sequences = [self._pack(self.sequences, *place) for place in ids]
+        batch = self._make_batch(sequences, doubled=doubled, chosen=chosen)
+        batch.sample_ids = ids
+        return batch
+
+
+def _check_same_tokenizer(mine: StoredDocuments, theirs: StoredDocuments) -> None:
+    if mine.tokenizer.fingerprint != theirs.tokenizer.fingerprint:
+        raise UserError(
+            f"data {theirs.name} was written with another tokenizer than {mine.name}; prepare both with the same one "
+            "(in one call: tools/prepare_data.py --held-out-output)"
+        )
 
 
 def check_batch_sizes(global_batch_size: int, micro_batch_size: int, dp_size: int) -> None:

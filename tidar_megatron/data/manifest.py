@@ -99,6 +99,12 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise UserError(f"{path}: its totals differ from the sums over its shards; {remedy}")
     if len({shard.name for shard in manifest.shards}) != len(manifest.shards):
         raise UserError(f"{path}: names a shard twice; {remedy}")
+    by_hash: dict[str, str] = {}
+    for shard in manifest.shards:
+        if not shard.documents:
+            raise UserError(f"{path}: {shard.name} holds no documents; {remedy}")
+        if (other := by_hash.setdefault(shard.sha256, shard.name)) != shard.name:
+            raise UserError(f"{path}: {shard.name} and {other} are the same; {remedy}")
     return manifest
 
 

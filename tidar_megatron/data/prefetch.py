@@ -1,4 +1,4 @@
-"""The next step's micro-batches are built by one background thread while this step runs."""
+"""The next steps' micro-batches are built by background threads while this step runs."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -8,54 +8,59 @@ import torch
 
 from tidar_megatron.data.doubled import Batch
 
+Request = tuple
+
 
 class Prefetcher:
     """Builds micro-batches ahead of their use: the same ones, since what is built depends on the request alone.
 
-    The thread starts with the first request and ends with :meth:`close`. It builds one request after the other, also
-    those that nobody foresaw, so ``build`` is never run twice at a time.
+    The threads start with the first request and end with :meth:`close`.
 
     Args:
-        build: a pure function of its arguments, the request.
+        build: a pure function of its arguments, the request; several threads call it at once.
         device: where the batches will go; for a CUDA device they are put into page-locked memory.
+        workers: threads, and requests built ahead; with 0 whoever asks builds.
     """
 
-    def __init__(self, build: Callable[..., Sequence[Batch]], device: torch.device) -> None:
+    def __init__(self, build: Callable[..., Sequence[Batch]], device: torch.device, workers: int = 1) -> None:
+        self.workers = workers
         self._build, self._pin = build, device.type == "cuda"
         # page-locked memory belongs to a device, and a new thread's is the first one
         ready = partial(torch.cuda.set_device, device) if self._pin else None
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch", initializer=ready)
-        self._request: tuple = ()
-        self._pending: Future[list[Batch]] | None = None
+        self._threads = ThreadPoolExecutor(max(1, workers), thread_name_prefix="prefetch", initializer=ready)
+        self._pending: dict[Request, Future[list[Batch]]] = {}
+        self._forgotten: list[Future[list[Batch]]] = []
 
-    def start(self, *request: object) -> None:
-        """Begin to build; whoever gets the same request next finds it built, or waits for the rest."""
-        if self._pending is not None:
-            self._pending.cancel()  # if it has not begun
-        self._request, self._pending = request, self._thread.submit(self._built, request)
+    def expect(self, requests: Sequence[Request]) -> None:
+        """Begin to build the first ``workers`` of these, soonest first; what else was being built is forgotten."""
+        requests = requests[: self.workers]
+        for request in [request for request in self._pending if request not in requests]:
+            forgotten = self._pending.pop(request)
+            if not forgotten.cancel():  # it has begun
+                self._forgotten.append(forgotten)
+        for request in requests:
+            if request not in self._pending:
+                self._pending[request] = self._threads.submit(self._built, request)
 
     def get(self, *request: object) -> list[Batch]:
-        """The micro-batches of a request.
+        """The micro-batches of a request: built, or waited for; built now where nobody foresaw it.
 
         Raises:
             Whatever ``build`` raised, as it is, also where that was long ago.
         """
-        if self._pending is None or self._request != request:
-            self.start(*request)
-        assert self._pending is not None
-        pending, self._pending = self._pending, None
-        return pending.result()
+        pending = self._pending.pop(request, None)
+        return self._built(request) if pending is None else pending.result()
 
     def settle(self) -> None:
         """Wait until nothing is being built: a process may be forked then."""
-        if self._pending is not None:
-            wait([self._pending])
+        wait([*self._pending.values(), *self._forgotten])
+        self._forgotten.clear()
 
     def close(self) -> None:
-        """End the thread; what it is building is waited for and forgotten."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
-        self._pending = None
+        """End the threads; what they are building is waited for and forgotten."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._pending.clear()
 
-    def _built(self, request: tuple) -> list[Batch]:
+    def _built(self, request: Request) -> list[Batch]:
         batches = self._build(*request)
         return [batch.pinned() for batch in batches] if self._pin else list(batches)

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from tidar_megatron.data.manifest import Manifest
-from tidar_megatron.data.packing import permutation
+from tidar_megatron.data.order import permutation
 from tidar_megatron.data.shard_writer import check_output, write_shards
+from tidar_megatron.data.shards import ShardedDocuments
 from tidar_megatron.data.texts import Texts, find_texts, printable
 from tidar_megatron.data.tokenizer import encode_documents, make_tokenizer
 from tidar_megatron.errors import UserError
@@ -55,6 +56,7 @@ def prepare(
         documents = encode_documents(tokenizer, _part(texts, held_out, chosen))
         part = source | {"part": "held-out" if chosen else "training"}
         manifests.append(write_shards(folder, documents, tokenizer, spec, part, shard_bytes, overwrite))
+        ShardedDocuments(folder)  # reads all of it back, and leaves the index that training needs
     return manifests
 
 

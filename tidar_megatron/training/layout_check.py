@@ -18,7 +18,7 @@ from tidar_megatron.checkpoint.mapping import cut, entry_of, own_parameters, sha
 from tidar_megatron.config import Config, build_config, check_world_size
 from tidar_megatron.data.blocks import choose_blocks
 from tidar_megatron.data.doubled import Batch, make_batch
-from tidar_megatron.data.packing import PackedSequences, pack
+from tidar_megatron.data.packing import LengthsInMemory, PackedSequences, pack
 from tidar_megatron.distributed.groups import Ranks, initialize
 from tidar_megatron.errors import UserError
 from tidar_megatron.models.gpt import build_model
@@ -220,7 +220,7 @@ class Documents:
         self.tokens = [draw.integers(0, MASK_TOKEN_ID, draw.integers(1, longest + 1)) for _ in range(400)]
         lengths = np.array([len(document) for document in self.tokens])
         self.block_size = config.tidar.block_size
-        self.packed = PackedSequences(lengths, config.data.seq_length, self.block_size, seed=1)
+        self.packed = PackedSequences(LengthsInMemory(lengths), config.data.seq_length, self.block_size, seed=1)
 
     def batches(self, step: int, config: Config, ranks: Ranks, doubled: bool, every_block: bool = False) -> list[Batch]:
         """This rank's micro-batches of a step: as ``data/loader.py`` deals them out."""

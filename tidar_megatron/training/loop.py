@@ -20,13 +20,14 @@ from tidar_megatron.checkpoint.initialize import initialize_weights
 from tidar_megatron.config import CONFIG_FILE, Config, check_world_size
 from tidar_megatron.data.doubled import Batch
 from tidar_megatron.data.loader import TrainingData
-from tidar_megatron.data.manifest import TOKENIZER_FOLDER, read_manifest
+from tidar_megatron.data.manifest import TOKENIZER_FOLDER
 from tidar_megatron.data.prefetch import Prefetcher
+from tidar_megatron.data.sources import tokenizer_of
 from tidar_megatron.distributed.groups import Ranks, initialize, shut_down, world_size_from_environment
 from tidar_megatron.distributed.platform import check_backend
 from tidar_megatron.errors import Interrupted, UserError
 from tidar_megatron.models.gpt import build_model
-from tidar_megatron.training import signals
+from tidar_megatron.training import sample_ids, signals
 from tidar_megatron.training.metrics import MetricsLogger
 from tidar_megatron.training.optimizer import build_optimizer, whole_weights, wrap_model
 from tidar_megatron.training.resolve import resolve, run_fingerprint, starting_point
@@ -57,41 +58,46 @@ class Trainer:
     consumed_sequences: int = 0
 
     def __post_init__(self) -> None:
-        self.prefetcher = Prefetcher(self._build_batches, self.ranks.device)
+        self.prefetcher = Prefetcher(self._build_batches, self.ranks.device, self.config.data.num_workers)
         self.parts: dict[str, HasState] = {}  # whatever else of the loop outlives a restart, by name
+        self.sample_ids: sample_ids.SampleIds | None = None  # from write_run_folder on
 
     @classmethod
     def build(cls, config: Config) -> "Trainer":
         """Everything up to the first step; bad input is refused before any process group exists."""
-        if config.data.train_data is None:
+        if not config.data.train_data:
             raise UserError("--train-data is missing: give a folder made by tools/prepare_data.py")
         world_size = world_size_from_environment()
         check_world_size(config, world_size)
         check_backend(config)
-        folder = config.data.train_data
-        tokenizer = read_manifest(folder).tokenizer
+        tokenizer, tokenizer_folder = tokenizer_of(config.data.train_data, config.data.tokenizer)
         config = resolve(config, tokenizer)
         assert config.tidar.mask_token_id is not None and config.model.vocab_size is not None
 
-        def data(folder: str) -> TrainingData:
+        def data(given: tuple[str, ...], name: str) -> TrainingData:
             return TrainingData(
-                folder,
+                given,
                 config.data.seq_length,
                 config.tidar.block_size,
                 config.tidar.mask_token_id or 0,
                 config.training.seed,
+                tokenizer=config.data.tokenizer,
+                verify=config.data.verify_data,
                 chosen_blocks=config.chosen_blocks,
+                reset_positions=config.data.reset_positions,
+                cross_document_attention=config.data.cross_document_attention,
+                flag=name,
             )
 
-        train_data = data(folder)
-        train_data.documents.load_tokenizer()  # the run keeps a copy, so it must be whole
-        valid_data = data(config.data.valid_data) if config.data.valid_data else None
+        train_data = data(config.data.train_data, "--train-data")
+        train_data.sources[0].load_tokenizer()  # the run keeps a copy, so it must be whole
+        valid_data = data(config.data.valid_data, "--valid-data") if config.data.valid_data else None
         if valid_data is not None:
             train_data.check_same_tokenizer(valid_data)
         fingerprint = run_fingerprint(config, train_data)
         start = starting_point(config, fingerprint)
         if start is None and config.training.init_from:
-            check_huggingface_tokenizer(config.training.init_from, Path(folder) / TOKENIZER_FOLDER)
+            check_huggingface_tokenizer(config.training.init_from, tokenizer_folder)
         with signals.mortal():
             ranks = initialize(config.parallel, config.training.seed)
         model = build_model(config, config.model.vocab_size, ranks)
@@ -136,21 +142,26 @@ class Trainer:
         )
 
     def _prefetch(self) -> None:
-        """Let the batches of the step after the next be built, unless that is the last."""
-        following = self.iteration + 1
-        if following < self.config.training.train_iters:
-            consumed = self.consumed_sequences + self.config.training.global_batch_size
-            self.prefetcher.start(consumed, following >= self.config.ar_warmup_iters)
+        """Let the batches of the steps after the next be built, as far as there are steps."""
+        training, following = self.config.training, []
+        last = min(self.iteration + self.prefetcher.workers, training.train_iters - 1)
+        for step in range(self.iteration + 1, last + 1):
+            consumed = self.consumed_sequences + (step - self.iteration) * training.global_batch_size
+            following.append((consumed, step >= self.config.ar_warmup_iters))
+        self.prefetcher.expect(following)
 
     def step(self) -> dict:
         """One optimizer step; what of it is logged."""
         phase = "joint" if self.doubled else "AR"
         batches = self.step_batches()
         self._prefetch()
+        ids = [sample for batch in batches for sample in batch.sample_ids]
         alpha = self.config.tidar.ar_loss_weight
         learning_rate = self.optimizer.param_groups[0]["lr"]
         result = train_step(self.ddp, self.optimizer, self.scheduler, batches, alpha, self.ranks)
         self.iteration += 1
+        if self.sample_ids is not None:
+            self.sample_ids.write(self.iteration, ids)
         self.consumed_sequences += self.config.training.global_batch_size
         diffusion = result.diffusion_loss
         loss = result.ar_loss if diffusion is None else (alpha * result.ar_loss + diffusion) / (1 + alpha)
@@ -202,19 +213,29 @@ class Trainer:
         """End what runs beside the loop."""
         self.prefetcher.close()
         self.checkpoints.close()
+        if self.sample_ids is not None:
+            self.sample_ids.close()
 
     def write_run_folder(self) -> None:
         """What makes the run's folder complete in itself: the resolved configuration and the tokenizer."""
         if self.config.checkpoint.save and self.ranks.is_main:
             folder = Path(self.config.checkpoint.save)
-            tokenizer = Path(self.config.data.train_data or "") / TOKENIZER_FOLDER
+            tokenizer = self.train_data.sources[0].tokenizer_folder
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 signals.clear_run_state(folder)
                 (folder / CONFIG_FILE).write_text(self.config.to_yaml(), encoding="utf-8")
                 shutil.copytree(tokenizer, folder / TOKENIZER_FOLDER, dirs_exist_ok=True)
+                sample_ids.cut(folder, self.iteration)
             except OSError as error:
                 raise UserError(f"--save {folder}: {error.strerror}; choose a folder that can be written") from None
+
+    def log_sample_ids(self) -> None:
+        """Begin the log of sample ids, if it was asked for."""
+        config, groups = self.config, self.ranks.groups
+        first_of_its_data = groups.tp.rank() == groups.pp.rank() == groups.cp.rank() == 0
+        if config.logging.log_sample_ids and config.checkpoint.save and first_of_its_data:
+            self.sample_ids = sample_ids.SampleIds(config.checkpoint.save, groups.dp.rank())
 
 
 def pretrain(config: Config) -> None:
@@ -229,6 +250,7 @@ def pretrain(config: Config) -> None:
         ending.callback(trainer.close)
         trainer.write_run_folder()
         dist.barrier()  # the run's folder exists before anyone writes into it
+        trainer.log_sample_ids()
         with signals.shielded():  # W&B has a process of its own
             logger = MetricsLogger(trainer.config, trainer.ranks.is_main, trainer.iteration)
         try:
@@ -300,11 +322,14 @@ def describe(trainer: Trainer, logger: MetricsLogger) -> None:
         with_what.append(f"{config.parallel.recompute_granularity} recompute")
     layout += f" ({', '.join(with_what)})" if with_what else ""
     logger.say(f"{layout} on {trainer.ranks.device.type}, {parameters:,} parameters on this rank")
-    data = trainer.train_data.documents.manifest
-    logger.say(
-        f"{data.documents:,} documents, {data.tokens:,} tokens; {trainer.train_data.sequences_per_epoch:,} packed "
-        f"sequences of {config.data.seq_length} an epoch, {config.training.global_batch_size} a step"
-    )
+    data = trainer.train_data
+    for source, weight, sequences in zip(data.sources, data.weights, data.sequences, strict=True):
+        share = f"{float(weight / sum(data.weights)):.4g} of the sequences from {source.name}: "
+        logger.say(
+            f"{share if len(data.sources) > 1 else ''}{len(source):,} documents, {source.tokens:,} tokens; "
+            f"{len(sequences):,} packed sequences of {config.data.seq_length} an epoch, "
+            f"{config.training.global_batch_size} a step"
+        )
     logger.say(
         f"{config.ar_warmup_iters} steps of AR warm-up, then the joint objective to {config.training.train_iters}; "
         f"block size {tidar.block_size}, alpha {tidar.ar_loss_weight}, mask token {tidar.mask_token_id}"

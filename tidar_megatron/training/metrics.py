@@ -30,10 +30,17 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """``metrics.jsonl`` in the run's folder: one object a line, in order of iterations, also over resumes."""
+    """Such as ``metrics.jsonl``: one object a line, in order of iterations, also over resumes.
 
-    def __init__(self, path: Path, resume_from: int) -> None:
-        if path.exists():  # what an interrupted run logged after its last checkpoint happens again now
+    Args:
+        path: the file, made or gone on with.
+        resume_from: the iteration that a run continues from; what is there of later ones is forgotten.
+    """
+
+    def __init__(self, path: Path, resume_from: int | None = None) -> None:
+        if (
+            resume_from is not None and path.exists()
+        ):  # what an interrupted run logged after its last checkpoint happens again now
             kept = [line for line in path.read_text().splitlines() if iteration_of(line) <= resume_from]
             path.with_suffix(".tmp").write_text("".join(line + "\n" for line in kept))
             path.with_suffix(".tmp").replace(path)

@@ -1,0 +1,102 @@
+"""Looks into training data: what there is, whether it is whole, and what a model will see of it, in colour."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerFast
+
+from tidar_megatron.data.doubled import Batch, make_batch
+from tidar_megatron.data.manifest import file_sha256, read_manifest
+from tidar_megatron.data.packing import PackedSequences, pack
+from tidar_megatron.data.sources import is_pair, open_documents
+
+COLOURS = ("green", "yellow", "blue", "magenta", "cyan", "red")  # of the documents of a row, in turn
+FILL, UNSUPERVISED = "dim", "underline"
+_SHOWN = 200  # characters of a sample
+
+
+def inspect_data(
+    path: str, tokenizer: str | None, seq_length: int, block_size: int, samples: int, console: Console
+) -> bool:
+    """Tell of a folder of shards or a ``.bin/.idx`` pair.
+
+    Returns:
+        Whether it is whole. What is wrong is told shard by shard; nothing is decoded of data that are not.
+
+    Raises:
+        UserError: there is no manifest, or the pair is damaged, or lengths that do not fit.
+    """
+    if not is_pair(path) and not _show_shards(path, console):
+        return False
+    documents = open_documents(path, tokenizer)
+    loaded = documents.load_tokenizer()
+    about = documents.tokenizer
+    console.print(
+        f"{documents.name}: {len(documents):,} documents, {documents.tokens:,} tokens; tokenizer {about.spec}: "
+        f"{about.vocab_size:,} ids, EOS {about.eos_token_id}, fingerprint {about.fingerprint[:12]}",
+        markup=False,
+    )
+    for name, value in documents.identity.items():
+        console.print(f"{name} {value}", markup=False)
+    for sample in range(samples):  # spread over the data
+        number = sample * len(documents) // samples
+        text = _printable(loaded.decode(documents[number][: _SHOWN + 1].tolist()))
+        more = f" ... ({len(documents[number]):,} tokens)" if len(text) > _SHOWN else ""
+        console.print(f"document {number:,}: {text[:_SHOWN]}{more}", markup=False)
+    packed = PackedSequences(documents.index, seq_length, block_size, seed=0)
+    row = pack(packed.pieces(0, 0), documents, about.eos_token_id)
+    _show_row(make_batch([row], block_size, about.vocab_size), block_size, loaded, console)
+    return True
+
+
+def _show_shards(folder: str, console: Console) -> bool:
+    """A row a shard; whether all are as the manifest says."""
+    manifest, whole = read_manifest(folder), True
+    table = Table("shard", "documents", "tokens", "bytes", "SHA-256", title=_printable(folder))
+    for shard in manifest.shards:
+        file = Path(folder) / shard.name
+        try:
+            state = "ok" if file_sha256(file) == shard.sha256 else "differs from the manifest's"
+        except OSError as error:
+            state = error.strerror or "cannot be read"
+        whole &= state == "ok"
+        style = "" if state == "ok" else "bold red"
+        table.add_row(shard.name, f"{shard.documents:,}", f"{shard.tokens:,}", f"{shard.bytes:,}", state, style=style)
+    console.print(table)
+    strays = sorted(file.name for file in Path(folder).glob("*.tar"))
+    if strays := [name for name in strays if name not in {shard.name for shard in manifest.shards}]:
+        console.print(f"not in the manifest, so never read: {_printable(', '.join(strays[:5]))}", markup=False)
+    return whole
+
+
+def _show_row(batch: Batch, block_size: int, tokenizer: PreTrainedTokenizerFast, console: Console) -> None:
+    """One packed sequence as the model sees it: the clean half, then the masks with what each is to give."""
+    S, document = batch.seq_length, batch.visibility[0, :, 0].tolist()
+    tokens, labels = batch.tokens[0].tolist(), batch.labels[0].tolist()
+    supervised, padding = batch.supervised[0].tolist(), batch.padding[0].tolist()
+    fill = sum(padding[:S])
+    console.print(
+        f"packed sequence 0 of epoch 0 (seed 0): {S} clean tokens of {document[S - 1] + 1} documents, {fill} of them "
+        f"fill; {batch.mask_length} masks in {batch.mask_length // block_size} blocks of {block_size}; supervised: "
+        f"{batch.ar_tokens} next tokens, {batch.diffusion_tokens} masks"
+    )
+    legend = Text("a colour for each document; ")
+    legend.append("fill", FILL).append("; ").append("not supervised", UNSUPERVISED).append("; | ends a block")
+    console.print(legend)
+    for name, half, shown in (("clean", range(S), tokens), ("masks give", range(S, len(tokens)), labels)):
+        line = Text().append(f"{name}: ", "bold")
+        for place in half:
+            token = shown[place] if not padding[place] else tokens[place % S]
+            styles = [COLOURS[document[place] % len(COLOURS)]]
+            styles += [FILL] * padding[place] + [UNSUPERVISED] * (not supervised[place])
+            line.append(_printable(tokenizer.decode([token])), " ".join(styles))
+            if (place + 1) % block_size == 0:
+                line.append("|", "bold")
+        console.print(line, soft_wrap=True)
+
+
+def _printable(text: str) -> str:
+    """No control characters: what a document holds must not steer a terminal."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

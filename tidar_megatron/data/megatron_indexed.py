@@ -1,0 +1,150 @@
+"""Documents of Megatron's ``.bin/.idx`` pairs, as its ``tools/preprocess_data.py`` writes them.
+
+megatron-core reads the ``.idx``, once, when our own index is built, and the whole ``.bin`` is looked at then: such
+pairs carry neither counts of their own nor hashes, so a cut one would go unnoticed. From then on they are read as
+shards are.
+"""
+
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerFast
+
+from tidar_megatron.data.documents import StoredDocuments
+from tidar_megatron.data.index import RECORD, Add, Facts, OpenFile, open_index
+from tidar_megatron.data.manifest import TokenizerEntry, file_sha256, local_folder
+from tidar_megatron.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
+from tidar_megatron.errors import UserError
+
+_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype, sequences, edges of documents
+_CHUNK = 1 << 22  # tokens looked at together
+
+
+class IndexedDocuments(StoredDocuments):
+    """The documents of ``PREFIX.bin`` and ``PREFIX.idx``; one that does not end with EOS gets one.
+
+    Args:
+        prefix: of the two local files.
+        tokenizer: the Hugging Face folder whose ids they hold.
+        verify: look at all of it again, also where that has been done.
+
+    Raises:
+        UserError: a file that is missing, cut, or does not belong to the other, or ids that the tokenizer does not
+            use; the message names the file.
+    """
+
+    def __init__(self, prefix: str, tokenizer: str | None, verify: bool = False) -> None:
+        self.tokenizer, self.tokenizer_folder = tokenizer_entry(prefix, tokenizer)
+        local_folder(prefix)
+        bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+        self.name = prefix
+        try:
+            stats = [path.stat() for path in (bin_path, idx_path)]
+        except OSError as error:
+            raise UserError(f"{error.filename}: {error.strerror}; a .bin and its .idx go together") from None
+        meaning = {"vocab_size": self.tokenizer.vocab_size, "eos_token_id": self.tokenizer.eos_token_id}
+        of: Facts = {"changed": [[stat.st_size, stat.st_mtime_ns] for stat in stats], **meaning}
+        index = open_index(Path(f"{prefix}.index"), of, lambda add: self._build(bin_path, idx_path, add), verify)
+        if len(index) == 0:
+            raise UserError(f"{idx_path}: holds no documents; prepare the data again")
+        self.identity = {"bin": index.facts["bin"], "idx": index.facts["idx"]}
+        super().__init__(index, [bin_path], [len(index)], np.dtype(index.facts["dtype"]), self.tokenizer.eos_token_id)
+
+    def load_tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer that was given."""
+        return load_tokenizer(self.tokenizer_folder)
+
+    def _build(self, bin_path: Path, idx_path: Path, add: Add) -> Facts:
+        dtype, ends = _read_idx(bin_path, idx_path)
+        begin = 0
+        for first, last, tokens in _documents_of(bin_path, dtype, ends):
+            lengths = np.diff(ends[first:last], prepend=begin)
+            if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.tokenizer.vocab_size:
+                wrong = tokens.min() if tokens.min() < 0 else tokens.max()
+                raise UserError(
+                    f"{bin_path}: holds the id {wrong}, its tokenizer {self.tokenizer_folder} uses "
+                    f"0 to {self.tokenizer.vocab_size - 1}; name the tokenizer it was prepared with (--tokenizer)"
+                )
+            lasts = tokens[np.maximum(ends[first:last] - begin - 1, 0)] if len(tokens) else np.zeros(len(lengths))
+            lacking = (lengths == 0) | (lasts != self.tokenizer.eos_token_id)
+            records = np.empty(last - first, RECORD)
+            records["offset"] = (ends[first:last] - lengths) * dtype.itemsize
+            records["length"], records["stored"] = lengths + lacking, lengths
+            add(records)
+            begin = int(ends[last - 1])
+        return {"dtype": dtype.str, "bin": file_sha256(bin_path), "idx": file_sha256(idx_path)}
+
+
+def tokenizer_entry(prefix: str, tokenizer: str | None) -> tuple[TokenizerEntry, Path]:
+    """What a manifest says of the tokenizer, for data that have none.
+
+    Raises:
+        UserError: none was given, or it cannot be loaded.
+    """
+    if tokenizer is None:
+        raise UserError(f"data {prefix}: a .bin/.idx pair does not say what its ids mean; name it with --tokenizer")
+    loaded = load_tokenizer(tokenizer)
+    return TokenizerEntry(
+        spec=Path(tokenizer).resolve().name,
+        fingerprint=fingerprint(loaded),
+        vocab_size=vocabulary_size(loaded),
+        eos_token_id=int(loaded.eos_token_id),
+    ), Path(tokenizer)
+
+
+def _read_idx(bin_path: Path, idx_path: Path) -> tuple[np.dtype, NDArray[np.int64]]:
+    """The dtype of the tokens, and where each document ends, in tokens."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset  # heavy, and needed when the index is built alone
+
+    def wrong(path: Path, what: str) -> UserError:
+        return UserError(f"{path}: {what}; copy both files again or prepare the data again")
+
+    if bin_path.stat().st_size == 0:
+        raise wrong(bin_path, "is empty")
+    with idx_path.open("rb") as stream:  # megatron-core's reader trusts the counts of the header
+        header, size = stream.read(_HEADER.size), os.fstat(stream.fileno()).st_size
+    if len(header) < _HEADER.size:
+        raise wrong(idx_path, "is cut within its header")
+    magic, version, code, sequences, edges_count = _HEADER.unpack(header)
+    if (magic, version) != (b"MMIDIDX\0\0", 1) or not 1 <= code <= 8:
+        raise wrong(idx_path, "is no index of Megatron's")
+    if edges_count < 1 or size != _HEADER.size + 12 * sequences + 8 * edges_count:
+        raise wrong(idx_path, f"has {size} bytes, which do not fit its {sequences} sequences; was it cut?")
+    try:
+        # a name of its own: megatron-core unmaps the files as soon as the data set is gone
+        data = IndexedDataset(str(bin_path.with_suffix("")))
+        dtype = np.dtype(data.index.dtype)
+        lengths = data.index.sequence_lengths.astype(np.int64)
+        pointers = data.index.sequence_pointers.astype(np.int64)
+        edges = data.index.document_indices.astype(np.int64)
+        del data
+    except (AssertionError, ValueError) as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise wrong(idx_path, f"cannot be read by megatron-core ({why})") from error
+    if dtype.kind not in "iu":
+        raise wrong(idx_path, f"says that tokens are {dtype}, which are no ids")
+    sequence_ends = np.cumsum(lengths)
+    if (lengths < 0).any() or not np.array_equal(pointers, (sequence_ends - lengths) * dtype.itemsize):
+        raise wrong(idx_path, "does not describe one sequence after the other")
+    if edges[0] != 0 or (np.diff(edges) < 0).any() or edges[-1] != len(lengths):
+        raise wrong(idx_path, "its documents are not made of its sequences")
+    wanted = int(lengths.sum()) * dtype.itemsize
+    if bin_path.stat().st_size != wanted:
+        raise wrong(bin_path, f"has {bin_path.stat().st_size} bytes, {idx_path.name} says {wanted}")
+    return dtype, np.concatenate([[0], sequence_ends])[edges[1:]]
+
+
+def _documents_of(bin_path: Path, dtype: np.dtype, ends: NDArray[np.int64]) -> Iterator[tuple[int, int, NDArray[Any]]]:
+    """Runs of documents and their tokens: first, last + 1, ``[tokens]``."""
+    file, first, begin = OpenFile(bin_path), 0, 0
+    while first < len(ends):
+        last = max(first + 1, int(np.searchsorted(ends, begin + _CHUNK, side="right")))
+        end = int(ends[last - 1])
+        data = file.read((end - begin) * dtype.itemsize, begin * dtype.itemsize)
+        yield first, last, np.frombuffer(data, dtype)
+        first, begin = last, end
