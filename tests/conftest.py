@@ -25,6 +25,12 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
+def pytest_ignore_collect(collection_path, config):
+    """The faults take minutes: only who names their folder runs them (`make test-faults`)."""
+    faults = ROOT / "tests" / "faults"
+    return True if collection_path == faults and not any("faults" in given for given in config.args) else None
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _cache_of_costs(tmp_path_factory):
     """Forwards timed by tests are not what this machine costs."""
