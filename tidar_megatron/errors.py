@@ -1,6 +1,7 @@
 """Errors a user can cause and mend. Every program in ``tools/`` prints them as one line and exits with 2.
 
-A training run that was asked to leave by a signal exits with 75 (EX_TEMPFAIL: start it again and it goes on).
+A training run that was asked to leave by a signal exits with 75 (EX_TEMPFAIL: start it again and it goes on), one that
+does not get on with 76.
 """
 
 import argparse
@@ -22,7 +23,11 @@ class Interrupted(Exception):  # noqa: N818 - nothing went wrong
     """The run was asked to leave before its end, saved, and has said so."""
 
 
-INTERRUPTED_STATUS = 75
+class Diverged(Exception):  # noqa: N818 - said of a run
+    """Training does not get on: step after step had to be skipped. The message is one line."""
+
+
+INTERRUPTED_STATUS, DIVERGED_STATUS = 75, 76
 
 
 def run_tool(main: Callable[[], None], rank: int = 0) -> None:
@@ -41,12 +46,12 @@ def run_tool(main: Callable[[], None], rank: int = 0) -> None:
         logging.getLogger(f"megatron.core.{name}").setLevel(logging.ERROR)  # hints to megatron-core's own developers
     try:
         main()
-    except UserError as error:
+    except (UserError, Diverged) as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(10)  # the launcher ends all ranks once one has left: let the one that speaks be first
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, UserError) else DIVERGED_STATUS)
     except Interrupted:
         sys.exit(INTERRUPTED_STATUS)
     except KeyboardInterrupt:

@@ -4,6 +4,7 @@ from tidar_megatron.config.checks import check_config, check_world_size
 from tidar_megatron.config.reader import FIELDS, SECTIONS, build_config, flag, load_config, parse_config
 from tidar_megatron.config.sections import (
     Config,
+    HealthConfig,
     ModelConfig,
     ParallelConfig,
     TiDARConfig,
@@ -16,6 +17,7 @@ __all__ = [
     "FIELDS",
     "SECTIONS",
     "Config",
+    "HealthConfig",
     "ModelConfig",
     "ParallelConfig",
     "TiDARConfig",

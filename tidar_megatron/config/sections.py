@@ -164,6 +164,18 @@ class ParallelConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class HealthConfig(Section):
+    """When a step is not to be trusted, and what is done then."""
+
+    max_skipped_iterations_in_a_row: Count = described("end the run after so many steps without an update", 10)
+    loss_spike_action: Literal["flag", "skip"] = described("tell of a loss spike, or make no update of it", "flag")
+    loss_spike_factor: Annotated[float, Field(gt=1.0)] = described(
+        "a loss above so many times the median of the last ones is a spike", 3.0
+    )
+    loss_spike_window: Count = described("last losses that are compared with, from when half of them are there", 100)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig(Section):
     """Where runs are kept."""
 
@@ -199,6 +211,7 @@ class Config(Section):
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    health: HealthConfig = dataclasses.field(default_factory=HealthConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
 

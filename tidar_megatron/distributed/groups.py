@@ -69,9 +69,13 @@ class Ranks:
 
     def any_rank(self, flag: bool) -> bool:
         """Whether ``flag`` is set on any rank of the job; the same answer everywhere."""
-        value = torch.tensor([flag], dtype=torch.int32, device=self.device)
+        return bool(self.largest(flag))
+
+    def largest(self, number: int) -> int:
+        """The largest that any rank of the job brings; the same answer everywhere."""
+        value = torch.tensor([number], dtype=torch.int32, device=self.device)
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return bool(value.item())
+        return int(value.item())
 
 
 def world_size_from_environment() -> int:

@@ -1,6 +1,7 @@
 """The loop: data, model, optimizer; step, evaluate, save; first plain AR (the warm-up), then the joint objective."""
 
 import contextlib
+import functools
 import shutil
 import time
 from dataclasses import dataclass
@@ -25,9 +26,10 @@ from tidar_megatron.data.prefetch import Prefetcher
 from tidar_megatron.data.sources import tokenizer_of
 from tidar_megatron.distributed.groups import Ranks, initialize, shut_down, world_size_from_environment
 from tidar_megatron.distributed.platform import check_backend
-from tidar_megatron.errors import Interrupted, UserError
+from tidar_megatron.errors import Diverged, Interrupted, UserError
 from tidar_megatron.models.gpt import build_model
 from tidar_megatron.training import sample_ids, signals
+from tidar_megatron.training.health import Health
 from tidar_megatron.training.metrics import MetricsLogger
 from tidar_megatron.training.optimizer import build_optimizer, whole_weights, wrap_model
 from tidar_megatron.training.resolve import resolve, run_fingerprint, starting_point
@@ -59,7 +61,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.prefetcher = Prefetcher(self._build_batches, self.ranks.device, self.config.data.num_workers)
-        self.parts: dict[str, HasState] = {}  # whatever else of the loop outlives a restart, by name
+        self.health = Health(self.config.health, self.ranks)
+        self.parts: dict[str, HasState] = {"health": self.health}  # what else of the loop outlives a restart, by name
         self.sample_ids: sample_ids.SampleIds | None = None  # from write_run_folder on
 
     @classmethod
@@ -158,22 +161,22 @@ class Trainer:
         ids = [sample for batch in batches for sample in batch.sample_ids]
         alpha = self.config.tidar.ar_loss_weight
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        result = train_step(self.ddp, self.optimizer, self.scheduler, batches, alpha, self.ranks)
+        approve = functools.partial(self.health.approve, self.iteration + 1, phase)
+        result = train_step(self.ddp, self.optimizer, self.scheduler, batches, alpha, self.ranks, approve)
         self.iteration += 1
         if self.sample_ids is not None:
             self.sample_ids.write(self.iteration, ids)
         self.consumed_sequences += self.config.training.global_batch_size
-        diffusion = result.diffusion_loss
-        loss = result.ar_loss if diffusion is None else (alpha * result.ar_loss + diffusion) / (1 + alpha)
         return {
             "phase": phase,
-            "loss": loss,
+            "loss": result.loss,
             "ar_loss": result.ar_loss,
-            "diffusion_loss": diffusion,
+            "diffusion_loss": result.diffusion_loss,
             "learning_rate": learning_rate,
             "grad_norm": result.grad_norm,
             **({} if result.balancing_loss is None else {"balancing_loss": result.balancing_loss}),
             "consumed_sequences": self.consumed_sequences,
+            **self.health.log_values(),
         }
 
     def evaluate(self) -> dict | None:
@@ -243,9 +246,10 @@ def pretrain(config: Config) -> None:
 
     Raises:
         Interrupted: a signal asked a rank to leave; all ranks have saved.
+        Diverged: too many steps in a row had to be skipped; what was saved before stays.
     """
     with contextlib.ExitStack() as ending:
-        ending.push(lambda kind, error, trace: shut_down(orderly=kind in (None, Interrupted)))
+        ending.push(lambda kind, error, trace: shut_down(orderly=kind in (None, Interrupted, Diverged)))
         trainer = Trainer.build(config)
         ending.callback(trainer.close)
         trainer.write_run_folder()
@@ -255,8 +259,13 @@ def pretrain(config: Config) -> None:
             logger = MetricsLogger(trainer.config, trainer.ranks.is_main, trainer.iteration)
         try:
             describe(trainer, logger)
+            trainer.health.on_trouble = logger.say
             trainer.checkpoints.on_published = lambda i: logger.say(f"saved iteration {i} in {config.checkpoint.save}")
-            state = _loop(trainer, logger)
+            try:
+                state = _loop(trainer, logger)
+            except Diverged:
+                trainer.checkpoints.wait()  # of a sound step
+                raise
             if state and trainer.config.checkpoint.save and trainer.ranks.is_main:
                 signals.write_run_state(trainer.config.checkpoint.save, state)
         finally:

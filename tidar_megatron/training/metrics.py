@@ -164,6 +164,7 @@ class MetricsLogger:
             + (f" | diffusion {diffusion:.4f}" if diffusion is not None else "")
             + f" | lr {values['learning_rate']:.2e} | grad norm {values['grad_norm']:.3f}"
             f" | {values['clean_tokens_per_second']:,.0f} clean tokens/s | {values['step_seconds'] * 1e3:.0f} ms/step"
+            + (f" | {values['skipped_iterations']} skipped" if values["skipped_iterations"] else "")
         )
         self._write(iteration, values)
 

@@ -1,5 +1,6 @@
 """megatron-core's DDP, Adam and learning-rate schedule, from our configuration."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,9 +18,9 @@ from tidar_megatron.distributed.groups import is_played
 def wrap_model(chunks: list[GPTModel], config: Config) -> list[DistributedDataParallel]:
     """Data-parallel wrappers; gradients are summed in float32 over ranks and divided by the global token count."""
     transformer, parallel = chunks[0].config, config.parallel
+    # check_for_nan_in_grad would end one rank in the midst of the step; training/health.py lets all skip it
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        check_for_nan_in_grad=True,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
@@ -52,6 +53,20 @@ def whole_weights(model: list[DistributedDataParallel]) -> Iterator[None]:
     finally:
         for chunk in overlapping:
             chunk.enable_forward_pre_hook()
+
+
+@torch.no_grad()
+def gradient_norm(optimizer: MegatronOptimizer, model: list[DistributedDataParallel]) -> float:
+    """The whole gradient's norm, before clipping and before anything is changed. Collective.
+
+    It is NaN or infinite on a rank that holds such a gradient itself: megatron-core's norm counts a weight that
+    tensor-parallel ranks hold alike on one of them only, and would not see the others'.
+    """
+    optimizer.prepare_grads()
+    whole = float(optimizer.get_grad_norm())
+    own = [p.main_grad for chunk in model for p in chunk.parameters() if p.requires_grad]
+    largest = torch.stack(torch._foreach_norm(own)).max().item()  # NaN wins
+    return whole if math.isfinite(largest) else largest
 
 
 def build_optimizer(

@@ -20,7 +20,7 @@ from tidar_megatron.models.experts import take_balancing_loss
 from tidar_megatron.models.gpt import run_model, unwrap
 from tidar_megatron.models.loss import joint_loss
 from tidar_megatron.models.output_layer import output_weight, whole_states
-from tidar_megatron.training.optimizer import whole_weights
+from tidar_megatron.training.optimizer import gradient_norm, whole_weights
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,9 @@ class StepResult:
 
     ar_loss: float
     diffusion_loss: float | None  # None in the AR warm-up
+    loss: float  # what was minimised: the AR loss in the warm-up, else the weighted mean of both
     grad_norm: float  # before clipping
+    updated: bool  # the weights; else nothing was changed
     balancing_loss: float | None = None  # mixture of experts: unweighted mean over layers; 1 is perfect balance
 
 
@@ -101,18 +103,29 @@ def train_step(
     batches: list[Batch],
     ar_loss_weight: float,
     ranks: Ranks,
+    approve: Callable[[float, float], bool] = lambda loss, grad_norm: True,
 ) -> StepResult:
-    """Forward and backward over this rank's micro-batches, whose list is emptied; clip, update."""
+    """Forward and backward over this rank's micro-batches, whose list is emptied; clip, update.
+
+    The update is left out, and with it the schedule's step, where ``approve`` says no to the loss and the gradient's
+    norm. The norm is computed for it beforehand: megatron-core's step gives it only afterwards.
+    """
     optimizer.zero_grad()
     doubled = batches[0].doubled
     sums, counts = forward_backward(model, batches, ar_loss_weight, ranks)
-    _, grad_norm, _ = optimizer.step()
-    scheduler.step(increment=1)
     ar, diffusion = (sums / counts.clamp(min=1)).tolist()
+    loss = (ar_loss_weight * ar + diffusion) / (1 + ar_loss_weight) if doubled else ar
+    grad_norm = gradient_norm(optimizer, model)
+    updated = approve(loss, grad_norm)
+    if updated:
+        optimizer.step()
+        scheduler.step(increment=1)
     return StepResult(
         ar_loss=ar,
         diffusion_loss=diffusion if doubled else None,
-        grad_norm=float(grad_norm),
+        loss=loss,
+        grad_norm=grad_norm,
+        updated=updated,
         balancing_loss=_balancing_loss([unwrap(chunk) for chunk in model], ranks),
     )
 
