@@ -27,6 +27,10 @@ class Diverged(Exception):  # noqa: N818 - said of a run
     """Training does not get on: step after step had to be skipped. The message is one line."""
 
 
+class Stalled(Exception):  # noqa: N818 - said of a rank
+    """A rank waits in vain, for another or for its data. The message is one line and names the rank and the step."""
+
+
 INTERRUPTED_STATUS, DIVERGED_STATUS = 75, 76
 
 
@@ -52,6 +56,10 @@ def run_tool(main: Callable[[], None], rank: int = 0) -> None:
         else:
             time.sleep(10)  # the launcher ends all ranks once one has left: let the one that speaks be first
         sys.exit(2 if isinstance(error, UserError) else DIVERGED_STATUS)
+    except Stalled as error:  # on whichever rank; threads and connections that hang must not hold up the end
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)
     except Interrupted:
         sys.exit(INTERRUPTED_STATUS)
     except KeyboardInterrupt:

@@ -68,3 +68,16 @@ def steps(folder):
 def losses(folder):
     """Both losses and the gradient's norm, step by step."""
     return [(row["ar_loss"], row["diffusion_loss"], row["grad_norm"]) for row in steps(folder)]
+
+
+def children(pid):
+    """The processes that a process has started."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+
+
+def catches(pid, number):
+    """Whether a process has a handler for a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    (caught,) = [line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")]
+    return int(caught, 16) >> (number - 1) & 1

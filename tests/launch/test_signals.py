@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.launch.launching import CONFIG, TINY, losses, started, steps, wait_for
+from tests.launch.launching import CONFIG, TINY, catches, children, losses, started, steps, wait_for
 from tests.training.small_runs import small
 from tidar_megatron.checkpoint.folder import latest_iteration, saved_iterations
 from tidar_megatron.errors import INTERRUPTED_STATUS, Interrupted
@@ -26,12 +26,6 @@ def program(shards, folder, iterations=10_000):
 
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="examples/launch.sh reads Linux's /proc")
-
-
-def children(pid):
-    """The processes that a process has started."""
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
 
 
 @pytest.fixture(scope="module")
@@ -97,13 +91,6 @@ def test_a_signal_during_the_imports_and_to_every_process_of_the_job(shards, tmp
         assert run.returncode == INTERRUPTED_STATUS, log.read_text()[-4000:]
     assert (folder / RUN_STATE).read_text() == "interrupted\n"
     assert latest_iteration(folder) == len(steps(folder))
-
-
-def catches(pid, number):
-    """Whether a process has a handler for a signal."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    (caught,) = [line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")]
-    return int(caught, 16) >> (number - 1) & 1
 
 
 def test_without_a_folder_nothing_is_kept_and_it_says_so(shards, tmp_path):

@@ -101,6 +101,7 @@ class DataConfig(Section):
     reset_positions: bool = described("rotary positions begin anew with each document", True)
     cross_document_attention: bool = described("let a packed sequence's documents attend to earlier ones", False)
     num_workers: NonNegative = described("threads that build the next steps' batches; 0: built when needed", 1)
+    data_timeout_minutes: Positive = described("end the run if a step's batches are not there by then", 5.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +117,7 @@ class TrainingConfig(Section):
     eval_interval: Count = described("steps between evaluations on valid-data", 200)
     eval_sequences: Count = described("packed sequences of valid-data per evaluation", 64)
     exit_interval: Count | None = described("save and leave after an iteration divisible by this", None)
+    exit_duration_in_mins: Positive | None = described("save and leave once the program has run for so long", None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +162,7 @@ class ParallelConfig(Section):
     recompute_modules: tuple[Literal["core_attn", "mlp", "moe", "layernorm"], ...] = described(
         "selective: what is recomputed; layernorm needs transformer_engine", ("core_attn",)
     )
-    distributed_timeout_minutes: Count = described("time-out of collectives", 10)
+    distributed_timeout_minutes: Positive = described("time-out of collectives", 10.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,10 @@ from tidar_megatron.data.doubled import Batch
 Request = tuple
 
 
+class Overdue(Exception):  # noqa: N818 - said of batches
+    """Batches were not built within the time given."""
+
+
 class Prefetcher:
     """Builds micro-batches ahead of their use: the same ones, since what is built depends on the request alone.
 
@@ -19,11 +23,19 @@ class Prefetcher:
     Args:
         build: a pure function of its arguments, the request; several threads call it at once.
         device: where the batches will go; for a CUDA device they are put into page-locked memory.
-        workers: threads, and requests built ahead; with 0 whoever asks builds.
+        workers: threads, and requests built ahead; with 0 nothing is built ahead.
+        timeout: seconds that whoever asks waits for batches; None: for ever, and what nobody foresaw it builds itself.
     """
 
-    def __init__(self, build: Callable[..., Sequence[Batch]], device: torch.device, workers: int = 1) -> None:
+    def __init__(
+        self,
+        build: Callable[..., Sequence[Batch]],
+        device: torch.device,
+        workers: int = 1,
+        timeout: float | None = None,
+    ) -> None:
         self.workers = workers
+        self._timeout, self._hangs = timeout, False
         self._build, self._pin = build, device.type == "cuda"
         # page-locked memory belongs to a device, and a new thread's is the first one
         ready = partial(torch.cuda.set_device, device) if self._pin else None
@@ -47,18 +59,33 @@ class Prefetcher:
 
         Raises:
             Whatever ``build`` raised, as it is, also where that was long ago.
+            Overdue: it is not done in time.
         """
         pending = self._pending.pop(request, None)
-        return self._built(request) if pending is None else pending.result()
+        if pending is None:
+            if self._timeout is None:
+                return self._built(request)
+            pending = self._threads.submit(self._built, request)
+        self._wait([pending])
+        return pending.result()
 
     def settle(self) -> None:
-        """Wait until nothing is being built: a process may be forked then."""
-        wait([*self._pending.values(), *self._forgotten])
+        """Wait until nothing is being built: a process may be forked then.
+
+        Raises:
+            Overdue: it is not done in time.
+        """
+        self._wait([*self._pending.values(), *self._forgotten])
         self._forgotten.clear()
 
+    def _wait(self, building: Sequence[Future]) -> None:
+        if wait(building, self._timeout).not_done:
+            self._hangs = True
+            raise Overdue
+
     def close(self) -> None:
-        """End the threads; what they are building is waited for and forgotten."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        """End the threads; what they are building is forgotten, and waited for unless it hangs."""
+        self._threads.shutdown(wait=not self._hangs, cancel_futures=True)
         self._pending.clear()
 
     def _built(self, request: Request) -> list[Batch]:

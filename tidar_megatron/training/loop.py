@@ -4,6 +4,7 @@ import contextlib
 import functools
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,11 +23,12 @@ from tidar_megatron.config import CONFIG_FILE, Config, check_world_size
 from tidar_megatron.data.doubled import Batch
 from tidar_megatron.data.loader import TrainingData
 from tidar_megatron.data.manifest import TOKENIZER_FOLDER
-from tidar_megatron.data.prefetch import Prefetcher
+from tidar_megatron.data.prefetch import Overdue, Prefetcher
 from tidar_megatron.data.sources import tokenizer_of
 from tidar_megatron.distributed.groups import Ranks, initialize, shut_down, world_size_from_environment
+from tidar_megatron.distributed.heartbeat import Heartbeat
 from tidar_megatron.distributed.platform import check_backend
-from tidar_megatron.errors import Diverged, Interrupted, UserError
+from tidar_megatron.errors import Diverged, Interrupted, Stalled, UserError
 from tidar_megatron.models.gpt import build_model
 from tidar_megatron.training import sample_ids, signals
 from tidar_megatron.training.health import Health
@@ -34,6 +36,7 @@ from tidar_megatron.training.metrics import MetricsLogger
 from tidar_megatron.training.optimizer import build_optimizer, whole_weights, wrap_model
 from tidar_megatron.training.resolve import resolve, run_fingerprint, starting_point
 from tidar_megatron.training.step import evaluate, train_step
+from tidar_megatron.training.straggler import OwnTime
 
 
 class HasState(Protocol):
@@ -60,7 +63,12 @@ class Trainer:
     consumed_sequences: int = 0
 
     def __post_init__(self) -> None:
-        self.prefetcher = Prefetcher(self._build_batches, self.ranks.device, self.config.data.num_workers)
+        data = self.config.data
+        self.prefetcher = Prefetcher(
+            self._build_batches, self.ranks.device, data.num_workers, timeout=60 * data.data_timeout_minutes
+        )
+        self.heartbeat = Heartbeat()
+        self.own_time = OwnTime(self.ranks, self.model[0].config)
         self.health = Health(self.config.health, self.ranks)
         self.parts: dict[str, HasState] = {"health": self.health}  # what else of the loop outlives a restart, by name
         self.sample_ids: sample_ids.SampleIds | None = None  # from write_run_folder on
@@ -127,8 +135,25 @@ class Trainer:
         return [batch.shard(cp.rank(), cp.size()) for batch in batches]
 
     def step_batches(self) -> list[Batch]:
-        """This rank's micro-batches of the next step, built ahead where that was foreseen."""
-        return self.prefetcher.get(self.consumed_sequences, self.doubled)
+        """This rank's micro-batches of the next step, built ahead where that was foreseen.
+
+        Raises:
+            Stalled: they do not come.
+        """
+        with self._data_in_time():
+            return self.prefetcher.get(self.consumed_sequences, self.doubled)
+
+    @contextlib.contextmanager
+    def _data_in_time(self) -> Iterator[None]:
+        try:
+            yield
+        except Overdue:
+            data = self.config.data
+            sources = " ".join(data.train_data)
+            raise Stalled(
+                f"rank {self.ranks.rank}, step {self.iteration + 1}: no batch from {sources} within "
+                f"{data.data_timeout_minutes:g} minutes (--data-timeout-minutes); is its file system well?"
+            ) from None
 
     def _build_batches(self, consumed_sequences: int, doubled: bool) -> list[Batch]:
         """In the background, so from nothing that a step changes."""
@@ -156,13 +181,17 @@ class Trainer:
     def step(self) -> dict:
         """One optimizer step; what of it is logged."""
         phase = "joint" if self.doubled else "AR"
+        start = time.perf_counter()
         batches = self.step_batches()
         self._prefetch()
+        self.own_time.add(time.perf_counter() - start)
         ids = [sample for batch in batches for sample in batch.sample_ids]
         alpha = self.config.tidar.ar_loss_weight
         learning_rate = self.optimizer.param_groups[0]["lr"]
         approve = functools.partial(self.health.approve, self.iteration + 1, phase)
-        result = train_step(self.ddp, self.optimizer, self.scheduler, batches, alpha, self.ranks, approve)
+        result = train_step(
+            self.ddp, self.optimizer, self.scheduler, batches, alpha, self.ranks, approve, self.own_time.start
+        )
         self.iteration += 1
         if self.sample_ids is not None:
             self.sample_ids.write(self.iteration, ids)
@@ -198,7 +227,8 @@ class Trainer:
     def save(self) -> None:
         """A checkpoint of this moment, if the run has a folder; with --async-save it is only begun."""
         if self.config.checkpoint.save:
-            self.prefetcher.settle()  # a forked writer must not inherit a lock that is held
+            with self._data_in_time():
+                self.prefetcher.settle()  # a forked writer must not inherit a lock that is held
             states = {name: part.state_dict() for name, part in self.parts.items()}
             with whole_weights(self.ddp):
                 run = Trained(self.model, self.optimizer, self.scheduler)
@@ -245,8 +275,9 @@ def pretrain(config: Config) -> None:
     """Train to ``train_iters``, or to the first iteration that ``exit_interval`` divides.
 
     Raises:
-        Interrupted: a signal asked a rank to leave; all ranks have saved.
+        Interrupted: a signal asked a rank to leave, or its time was over; all ranks have saved.
         Diverged: too many steps in a row had to be skipped; what was saved before stays.
+        Stalled: another rank, or the data, does not answer.
     """
     with contextlib.ExitStack() as ending:
         ending.push(lambda kind, error, trace: shut_down(orderly=kind in (None, Interrupted, Diverged)))
@@ -265,6 +296,10 @@ def pretrain(config: Config) -> None:
                 state = _loop(trainer, logger)
             except Diverged:
                 trainer.checkpoints.wait()  # of a sound step
+                raise
+            except RuntimeError as error:
+                if stalled := trainer.heartbeat.blame(error):
+                    raise stalled from error
                 raise
             if state and trainer.config.checkpoint.save and trainer.ranks.is_main:
                 signals.write_run_state(trainer.config.checkpoint.save, state)
@@ -286,19 +321,21 @@ def _loop(trainer: Trainer, logger: MetricsLogger) -> str | None:
     seconds, steps = 0.0, 0
     while trainer.iteration < training.train_iters:
         start = time.perf_counter()
+        trainer.heartbeat.beat(trainer.iteration + 1)
         values = trainer.step()
         seconds, steps = seconds + time.perf_counter() - start, steps + 1
         iteration, last = trainer.iteration, trainer.iteration == training.train_iters
         if last or due(config.logging.log_interval):
             clean_tokens = steps * training.global_batch_size * config.data.seq_length
             values |= {"step_seconds": seconds / steps, "clean_tokens_per_second": clean_tokens / seconds}
+            values |= trainer.own_time.report()
             logger.training(iteration, values)
             seconds, steps = 0.0, 0
         if (last or due(training.eval_interval)) and (evaluation := trainer.evaluate()) is not None:
             logger.evaluation(iteration, evaluation)
         trainer.checkpoints.maybe_finalize()
         leaving = due(training.exit_interval)
-        asked = trainer.ranks.any_rank(signals.received())
+        asked = trainer.ranks.largest(signals.reason_to_leave(training.exit_duration_in_mins))
         if last or leaving or asked or due(config.checkpoint.save_interval):
             trainer.save()
         if last or leaving or asked:
@@ -308,7 +345,7 @@ def _loop(trainer: Trainer, logger: MetricsLogger) -> str | None:
             return None
         if asked and not last:
             kept = "--load continues it" if config.checkpoint.save else "nothing is kept: there is no --save"
-            logger.say(f"leaving after iteration {iteration}: a signal asked for it; {kept}")
+            logger.say(f"leaving after iteration {iteration}: {signals.REASONS[asked]}; {kept}")
             return signals.INTERRUPTED
     return signals.FINISHED
 

@@ -157,13 +157,14 @@ class MetricsLogger:
 
     def training(self, iteration: int, values: Values) -> None:
         """One logged step."""
-        diffusion = values["diffusion_loss"]
+        diffusion, several = values["diffusion_loss"], "slowest_rank" in values
         self.say(
             f"step {iteration:>{len(str(self.train_iters))}}/{self.train_iters}"
             f" | {values['phase']:<5} | AR {values['ar_loss']:.4f}"
             + (f" | diffusion {diffusion:.4f}" if diffusion is not None else "")
             + f" | lr {values['learning_rate']:.2e} | grad norm {values['grad_norm']:.3f}"
             f" | {values['clean_tokens_per_second']:,.0f} clean tokens/s | {values['step_seconds'] * 1e3:.0f} ms/step"
+            + (f" | slowest rank {values['slowest_rank']} ({values['slowest_over_median']:.2f}x)" if several else "")
             + (f" | {values['skipped_iterations']} skipped" if values["skipped_iterations"] else "")
         )
         self._write(iteration, values)

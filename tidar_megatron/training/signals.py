@@ -6,13 +6,15 @@ then all ranks save the same iteration and leave with status 75. A run that was 
 step, so that a job that is stopped and requeued again and again gets on.
 
 torchrun's own status cannot tell "saved, start me again" from a crash: it returns 1 for both. So the main process
-writes one word into ``run_state``: ``interrupted`` after the save of a run that was asked to leave, ``finished`` after
+writes one word into ``run_state``: ``interrupted`` after the save of a run that was asked to leave, or whose
+``--exit-duration-in-mins`` are over, ``finished`` after
 the last iteration. The file is removed when a run starts; a crash leaves none. A launcher that reads it removes it
 before it starts the program, because a program that never got as far as its first line cannot.
 """
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +23,9 @@ from types import FrameType
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 RUN_STATE = "run_state"  # in the folder of --save
 INTERRUPTED, FINISHED = "interrupted", "finished"
+REASONS = {1: "its time is over (--exit-duration-in-mins)", 2: "a signal asked for it"}
+
+STARTED = time.monotonic()  # this module is the first that the program imports
 
 _received: signal.Signals | None = None
 
@@ -45,6 +50,13 @@ def _note(number: int, frame: FrameType | None) -> None:
 def received() -> bool:
     """Whether this process was asked to leave."""
     return _received is not None
+
+
+def reason_to_leave(exit_duration_in_mins: float | None) -> int:
+    """Why this process should save and leave: one of :data:`REASONS`; 0 while there is none."""
+    if received():
+        return 2
+    return int(exit_duration_in_mins is not None and time.monotonic() - STARTED > 60 * exit_duration_in_mins)
 
 
 @contextmanager

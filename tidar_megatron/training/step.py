@@ -71,11 +71,18 @@ def _training_forward(data_iterator: Iterator[Batch], model: DistributedDataPara
     return run_model(model, batch), partial(joint_loss, unwrap(model), batch)
 
 
-def forward_backward(model: Model, batches: list[Batch], ar_loss_weight: float, ranks: Ranks) -> tuple[Tensor, Tensor]:
+def forward_backward(
+    model: Model,
+    batches: list[Batch],
+    ar_loss_weight: float,
+    ranks: Ranks,
+    on_start: Callable[[], None] = lambda: None,
+) -> tuple[Tensor, Tensor]:
     """Fill the model's ``main_grad`` with the gradient of the joint loss over the whole global batch.
 
     The supervised tokens of all ranks and micro-batches are counted before the first forward, so that the loss is a
-    mean over all of them however they are split. The list of micro-batches is emptied.
+    mean over all of them however they are split. The list of micro-batches is emptied. ``on_start`` is called when all
+    ranks have counted.
 
     Returns:
         The sums of the AR and the diffusion losses, float64 ``[2]``, and their counts, int64 ``[2]``, both over the
@@ -91,6 +98,7 @@ def forward_backward(model: Model, batches: list[Batch], ar_loss_weight: float, 
     del batch
     for chunk in model:
         chunk.zero_grad_buffer()
+    on_start()
     reports = _run_schedule(model, at_hand, _training_forward, forward_only=False)
     sums = torch.stack(reports).sum(0) if reports else torch.zeros(2, dtype=torch.float64, device=ranks.device)
     return ranks.sum_over_data(ranks.from_last_stage(sums)), counts[:2]
@@ -104,6 +112,7 @@ def train_step(
     ar_loss_weight: float,
     ranks: Ranks,
     approve: Callable[[float, float], bool] = lambda loss, grad_norm: True,
+    on_start: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """Forward and backward over this rank's micro-batches, whose list is emptied; clip, update.
 
@@ -112,7 +121,7 @@ def train_step(
     """
     optimizer.zero_grad()
     doubled = batches[0].doubled
-    sums, counts = forward_backward(model, batches, ar_loss_weight, ranks)
+    sums, counts = forward_backward(model, batches, ar_loss_weight, ranks, on_start)
     ar, diffusion = (sums / counts.clamp(min=1)).tolist()
     loss = (ar_loss_weight * ar + diffusion) / (1 + ar_loss_weight) if doubled else ar
     grad_norm = gradient_norm(optimizer, model)
