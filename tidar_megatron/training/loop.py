@@ -31,6 +31,7 @@ from tidar_megatron.distributed.platform import check_backend
 from tidar_megatron.errors import Diverged, Interrupted, Stalled, UserError
 from tidar_megatron.models.gpt import build_model
 from tidar_megatron.training import sample_ids, signals
+from tidar_megatron.training.describe import describe
 from tidar_megatron.training.health import Health
 from tidar_megatron.training.metrics import MetricsLogger
 from tidar_megatron.training.optimizer import build_optimizer, whole_weights, wrap_model
@@ -289,7 +290,8 @@ def pretrain(config: Config) -> None:
         with signals.shielded():  # W&B has a process of its own
             logger = MetricsLogger(trainer.config, trainer.ranks.is_main, trainer.iteration)
         try:
-            describe(trainer, logger)
+            for line in describe(trainer.config, trainer.ranks, trainer.model, trainer.train_data, trainer.iteration):
+                logger.say(line)
             trainer.health.on_trouble = logger.say
             trainer.checkpoints.on_published = lambda i: logger.say(f"saved iteration {i} in {config.checkpoint.save}")
             try:
@@ -348,40 +350,3 @@ def _loop(trainer: Trainer, logger: MetricsLogger) -> str | None:
             logger.say(f"leaving after iteration {iteration}: {signals.REASONS[asked]}; {kept}")
             return signals.INTERRUPTED
     return signals.FINISHED
-
-
-def describe(trainer: Trainer, logger: MetricsLogger) -> None:
-    """The run in a few lines."""
-    config, tidar, groups = trainer.config, trainer.config.tidar, trainer.ranks.groups
-    parameters = sum(p.numel() for chunk in trainer.model for p in chunk.parameters())
-    sizes = {"TP": groups.tp, "PP": groups.pp, "CP": groups.cp, "EP": groups.ep, "DP": groups.dp}
-    shown = [
-        f"{name} {group.size()}" for name, group in sizes.items() if group.size() > 1 or name in ("TP", "PP", "DP")
-    ]
-    layout = " x ".join(shown) + (f", {len(trainer.model)} chunks a stage" if len(trainer.model) > 1 else "")
-    with_what = [
-        name.replace("_", " ")
-        for name in ("sequence_parallel", "use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")
-        if getattr(config.parallel, name)
-    ]
-    if config.parallel.recompute_granularity:
-        with_what.append(f"{config.parallel.recompute_granularity} recompute")
-    layout += f" ({', '.join(with_what)})" if with_what else ""
-    logger.say(f"{layout} on {trainer.ranks.device.type}, {parameters:,} parameters on this rank")
-    data = trainer.train_data
-    for source, weight, sequences in zip(data.sources, data.weights, data.sequences, strict=True):
-        share = f"{float(weight / sum(data.weights)):.4g} of the sequences from {source.name}: "
-        logger.say(
-            f"{share if len(data.sources) > 1 else ''}{len(source):,} documents, {source.tokens:,} tokens; "
-            f"{len(sequences):,} packed sequences of {config.data.seq_length} an epoch, "
-            f"{config.training.global_batch_size} a step"
-        )
-    logger.say(
-        f"{config.ar_warmup_iters} steps of AR warm-up, then the joint objective to {config.training.train_iters}; "
-        f"block size {tidar.block_size}, alpha {tidar.ar_loss_weight}, mask token {tidar.mask_token_id}"
-    )
-    if config.chosen_blocks < config.blocks:
-        logger.say(f"masks for {config.chosen_blocks} of the {config.blocks} blocks of each sequence, drawn anew")
-    if trainer.iteration:
-        done = "; nothing is left to do" if trainer.iteration >= config.training.train_iters else ""
-        logger.say(f"continuing {config.checkpoint.load} from iteration {trainer.iteration}{done}")

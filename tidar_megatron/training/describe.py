@@ -1,0 +1,45 @@
+"""A run in a few lines: layout, data, length."""
+
+from collections.abc import Iterator
+
+from megatron.core.models.gpt import GPTModel
+
+from tidar_megatron.config import Config
+from tidar_megatron.data.loader import TrainingData
+from tidar_megatron.distributed.groups import Ranks
+
+
+def describe(config: Config, ranks: Ranks, model: list[GPTModel], data: TrainingData, iteration: int) -> Iterator[str]:
+    """The run in a few lines, beginning after ``iteration``."""
+    tidar, groups = config.tidar, ranks.groups
+    parameters = sum(p.numel() for chunk in model for p in chunk.parameters())
+    sizes = {"TP": groups.tp, "PP": groups.pp, "CP": groups.cp, "EP": groups.ep, "DP": groups.dp}
+    shown = [
+        f"{name} {group.size()}" for name, group in sizes.items() if group.size() > 1 or name in ("TP", "PP", "DP")
+    ]
+    layout = " x ".join(shown) + (f", {len(model)} chunks a stage" if len(model) > 1 else "")
+    with_what = [
+        name.replace("_", " ")
+        for name in ("sequence_parallel", "use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")
+        if getattr(config.parallel, name)
+    ]
+    if config.parallel.recompute_granularity:
+        with_what.append(f"{config.parallel.recompute_granularity} recompute")
+    layout += f" ({', '.join(with_what)})" if with_what else ""
+    yield f"{layout} on {ranks.device.type}, {parameters:,} parameters on this rank"
+    for source, weight, sequences in zip(data.sources, data.weights, data.sequences, strict=True):
+        share = f"{float(weight / sum(data.weights)):.4g} of the sequences from {source.name}: "
+        yield (
+            f"{share if len(data.sources) > 1 else ''}{len(source):,} documents, {source.tokens:,} tokens; "
+            f"{len(sequences):,} packed sequences of {config.data.seq_length} an epoch, "
+            f"{config.training.global_batch_size} a step"
+        )
+    yield (
+        f"{config.ar_warmup_iters} steps of AR warm-up, then the joint objective to {config.training.train_iters}; "
+        f"block size {tidar.block_size}, alpha {tidar.ar_loss_weight}, mask token {tidar.mask_token_id}"
+    )
+    if config.chosen_blocks < config.blocks:
+        yield f"masks for {config.chosen_blocks} of the {config.blocks} blocks of each sequence, drawn anew"
+    if iteration:
+        done = "; nothing is left to do" if iteration >= config.training.train_iters else ""
+        yield f"continuing {config.checkpoint.load} from iteration {iteration}{done}"
