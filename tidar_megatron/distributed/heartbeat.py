@@ -41,8 +41,9 @@ class Heartbeat:
 
     def blame(self, error: BaseException) -> Stalled | None:
         """The error to end with after ``error``: it names who does not answer. None if no collective has failed."""
-        said = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        if self._store is None or not (isinstance(error, dist.DistError) or "gloo" in said.lower()):
+        failed = error.__cause__ or error
+        said = str(failed).strip().split("\n")[0]
+        if self._store is None or not (isinstance(failed, dist.DistError) or "gloo" in said.lower()):
             return None
         silent: list[str] = []
         asking = threading.Thread(target=self._ask, args=(silent,), daemon=True)

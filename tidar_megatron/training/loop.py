@@ -299,7 +299,10 @@ def pretrain(config: Config) -> None:
             except Diverged:
                 trainer.checkpoints.wait()  # of a sound step
                 raise
-            except RuntimeError as error:
+            except (
+                RuntimeError,
+                UserError,
+            ) as error:  # also where it broke a save
                 if stalled := trainer.heartbeat.blame(error):
                     raise stalled from error
                 raise

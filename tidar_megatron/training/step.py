@@ -31,7 +31,6 @@ class StepResult:
     diffusion_loss: float | None  # None in the AR warm-up
     loss: float  # what was minimised: the AR loss in the warm-up, else the weighted mean of both
     grad_norm: float  # before clipping
-    updated: bool  # the weights; else nothing was changed
     balancing_loss: float | None = None  # mixture of experts: unweighted mean over layers; 1 is perfect balance
 
 
@@ -125,8 +124,7 @@ def train_step(
     ar, diffusion = (sums / counts.clamp(min=1)).tolist()
     loss = (ar_loss_weight * ar + diffusion) / (1 + ar_loss_weight) if doubled else ar
     grad_norm = gradient_norm(optimizer, model)
-    updated = approve(loss, grad_norm)
-    if updated:
+    if approve(loss, grad_norm):
         optimizer.step()
         scheduler.step(increment=1)
     return StepResult(
@@ -134,7 +132,6 @@ def train_step(
         diffusion_loss=diffusion if doubled else None,
         loss=loss,
         grad_norm=grad_norm,
-        updated=updated,
         balancing_loss=_balancing_loss([unwrap(chunk) for chunk in model], ranks),
     )
 
