@@ -294,18 +294,8 @@ def pretrain(config: Config) -> None:
                 logger.say(line)
             trainer.health.on_trouble = logger.say
             trainer.checkpoints.on_published = lambda i: logger.say(f"saved iteration {i} in {config.checkpoint.save}")
-            try:
+            with _explained(trainer):
                 state = _loop(trainer, logger)
-            except Diverged:
-                trainer.checkpoints.wait()  # of a sound step
-                raise
-            except (
-                RuntimeError,
-                UserError,
-            ) as error:  # also where it broke a save
-                if stalled := trainer.heartbeat.blame(error):
-                    raise stalled from error
-                raise
             if state and trainer.config.checkpoint.save and trainer.ranks.is_main:
                 signals.write_run_state(trainer.config.checkpoint.save, state)
         finally:
@@ -314,6 +304,20 @@ def pretrain(config: Config) -> None:
             dist.barrier()  # torchrun ends all ranks once one has left with a failure: leave together
             signals.ignore()
             raise Interrupted
+
+
+@contextlib.contextmanager
+def _explained(trainer: Trainer) -> Iterator[None]:
+    """Whoever does not answer is named."""
+    try:
+        yield
+    except Diverged:
+        trainer.checkpoints.wait()  # of a sound step
+        raise
+    except (RuntimeError, UserError) as error:  # the latter where it broke a save
+        if stalled := trainer.heartbeat.blame(error):
+            raise stalled from error
+        raise
 
 
 def _loop(trainer: Trainer, logger: MetricsLogger) -> str | None:
