@@ -1,4 +1,4 @@
-"""Random SIGKILLs over one run of two ranks; ``make test-kill`` does a hundred, ``make test-faults`` five."""
+"""Random SIGKILLs over one run of two ranks by ``make test-kill``."""
 
 import os
 import subprocess
