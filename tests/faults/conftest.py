@@ -1,7 +1,7 @@
 """The faults' own report: one line a fault, above pytest's summary. ``make test-faults`` runs this folder.
 
-The first line of a test's docstring names its fault ("Fault 9: SIGTERM to one rank, ..."). A fault holds only if all of
-its tests pass; the line of its first test stands for it, those of tests that fail or are skipped are added.
+The first paragraph of a test's docstring names its fault ("Fault 9: SIGTERM to one rank, ..."). A fault holds only if
+all of its tests pass; the words of its first test stand for it, those of tests that fail or are skipped are added.
 """
 
 import re
@@ -16,7 +16,7 @@ _named = {}  # node id -> (fault, line)
 def pytest_collection_modifyitems(items):
     """Learn what each test is about."""
     for item in items:
-        match = NAMED.match(item.function.__doc__ or "")
+        match = NAMED.match(" ".join((item.function.__doc__ or "").split("\n\n")[0].split()))
         if match is None:
             raise pytest.UsageError(f"{item.nodeid}: its docstring must begin with 'Fault N: '")
         _named[item.nodeid] = match.groups()

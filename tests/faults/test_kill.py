@@ -1,4 +1,4 @@
-"""Random SIGKILLs over one run of two ranks by ``make test-kill``."""
+"""Random SIGKILLs over one run of two ranks, by ``make test-kill``."""
 
 import os
 import subprocess
