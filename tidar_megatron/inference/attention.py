@@ -120,7 +120,7 @@ class Forward(Protocol):
     num_tokens: int
 
     def inputs(self, mask_token_id: int | None, device: torch.device) -> Tensor:
-        """Token ids and position ids, int64 ``[2, tokens]``."""
+        """Token ids and position ids, int64 ``[2, 1, tokens]``."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """``query [1, H, tokens, D]``, ``key``, ``value [1, N, tokens, D]`` -> ``[1, tokens, H, D]``.
@@ -152,7 +152,7 @@ class PackedForward:
         for part in self._parts:
             ids += [*part.tokens, *[mask_token_id] * part.plan.num_masks]
             positions += [part.length + offset for offset in position_offsets(part.plan)]
-        return torch.tensor(ids + positions).view(2, -1).to(device)
+        return torch.tensor(ids + positions).to(device).view(2, 1, -1)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """As :meth:`Forward.attend`."""
@@ -179,9 +179,11 @@ class PackedForward:
     @cached_property
     def is_uniform(self) -> bool:
         """Whether one call may serve all: several small parts of one size, whose slots lie side by side in order."""
+        if len(self._parts) == 1:
+            return False
         slot, size = self._parts[0].slot, self._parts[0].plan.num_tokens
         fits = all((p.plan.num_tokens, p.slot) == (size, slot + n) for n, p in enumerate(self._parts))
-        return len(self._parts) > 1 and fits and size <= MOST_KEPT
+        return fits and size <= MOST_KEPT
 
     def _as_uniform(self, groups: int, query: Tensor) -> "Uniform":
         parts, dtype, device = self._parts, query.dtype, query.device

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tidar_megatron.errors import UserError
 from tidar_megatron.inference.model import DecodeModel
+from tidar_megatron.inference.planner import Planner
 from tidar_megatron.inference.request import DecodeOptions, Generation, Step
 from tidar_megatron.inference.sequence import Sequence
 from tidar_megatron.inference.static import Forwards
@@ -100,32 +101,34 @@ class Engine:
         if not self._active:
             return []
         served = list(self._active)
-        planner = next((s.planner for s in served if s.planner is not None), None)
-        context = sum(sequence.context for sequence in served) / len(served)
+        planner: Planner | None = None
+        before, context, reads_prompts = [], 0, False
+        for sequence in served:
+            planner, context = planner or sequence.planner, context + sequence.context
+            is_prompt = sequence.reads_prompt
+            reads_prompts |= is_prompt
+            before.append((sequence, is_prompt, len(sequence.tokens)))
         if planner is not None:
-            planner.begin(len(served), context)
-        before = [(sequence.reads_prompt, len(sequence.tokens)) for sequence in served]
-        reads_prompts = any(is_prompt for is_prompt, _ in before)
+            planner.begin(len(served), context / len(served))
         hidden, packed = self._forwards.run([sequence.part(PROMPT_CHUNK) for sequence in served], reads_prompts)
         logits = _Logits(self.model, hidden, packed.starts, at_once=not reads_prompts)
         for sequence, of_rows in zip(served, logits.of([s.rows for s in served]), strict=True):
             _guarded(sequence, sequence.accept, of_rows)
-        drafting = [(sequence, sequence.draft_rows) for sequence in served]
-        for (sequence, rows), of_rows in zip(drafting, logits.of([rows for _, rows in drafting]), strict=True):
-            if rows:
+        rows = [sequence.draft_rows for sequence in served]
+        for sequence, of_rows in zip(served, logits.of(rows), strict=True):
+            if len(of_rows):
                 _guarded(sequence, sequence.draft, of_rows)
-        seconds = time.perf_counter() - start
-        size = sum(sequence.last_part.plan.num_tokens for sequence in served)
+        seconds, size = time.perf_counter() - start, sum(sequence.last_part.plan.num_tokens for sequence in served)
         if planner is not None:
             is_its_own = not reads_prompts and all(s.planner is planner for s in served)
             planner.end(size, seconds if is_its_own else None)
-        for sequence in served:
+        done = []
+        for sequence, is_prompt, n in before:
             if sequence.stop is not None:
                 self._leave(sequence)
-        return [
-            (sequence, Step(sequence.tokens[n:], seconds, sequence.stop, is_prompt, sequence.logprobs[n:], size))
-            for sequence, (is_prompt, n) in zip(served, before, strict=True)
-        ]
+            tokens, logprobs = sequence.tokens[n:], sequence.logprobs[n:]
+            done.append((sequence, Step(tokens, seconds, sequence.stop, is_prompt, logprobs, size)))
+        return done
 
     def _leave(self, sequence: Sequence) -> None:
         self._active.remove(sequence)

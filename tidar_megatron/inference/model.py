@@ -47,18 +47,21 @@ class DecodeModel:
         self.device: torch.device = self.causal_lm.device
         self.vocab_size: int = self.causal_lm.config.vocab_size
 
+    def check_attention(self) -> None:
+        """Before forwards: whoever has the model as well may have given it another attention."""
+        ours = self.causal_lm.config._attn_implementation == ATTENTION_NAME
+        assert ours, "somebody gave the wrapped model another attention: wrap_model it again"
+
     def forward(self, packed: Forward) -> Tensor:
         """Run the tokens of all sequences of a forward; their K/V are written to the pool.
 
         Returns:
             Final hidden states ``[tokens, hidden]``, sequence by sequence, each in the order of its plan's layout.
         """
-        ours = self.causal_lm.config._attn_implementation == ATTENTION_NAME
-        assert ours, "somebody gave the wrapped model another attention: wrap_model it again"
         ids, positions = packed.inputs(self.mask_token_id, self.device)
         return self._base(
-            input_ids=ids[None],
-            position_ids=positions[None],
+            input_ids=ids,
+            position_ids=positions,
             use_cache=False,
             packed_forward=packed,
         ).last_hidden_state[0]

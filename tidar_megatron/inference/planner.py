@@ -150,6 +150,7 @@ class Planner:
     SELDOM = 1024  # steps between two looks, where little is new
     SURPRISE = 12.0  # nats of each sequence after which most of what was learned is forgotten
     SUSPICION, CHECK = 0.5, 16  # nats from which on drafts are tried again after fewer plain steps
+    AT_ONCE = 16  # what is learned from together: two of a sequence's step
     TRIAL = 12  # steps that try what is not known: offsets beyond the blocks chosen, the time of plain steps
 
     def __init__(self, costs: Costs, block_size: int) -> None:
@@ -167,9 +168,13 @@ class Planner:
         # steps in all, those when what is learned began, those at the last look; and those of one token
         self._steps, self._start, self._looked, self._plain = 0, 0, 0, 0
         self._next_trial = self.SELDOM
+        # what is still to be learned from: steps as the clock takes them, and what became of drafts, by plan
+        self._timed: list[tuple[int, float, int, float]] = []
+        self._seen: list[tuple[tuple[int, int | None], int, list[float], int, int]] = []
 
     def candidates(self) -> list[Candidate]:
         """Every plan with what is expected of it now, the best first."""
+        self._learn()
         if not self._expected or self._steps - self._looked >= min(
             max(4, (self._steps - self._start) // 4), self.SELDOM
         ):
@@ -190,6 +195,8 @@ class Planner:
     def begin(self, batch: int, context: float) -> None:
         """Before a forward: choose again after some steps, or where batch and context make forwards cost otherwise."""
         self._batch, self._context = batch, context
+        if len(self._timed) + len(self._seen) >= self.AT_ONCE:
+            self._learn()
         place = batch, int(2 * math.log2(1 + context / 512))
         if place not in self._places:
             self._places[place] = _Place(self.choice)
@@ -230,22 +237,31 @@ class Planner:
         self._steps += 1
         self._here.steps += 1
         if seconds is not None:
-            self.clock.observe(self._batch, self._context, tokens, seconds)
+            self._timed.append((self._batch, self._context, tokens, seconds))
 
     def observe(self, drafts: Drafts, plan: Plan, accepted: int) -> None:
-        """What became of the drafts of a sequence that ``plan`` verified."""
-        if self.choice.draft_length > 1:
-            gave = self._gave.setdefault(self.choice.key, [0.0, 0.0])
-            gave[0] += accepted
-            gave[1] += 1
-        if plan.num_drafts == 1:
-            return
-        self.acceptance.observe(drafts.lag + 1, drafts.lag == 0, accepted - 1, accepted < plan.num_drafts)
-        if drafts.lag == 0 and plan.num_drafts == len(drafts.confidences) + 1:
-            self.outcomes.observe(drafts.confidences, accepted)
-        good_news = self.acceptance.better if self.choice.draft_length < self.lengths[-1] else 0.0  # else of no use
-        if max(good_news, self.acceptance.worse) > self.SURPRISE * self._batch:
-            self._forget()
+        """What became of the drafts of a sequence that ``plan`` verified; :meth:`_learn` learns from it later."""
+        if self.choice.draft_length > 1 or plan.num_drafts > 1:
+            self._seen.append((self.choice.key, drafts.lag, drafts.confidences, plan.num_drafts, accepted))
+
+    def _learn(self) -> None:
+        """From some steps at once: between two forwards no cache is warm, and a step waits for what is done there."""
+        for timed in self._timed:
+            self.clock.observe(*timed)
+        seen, self._timed, self._seen = self._seen, [], []
+        for key, lag, confidences, num_drafts, accepted in seen:
+            if key[0] > 1:
+                gave = self._gave.setdefault(key, [0.0, 0.0])
+                gave[0] += accepted
+                gave[1] += 1
+            if num_drafts == 1:
+                continue
+            self.acceptance.observe(lag + 1, lag == 0, accepted - 1, accepted < num_drafts)
+            if lag == 0 and num_drafts == len(confidences) + 1:
+                self.outcomes.observe(confidences, accepted)
+            good_news = self.acceptance.better if key[0] < self.lengths[-1] else 0.0  # else of no use
+            if max(good_news, self.acceptance.worse) > self.SURPRISE * self._batch:
+                self._forget()
 
     def _forget(self) -> None:
         """Begin anew: the text has become another."""

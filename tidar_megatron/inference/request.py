@@ -122,7 +122,7 @@ def check_prompt(model: DecodeModel, prompt: Sequence[int]) -> None:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Step:
     """What one forward added to a sequence: the tokens that became final, and why generation ended, if it did."""
 

@@ -99,7 +99,7 @@ class StaticForward:
     def inputs(self, mask_token_id: int | None, device: torch.device) -> Tensor:
         """As :meth:`Forward.inputs`; called first in every forward."""
         self._uniform = None
-        return self._numbers[:2]
+        return self._numbers[:2, None]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """As :meth:`Forward.attend`."""
@@ -160,6 +160,7 @@ class Forwards:
     """
 
     def __init__(self, model: DecodeModel, slots: int, capacity: int, static: bool | None = None) -> None:
+        model.check_attention()
         self.is_static = model.device.type == "cuda" if static is None else static
         self.shapes: dict[Shape, StaticForward] = {}
         self.pool = KVPool(slots, capacity + MARGIN * self.is_static)
