@@ -14,7 +14,17 @@ from data_helpers import some_texts
 
 from tidar_megatron.data import documents as documents_module
 from tidar_megatron.data import index as index_module
-from tidar_megatron.data.index import BLOCK_SIZES, GROUP, RECORD, Add, DocumentIndex, Facts, filled_lengths, open_index
+from tidar_megatron.data.index import (
+    _TABLE,
+    BLOCK_SIZES,
+    GROUP,
+    RECORD,
+    Add,
+    DocumentIndex,
+    Facts,
+    filled_lengths,
+    open_index,
+)
 from tidar_megatron.data.packing import LengthsInMemory
 from tidar_megatron.data.shards import INDEX_FILE, ShardedDocuments
 from tidar_megatron.errors import UserError
@@ -71,8 +81,14 @@ def test_of_other_data_it_is_built_again(tmp_path: Path) -> None:
     assert len(open_index(tmp_path / "x.index", {"of": 2}, never)) == 6
 
 
-def damage_head(data: bytearray) -> bytearray:
-    data[-60] ^= 1
+def damage_table(data: bytearray) -> bytearray:
+    """The places that the first group's documents take: seeking would lead elsewhere."""
+    data[COUNT * RECORD.itemsize + _TABLE.fields["filled"][1]] ^= 1
+    return data
+
+
+def damage_json(data: bytearray) -> bytearray:
+    data[data.rindex(b"documents") + 12] ^= 1
     return data
 
 
@@ -86,7 +102,8 @@ def damage_head(data: bytearray) -> bytearray:
         lambda data: bytes(len(data)),
         lambda data: data[16:],
         lambda data: b"\0" + data,
-        damage_head,
+        damage_table,
+        damage_json,
     ],
 )
 def test_a_damaged_one_is_built_again(tmp_path: Path, damage: Callable[[bytearray], bytes]) -> None:

@@ -34,7 +34,8 @@ def test_a_packed_sequence_in_colour(make_shards) -> None:
     """Two documents in two colours, fill dim, what is not supervised underlined, masks beside what they are to give."""
     whole, text = told(make_shards(["abcdefg", "xy"]), force_terminal=True)
     assert whole
-    assert "32 clean tokens of 3 documents, 21 of them fill; 32 masks in 8 blocks of 4" in text
+    assert "32 clean tokens, 21 of them fill; parts of documents, or fill at the end: 3; " in text
+    assert "32 masks in 8 blocks of 4" in text
     assert "supervised: 9 next tokens, 11 masks" in text
     clean, masks = [line for line in text.splitlines() if "|" in line][-2:]
     assert clean.startswith("\x1b[1mclean: ") and masks.startswith("\x1b[1mmasks give: ")

@@ -156,6 +156,19 @@ def test_a_shard_cut_while_it_is_read(shards: Path) -> None:
         documents[3][:]
 
 
+def test_ids_that_nobody_uses_are_noticed_when_they_are_read(shards: Path) -> None:
+    """A shard that changed behind the index's back, its time and size as before."""
+    documents, path = ShardedDocuments(shards), shards / "shard-000000.tar"
+    begin, *_ = documents.index.record(0)
+    before = path.stat()
+    with path.open("r+b") as stream:
+        stream.seek(begin)
+        stream.write(b"\xff\xff")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(UserError, match=r"shard-000000\.tar: holds ids from byte \d+ on .*--verify-data"):
+        ShardedDocuments(shards)[0][:]
+
+
 def test_many_missing_shards_are_counted_and_the_first_named(shards: Path) -> None:
     names = [shard.name for shard in ShardedDocuments(shards).manifest.shards]
     for name in names:
@@ -301,7 +314,7 @@ def test_keys_never_become_paths_and_links_are_refused(shards: Path) -> None:
         payloads = [tar.extractfile(member).read() for member in tar.getmembers()]  # type: ignore[union-attr]
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for number, payload in enumerate(payloads):
-            add(tar, "../" * number + "x.npy", payload)
+            add(tar, "../" * number + "x.npy" if number % 2 else f"/tmp/{number}.npy", payload)
     bless(shards)
     before = sorted(shards.parent.rglob("*"))
     assert len(ShardedDocuments(shards)) == 37

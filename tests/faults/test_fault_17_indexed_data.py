@@ -69,20 +69,28 @@ BUILDER = """
 import sys, time
 from pathlib import Path
 from tidar_megatron.data import index, shards
-folder, mark, locks = sys.argv[1:]
+folder, name, locks = sys.argv[1:]
+marks = Path(folder).parent
+def both(kind):  # whether the other process is as far as this one, waiting for it
+    (marks / f"{name}.{kind}").touch()
+    end = time.monotonic() + 100
+    while len(list(marks.glob(f"*.{kind}"))) < 2 and time.monotonic() < end:
+        time.sleep(0.01)
 if locks == "no":
     def refuse(*arguments):
         raise OSError("no locks here")
     index.fcntl.flock = refuse
 real = shards._scan
-def slow(*arguments):  # the other process is within its own building then
+def slow(*arguments):
     records = real(*arguments)
-    Path(mark).touch()
-    end = time.monotonic() + 5
-    while locks == "no" and len(list(Path(mark).parent.glob("*.mark"))) < 2 and time.monotonic() < end:
-        time.sleep(0.01)
+    if locks == "no":
+        both("building")
+    else:
+        (marks / f"{name}.building").touch()
+        time.sleep(2)  # the other waits for the lock meanwhile
     return records
 shards._scan = slow
+both("here")
 documents = shards.ShardedDocuments(folder)
 print(sum(int(documents[n][:].sum()) for n in range(len(documents))))
 """
@@ -95,12 +103,11 @@ def test_two_processes_build_one_valid_index(shards, tmp_path, locks):
     (folder / INDEX_FILE).unlink(missing_ok=True)
     command = [sys.executable, "-W", "ignore", "-c", BUILDER, str(folder)]
     processes = [
-        subprocess.Popen([*command, str(tmp_path / f"{n}.mark"), locks], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        for n in range(2)
+        subprocess.Popen([*command, str(n), locks], cwd=ROOT, stdout=subprocess.PIPE, text=True) for n in range(2)
     ]
     sums = [process.communicate(timeout=170)[0].strip() for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
-    assert len(list(tmp_path.glob("*.mark"))) == (2 if locks == "no" else 1)  # with locks one of them built
+    assert len(list(tmp_path.glob("*.building"))) == (2 if locks == "no" else 1)  # with locks one of them built
     documents = ShardedDocuments(shards[0])
     assert sums == [str(sum(int(documents[n][:].sum()) for n in range(len(documents))))] * 2
     assert [path.name for path in folder.iterdir() if "index" in path.name] == [INDEX_FILE]

@@ -25,9 +25,9 @@ def model():
     shut_down()
 
 
-def losses(model, pieces, documents):
+def losses(model, pieces, documents, **options):
     """Of the clean tokens, and of the masks: [S] each."""
-    batch = make_batch([pack(pieces, documents, 0)], B, MASK_TOKEN_ID)
+    batch = make_batch([pack(pieces, documents, 0)], B, MASK_TOKEN_ID, **options)
     with torch.no_grad():
         _, each = token_losses(model, batch, run_model(model, batch))
     return (each * batch.supervised)[0].chunk(2)
@@ -44,3 +44,20 @@ def test_documents_have_the_losses_they_have_alone(model, longest):
             torch.testing.assert_close(together[place : place + piece.stop], alone, rtol=1e-5, atol=1e-5)
         place += piece.stop
     assert all(float(half.sum()) > 100 for half in packed)
+
+
+def test_where_positions_begin_makes_no_difference_and_attention_across_documents_does(model):
+    """Rotary attention knows differences of positions alone; what a token may see, it uses."""
+    draw = np.random.Generator(np.random.Philox(3))
+    documents = [draw.integers(0, MASK_TOKEN_ID, n) for n in draw.integers(5, 30, 6)]
+    pieces = [Piece(number, 0, -(-len(document) // B) * B) for number, document in enumerate(documents)]
+    first = pieces[0].stop
+    for anew, on, across in zip(
+        losses(model, pieces, documents),
+        losses(model, pieces, documents, reset_positions=False),
+        losses(model, pieces, documents, reset_positions=False, cross_document_attention=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(anew, on, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(across[:first], on[:first], rtol=1e-5, atol=1e-5)
+        assert (across[first:] - on[first:]).abs().max() > 1e-3

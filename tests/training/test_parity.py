@@ -97,7 +97,7 @@ def runs(request, shards, tmp_path_factory):
 def plain(setup, weights):
     """Token losses, loss and gradients of the reference over the global batch, in float64 as in float32."""
     data = TrainingData(setup["data"]["train_data"], LENGTH, BLOCK, 260, seed=1234)
-    config = resolve(build_config(setup), data.documents.manifest.tokenizer)
+    config = resolve(build_config(setup), data.sources[0].tokenizer)
     (batch,) = data.step_batches(0, SEQUENCES, SEQUENCES, 0, 1)
     assert config.tidar.mask_token_id == 257
     batch.tokens[:, LENGTH:] = 257

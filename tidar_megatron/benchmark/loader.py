@@ -135,7 +135,7 @@ def _opening(folder: Path, like: Manifest, documents: int) -> dict[str, Any]:
 
 def open_and_seek(folder: str) -> None:
     """Open the data, read the packed sequence in the middle of an epoch, then others; prints what that took as JSON."""
-    start, before = time.perf_counter(), _peak_mib()
+    start, before = time.perf_counter(), _resident_mib()
     data = TrainingData(folder, 4096, BLOCK, 257, seed=0)
     opened = time.perf_counter()
     middle = len(data.sequences[0]) // 2
@@ -146,12 +146,13 @@ def open_and_seek(folder: str) -> None:
         while read < target:
             data.sequence(middle + read)
             read += 1
-        result[f"mib_after_{target}"] = _peak_mib() - before
+        result[f"mib_after_{target}"] = _resident_mib() - before
     print(json.dumps({name: round(value, 4) for name, value in result.items()}))
 
 
-def _peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def _resident_mib() -> float:
+    """What of this process is in memory now, mapped files included."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 
 def _seconds(run: Callable[[], object]) -> float:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tidar_megatron.data.index import DocumentIndex, OpenFile
 from tidar_megatron.data.manifest import TokenizerEntry
+from tidar_megatron.errors import UserError
 
 _OPEN_FILES = 64
 
@@ -67,9 +68,19 @@ class StoredDocuments:
         raise NotImplementedError
 
     def read(self, number: int, offset: int, count: int) -> NDArray[Any]:
-        """``count`` tokens of document ``number``'s file from byte ``offset`` on."""
+        """``count`` tokens of document ``number``'s file from byte ``offset`` on.
+
+        Raises:
+            UserError: the file was cut, or holds ids that the tokenizer does not use.
+        """
         path = self._paths[bisect_right(self._ends, number)]
-        return np.frombuffer(self._open(path).read(count * self._dtype.itemsize, offset), self._dtype)
+        tokens = np.frombuffer(self._open(path).read(count * self._dtype.itemsize, offset), self._dtype)
+        if count and not 0 <= tokens.min() <= tokens.max() < self.tokenizer.vocab_size:
+            raise UserError(
+                f"{path}: holds ids from byte {offset} on that the tokenizer does not use, so it was changed since "
+                "its index was built; copy it again, and look at all of it with --verify-data"
+            )
+        return tokens
 
     def eos(self, count: int) -> NDArray[Any]:
         """As many EOS in a row."""

@@ -39,8 +39,8 @@ class Batch:
         stands_for: float32 ``[b, L]``, the tokens whose loss this one's estimates: 0 where not supervised, else 1; the
             mask of a chosen block counts for the blocks of its stratum.
         padding: bool ``[b, L]``, True for fill (megatron-core's ``padding_mask``).
-        position_ids: int64 ``[b, L]``, below S; where all rows have the same, one row expanded (stride 0 over b), also
-            after :meth:`to`.
+        position_ids: int64 ``[b, L]``, below S; where all rows have the same and no blocks are chosen, one row expanded
+            (stride 0 over b), also after :meth:`to`.
         visibility: int32 ``[b, K, 4]``, the metadata of ``attention_mask`` of the keys; K = L on one rank.
         visibility_on_host: the same, wherever the batch has been moved to.
         loss_weights: float32 ``[b, L]``, zero until :func:`set_loss_weights`.
@@ -177,7 +177,7 @@ def make_batch(
     else:
         tokens = clean
         visibility = clean_tokens(document, index)
-    if (positions == positions[:1]).all():
+    if chosen is None and (positions == positions[:1]).all():
         positions = positions[:1].expand(tokens.shape)
     return Batch(
         tokens=tokens,

@@ -37,14 +37,16 @@ def inspect_data(
         f"{documents.name}: {len(documents):,} documents, {documents.tokens:,} tokens; tokenizer {about.spec}: "
         f"{about.vocab_size:,} ids, EOS {about.eos_token_id}, fingerprint {about.fingerprint[:12]}",
         markup=False,
+        soft_wrap=True,
     )
     for name, value in documents.identity.items():
-        console.print(f"{name} {value}", markup=False)
+        console.print(f"{name} {value}", markup=False, soft_wrap=True)
     for sample in range(samples):  # spread over the data
         number = sample * len(documents) // samples
         text = _printable(loaded.decode(documents[number][: _SHOWN + 1].tolist()))
-        more = f" ... ({len(documents[number]):,} tokens)" if len(text) > _SHOWN else ""
-        console.print(f"document {number:,}: {text[:_SHOWN]}{more}", markup=False)
+        cut = len(documents[number]) > _SHOWN + 1 or len(text) > _SHOWN
+        more = f" ... ({len(documents[number]):,} tokens)" if cut else ""
+        console.print(f"document {number:,}: {text[:_SHOWN]}{more}", markup=False, soft_wrap=True)
     packed = PackedSequences(documents.index, seq_length, block_size, seed=0)
     row = pack(packed.pieces(0, 0), documents, about.eos_token_id)
     _show_row(make_batch([row], block_size, about.vocab_size), block_size, loaded, console)
@@ -67,7 +69,9 @@ def _show_shards(folder: str, console: Console) -> bool:
     console.print(table)
     strays = sorted(file.name for file in Path(folder).glob("*.tar"))
     if strays := [name for name in strays if name not in {shard.name for shard in manifest.shards}]:
-        console.print(f"not in the manifest, so never read: {_printable(', '.join(strays[:5]))}", markup=False)
+        console.print(
+            f"not in the manifest, so never read: {_printable(', '.join(strays[:5]))}", markup=False, soft_wrap=True
+        )
     return whole
 
 
@@ -76,11 +80,12 @@ def _show_row(batch: Batch, block_size: int, tokenizer: PreTrainedTokenizerFast,
     S, document = batch.seq_length, batch.visibility[0, :, 0].tolist()
     tokens, labels = batch.tokens[0].tolist(), batch.labels[0].tolist()
     supervised, padding = batch.supervised[0].tolist(), batch.padding[0].tolist()
-    fill = sum(padding[:S])
     console.print(
-        f"packed sequence 0 of epoch 0 (seed 0): {S} clean tokens of {document[S - 1] + 1} documents, {fill} of them "
-        f"fill; {batch.mask_length} masks in {batch.mask_length // block_size} blocks of {block_size}; supervised: "
-        f"{batch.ar_tokens} next tokens, {batch.diffusion_tokens} masks"
+        f"packed sequence 0 of epoch 0 (seed 0): {S} clean tokens, {sum(padding[:S])} of them fill; parts of "
+        f"documents, or fill at the end: {document[S - 1] + 1}; {batch.mask_length} masks in "
+        f"{batch.mask_length // block_size} blocks of {block_size}; supervised: {batch.ar_tokens} next tokens, "
+        f"{batch.diffusion_tokens} masks",
+        soft_wrap=True,
     )
     legend = Text("a colour for each document; ")
     legend.append("fill", FILL).append("; ").append("not supervised", UNSUPERVISED).append("; | ends a block")

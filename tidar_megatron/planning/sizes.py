@@ -90,7 +90,10 @@ class Sizes:
 
     @cached_property
     def angle_rows(self) -> int:
-        """Rows of rotary angles: those of one sequence, unless each has masks at places of its own."""
+        """Rows of rotary angles: those of one sequence, unless each has masks at places of its own.
+
+        As everywhere here a sequence is one document; packed ones, whose positions begin anew, have b times as many.
+        """
         return self.rows * (self.b if self.config.chosen_blocks < self.config.blocks else 1)
 
     @cached_property

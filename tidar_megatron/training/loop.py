@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -254,12 +253,12 @@ class Trainer:
         """What makes the run's folder complete in itself: the resolved configuration and the tokenizer."""
         if self.config.checkpoint.save and self.ranks.is_main:
             folder = Path(self.config.checkpoint.save)
-            tokenizer = self.train_data.sources[0].tokenizer_folder
+            tokenizer = self.train_data.sources[0].load_tokenizer()  # its folder may be a whole model's
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 signals.clear_run_state(folder)
                 (folder / CONFIG_FILE).write_text(self.config.to_yaml(), encoding="utf-8")
-                shutil.copytree(tokenizer, folder / TOKENIZER_FOLDER, dirs_exist_ok=True)
+                tokenizer.save_pretrained(str(folder / TOKENIZER_FOLDER))
                 sample_ids.cut(folder, self.iteration)
             except OSError as error:
                 raise UserError(f"--save {folder}: {error.strerror}; choose a folder that can be written") from None
