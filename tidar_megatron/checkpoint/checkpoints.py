@@ -13,6 +13,7 @@ import inspect
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -71,6 +72,7 @@ class Checkpoints:
         self.on_published: Callable[[int], None] = lambda iteration: None
         self._config, self._ranks, self._fingerprint = config, ranks, plain(fingerprint)
         self._pending: _Pending | None = None
+        self._deleting: threading.Thread | None = None
         if config.checkpoint.save and ranks.is_main:
             folder.remove_leftovers(config.checkpoint.save)
 
@@ -132,6 +134,8 @@ class Checkpoints:
         while self._pending is not None:
             self.maybe_finalize()
             time.sleep(0.01)
+        if self._deleting is not None:
+            self._deleting.join()  # disks are small, and the next writer is forked without a thread beside it
 
     def close(self) -> None:
         """At the end of the run, however it ends: what is not published by now is given up."""
@@ -189,7 +193,9 @@ class Checkpoints:
         for path in save.partial.iterdir():
             if path.name not in files:  # megatron-core's small files
                 files[path.name] = seal(path)
-        folder.publish(save.partial, save.iteration, files, self._config.checkpoint.keep_last)
+        removed = folder.publish(save.partial, save.iteration, files, self._config.checkpoint.keep_last)
+        self._deleting = threading.Thread(target=folder.delete, args=(removed,), daemon=True)
+        self._deleting.start()
 
     def _on_main(self, do: Callable[[], None]) -> str | None:
         """Let rank 0 do something with files; what went wrong, on every rank."""
