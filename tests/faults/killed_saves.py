@@ -56,7 +56,7 @@ def dying(owner, name, matches, *, number=1, after=False, before_death=lambda *a
 
 
 def of_new(*args, **kwargs):
-    return any(f"{NEW:07d}" in str(arg) for arg in args)
+    return any(isinstance(arg, str | Path) and f"iter_{NEW:07d}" in str(arg) for arg in args)
 
 
 def half(path, text):

@@ -26,9 +26,9 @@ from tidar_megatron.training.step import train_step
 VOCABULARY, TOKENS = 32768, 128
 MODEL: dict[str, Any] = {
     "num_layers": 12,
-    "hidden_size": 512,
+    "hidden_size": 768,
     "ffn_hidden_size": 2048,
-    "num_attention_heads": 8,
+    "num_attention_heads": 12,
     "num_query_groups": 4,
     "vocab_size": VOCABULARY,
 }

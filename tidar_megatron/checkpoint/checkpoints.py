@@ -32,6 +32,7 @@ from tidar_megatron.checkpoint.pickles import read_metadata
 from tidar_megatron.checkpoint.writer import RESULTS, InBackground, Report, staged, write
 from tidar_megatron.config import Config
 from tidar_megatron.distributed.groups import Ranks
+from tidar_megatron.distributed.platform import literals_as_they_are
 from tidar_megatron.errors import UserError
 
 NO_SPACE = 2**20  # bytes; torch's archives do not say why they could not be written
@@ -161,7 +162,8 @@ class Checkpoints:
     def _plan(run: Trained, partial: Path) -> Any:
         own_strategy = {"async_strategy": "mcore"} if "async_strategy" in _PARAMETERS else {}
         state = distributed.tensors_to_save(run)
-        return staged(dist_checkpointing.save(state, str(partial), async_sharded_save=True, **own_strategy))
+        with literals_as_they_are():
+            return staged(dist_checkpointing.save(state, str(partial), async_sharded_save=True, **own_strategy))
 
     def _finish(self, report: Report) -> None:
         """All ranks have written: gather what, and publish."""
