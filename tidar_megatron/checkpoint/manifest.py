@@ -65,7 +65,7 @@ def write_manifest(folder: Path, iteration: int, files: dict[str, FileEntry]) ->
     """Close a checkpoint: after this its folder holds nothing that is not on the disk."""
     manifest = Manifest(format=FORMAT, iteration=iteration, files=dict(sorted(files.items())), sha256="0" * 64)
     manifest = manifest.model_copy(update={"sha256": manifest.digest()})
-    write_durably(folder / FILE_NAME, manifest.model_dump_json(indent=1) + "\n")
+    write_durably(folder / FILE_NAME, manifest.model_dump_json(indent=1))
     sync_folder(folder)
 
 
