@@ -74,6 +74,7 @@ class Checkpoints:
         self._config, self._ranks, self._fingerprint = config, ranks, plain(fingerprint)
         self._pending: _Pending | None = None
         self._deleting: threading.Thread | None = None
+        self._planned = False
         if config.checkpoint.save and ranks.is_main:
             folder.remove_leftovers(config.checkpoint.save)
 
@@ -158,12 +159,14 @@ class Checkpoints:
         dist.broadcast_object_list(told, src=0)
         return Path(told[0])
 
-    @staticmethod
-    def _plan(run: Trained, partial: Path) -> Any:
-        own_strategy = {"async_strategy": "mcore"} if "async_strategy" in _PARAMETERS else {}
+    def _plan(self, run: Trained, partial: Path) -> Any:
+        settings: dict[str, Any] = {"async_strategy": "mcore"} if "async_strategy" in _PARAMETERS else {}
+        settings["validate_access_integrity"] = not self._planned  # the ranks' parts are the same at every save
         state = distributed.tensors_to_save(run)
         with literals_as_they_are():
-            return staged(dist_checkpointing.save(state, str(partial), async_sharded_save=True, **own_strategy))
+            request = dist_checkpointing.save(state, str(partial), async_sharded_save=True, **settings)
+        self._planned = True
+        return staged(request)
 
     def _finish(self, report: Report) -> None:
         """All ranks have written: gather what, and publish."""
