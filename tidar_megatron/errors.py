@@ -46,7 +46,8 @@ def run_tool(main: Callable[[], None], rank: int = 0) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*(ShardedTensor|load_state_dict)")
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*(all_gather_into|reduce_scatter)_tensor")
     warnings.filterwarnings("ignore", category=UserWarning, message="The .grad attribute of a Tensor that is not a lea")
-    for name in ("rerun_state_machine", "models.gpt.gpt_model", "distributed.distributed_data_parallel"):
+    hints = ("rerun_state_machine", "models.gpt.gpt_model", "distributed.distributed_data_parallel")
+    for name in (*hints, "dist_checkpointing.strategies.torch"):
         logging.getLogger(f"megatron.core.{name}").setLevel(logging.ERROR)  # hints to megatron-core's own developers
     try:
         main()

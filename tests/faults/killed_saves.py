@@ -56,7 +56,7 @@ def dying(owner, name, matches, *, number=1, after=False, before_death=lambda *a
 
 
 def of_new(*args, **kwargs):
-    return any(f"{NEW:07d}" in str(arg) for arg in args)
+    return any(isinstance(arg, str | Path) and f"iter_{NEW:07d}" in str(arg) for arg in args)
 
 
 def half(path, text):
@@ -79,8 +79,8 @@ def second(function):
 PHASES = {
     "before anything": (lambda: dying(folder, "new_partial", lambda f, i: i == NEW), OLD),
     "empty folder": (lambda: dying(folder, "new_partial", lambda f, i: i == NEW, after=True), OLD),
-    "planning": (lambda: dying(checkpoints.Checkpoints, "_plan", of_new), OLD),
-    "planned": (lambda: dying(checkpoints.Checkpoints, "_plan", of_new, after=True), OLD),
+    "planning": (lambda: dying(checkpoints.dist_checkpointing, "save", of_new), OLD),
+    "planned": (lambda: dying(checkpoints.dist_checkpointing, "save", of_new, after=True), OLD),
     "nothing written": (lambda: dying(checkpoints, "write", of_new), OLD),
     "half written": (lambda: dying(writer, "seal", of_new, number=3), OLD),
     "all written": (lambda: dying(checkpoints.Checkpoints, "_finish", second(None)), OLD),

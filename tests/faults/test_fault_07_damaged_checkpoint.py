@@ -90,8 +90,14 @@ def test_sizes_are_always_compared(run, shards, tmp_path):
     """Fault 7: --no-verify-checkpoint leaves the hashes out, not the sizes"""
     folder = tmp_path / "damaged"
     shutil.copytree(run, folder)
-    flip(checkpoint_folder(folder, NEW) / "metadata.json")
+    state = checkpoint_folder(folder, NEW) / "state.json"
+    state.write_bytes(state.read_bytes().replace(b"\n", b" ", 1))  # means the same
+    assert build(shards, folder) == OLD
     assert build(shards, folder, verify_checkpoint=False) == NEW
+    flip(checkpoint_folder(folder, NEW) / "metadata.json")
+    with pytest.raises(UserError, match="iter_0000008 is refused"):
+        build(shards, folder, verify_checkpoint=False)
+    shut_down()
     truncate(checkpoint_folder(folder, NEW) / "state.json")
     assert build(shards, folder, verify_checkpoint=False) == OLD
 

@@ -4,6 +4,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ from tidar_megatron.training.step import train_step
 VOCABULARY, TOKENS = 32768, 128
 MODEL: dict[str, Any] = {
     "num_layers": 12,
-    "hidden_size": 512,
+    "hidden_size": 768,
     "ffn_hidden_size": 2048,
-    "num_attention_heads": 8,
+    "num_attention_heads": 12,
     "num_query_groups": 4,
     "vocab_size": VOCABULARY,
 }
@@ -81,9 +82,9 @@ def checkpoint(repeats: int, folder: str | Path) -> dict[str, Any]:
             alone, beside, whole = [], [], []
             for number in range(repeats + 1):  # the first round warms up
                 alone.append(seconds(step))
-                blocked["sync"].append(seconds(lambda n=2 * number: sync.save(run, n, 0, {})))
+                blocked["sync"].append(seconds(partial(sync.save, run, 2 * number, 0, {})))
                 start = time.perf_counter()
-                spent = seconds(lambda n=2 * number + 1: background.save(run, n, 0, {}))
+                spent = seconds(partial(background.save, run, 2 * number + 1, 0, {}))
                 while background.saving:
                     beside.append(seconds(step))
                     spent += seconds(background.maybe_finalize)

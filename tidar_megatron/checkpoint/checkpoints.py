@@ -13,6 +13,7 @@ import inspect
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from tidar_megatron.checkpoint.pickles import read_metadata
 from tidar_megatron.checkpoint.writer import RESULTS, InBackground, Report, staged, write
 from tidar_megatron.config import Config
 from tidar_megatron.distributed.groups import Ranks
+from tidar_megatron.distributed.platform import literals_as_they_are
 from tidar_megatron.errors import UserError
 
 NO_SPACE = 2**20  # bytes; torch's archives do not say why they could not be written
@@ -71,6 +73,8 @@ class Checkpoints:
         self.on_published: Callable[[int], None] = lambda iteration: None
         self._config, self._ranks, self._fingerprint = config, ranks, plain(fingerprint)
         self._pending: _Pending | None = None
+        self._deleting: threading.Thread | None = None
+        self._planned = False
         if config.checkpoint.save and ranks.is_main:
             folder.remove_leftovers(config.checkpoint.save)
 
@@ -132,6 +136,8 @@ class Checkpoints:
         while self._pending is not None:
             self.maybe_finalize()
             time.sleep(0.01)
+        if self._deleting is not None:
+            self._deleting.join()  # disks are small, and the next writer is forked without a thread beside it
 
     def close(self) -> None:
         """At the end of the run, however it ends: what is not published by now is given up."""
@@ -153,11 +159,14 @@ class Checkpoints:
         dist.broadcast_object_list(told, src=0)
         return Path(told[0])
 
-    @staticmethod
-    def _plan(run: Trained, partial: Path) -> Any:
-        own_strategy = {"async_strategy": "mcore"} if "async_strategy" in _PARAMETERS else {}
+    def _plan(self, run: Trained, partial: Path) -> Any:
+        settings: dict[str, Any] = {"async_strategy": "mcore"} if "async_strategy" in _PARAMETERS else {}
+        settings["validate_access_integrity"] = not self._planned  # the ranks' parts are the same at every save
         state = distributed.tensors_to_save(run)
-        return staged(dist_checkpointing.save(state, str(partial), async_sharded_save=True, **own_strategy))
+        with literals_as_they_are():
+            request = dist_checkpointing.save(state, str(partial), async_sharded_save=True, **settings)
+        self._planned = True
+        return staged(request)
 
     def _finish(self, report: Report) -> None:
         """All ranks have written: gather what, and publish."""
@@ -189,7 +198,9 @@ class Checkpoints:
         for path in save.partial.iterdir():
             if path.name not in files:  # megatron-core's small files
                 files[path.name] = seal(path)
-        folder.publish(save.partial, save.iteration, files, self._config.checkpoint.keep_last)
+        removed = folder.publish(save.partial, save.iteration, files, self._config.checkpoint.keep_last)
+        self._deleting = threading.Thread(target=folder.delete, args=(removed,), daemon=True)
+        self._deleting.start()
 
     def _on_main(self, do: Callable[[], None]) -> str | None:
         """Let rank 0 do something with files; what went wrong, on every rank."""

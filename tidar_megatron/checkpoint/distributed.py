@@ -21,6 +21,7 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -123,7 +124,7 @@ def _read(checkpoint: Path, asked: dict[str, Any]) -> dict[str, Any]:
     try:
         with weights_only():
             return dist_checkpointing.load(asked, str(checkpoint))
-    except (CheckpointException, pickle.UnpicklingError) as error:
+    except (CheckpointException, CheckpointingException, pickle.UnpicklingError, ValueError) as error:
         first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         raise Damaged(f"{checkpoint} is refused: {' '.join(str(first).split())[:200]}") from error
 

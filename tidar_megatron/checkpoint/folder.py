@@ -17,6 +17,7 @@ from tidar_megatron.checkpoint.manifest import (
     Damaged,
     FileEntry,
     check_sizes,
+    folder_name,
     sync_folder,
     write_durably,
     write_manifest,
@@ -28,7 +29,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 
 def checkpoint_folder(folder: str | Path, iteration: int) -> Path:
     """Where the checkpoint of ``iteration`` lives."""
-    return Path(folder) / f"iter_{iteration:07d}"
+    return Path(folder) / folder_name(iteration)
 
 
 def saved_iterations(folder: str | Path) -> list[int]:
@@ -54,7 +55,7 @@ def remove_leftovers(folder: str | Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def publish(partial: Path, iteration: int, files: dict[str, FileEntry], keep_last: int | None) -> None:
+def publish(partial: Path, iteration: int, files: dict[str, FileEntry], keep_last: int | None) -> list[Path]:
     """Make a checkpoint of what lies in ``partial``, and prune older ones.
 
     Args:
@@ -62,21 +63,23 @@ def publish(partial: Path, iteration: int, files: dict[str, FileEntry], keep_las
         iteration: of the checkpoint.
         files: the sealed files by name.
         keep_last: whole checkpoints to keep, this one included; None: all.
+
+    Returns:
+        Folders that are no checkpoints any more and wait to be deleted, which may take a while (:func:`delete`).
     """
     folder = partial.parent
     write_manifest(partial, iteration, files)
-    move_into_place(partial, checkpoint_folder(folder, iteration))
+    removed = move_into_place(partial, checkpoint_folder(folder, iteration))
     point_tracker(folder, iteration)
-    if keep_last is not None:
-        prune(folder, iteration, keep_last)
+    return removed if keep_last is None else removed + prune(folder, iteration, keep_last)
 
 
-def move_into_place(partial: Path, target: Path) -> None:
+def move_into_place(partial: Path, target: Path) -> list[Path]:
     """Rename; a checkpoint of the same iteration (a damaged one that was passed over) gives way."""
-    if target.exists():
-        _remove(target)
+    removed = [_remove(target)] if target.exists() else []
     partial.rename(target)
     sync_folder(target.parent)
+    return removed
 
 
 def point_tracker(folder: Path, iteration: int) -> None:
@@ -87,19 +90,25 @@ def point_tracker(folder: Path, iteration: int) -> None:
     sync_folder(folder)
 
 
-def prune(folder: Path, newest: int, keep_last: int) -> None:
+def prune(folder: Path, newest: int, keep_last: int) -> list[Path]:
     """Remove the oldest whole checkpoints until ``keep_last`` are left; damaged ones neither count nor go."""
     older = [i for i in saved_iterations(folder) if i < newest and _damage(folder, i) is None]
-    for iteration in older[: max(0, len(older) - (keep_last - 1))]:
-        _remove(checkpoint_folder(folder, iteration))
+    surplus = older[: max(0, len(older) - (keep_last - 1))]
+    return [_remove(checkpoint_folder(folder, iteration)) for iteration in surplus]
 
 
-def _remove(checkpoint: Path) -> None:
-    """Under another name first: a half removed folder must not look like a checkpoint."""
+def _remove(checkpoint: Path) -> Path:
+    """Under another name: a half deleted folder must not look like a checkpoint."""
     hidden = checkpoint.with_name(f".{checkpoint.name}.removed-{secrets.token_hex(4)}")
     checkpoint.rename(hidden)
     sync_folder(checkpoint.parent)
-    shutil.rmtree(hidden, ignore_errors=True)
+    return hidden
+
+
+def delete(removed: list[Path]) -> None:
+    """Give the disk back what :func:`publish` left; if this is cut off, the next start does it."""
+    for path in removed:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 # ---- choosing
@@ -155,11 +164,9 @@ def _tracker(folder: str | Path) -> tuple[int | None, list[str]]:
 
 def _damage(folder: str | Path, iteration: int) -> str | None:
     try:
-        manifest = check_sizes(checkpoint_folder(folder, iteration))
+        check_sizes(checkpoint_folder(folder, iteration))
     except Damaged as damage:
         return str(damage)
-    if manifest.iteration != iteration:
-        return f"{checkpoint_folder(folder, iteration)} is the checkpoint of iteration {manifest.iteration}"
     return None
 
 

@@ -32,19 +32,25 @@ class FileEntry(_Strict):
 
 
 class Manifest(_Strict):
-    """One checkpoint."""
+    """One checkpoint; ``sha256`` is of the rest, so that a changed manifest is not taken for a changed file."""
 
     format: Literal["tidar-checkpoint-1"]
     iteration: Count
     files: dict[PlainName, FileEntry]
+    sha256: Sha256
 
-    def text(self) -> str:
-        """The one spelling of this manifest: a changed byte of it is seen too."""
-        return json.dumps(self.model_dump(), indent=1) + "\n"
+    def digest(self) -> str:
+        """What ``sha256`` must be."""
+        return hashlib.sha256(json.dumps(self.model_dump(exclude={"sha256"})).encode()).hexdigest()
 
 
 class Damaged(Exception):  # noqa: N818 - said of a checkpoint
     """A checkpoint is not what it promises; the message names the file."""
+
+
+def folder_name(iteration: int) -> str:
+    """The name of a checkpoint in its run's folder, Megatron-LM's."""
+    return f"iter_{iteration:07d}"
 
 
 def seal(path: Path) -> FileEntry:
@@ -57,8 +63,9 @@ def seal(path: Path) -> FileEntry:
 
 def write_manifest(folder: Path, iteration: int, files: dict[str, FileEntry]) -> None:
     """Close a checkpoint: after this its folder holds nothing that is not on the disk."""
-    manifest = Manifest(format=FORMAT, iteration=iteration, files=dict(sorted(files.items())))
-    write_durably(folder / FILE_NAME, manifest.text())
+    manifest = Manifest(format=FORMAT, iteration=iteration, files=dict(sorted(files.items())), sha256="0" * 64)
+    manifest = manifest.model_copy(update={"sha256": manifest.digest()})
+    write_durably(folder / FILE_NAME, manifest.model_dump_json(indent=1))
     sync_folder(folder)
 
 
@@ -66,18 +73,19 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises:
-        Damaged: it is missing, or not one.
+        Damaged: it is missing, or not one, or another checkpoint's.
     """
     path = folder / FILE_NAME
     try:
-        text = path.read_text(encoding="utf-8")
-        manifest = Manifest.model_validate_json(text)
+        manifest = Manifest.model_validate_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise Damaged(f"{path} is missing") from None
     except (OSError, ValueError, ValidationError):
         raise Damaged(f"{path} cannot be read") from None
-    if text != manifest.text():
-        raise Damaged(f"{path} was changed")
+    if manifest.sha256 != manifest.digest():
+        raise Damaged(f"{path} was changed: its SHA-256 is not that of the rest of it")
+    if folder.name != folder_name(manifest.iteration):
+        raise Damaged(f"{folder} is the checkpoint of iteration {manifest.iteration}")
     return manifest
 
 

@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing.dict_utils import extract_matching_values,
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, ShardedTensorFactory
 from megatron.core.optimizer import MegatronOptimizer
 
-from tidar_megatron.checkpoint.torch_adam import prepare_to_load, separate_steps
+from tidar_megatron.checkpoint.torch_adam import begin, prepare_to_load, separate_steps
 
 # of the distributed optimizer's formats the one that knows no layout, gathered on one rank of each group alone
 FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": True}
@@ -26,6 +26,7 @@ COPIES = ("optimizer.state.param.", "optimizer.state.fp32_param.", "")  # of a w
 
 def state_to_save(optimizer: MegatronOptimizer, weights: dict[str, Any]) -> dict[str, Any]:
     """The optimizer's part of a state dict for ``dist_checkpointing.save``; ``weights`` is the model's."""
+    begin(optimizer)  # a run whose steps were all skipped can be saved too
     return optimizer.sharded_state_dict(weights, is_loading=False, metadata=FORMAT)
 
 

@@ -14,23 +14,31 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 
-def _torch_adams(optimizer: MegatronOptimizer) -> Iterator[DistributedOptimizer]:
+def _torch_adams(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
+        if isinstance(getattr(part, "optimizer", None), torch.optim.Adam | torch.optim.AdamW):
             yield part
+
+
+def begin(optimizer: MegatronOptimizer) -> None:
+    """Give parameters without a state, those before the first step, the one that a step begins with."""
+    for part in _torch_adams(optimizer):
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                if not part.optimizer.state[parameter]:
+                    part.optimizer.state[parameter] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
 
 
 def prepare_to_load(optimizer: MegatronOptimizer) -> None:
     """Give every parameter the state that loading will fill, and its copying the count it leaves out."""
+    begin(optimizer)
     for part in _torch_adams(optimizer):
-        for group in part.optimizer.param_groups:
-            for parameter in group["params"]:
-                part.optimizer.state[parameter] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
-        _keep_step(part)
+        if isinstance(part, DistributedOptimizer):
+            _keep_step(part)
 
 
 def _keep_step(part: DistributedOptimizer) -> None:
