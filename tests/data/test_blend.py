@@ -123,7 +123,7 @@ def test_the_fingerprint_names_what_differs(blended: TrainingData, make_shards: 
     """Part by part; the same data in another place are the same."""
     folder = make_shards(some_texts(9), name="again")
     print_of_part = TrainingData(folder, 32, 4, 300, seed=3).fingerprint()
-    assert print_of_part["sources"][0]["manifest"] == blended.fingerprint()["sources"][0]["manifest"]
+    assert print_of_part["data"][0]["manifest"] == blended.fingerprint()["data"][0]["manifest"]
     changes = [
         ("seq_length", {"seq_length": 64}),
         ("block_size", {"block_size": 8}),
@@ -131,7 +131,7 @@ def test_the_fingerprint_names_what_differs(blended: TrainingData, make_shards: 
         ("seed", {"seed": 4}),
         ("reset_positions", {"reset_positions": False}),
         ("cross_document_attention", {"cross_document_attention": True}),
-        ("sources", {"data": make_shards(some_texts(10), name="changed")}),
+        ("data", {"data": make_shards(some_texts(10), name="changed")}),
     ]
     arguments = {"data": folder, "seq_length": 32, "block_size": 4, "mask_token_id": 300, "seed": 3}
     for part, change in changes:

@@ -66,7 +66,7 @@ def test_the_same_batches_as_from_shards(tmp_path: Path, tokenizer: str, make_sh
     ours.check_same_tokenizer(theirs)
     for number in range(3 * len(theirs.sequences[0])):
         assert ours.sequence(number).tokens.tolist() == theirs.sequence(number).tokens.tolist()
-    assert ours.fingerprint()["sources"] != theirs.fingerprint()["sources"]
+    assert ours.fingerprint()["data"] != theirs.fingerprint()["data"]
     assert tokenizer_of([pair], tokenizer)[0].fingerprint == tokenizer_of([theirs.sources[0].name])[0].fingerprint
 
 

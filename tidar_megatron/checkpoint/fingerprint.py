@@ -3,6 +3,7 @@
 A change may be meant (more data, another rotary base): ``--override-fingerprint PART`` lets that one part pass.
 """
 
+import hashlib
 import json
 from collections.abc import Collection
 from pathlib import Path
@@ -53,5 +54,6 @@ def _difference(part: str, before: Any, now: Any, run: str | Path) -> str:
 
 
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
+    is_plain = value is None or isinstance(value, str | int | float)
+    text = str(value) if is_plain else hashlib.sha256(json.dumps(value).encode()).hexdigest()
     return text if len(text) <= 16 else text[:12] + ".."

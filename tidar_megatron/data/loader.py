@@ -92,7 +92,7 @@ class TrainingData:
     def fingerprint(self) -> dict[str, Any]:
         """What decides which tokens packed sequence n holds and how they are seen, part by part; plain JSON values."""
         return {
-            "sources": [
+            "data": [
                 {"weight": str(weight), **source.identity}
                 for weight, source in zip(self.weights, self.sources, strict=True)
             ],

@@ -38,20 +38,28 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, resume_from: int | None = None) -> None:
-        if (
-            resume_from is not None and path.exists()
-        ):  # what an interrupted run logged after its last checkpoint happens again now
+        # what an interrupted run logged after its last checkpoint happens again now
+        if resume_from is not None and path.exists():
             kept = [line for line in path.read_text().splitlines() if iteration_of(line) <= resume_from]
             path.with_suffix(".tmp").write_text("".join(line + "\n" for line in kept))
             path.with_suffix(".tmp").replace(path)
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, iteration: int, values: Values) -> None:
-        self.file.write(json.dumps({"iteration": iteration, **values}) + "\n")
+        self.file.write(json.dumps(_finite({"iteration": iteration, **values}), allow_nan=False) + "\n")
         self.file.flush()
 
     def close(self) -> None:
         self.file.close()
+
+
+def _finite(value: Any) -> Any:
+    """As JSON can hold it: the loss of a step that was skipped may be no number, which is null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def iteration_of(line: str) -> float:

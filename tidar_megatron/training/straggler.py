@@ -27,12 +27,14 @@ class OwnTime:
     def __init__(self, ranks: Ranks, config: Any) -> None:
         self._ranks = ranks
         self._seconds, self._steps = 0.0, 0
-        self._stop: Callable[[], float] | None = None
+        self._stop: Callable[[], object] | None = None
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # read when they are reported, long past
         finalize = config.finalize_model_grads_func
 
         def gradients_are_ready(*arguments: Any, **named: Any) -> Any:
             if self._stop is not None:
-                self._seconds, self._stop = self._seconds + self._stop(), None
+                self._stop()
+                self._stop = None
             return finalize(*arguments, **named)
 
         config.finalize_model_grads_func = gradients_are_ready
@@ -47,22 +49,18 @@ class OwnTime:
         if self._ranks.device.type == "cuda":
             began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             began.record()
-
-            def stop() -> float:
-                ended.record()
-                ended.synchronize()
-                return began.elapsed_time(ended) / 1000
-
+            self._events.append((began, ended))
+            self._stop = ended.record
         else:
             start = time.perf_counter()
-
-            def stop() -> float:
-                return time.perf_counter() - start
-
-        self._stop = stop
+            self._stop = lambda: self.add(time.perf_counter() - start)
 
     def report(self) -> dict[str, float]:
         """Of the steps since the last report: the slowest rank and its time over the median rank's. Collective."""
+        for began, ended in self._events:
+            ended.synchronize()
+            self._seconds += began.elapsed_time(ended) / 1000
+        self._events.clear()
         mine = torch.tensor([self._seconds / max(1, self._steps)], dtype=torch.float64, device=self._ranks.device)
         self._seconds, self._steps = 0.0, 0
         if self._ranks.world_size == 1:
