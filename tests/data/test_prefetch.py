@@ -9,7 +9,7 @@ import torch
 
 from tidar_megatron.data.doubled import Batch, make_batch
 from tidar_megatron.data.packing import fill_sequence
-from tidar_megatron.data.prefetch import Prefetcher
+from tidar_megatron.data.prefetch import Overdue, Prefetcher
 from tidar_megatron.errors import UserError
 
 CPU = torch.device("cpu")
@@ -172,3 +172,27 @@ def test_page_locked_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(pinned) == len(tensors) - 1 == 8 and "visibility_on_host" in tensors
     assert torch.Size((1, 16)) in pinned
     assert batch.position_ids.stride() == (0, 1)
+
+
+def test_what_does_not_come_in_time_is_not_waited_for() -> None:
+    """Foreseen or not, and at the end; what comes in time is as ever."""
+    release = threading.Event()
+
+    def build(number: int) -> list[Batch]:
+        assert number == 1 or release.wait(60)
+        return batch_of(number, True)
+
+    for foreseen in ([], [(2,)]):
+        prefetcher = Prefetcher(build, CPU, workers=len(foreseen), timeout=5)
+        assert prefetcher.get(1)[0].num_tokens == 1
+        prefetcher.expect(foreseen)
+        prefetcher._timeout = 0.01
+        with pytest.raises(Overdue):
+            prefetcher.get(2)
+        prefetcher.expect([(3,)])
+        if foreseen:
+            with pytest.raises(Overdue):
+                prefetcher.settle()
+        prefetcher.close()  # at once
+        assert [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+    release.set()

@@ -124,9 +124,10 @@ def test_what_the_launcher_is_told(shards, tmp_path, monkeypatch):
         assert state() == (Interrupted, 4, "interrupted")
         assert state() == (Interrupted, 5, "interrupted")  # every attempt gets on
         assert state(train_iters=6) == (None, 6, "finished")  # asked at the end: nothing is left to requeue for
+    assert state(exit_duration_in_mins=1e-9) == (Interrupted, 7, "interrupted")
     with monkeypatch.context() as crashing:
         crashing.setattr(Trainer, "step", lambda self: 1 / 0)
-        assert state() == (ZeroDivisionError, 6, None)
+        assert state() == (ZeroDivisionError, 7, None)
     assert state() == (None, 8, "finished")
     assert state() == (None, 8, "finished")  # started once more by mistake
 
