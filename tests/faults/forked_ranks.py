@@ -10,6 +10,7 @@ import runpy
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -50,6 +51,7 @@ def _be(rank, count, port, flags, log, prepare):
         runpy.run_path(str(ROOT / "tools" / "pretrain.py"), run_name="__main__")
         status = 0
     except SystemExit as leaving:
+        threading._shutdown()  # as a program of its own ends: threads that hang hold it up
         status = leaving.code or 0
     except BaseException:
         traceback.print_exc()

@@ -54,7 +54,7 @@ def test_one_run_asked_in_many_ways(shards, tmp_path):
             wait_for(lambda: (latest_iteration(run) or 0) >= saved[-1] + 2, 170, "saves", log, every=0.02)
             while job.poll() is None:  # whatever phase its saves are in, the writers' processes included
                 os.killpg(job.pid, signal.SIGTERM)
-                time.sleep(0.02)
+                time.sleep(0.001)
             assert job.returncode != 0
         saved.append(check_saved(run, log))
     assert sorted(set(saved)) == saved

@@ -58,7 +58,7 @@ def test_batches_are_built_ahead_and_nothing_is_left_running(whole, shards, tmp_
 
     monkeypatch.setattr(TrainingData, "step_batches", noted)
     pretrain(small(shards, checkpoint={"save": str(tmp_path)}))
-    assert built == [(4 * n, n >= 2, "MainThread" if n == 0 else "prefetch_0") for n in range(STEPS)]
+    assert built == [(4 * n, n >= 2, "prefetch_0") for n in range(STEPS)]
     assert not prefetching() - before  # other tests build a Trainer and never close it
     trainer = Trainer.build(small(shards))
     trainer.prefetcher = Prefetcher(trainer._build_batches, trainer.ranks.device, workers=0)
