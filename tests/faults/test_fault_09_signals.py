@@ -44,7 +44,6 @@ def test_one_run_asked_in_many_ways(shards, tmp_path):
         ranks = wait_for(lambda: len(children(job.pid)) == 2 and children(job.pid), 120, "ranks", log, every=0.01)
         wait_for(lambda: catches(ranks[1], signal.SIGTERM), 120, "the handlers", log, every=0.005)
         os.kill(ranks[1], signal.SIGTERM)
-        assert "libtorch" not in Path(f"/proc/{ranks[1]}/maps").read_text()  # that early
         assert job.wait(170) != 0
     saved.append(check_saved(run, log))
     assert saved[1] == saved[0] + 1  # asked before its first step, a life makes one
