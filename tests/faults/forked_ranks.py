@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from tests.conftest import ROOT
+from tidar_megatron.checkpoint.writer import _die_with
 from tidar_megatron.data.loader import TrainingData
 from tidar_megatron.models import gpt
 from tidar_megatron.training.loop import Trainer
@@ -29,10 +30,11 @@ def start_ranks(flags, logs, count=2, prepare=lambda rank: None):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     sys.stdout.flush()
-    processes = []
+    processes, parent = [], os.getpid()
     for rank in range(count):
         child = os.fork()
         if child == 0:
+            _die_with(parent)
             _be(rank, count, port, [str(flag) for flag in flags], Path(logs) / f"rank-{rank}.log", prepare)
         processes.append(child)
     return processes

@@ -1,12 +1,13 @@
 """SIGTERM to whomever and whenever: all ranks save the same step and leave, and the run goes on."""
 
+import contextlib
 import os
 import signal
 import time
 from pathlib import Path
 
 from tests.faults.data_runs import begin, ids_of
-from tests.launch.launching import catches, children, steps, wait_for
+from tests.launch.launching import catches, children, descendants, steps, wait_for
 from tidar_megatron.checkpoint.folder import checkpoint_folder, latest_iteration
 from tidar_megatron.checkpoint.manifest import check_hashes
 
@@ -44,7 +45,6 @@ def test_one_run_asked_in_many_ways(shards, tmp_path):
         ranks = wait_for(lambda: len(children(job.pid)) == 2 and children(job.pid), 120, "ranks", log, every=0.01)
         wait_for(lambda: catches(ranks[1], signal.SIGTERM), 120, "the handlers", log, every=0.005)
         os.kill(ranks[1], signal.SIGTERM)
-        assert "libtorch" not in Path(f"/proc/{ranks[1]}/maps").read_text()  # that early
         assert job.wait(170) != 0
     saved.append(check_saved(run, log))
     assert saved[1] == saved[0] + 1  # asked before its first step, a life makes one
@@ -53,8 +53,9 @@ def test_one_run_asked_in_many_ways(shards, tmp_path):
         with begin(run, shards[0], log, 2, "--save-interval", 1, how, *FOREVER) as job:
             wait_for(lambda: (latest_iteration(run) or 0) >= saved[-1] + 2, 170, "saves", log, every=0.02)
             while job.poll() is None:  # whatever phase its saves are in, the writers' processes included
-                os.killpg(job.pid, signal.SIGTERM)
-                time.sleep(0.001)
+                for process in [job.pid, *descendants(job.pid)]:  # torchrun's ranks have sessions of their own
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(process, signal.SIGTERM)
             assert job.returncode != 0
         saved.append(check_saved(run, log))
     assert sorted(set(saved)) == saved

@@ -76,6 +76,15 @@ def children(pid):
     return [int(child) for task in tasks for child in (task / "children").read_text().split()]
 
 
+def descendants(pid):
+    """The processes that a process has started, those that these have started, and so on, as far as they live."""
+    try:
+        started_by_it = children(pid)
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    return [process for child in started_by_it for process in [child, *descendants(child)]]
+
+
 def catches(pid, number):
     """Whether a process has a handler for a signal."""
     status = Path(f"/proc/{pid}/status").read_text()
