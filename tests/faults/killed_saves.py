@@ -167,19 +167,21 @@ def midway(shards, where, asynchronous, reference):
             report = real(request, partial, texts)
             if of_new(partial):
                 writer_id.write_text(str(os.getpid()))
-                time.sleep(600)
+                time.sleep(100)
             return report
 
         checkpoints.write = write
         pretrain(configuration(shards, run, True))
 
     child = fork(slow, wait=False)
-    wait_for(lambda: (run / "metrics.jsonl").exists() and max(losses(run), default=0) > NEW, "no step after the save")
-    wait_for(writer_id.exists, "the writer never came to its end")
-    assert folder.saved_iterations(run) == [OLD]
-    check_after_kill(run, OLD)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    try:
+        wait_for(lambda: (run / "metrics.jsonl").exists() and max(losses(run), default=0) > NEW, "no step meanwhile")
+        wait_for(writer_id.exists, "the writer never came to its end")
+        assert folder.saved_iterations(run) == [OLD]
+        check_after_kill(run, OLD)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     wait_for(lambda: not Path("/proc", writer_id.read_text()).exists(), "the writer outlived the run")
     check_after_kill(run, OLD)
     assert fork(lambda: pretrain(configuration(shards, run, True))) == 0

@@ -98,7 +98,7 @@ def test_sizes_are_always_compared(run, shards, tmp_path):
     with pytest.raises(UserError, match="iter_0000008 is refused"):
         build(shards, folder, verify_checkpoint=False)
     shut_down()
-    truncate(checkpoint_folder(folder, NEW) / "state.json")
+    truncate(checkpoint_folder(folder, NEW) / "__0_0.distcp")
     assert build(shards, folder, verify_checkpoint=False) == OLD
 
 
