@@ -48,7 +48,7 @@ def check_fingerprint(run: str | Path, before: Fingerprint, now: Fingerprint, ov
 
 
 def _difference(part: str, before: Any, now: Any, run: str | Path) -> str:
-    if part in FIELDS:
+    if part in FIELDS and part != "tokenizer":  # whose flag names a folder; what counts is what is in it
         return f"{flag(part)} {now}: the run in {run} has {before}"
     return f"{part} {_short(now)}: the run in {run} was started with another {part}, {_short(before)}"
 
