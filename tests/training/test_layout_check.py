@@ -15,6 +15,8 @@ PROMISED = """TP4 | TP2xPP2+SP | PP4 | PP2xVPP2 | PP2xTP2xVPP2+SP | CP2 | CP4 | 
 | CP2xPP2, distributed optimizer | DP2xTP2 | DP4, distributed optimizer, both overlaps
 | full recompute | selective recompute | bf16 | CP2, packed documents"""
 
+pytestmark = pytest.mark.timeout(1000)  # two minutes, but more on a machine that has other work
+
 
 @pytest.fixture(scope="module")
 def report():
