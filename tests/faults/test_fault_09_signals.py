@@ -33,6 +33,14 @@ def listens(rank, agent):
     return own and catches(rank, signal.SIGTERM)
 
 
+def lives(process):
+    """Whether it is still there, and no zombie."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def test_one_run_asked_in_many_ways(shards, tmp_path):
     """Fault 9: SIGTERM to torchrun twice, to one rank during import, to every process during saves: all save and leave
 
@@ -59,11 +67,13 @@ def test_one_run_asked_in_many_ways(shards, tmp_path):
     for how in ("--no-async-save", "--async-save"):
         with begin(run, shards[0], log, 2, "--save-interval", 1, how, *FOREVER) as job:
             wait_for(lambda: (latest_iteration(run) or 0) >= saved[-1] + 2, 170, "saves", log, every=0.02)
-            while job.poll() is None:  # whatever phase its saves are in, the writers' processes included
-                for process in [job.pid, *descendants(job.pid)]:  # torchrun's ranks have sessions of their own
+            ranks = children(job.pid)
+            while any(map(lives, ranks)):  # whatever phase their saves are in, the writers' processes included
+                for process in [job.pid, *ranks, *descendants(ranks[0]), *descendants(ranks[1])]:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(process, signal.SIGTERM)
-            assert job.returncode != 0
+                time.sleep(0.002)
+            assert job.wait(60) != 0
         saved.append(check_saved(run, log))
     assert sorted(set(saved)) == saved
 
