@@ -6,6 +6,7 @@ does not get on with 76.
 
 import argparse
 import difflib
+import errno
 import logging
 import os
 import sys
@@ -32,6 +33,7 @@ class Stalled(Exception):  # noqa: N818 - said of a rank
 
 
 INTERRUPTED_STATUS, DIVERGED_STATUS = 75, 76
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what a disk can refuse at any write
 
 
 def run_tool(main: Callable[[], None], rank: int = 0) -> None:
@@ -57,6 +59,12 @@ def run_tool(main: Callable[[], None], rank: int = 0) -> None:
         else:
             time.sleep(10)  # the launcher ends all ranks once one has left: let the one that speaks be first
         sys.exit(2 if isinstance(error, UserError) else DIVERGED_STATUS)
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        print(f"error: {os.strerror(error.errno)}{where}; free space, or choose another folder", file=sys.stderr)
+        sys.exit(2)
     except Stalled as error:  # on whichever rank; threads and connections that hang must not hold up the end
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()

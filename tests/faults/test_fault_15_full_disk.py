@@ -12,7 +12,7 @@ from tidar_megatron.checkpoint.folder import checkpoint_folder, latest_iteration
 from tidar_megatron.checkpoint.manifest import check_hashes
 from tidar_megatron.distributed.groups import shut_down
 from tidar_megatron.errors import UserError
-from tidar_megatron.training.loop import pretrain
+from tidar_megatron.training.loop import Trainer, pretrain
 
 SIZE = 4 * 2**20
 
@@ -57,6 +57,36 @@ def test_full_disk(disk, shards, asynchronous, leave):
     (disk / "filler").unlink()
     pretrain(small(shards, checkpoint=checkpoint))
     assert list(losses(run)) == list(range(1, 9))
+
+
+def test_not_a_byte_left(disk, shards):
+    """Fault 15: not a byte is left: torch does not say why its archive failed, the error does"""
+    run = disk / "run"
+    checkpoint = {"save": str(run), "load": str(run)}
+    pretrain(small(shards, checkpoint=checkpoint, training={"exit_interval": 3}))
+    trainer = Trainer.build(small(shards, checkpoint=checkpoint))
+    trainer.step()
+    fill(disk, 0)
+    with pytest.raises(UserError, match="iteration 4 is not saved: No space left on device; iteration 3 is whole"):
+        trainer.save()
+    trainer.close()
+    shut_down()
+    check_hashes(checkpoint_folder(run, 3))
+
+
+def test_the_log_of_a_run_on_a_full_disk(disk, shards):
+    """Fault 15: what else a run writes on a full disk ends it with one line too"""
+    run = disk / "run"
+    pretrain(small(shards, checkpoint={"save": str(run)}, training={"exit_interval": 3}))
+    (disk / "config.yaml").write_text(small(shards, checkpoint={"save": str(run), "load": str(run)}).to_yaml())
+    fill(disk, 0)
+    command = [sys.executable, "tools/pretrain.py", "--config", str(disk / "config.yaml")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "No space left on device" in line
+    assert "Traceback" not in done.stderr
+    check_hashes(checkpoint_folder(run, 3))
 
 
 def test_full_disk_with_two_ranks(disk, shards, tmp_path):
