@@ -8,6 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "tidar_megatron"
 FLOORS = {
     "errors": -1,  # the ground
+    "files": -1,
     "attention_mask": 0,
     "attention_kernels": 0,
     "config": 0,

@@ -89,7 +89,7 @@ PHASES = {
     "half a manifest": (lambda: dying(manifest, "write_durably", is_new_manifest, before_death=half), OLD),
     "not renamed": (lambda: dying(folder, "move_into_place", of_new), OLD),
     "renamed": (lambda: dying(folder, "move_into_place", of_new, after=True), OLD),
-    "half a tracker": (lambda: dying(folder.os, "replace", is_tracker), OLD),
+    "half a tracker": (lambda: dying(os, "replace", is_tracker), OLD),
     "tracker": (lambda: dying(folder, "point_tracker", lambda f, i: i == NEW, after=True), NEW),
     "not pruned": (lambda: dying(folder, "prune", lambda f, i, k: i == NEW), NEW),
     "half pruned": (lambda: dying(folder.shutil, "rmtree", lambda path, **k: ".removed-" in str(path)), NEW),

@@ -8,7 +8,6 @@ which the next start removes. Its name is drawn anew for every save: a writer th
 folder gone and can do no harm.
 """
 
-import os
 import secrets
 import shutil
 from pathlib import Path
@@ -18,11 +17,10 @@ from tidar_megatron.checkpoint.manifest import (
     FileEntry,
     check_sizes,
     folder_name,
-    sync_folder,
-    write_durably,
     write_manifest,
 )
 from tidar_megatron.errors import UserError
+from tidar_megatron.files import replace_text, sync
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -53,6 +51,8 @@ def remove_leftovers(folder: str | Path) -> None:
     for kind in ("partial", "removed"):
         for path in Path(folder).glob(f".iter_*.{kind}-*"):
             shutil.rmtree(path, ignore_errors=True)
+    for path in Path(folder).glob(f".{TRACKER}.*"):
+        path.unlink(missing_ok=True)
 
 
 def publish(partial: Path, iteration: int, files: dict[str, FileEntry], keep_last: int | None) -> list[Path]:
@@ -78,16 +78,13 @@ def move_into_place(partial: Path, target: Path) -> list[Path]:
     """Rename; a checkpoint of the same iteration (a damaged one that was passed over) gives way."""
     removed = [_remove(target)] if target.exists() else []
     partial.rename(target)
-    sync_folder(target.parent)
+    sync(target.parent)
     return removed
 
 
 def point_tracker(folder: Path, iteration: int) -> None:
     """Let the tracker name ``iteration``; who reads it sees the old number or the new one."""
-    fresh = folder / f".{TRACKER}.tmp"
-    write_durably(fresh, str(iteration))
-    os.replace(fresh, folder / TRACKER)
-    sync_folder(folder)
+    replace_text(folder / TRACKER, str(iteration))
 
 
 def prune(folder: Path, newest: int, keep_last: int) -> list[Path]:
@@ -101,7 +98,7 @@ def _remove(checkpoint: Path) -> Path:
     """Under another name: a half deleted folder must not look like a checkpoint."""
     hidden = checkpoint.with_name(f".{checkpoint.name}.removed-{secrets.token_hex(4)}")
     checkpoint.rename(hidden)
-    sync_folder(checkpoint.parent)
+    sync(checkpoint.parent)
     return hidden
 
 

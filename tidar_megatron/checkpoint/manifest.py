@@ -6,11 +6,12 @@ it was written, only the hashes tell; they cost one reading of every file.
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tidar_megatron.files import sha256_of, sync, write_durably
 
 FILE_NAME = "manifest.json"
 FORMAT: Final = "tidar-checkpoint-1"
@@ -55,10 +56,8 @@ def folder_name(iteration: int) -> str:
 
 def seal(path: Path) -> FileEntry:
     """What the manifest says of a file just written; the file is on the disk when this returns."""
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        os.fsync(stream.fileno())
-        return FileEntry(bytes=stream.tell(), sha256=digest)
+    sync(path)
+    return FileEntry(bytes=path.stat().st_size, sha256=sha256_of(path))
 
 
 def write_manifest(folder: Path, iteration: int, files: dict[str, FileEntry]) -> None:
@@ -66,7 +65,7 @@ def write_manifest(folder: Path, iteration: int, files: dict[str, FileEntry]) ->
     manifest = Manifest(format=FORMAT, iteration=iteration, files=dict(sorted(files.items())), sha256="0" * 64)
     manifest = manifest.model_copy(update={"sha256": manifest.digest()})
     write_durably(folder / FILE_NAME, manifest.model_dump_json(indent=1))
-    sync_folder(folder)
+    sync(folder)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -116,26 +115,8 @@ def check_hashes(folder: Path, share: int = 0, shares: int = 1) -> None:
     by_size = sorted(manifest.files, key=lambda name: -manifest.files[name].bytes)
     for name in by_size[share::shares]:
         try:
-            with (folder / name).open("rb") as stream:
-                found = hashlib.file_digest(stream, "sha256").hexdigest()
+            found = sha256_of(folder / name)
         except OSError as error:
             raise Damaged(f"{folder / name} cannot be read ({error.strerror})") from None
         if found != manifest.files[name].sha256:
             raise Damaged(f"{folder / name} was changed: its SHA-256 is not its manifest's")
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a small file; it is on the disk when this returns."""
-    with path.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the names in ``folder`` on the disk: a rename is durable only after this."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

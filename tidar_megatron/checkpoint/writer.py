@@ -22,7 +22,8 @@ from typing import Any
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from tidar_megatron.checkpoint.manifest import FileEntry, seal, write_durably
+from tidar_megatron.checkpoint.manifest import FileEntry, seal
+from tidar_megatron.files import write_durably
 
 # Where megatron-core looks for what was written, when a save is finished; one rank has one save under way.
 RESULTS: queue.SimpleQueue = queue.SimpleQueue()

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tidar_megatron.errors import UserError
+from tidar_megatron.files import cache_folder
 
 GROUP = 4096  # documents
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)  # of others the sums are made when they are asked for
@@ -262,6 +263,4 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
 
 
 def _cached(path: Path) -> Path:
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tidar-megatron"
-    root = Path(os.environ.get("TIDAR_CACHE") or home)
-    return root / "index" / hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16] / path.name
+    return cache_folder() / "index" / hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16] / path.name

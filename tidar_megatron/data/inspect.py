@@ -7,10 +7,12 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
+from tidar_megatron.attention_mask import DOCUMENT
 from tidar_megatron.data.doubled import Batch, make_batch
-from tidar_megatron.data.manifest import file_sha256, read_manifest
+from tidar_megatron.data.manifest import read_manifest
 from tidar_megatron.data.packing import PackedSequences, pack
 from tidar_megatron.data.sources import is_pair, open_documents
+from tidar_megatron.files import sha256_of
 
 COLOURS = ("green", "yellow", "blue", "magenta", "cyan", "red")  # of the documents of a row, in turn
 FILL, UNSUPERVISED = "dim", "underline"
@@ -60,7 +62,7 @@ def _show_shards(folder: str, console: Console) -> bool:
     for shard in manifest.shards:
         file = Path(folder) / shard.name
         try:
-            state = "ok" if file_sha256(file) == shard.sha256 else "differs from the manifest's"
+            state = "ok" if sha256_of(file) == shard.sha256 else "differs from the manifest's"
         except OSError as error:
             state = error.strerror or "cannot be read"
         whole &= state == "ok"
@@ -77,7 +79,7 @@ def _show_shards(folder: str, console: Console) -> bool:
 
 def _show_row(batch: Batch, block_size: int, tokenizer: PreTrainedTokenizerFast, console: Console) -> None:
     """One packed sequence as the model sees it: the clean half, then the masks with what each is to give."""
-    S, document = batch.seq_length, batch.visibility[0, :, 0].tolist()
+    S, document = batch.seq_length, batch.visibility[0, :, DOCUMENT].tolist()
     tokens, labels = batch.tokens[0].tolist(), batch.labels[0].tolist()
     supervised, padding = batch.supervised[0].tolist(), batch.padding[0].tolist()
     console.print(

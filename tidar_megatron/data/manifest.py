@@ -4,7 +4,6 @@ A tar cut on a member boundary still reads without an error, and a flipped byte 
 sizes and hashes written beside the shards tell.
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -106,9 +105,3 @@ def read_manifest(folder: str | Path) -> Manifest:
         if (other := by_hash.setdefault(shard.sha256, shard.name)) != shard.name:
             raise UserError(f"{path}: {shard.name} and {other} are the same; {remedy}")
     return manifest
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 (hex) of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -17,9 +17,10 @@ from transformers import PreTrainedTokenizerFast
 
 from tidar_megatron.data.documents import StoredDocuments
 from tidar_megatron.data.index import RECORD, Add, Facts, OpenFile, open_index
-from tidar_megatron.data.manifest import TokenizerEntry, file_sha256, local_folder
+from tidar_megatron.data.manifest import TokenizerEntry, local_folder
 from tidar_megatron.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
 from tidar_megatron.errors import UserError
+from tidar_megatron.files import sha256_of
 
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype, sequences, edges of documents
 _CHUNK = 1 << 22  # tokens looked at together
@@ -77,7 +78,7 @@ class IndexedDocuments(StoredDocuments):
             records["length"], records["stored"] = lengths + lacking, lengths
             add(records)
             begin = int(ends[last - 1])
-        return {"dtype": dtype.str, "bin": file_sha256(bin_path), "idx": file_sha256(idx_path)}
+        return {"dtype": dtype.str, "bin": sha256_of(bin_path), "idx": sha256_of(idx_path)}
 
 
 def tokenizer_entry(prefix: str, tokenizer: str | None) -> tuple[TokenizerEntry, Path]:

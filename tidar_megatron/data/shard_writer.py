@@ -21,12 +21,12 @@ from tidar_megatron.data.manifest import (
     Manifest,
     ShardEntry,
     TokenizerEntry,
-    file_sha256,
     local_folder,
     write_manifest,
 )
 from tidar_megatron.data.tokenizer import fingerprint, vocabulary_size
 from tidar_megatron.errors import UserError
+from tidar_megatron.files import sha256_of, sync
 
 
 def check_output(folder: str | Path, overwrite: bool) -> None:
@@ -111,14 +111,14 @@ def _write_tars(
                 count, tokens = count + 1, tokens + len(array)
                 pending = next(numbered, None)
         yield ShardEntry(
-            name=path.name, bytes=path.stat().st_size, sha256=file_sha256(path), documents=count, tokens=tokens
+            name=path.name, bytes=path.stat().st_size, sha256=sha256_of(path), documents=count, tokens=tokens
         )
 
 
 def _publish(partial: Path, folder: Path) -> None:
     """Move the complete ``partial`` to ``folder``, everything on the disk before the name is."""
     for path in [*sorted(partial.rglob("*")), partial]:
-        _fsync(path)
+        sync(path)
     if folder.exists() and any(folder.iterdir()):
         old = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
         folder.rename(old)
@@ -126,12 +126,4 @@ def _publish(partial: Path, folder: Path) -> None:
         shutil.rmtree(old)
     else:
         partial.rename(folder)  # over an empty folder, too
-    _fsync(folder.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(folder.parent)

@@ -22,12 +22,12 @@ from tidar_megatron.data.manifest import (
     TOKENIZER_FOLDER,
     Manifest,
     ShardEntry,
-    file_sha256,
     local_folder,
     read_manifest,
 )
 from tidar_megatron.data.tokenizer import fingerprint, load_tokenizer
 from tidar_megatron.errors import UserError
+from tidar_megatron.files import sha256_of
 
 INDEX_FILE = "documents.index"
 _NAMED = 3  # of the shards that are wrong
@@ -70,11 +70,7 @@ class ShardedDocuments(StoredDocuments):
             dtype,
             self.manifest.tokenizer.eos_token_id,
         )
-        self.name, self.tokenizer, self.identity = (
-            str(self.folder),
-            self.manifest.tokenizer,
-            {"manifest": of["manifest"]},
-        )
+        self.name, self.identity = str(self.folder), {"manifest": of["manifest"]}
         self.tokenizer, self.tokenizer_folder = self.manifest.tokenizer, self.folder / TOKENIZER_FOLDER
 
     def load_tokenizer(self) -> PreTrainedTokenizerFast:
@@ -113,12 +109,12 @@ def built_from(folder: Path, manifest: Manifest) -> Facts:
         more = f" and {len(wrong) - _NAMED} more of {len(paths)}" if len(wrong) > _NAMED else ""
         remedy = "copy the folder again or write the data again with tools/prepare_data.py"
         raise UserError(f"{'; '.join(wrong[:_NAMED])}{more}; {remedy}")
-    return {"manifest": file_sha256(folder / FILE_NAME), "changed": changed}
+    return {"manifest": sha256_of(folder / FILE_NAME), "changed": changed}
 
 
 def _check_hash(shard: ShardEntry, path: Path) -> None:
     try:
-        if file_sha256(path) != shard.sha256:
+        if sha256_of(path) != shard.sha256:
             raise _damaged(path, "its SHA-256 differs from the manifest's")
     except OSError as error:
         raise _damaged(path, f"cannot be read ({error.strerror})") from error

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import platform
 import time
 from collections import defaultdict, deque
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
+from tidar_megatron.files import cache_folder, replace_text
 from tidar_megatron.inference.attention import Part, Plan
 from tidar_megatron.inference.model import DecodeModel
 from tidar_megatron.inference.static import WARM_UP, Forwards
@@ -133,20 +133,17 @@ def load_costs(model: DecodeModel) -> Costs:
     costs = measure_costs(model)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(f".{os.getpid()}").write_text(json.dumps(vars(costs)))
-        path.with_suffix(f".{os.getpid()}").replace(path)
+        replace_text(path, json.dumps(vars(costs)))
     except OSError:
         pass  # measured again next time
     return costs
 
 
 def _costs_file(model: DecodeModel) -> Path:
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tidar-megatron"
-    root = Path(os.environ.get("TIDAR_CACHE") or home)
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else processor()
     shape = model.causal_lm.config.to_json_string()
     what = [device, torch.get_num_threads(), torch.__version__, str(model.dtype), shape, SIZES, CONTEXTS]
-    return root / f"costs-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}.json"
+    return cache_folder() / f"costs-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}.json"
 
 
 @cache

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from tidar_megatron.config import Config
+from tidar_megatron.files import replace_text
 
 Values = dict[str, Any]
 
@@ -41,8 +42,7 @@ class JsonLines:
         # what an interrupted run logged after its last checkpoint happens again now
         if resume_from is not None and path.exists():
             kept = [line for line in path.read_text().splitlines() if iteration_of(line) <= resume_from]
-            path.with_suffix(".tmp").write_text("".join(line + "\n" for line in kept))
-            path.with_suffix(".tmp").replace(path)
+            replace_text(path, "".join(line + "\n" for line in kept))
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, iteration: int, values: Values) -> None:

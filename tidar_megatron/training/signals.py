@@ -12,13 +12,14 @@ the last iteration. The file is removed when a run starts; a crash leaves none. 
 before it starts the program, because a program that never got as far as its first line cannot.
 """
 
-import os
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+
+from tidar_megatron.files import replace_text
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 RUN_STATE = "run_state"  # in the folder of --save
@@ -93,9 +94,7 @@ def shielded() -> Iterator[None]:
 
 def write_run_state(folder: str | Path, state: str) -> None:
     """Tell the launcher how the run ended; whoever reads the file sees one whole word."""
-    path = Path(folder) / RUN_STATE
-    path.with_suffix(".tmp").write_text(state + "\n")
-    os.replace(path.with_suffix(".tmp"), path)
+    replace_text(Path(folder) / RUN_STATE, state + "\n")
 
 
 def clear_run_state(folder: str | Path) -> None:

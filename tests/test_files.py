@@ -1,0 +1,30 @@
+"""A small file is replaced whole or not at all; the cache is where it is said to be."""
+
+import os
+
+import pytest
+
+from tidar_megatron.files import cache_folder, replace_text
+
+
+def test_a_text_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "word"
+    replace_text(path, "old")
+    assert [p.name for p in tmp_path.iterdir()] == ["word"]
+
+    def killed(source, target):
+        assert target == path and path.read_text() == "old"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        replace_text(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIDAR_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path
+    monkeypatch.delenv("TIDAR_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "tidar-megatron"
