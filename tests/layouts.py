@@ -33,8 +33,8 @@ def run_layout(setup, name, folder):
     from tidar_megatron.config import build_config
     from tidar_megatron.models.loss import token_losses
     from tidar_megatron.training.layout_check import gather_gradients
-    from tidar_megatron.training.loop import Trainer
     from tidar_megatron.training.step import forward_backward
+    from tidar_megatron.training.trainer import Trainer
 
     torch.set_num_threads(1)
     config = build_config({**setup, "parallel": LAYOUTS[name], "checkpoint": {"save": str(folder / name)}})

@@ -14,7 +14,8 @@ from tidar_megatron.checkpoint.distributed import read_state
 from tidar_megatron.checkpoint.folder import checkpoint_folder, saved_iterations
 from tidar_megatron.checkpoint.manifest import FILE_NAME, seal, write_manifest
 from tidar_megatron.distributed.groups import shut_down
-from tidar_megatron.training.loop import Trainer, pretrain
+from tidar_megatron.training.loop import pretrain
+from tidar_megatron.training.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,8 @@ from tidar_megatron.checkpoint.folder import checkpoint_folder
 from tidar_megatron.checkpoint.inspect import describe, inspect
 from tidar_megatron.checkpoint.manifest import FILE_NAME, seal, write_manifest
 from tidar_megatron.errors import UserError
-from tidar_megatron.training.loop import Trainer, pretrain
+from tidar_megatron.training.loop import pretrain
+from tidar_megatron.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")

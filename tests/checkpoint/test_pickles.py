@@ -15,7 +15,8 @@ from tidar_megatron.checkpoint.manifest import FILE_NAME, Damaged, seal, write_m
 from tidar_megatron.checkpoint.pickles import read_metadata
 from tidar_megatron.distributed.groups import shut_down
 from tidar_megatron.errors import UserError
-from tidar_megatron.training.loop import Trainer, pretrain
+from tidar_megatron.training.loop import pretrain
+from tidar_megatron.training.trainer import Trainer
 
 
 class Payload:

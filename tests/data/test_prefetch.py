@@ -75,22 +75,29 @@ def test_an_error_reaches_whoever_needs_the_batches(prefetcher: Prefetcher) -> N
     assert prefetcher.get(14, True)[0].num_tokens == 14
 
 
-def test_closing_waits_for_what_is_being_built() -> None:
-    begun, go, ended = threading.Event(), threading.Event(), []
+class Held:
+    """Builds nothing, and not before it is let go."""
 
-    def build(number: int) -> list[Batch]:
-        begun.set()
-        assert go.wait(60)
-        ended.append(number)
+    def __init__(self) -> None:
+        self.begun, self.go = threading.Event(), threading.Event()
+        self.ended: list[int] = []
+
+    def __call__(self, number: int) -> list[Batch]:
+        self.begun.set()
+        assert self.go.wait(60)
+        self.ended.append(number)
         return []
 
-    prefetcher = Prefetcher(build, CPU)
+
+def test_closing_waits_for_what_is_being_built() -> None:
+    held = Held()
+    prefetcher = Prefetcher(held, CPU)
     prefetcher.expect([(1,)])
-    assert begun.wait(60)
+    assert held.begun.wait(60)
     prefetcher.expect([(2,)])
-    threading.Timer(0.05, go.set).start()
+    threading.Timer(0.05, held.go.set).start()
     prefetcher.close()
-    assert ended == [1]  # what had not begun is not begun any more
+    assert held.ended == [1]  # what had not begun is not begun any more
 
 
 def test_many_workers_build_the_same_and_keep_the_order() -> None:
@@ -131,21 +138,14 @@ def test_without_workers_the_caller_builds() -> None:
 
 def test_settling_waits_for_what_was_forgotten_too() -> None:
     """A process is forked after it: no thread may hold a lock then."""
-    begun, go, ended = threading.Event(), threading.Event(), []
-
-    def build(number: int) -> list[Batch]:
-        begun.set()
-        assert go.wait(60)
-        ended.append(number)
-        return []
-
-    prefetcher = Prefetcher(build, CPU, workers=2)
+    held = Held()
+    prefetcher = Prefetcher(held, CPU, workers=2)
     prefetcher.expect([(1,)])
-    assert begun.wait(60)
+    assert held.begun.wait(60)
     prefetcher.expect([])
-    threading.Timer(0.05, go.set).start()
+    threading.Timer(0.05, held.go.set).start()
     prefetcher.settle()
-    assert ended == [1]
+    assert held.ended == [1]
     prefetcher.close()
 
 

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from tests.training.small_runs import small
 from tidar_megatron.distributed.groups import shut_down
 from tidar_megatron.training import loop
-from tidar_megatron.training.loop import Trainer, pretrain
+from tidar_megatron.training.loop import pretrain
+from tidar_megatron.training.trainer import Trainer
 
 LAYOUTS = {
     "DP2": {},

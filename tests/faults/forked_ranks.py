@@ -21,7 +21,7 @@ from tests.conftest import ROOT
 from tidar_megatron.checkpoint.writer import _die_with
 from tidar_megatron.data.loader import TrainingData
 from tidar_megatron.models import gpt
-from tidar_megatron.training.loop import Trainer
+from tidar_megatron.training.trainer import Trainer
 
 
 def start_ranks(flags, logs, count=2, prepare=lambda rank: None):

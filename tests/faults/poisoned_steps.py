@@ -16,8 +16,9 @@ from tests.training.small_runs import small
 from tidar_megatron.distributed.groups import shut_down
 from tidar_megatron.errors import run_tool
 from tidar_megatron.training import loop, step
-from tidar_megatron.training.loop import Trainer, pretrain
+from tidar_megatron.training.loop import pretrain
 from tidar_megatron.training.optimizer import whole_weights
+from tidar_megatron.training.trainer import Trainer
 
 SHARDED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
 LAYOUTS = {

@@ -10,7 +10,8 @@ from tidar_megatron.checkpoint.export import export_run
 from tidar_megatron.checkpoint.folder import checkpoint_folder, restart_points, saved_iterations
 from tidar_megatron.distributed.groups import shut_down
 from tidar_megatron.errors import UserError
-from tidar_megatron.training.loop import Trainer, pretrain
+from tidar_megatron.training.loop import pretrain
+from tidar_megatron.training.trainer import Trainer
 
 OLD, NEW = 4, 8
 

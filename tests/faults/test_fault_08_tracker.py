@@ -8,7 +8,8 @@ from tests.training.small_runs import small
 from tidar_megatron.checkpoint.folder import TRACKER, checkpoint_folder, saved_iterations
 from tidar_megatron.distributed.groups import shut_down
 from tidar_megatron.errors import UserError
-from tidar_megatron.training.loop import Trainer, pretrain
+from tidar_megatron.training.loop import pretrain
+from tidar_megatron.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,8 @@ import torch
 
 from tests.training.small_runs import metrics, small
 from tidar_megatron.training import step
-from tidar_megatron.training.loop import Trainer, pretrain
+from tidar_megatron.training.loop import pretrain
+from tidar_megatron.training.trainer import Trainer
 
 AT = 7  # joint steps are 3 to 8
 

@@ -12,7 +12,8 @@ from tidar_megatron.checkpoint.folder import checkpoint_folder, latest_iteration
 from tidar_megatron.checkpoint.manifest import check_hashes
 from tidar_megatron.distributed.groups import shut_down
 from tidar_megatron.errors import UserError
-from tidar_megatron.training.loop import Trainer, pretrain
+from tidar_megatron.training.loop import pretrain
+from tidar_megatron.training.trainer import Trainer
 
 SIZE = 4 * 2**20
 

@@ -8,7 +8,8 @@ from tests.training.small_runs import losses, small
 from tidar_megatron.data.prepare import prepare
 from tidar_megatron.distributed.groups import shut_down
 from tidar_megatron.errors import UserError
-from tidar_megatron.training.loop import Trainer, pretrain
+from tidar_megatron.training.loop import pretrain
+from tidar_megatron.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")

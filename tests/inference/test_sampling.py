@@ -15,11 +15,11 @@ from transformers.generation import logits_process as stock
 from tidar_megatron.errors import UserError
 from tidar_megatron.evaluation.statistics import chi_square
 from tidar_megatron.inference import sampling
-from tidar_megatron.inference.attention import Plan
 from tidar_megatron.inference.engine import Engine, generate
 from tidar_megatron.inference.model import wrap_model
 from tidar_megatron.inference.request import DecodeOptions
 from tidar_megatron.inference.sampling import Sampler, SamplingOptions, accepted, draw, probabilities, residual
+from tidar_megatron.inference.sequence import Sequence
 
 CPU = torch.device("cpu")
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
@@ -100,6 +100,7 @@ SETTINGS = {
 MODES = {
     "all": DecodeOptions("tidar", 4, "all", 8),
     "one branch": DecodeOptions("tidar", 4, 1, 8),
+    "two branches": DecodeOptions("tidar", 4, 2, 8),
     "linear": DecodeOptions("linear", 4, max_new_tokens=8),
     "lookup": DecodeOptions("lookup", 4, max_new_tokens=8),
     "ar": DecodeOptions("ar", max_new_tokens=8),
@@ -111,14 +112,18 @@ MODES = {
 def small(causal_lm):
     lm = causal_lm("qwen3", torch.float32, vocab_size=VOCABULARY, num_hidden_layers=1, initializer_range=1.5)
     with torch.no_grad():
-        lm.lm_head.weight *= 0.4  # drafts that disagree with the model and are not sure of themselves
+        lm.lm_head.weight *= 0.5  # drafts that disagree with the model and are not sure of themselves
     lm.config.tidar = {"mask_token_id": MASK, "block_size": 4}
     return wrap_model(lm)
 
 
 def enumerated(model, options):
-    """The AR distribution of 3 tokens after the prompt, by transformers' model and processors."""
-    texts = list(itertools.product(range(VOCABULARY - 1), repeat=3))
+    """The AR distribution of tokens 3 to 5 after the prompt, by transformers' model and processors.
+
+    The first token comes of the prompt, the next ones of the first drafts; the fifth is the first that a draft may be
+    of a branch that is shorter than what was accepted.
+    """
+    texts = list(itertools.product(range(VOCABULARY - 1), repeat=5))
     ids = torch.tensor([PROMPT + list(text) for text in texts])
     lm = model.causal_lm
     ours = lm.config._attn_implementation
@@ -131,23 +136,28 @@ def enumerated(model, options):
     steps += [stock.TemperatureLogitsWarper(options.temperature)]
     steps += [stock.TopPLogitsWarper(options.top_p)] if options.top_p < 1 else []
     total = torch.ones(len(texts))
-    for place in range(len(PROMPT), len(PROMPT) + 3):
+    for place in range(len(PROMPT), len(PROMPT) + 5):
         p = LogitsProcessorList(steps)(ids[:, :place], logits[:, place - 1].clone()).softmax(-1)
         total *= p.gather(1, ids[:, place : place + 1]).squeeze(1)
     assert total.sum() == pytest.approx(1, abs=1e-4)
-    return texts, total.tolist()
+    shares = Counter()
+    for text, share in zip(texts, total.tolist(), strict=True):
+        shares[text[2:]] += share
+    return list(shares), list(shares.values())
 
 
 def sample(model, mode, options, count):
-    """How often each text of 3 tokens is drawn."""
+    """How often each text of tokens 3 to 5 is drawn; what would come behind is as planned for, but not waited for."""
     engine = Engine(model, 64, 64, queue_size=count)
     sequences = []
     for seed in range(count):
         sampled = replace(options, seed=seed)
         sequences.append(engine.submit(PROMPT, replace(MODES[mode], sampling=sampled, ignore_eos=True)))
     while not engine.is_idle:
-        engine.step()
-    return Counter(tuple(sequence.tokens[:3]) for sequence in sequences)
+        for sequence, _ in engine.step():
+            if len(sequence.tokens) >= 5:
+                engine.cancel(sequence)
+    return Counter(tuple(sequence.tokens[2:5]) for sequence in sequences)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -187,9 +197,9 @@ def test_wrong_rules_are_caught(small, monkeypatch, rule):
 
 
 def test_every_path_is_taken_and_p_and_q_differ(small, monkeypatch):
-    """Else the tests above prove less than they say."""
+    """Else the tests above prove less than they say: counted where drafts decide the tokens that are compared."""
     paths, distances = Counter(), []
-    choose, rows_after = Sampler.choose, Plan.rows_after
+    choose, accept = Sampler.choose, Sequence.accept
 
     def spy(self, logits, drafts, q):
         tokens = choose(self, logits, drafts, q)
@@ -203,16 +213,16 @@ def test_every_path_is_taken_and_p_and_q_differ(small, monkeypatch):
                 distances.append((p - q).abs().sum(-1).mean().item() / 2)
         return tokens
 
-    def spy_rows(plan, n):
-        rows = rows_after(plan, n)
-        paths["fallback"] += bool(plan.branches) and n not in plan.branches and len(rows) > 0
-        paths["pruned miss"] += bool(plan.branches) and len(rows) == 0
-        return rows
+    def spy_accept(self, logits):
+        if not self.reads_prompt:
+            paths["fallback"] += self._drafts.lag > 0 and len(self._drafts.tokens) > 1
+            paths["pruned miss"] += len(self._drafts.tokens) == 1
+        return accept(self, logits)
 
     monkeypatch.setattr(Sampler, "choose", spy)
-    monkeypatch.setattr(Plan, "rows_after", spy_rows)
+    monkeypatch.setattr(Sequence, "accept", spy_accept)
     count = SAMPLES if THOROUGH else SAMPLES // 20
-    for mode in ("all", "one branch"):
+    for mode in ("all", "one branch", "two branches"):
         for setting in ("temperature 1", "penalty"):
             sample(small, mode, SETTINGS[setting], count)
     assert sum(distances) / len(distances) >= 0.3

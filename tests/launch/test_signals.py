@@ -15,8 +15,9 @@ from tests.training.small_runs import small
 from tidar_megatron.checkpoint.folder import latest_iteration, saved_iterations
 from tidar_megatron.errors import INTERRUPTED_STATUS, Interrupted
 from tidar_megatron.training import signals
-from tidar_megatron.training.loop import Trainer, pretrain
+from tidar_megatron.training.loop import pretrain
 from tidar_megatron.training.signals import RUN_STATE
+from tidar_megatron.training.trainer import Trainer
 
 
 def program(shards, folder, iterations=10_000):

@@ -9,7 +9,8 @@ from tidar_megatron.data.loader import TrainingData
 from tidar_megatron.data.prefetch import Prefetcher
 from tidar_megatron.distributed.groups import shut_down
 from tidar_megatron.errors import UserError
-from tidar_megatron.training.loop import Trainer, pretrain
+from tidar_megatron.training.loop import pretrain
+from tidar_megatron.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ from tidar_megatron.checkpoint.mapping import entry_of
 from tidar_megatron.config import build_config
 from tidar_megatron.data.loader import TrainingData
 from tidar_megatron.distributed.groups import shut_down
-from tidar_megatron.training.loop import Trainer
 from tidar_megatron.training.resolve import resolve
+from tidar_megatron.training.trainer import Trainer
 
 SEQUENCES, MICRO, ALPHA, BLOCK, LENGTH = 8, 2, 0.8, 4, 32
 LAYOUT_SETUP = {

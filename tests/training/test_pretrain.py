@@ -10,7 +10,8 @@ from tidar_megatron.config import load_config
 from tidar_megatron.distributed.groups import shut_down
 from tidar_megatron.models.gpt import run_model
 from tidar_megatron.models.loss import joint_loss
-from tidar_megatron.training.loop import Trainer, pretrain
+from tidar_megatron.training.loop import pretrain
+from tidar_megatron.training.trainer import Trainer
 
 
 def test_two_phases_and_what_is_logged(whole):

@@ -16,7 +16,8 @@ from tidar_megatron.distributed.groups import shut_down
 from tidar_megatron.errors import UserError
 from tidar_megatron.models.gpt import run_model
 from tidar_megatron.models.output_layer import output_weight
-from tidar_megatron.training.loop import Trainer, pretrain
+from tidar_megatron.training.loop import pretrain
+from tidar_megatron.training.trainer import Trainer
 
 
 @pytest.mark.parametrize("stop", [1, 3, 5])

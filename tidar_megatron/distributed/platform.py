@@ -7,6 +7,7 @@ GPU it does nothing. It changes process-wide state: call it once, before buildin
 
 import contextlib
 import ctypes
+import time
 from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -144,6 +145,35 @@ def literals_as_they_are() -> Iterator[None]:
         yield
     finally:
         _installed.__enter__()
+
+
+def stopwatch(where: torch.device) -> Callable[[], Callable[[], float]]:
+    """Begin to time what ``where`` does.
+
+    Returns:
+        What ends it. That returns what tells the seconds, and waits for a GPU only then.
+    """
+    if where.type != "cuda":
+        begin = time.perf_counter()
+
+        def stop() -> Callable[[], float]:
+            seconds = time.perf_counter() - begin
+            return lambda: seconds
+
+        return stop
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    began.record()
+
+    def record() -> Callable[[], float]:
+        ended.record()
+
+        def seconds() -> float:
+            ended.synchronize()
+            return began.elapsed_time(ended) / 1000
+
+        return seconds
+
+    return record
 
 
 def keep_freed_memory() -> None:

@@ -6,7 +6,6 @@ data-parallel replicas are told apart; the ranks of one replica (TP, PP, CP) wai
 share their slowest's time. On a GPU the forward and backward are timed by the device.
 """
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from tidar_megatron.distributed.groups import Ranks
+from tidar_megatron.distributed.platform import stopwatch
 
 
 class OwnTime:
@@ -26,14 +26,14 @@ class OwnTime:
 
     def __init__(self, ranks: Ranks, config: Any) -> None:
         self._ranks = ranks
-        self._seconds, self._steps = 0.0, 0
-        self._stop: Callable[[], object] | None = None
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # read when they are reported, long past
+        self._outside, self._steps = 0.0, 0
+        self._stop: Callable[[], Callable[[], float]] | None = None
+        self._passes: list[Callable[[], float]] = []  # of forward and backward; asked when they are reported, long past
         finalize = config.finalize_model_grads_func
 
         def gradients_are_ready(*arguments: Any, **named: Any) -> Any:
             if self._stop is not None:
-                self._stop()
+                self._passes.append(self._stop())
                 self._stop = None
             return finalize(*arguments, **named)
 
@@ -41,34 +41,23 @@ class OwnTime:
 
     def add(self, seconds: float) -> None:
         """Spent on a step outside of forward and backward."""
-        self._seconds += seconds
+        self._outside += seconds
 
     def start(self) -> None:
         """Forward and backward begin."""
         self._steps += 1
-        if self._ranks.device.type == "cuda":
-            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            began.record()
-            self._events.append((began, ended))
-            self._stop = ended.record
-        else:
-            start = time.perf_counter()
-            self._stop = lambda: self.add(time.perf_counter() - start)
+        self._stop = stopwatch(self._ranks.device)
 
     def report(self) -> dict[str, float]:
         """Of the steps since the last report: the slowest rank and its time over the median rank's. Collective."""
-        for began, ended in self._events:
-            ended.synchronize()
-            self._seconds += began.elapsed_time(ended) / 1000
-        self._events.clear()
-        mine = torch.tensor([self._seconds / max(1, self._steps)], dtype=torch.float64, device=self._ranks.device)
-        self._seconds, self._steps = 0.0, 0
+        total, steps = self._outside + sum(seconds() for seconds in self._passes), max(1, self._steps)
+        self._outside, self._steps, self._passes = 0.0, 0, []
         if self._ranks.world_size == 1:
             return {}
+        mine = torch.tensor([total / steps], dtype=torch.float64, device=self._ranks.device)
         gathered = [torch.empty_like(mine) for _ in range(self._ranks.world_size)]
         dist.all_gather(gathered, mine)
-        seconds = torch.cat(gathered).tolist()
-        return slowest(seconds)
+        return slowest(torch.cat(gathered).tolist())
 
 
 def slowest(seconds: list[float]) -> dict[str, float]:

@@ -1,0 +1,268 @@
+"""Everything a run holds on one rank, built from its configuration; a step, an evaluation, a save of it."""
+
+import contextlib
+import functools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from tidar_megatron.checkpoint.checkpoints import Checkpoints
+from tidar_megatron.checkpoint.distributed import Trained
+from tidar_megatron.checkpoint.huggingface import check_huggingface_tokenizer, load_huggingface_weights
+from tidar_megatron.checkpoint.initialize import initialize_weights
+from tidar_megatron.config import CONFIG_FILE, Config, check_world_size
+from tidar_megatron.data.doubled import Batch
+from tidar_megatron.data.loader import TrainingData
+from tidar_megatron.data.manifest import TOKENIZER_FOLDER
+from tidar_megatron.data.prefetch import Overdue, Prefetcher
+from tidar_megatron.data.sources import tokenizer_of
+from tidar_megatron.distributed.groups import Ranks, initialize, world_size_from_environment
+from tidar_megatron.distributed.heartbeat import Heartbeat
+from tidar_megatron.distributed.platform import check_backend
+from tidar_megatron.errors import Stalled, UserError
+from tidar_megatron.models.gpt import build_model
+from tidar_megatron.training import sample_ids, signals
+from tidar_megatron.training.health import Health
+from tidar_megatron.training.optimizer import build_optimizer, whole_weights, wrap_model
+from tidar_megatron.training.resolve import resolve, run_fingerprint, starting_point
+from tidar_megatron.training.step import evaluate, train_step
+from tidar_megatron.training.straggler import OwnTime
+
+
+class HasState(Protocol):
+    """A part of the loop with a state that JSON can hold."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any], /) -> None: ...
+
+
+@dataclass
+class Trainer:
+    """Everything a run holds on this rank."""
+
+    config: Config
+    ranks: Ranks
+    train_data: TrainingData
+    valid_data: TrainingData | None
+    model: list[GPTModel]
+    ddp: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    checkpoints: Checkpoints
+    iteration: int = 0
+    consumed_sequences: int = 0
+
+    def __post_init__(self) -> None:
+        data = self.config.data
+        self.prefetcher = Prefetcher(
+            self._build_batches, self.ranks.device, data.num_workers, timeout=60 * data.data_timeout_minutes
+        )
+        self.heartbeat = Heartbeat()
+        self.own_time = OwnTime(self.ranks, self.model[0].config)
+        self.health = Health(self.config.health, self.ranks)
+        self.parts: dict[str, HasState] = {"health": self.health}  # what else of the loop outlives a restart, by name
+        self.sample_ids: sample_ids.SampleIds | None = None  # from write_run_folder on
+
+    @classmethod
+    def build(cls, config: Config) -> "Trainer":
+        """Everything up to the first step; bad input is refused before any process group exists."""
+        if not config.data.train_data:
+            raise UserError("--train-data is missing: give a folder made by tools/prepare_data.py")
+        world_size = world_size_from_environment()
+        check_world_size(config, world_size)
+        check_backend(config)
+        tokenizer, tokenizer_folder = tokenizer_of(config.data.train_data, config.data.tokenizer)
+        config = resolve(config, tokenizer)
+        assert config.tidar.mask_token_id is not None and config.model.vocab_size is not None
+
+        def data(given: tuple[str, ...], name: str) -> TrainingData:
+            return TrainingData(
+                given,
+                config.data.seq_length,
+                config.tidar.block_size,
+                config.tidar.mask_token_id or 0,
+                config.training.seed,
+                tokenizer=config.data.tokenizer,
+                verify=config.data.verify_data,
+                chosen_blocks=config.chosen_blocks,
+                reset_positions=config.data.reset_positions,
+                cross_document_attention=config.data.cross_document_attention,
+                flag=name,
+            )
+
+        train_data = data(config.data.train_data, "--train-data")
+        train_data.sources[0].load_tokenizer()  # the run keeps a copy, so it must be whole
+        valid_data = data(config.data.valid_data, "--valid-data") if config.data.valid_data else None
+        if valid_data is not None:
+            train_data.check_same_tokenizer(valid_data)
+        fingerprint = run_fingerprint(config, train_data)
+        start = starting_point(config, fingerprint)
+        if start is None and config.training.init_from:
+            check_huggingface_tokenizer(config.training.init_from, tokenizer_folder)
+        with signals.mortal():
+            ranks = initialize(config.parallel, config.training.seed)
+        model = build_model(config, config.model.vocab_size, ranks)
+        if start is None and config.training.init_from:
+            load_huggingface_weights(model, config.training.init_from, config.model.vocab_size)
+        elif start is None:
+            initialize_weights(model, config.training.seed)
+        ddp = wrap_model(model, config)
+        optimizer, scheduler = build_optimizer(ddp, config)
+        checkpoints = Checkpoints(config, ranks, fingerprint)
+        trainer = cls(config, ranks, train_data, valid_data, model, ddp, optimizer, scheduler, checkpoints)
+        if start is not None:
+            trainer.load()
+        return trainer
+
+    @property
+    def doubled(self) -> bool:
+        """Whether the next step trains the joint objective (else plain AR)."""
+        return self.iteration >= self.config.ar_warmup_iters
+
+    def _own(self, batches: list[Batch]) -> list[Batch]:
+        """What this context-parallel rank holds of its data-parallel rank's micro-batches."""
+        cp = self.ranks.groups.cp
+        return [batch.shard(cp.rank(), cp.size()) for batch in batches]
+
+    def step_batches(self) -> list[Batch]:
+        """This rank's micro-batches of the next step, built ahead where that was foreseen.
+
+        Raises:
+            Stalled: they do not come.
+        """
+        with self._data_in_time():
+            return self.prefetcher.get(self.consumed_sequences, self.doubled)
+
+    @contextlib.contextmanager
+    def _data_in_time(self) -> Iterator[None]:
+        try:
+            yield
+        except Overdue:
+            data = self.config.data
+            sources = " ".join(data.train_data)
+            raise Stalled(
+                f"rank {self.ranks.rank}, step {self.iteration + 1}: no batch from {sources} within "
+                f"{data.data_timeout_minutes:g} minutes (--data-timeout-minutes); is its file system well?"
+            ) from None
+
+    def _build_batches(self, consumed_sequences: int, doubled: bool) -> list[Batch]:
+        """In the background, so from nothing that a step changes."""
+        training, groups = self.config.training, self.ranks.groups
+        return self._own(
+            self.train_data.step_batches(
+                consumed_sequences,
+                training.global_batch_size,
+                training.micro_batch_size,
+                groups.dp.rank(),
+                groups.dp.size(),
+                doubled,
+            )
+        )
+
+    def _prefetch(self) -> None:
+        """Let the batches of the steps after the next be built, as far as there are steps."""
+        training, following = self.config.training, []
+        last = min(self.iteration + self.prefetcher.workers, training.train_iters - 1)
+        for step in range(self.iteration + 1, last + 1):
+            consumed = self.consumed_sequences + (step - self.iteration) * training.global_batch_size
+            following.append((consumed, step >= self.config.ar_warmup_iters))
+        self.prefetcher.expect(following)
+
+    def step(self) -> dict:
+        """One optimizer step; what of it is logged."""
+        phase = "joint" if self.doubled else "AR"
+        start = time.perf_counter()
+        batches = self.step_batches()
+        self._prefetch()
+        self.own_time.add(time.perf_counter() - start)
+        ids = [sample for batch in batches for sample in batch.sample_ids]
+        alpha = self.config.tidar.ar_loss_weight
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        approve = functools.partial(self.health.approve, self.iteration + 1, phase)
+        result = train_step(
+            self.ddp, self.optimizer, self.scheduler, batches, alpha, self.ranks, approve, self.own_time.start
+        )
+        self.iteration += 1
+        if self.sample_ids is not None:
+            self.sample_ids.write(self.iteration, ids)
+        self.consumed_sequences += self.config.training.global_batch_size
+        return {
+            "phase": phase,
+            "loss": result.loss,
+            "ar_loss": result.ar_loss,
+            "diffusion_loss": result.diffusion_loss,
+            "learning_rate": learning_rate,
+            "grad_norm": result.grad_norm,
+            **({} if result.balancing_loss is None else {"balancing_loss": result.balancing_loss}),
+            "consumed_sequences": self.consumed_sequences,
+            **self.health.log_values(),
+        }
+
+    def evaluate(self) -> dict | None:
+        """Losses and draft metrics on the held-out data; None without any."""
+        if self.valid_data is None:
+            return None
+        training, groups = self.config.training, self.ranks.groups
+        batches = self._own(
+            self.valid_data.evaluation_batches(
+                training.eval_sequences,
+                training.micro_batch_size,
+                groups.dp.rank(),
+                groups.dp.size(),
+                multiple=groups.pp.size() if len(self.model) > 1 else 1,
+            )
+        )
+        return evaluate(self.ddp, batches, self.config.tidar.block_size, self.ranks)
+
+    def save(self) -> None:
+        """A checkpoint of this moment, if the run has a folder; with --async-save it is only begun."""
+        if self.config.checkpoint.save:
+            with self._data_in_time():
+                self.prefetcher.settle()  # a forked writer must not inherit a lock that is held
+            states = {name: part.state_dict() for name, part in self.parts.items()}
+            with whole_weights(self.ddp):
+                run = Trained(self.model, self.optimizer, self.scheduler)
+                self.checkpoints.save(run, self.iteration, self.consumed_sequences, states)
+
+    def load(self) -> None:
+        """Go on from the checkpoint."""
+        resumed = self.checkpoints.load(Trained(self.model, self.optimizer, self.scheduler))
+        self.iteration, self.consumed_sequences = resumed.iteration, resumed.consumed_sequences
+        for name, part in self.parts.items():
+            if name in resumed.states:
+                part.load_state_dict(resumed.states[name])
+
+    def close(self) -> None:
+        """End what runs beside the loop."""
+        self.prefetcher.close()
+        self.checkpoints.close()
+        if self.sample_ids is not None:
+            self.sample_ids.close()
+
+    def write_run_folder(self) -> None:
+        """What makes the run's folder complete in itself: the resolved configuration and the tokenizer."""
+        if self.config.checkpoint.save and self.ranks.is_main:
+            folder = Path(self.config.checkpoint.save)
+            tokenizer = self.train_data.sources[0].load_tokenizer()  # its folder may be a whole model's
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                signals.clear_run_state(folder)
+                (folder / CONFIG_FILE).write_text(self.config.to_yaml(), encoding="utf-8")
+                tokenizer.save_pretrained(str(folder / TOKENIZER_FOLDER))
+                sample_ids.cut(folder, self.iteration)
+            except OSError as error:
+                raise UserError(f"--save {folder}: {error.strerror}; choose a folder that can be written") from None
+
+    def log_sample_ids(self) -> None:
+        """Begin the log of sample ids, if it was asked for."""
+        config, groups = self.config, self.ranks.groups
+        first_of_its_data = groups.tp.rank() == groups.pp.rank() == groups.cp.rank() == 0
+        if config.logging.log_sample_ids and config.checkpoint.save and first_of_its_data:
+            self.sample_ids = sample_ids.SampleIds(config.checkpoint.save, groups.dp.rank())
