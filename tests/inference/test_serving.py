@@ -7,20 +7,13 @@ import psutil
 import pytest
 import torch
 
+from tests.inference.options import ar, tidar
 from tidar_megatron.errors import UserError
 from tidar_megatron.inference import engine
 from tidar_megatron.inference.engine import Engine, generate, generate_batch
 from tidar_megatron.inference.request import DecodeOptions
 from tidar_megatron.inference.sampling import SamplingOptions
 from tidar_megatron.inference.sequence import Sequence
-
-
-def tidar(draft_length=None, branches="all", max_new_tokens=24, **more):
-    return DecodeOptions("tidar", draft_length, branches, max_new_tokens, **more)
-
-
-def ar(max_new_tokens=24, **more):
-    return DecodeOptions("ar", max_new_tokens=max_new_tokens, **more)
 
 
 @pytest.mark.parametrize("mode", ["tidar", "linear", "ar", "lookup"])
