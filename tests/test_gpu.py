@@ -6,7 +6,7 @@ import torch
 from tests.models.test_attention import documents
 from tests.training.small_runs import losses, small
 from tidar_megatron.attention_mask import training_layout
-from tidar_megatron.checkpoint.export import export_run
+from tidar_megatron.checkpoint.convert import export_run
 from tidar_megatron.distributed.groups import shut_down
 from tidar_megatron.inference.engine import generate
 from tidar_megatron.inference.model import load_model

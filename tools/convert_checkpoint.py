@@ -1,25 +1,99 @@
 #!/usr/bin/env python
-"""Turn a training run's checkpoint into an ordinary Hugging Face folder.
+"""Hugging Face folder -> a run's folder, a run's checkpoint -> Hugging Face folder, and whether both are one model.
 
+python tools/convert_checkpoint.py import --hf runs/smollm2/hf --output runs/smollm2/imported
 python tools/convert_checkpoint.py export --checkpoint runs/quickstart --hf runs/quickstart/hf
+python tools/convert_checkpoint.py verify --hf runs/quickstart/hf --checkpoint runs/quickstart
 """
 
-from tidar_megatron.errors import OneLineParser, run_tool
+import argparse
+import json
+import os
+
+from tidar_megatron.config import Config, ParallelConfig, flag
+from tidar_megatron.errors import OneLineParser, UserError, run_tool
+
+LAYOUT = [f"{kind}_model_parallel_size" for kind in ("tensor", "pipeline", "virtual_pipeline", "expert")]
 
 
 def main() -> None:
-    """Parse, then export."""
+    """Parse, then convert."""
     parser = OneLineParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     verbs = parser.add_subparsers(dest="verb", required=True)
+    to_run = verbs.add_parser("import", help="a Hugging Face folder -> a run's folder, for --init-from")
+    to_run.add_argument("--hf", required=True, metavar="DIR", help="config.json and safetensors, a tokenizer or none")
+    to_run.add_argument("--output", required=True, metavar="RUN", help="folder to write")
+    for name in LAYOUT:
+        text = "refuse now what would not fit (checkpoints know no layout)"
+        to_run.add_argument(flag(name), type=int, metavar="N", help=text)
+    text = "give the model a mask token, its embedding started as the others' mean, like them, or left as it is"
+    to_run.add_argument("--init-mask-token", choices=["mean", "normal", "keep"], help=text + "; default: change no row")
+    text = "default: a row that the tokenizer does not use, a reserved id, or one more"
+    to_run.add_argument("--mask-token-id", type=int, metavar="ID", help=text)
     export = verbs.add_parser("export", help="a run's checkpoint -> a Hugging Face folder")
     export.add_argument("--checkpoint", required=True, metavar="RUN", help="folder that was --save in training")
     export.add_argument("--hf", required=True, metavar="DIR", help="folder to write")
-    export.add_argument("--iteration", type=int, help="default: the newest")
+    export.add_argument("--max-shard-size-gb", type=float, default=5.0, metavar="GB", help="of one file [5]")
+    verify = verbs.add_parser("verify", help="compare the logits of both in float32")
+    verify.add_argument("--hf", required=True, metavar="DIR", help="Hugging Face folder")
+    verify.add_argument("--checkpoint", required=True, metavar="RUN", help="a run's folder")
+    verify.add_argument("--json", action="store_true", help="print JSON")
+    for verb in (export, verify):
+        verb.add_argument("--iteration", type=int, help="default: the newest")
     args = parser.parse_args()
-    from tidar_megatron.checkpoint.export import export_run
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tensors go from file to file
+    if args.verb == "import":
+        _import(args)
+    elif args.verb == "export":
+        _export(args)
+    else:
+        _verify(args)
 
-    iteration = export_run(args.checkpoint, args.hf, args.iteration)
+
+def _import(args: argparse.Namespace) -> None:
+    from tidar_megatron.checkpoint.convert import import_run
+
+    layout = {name: getattr(args, name) for name in LAYOUT if getattr(args, name) is not None}
+    for name, size in layout.items():
+        if size < 1:
+            raise UserError(f"{flag(name)} {size}: must be at least 1")
+    if args.mask_token_id is not None and args.init_mask_token is None:
+        raise UserError("--mask-token-id: add --init-mask-token, which says how its row starts")
+    config = import_run(args.hf, args.output, ParallelConfig(**layout), args.init_mask_token, args.mask_token_id)
+    mask = "no mask token" if config.tidar.mask_token_id is None else f"mask token {config.tidar.mask_token_id}"
+    print(
+        f"{args.output}: {_shape(config)}, {mask}; start a run from it with tools/pretrain.py --init-from {args.output}"
+    )
+
+
+def _shape(config: Config) -> str:
+    model = config.model
+    return f"{model.num_layers} layers, hidden size {model.hidden_size}, {model.vocab_size} ids"
+
+
+def _export(args: argparse.Namespace) -> None:
+    from tidar_megatron.checkpoint.convert import export_run
+
+    if not args.max_shard_size_gb > 0:
+        raise UserError(f"--max-shard-size-gb {args.max_shard_size_gb}: must be above 0")
+    iteration = export_run(args.checkpoint, args.hf, args.iteration, int(args.max_shard_size_gb * 10**9))
     print(f"{args.hf}: the model of iteration {iteration}; any Hugging Face program loads it, tools/generate.py drafts")
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from tidar_megatron.checkpoint.convert import TOLERANCE, verify
+
+    found = verify(args.hf, args.checkpoint, args.iteration)
+    if args.json:
+        print(json.dumps(found, indent=1))
+    else:
+        print(
+            f"iteration {found['iteration']}: logits differ by {found['max_logit_difference']:.1e} at most "
+            f"(the largest is {found['largest_logit']:.1f}); {found['same_choice']:.1%} of {found['positions']} "
+            "positions prefer the same id"
+        )
+    if not found["max_logit_difference"] <= TOLERANCE:  # nor NaN
+        raise UserError(f"--hf {args.hf}: is not the model in {args.checkpoint}; export or import it again")
 
 
 if __name__ == "__main__":

@@ -1,55 +1,18 @@
-"""The name-mapping table both ways: import then export changes no bit; what we would compute otherwise is refused."""
+"""What a Hugging Face folder must be: what we would compute otherwise, or is not whole, is refused in one line."""
 
-import dataclasses
 import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from tests.training.test_parity import FAMILIES, write_random_model
-from tidar_megatron.checkpoint.huggingface import (
-    export_huggingface,
-    load_huggingface_weights,
-    model_from_huggingface,
-)
-from tidar_megatron.checkpoint.mapping import TABLE, cut
-from tidar_megatron.config import Config, ModelConfig, TiDARConfig, build_config
-from tidar_megatron.distributed.groups import initialize, shut_down
+from tests.random_models import LLAMA3, write_random_model
+from tidar_megatron.checkpoint.families import model_from_huggingface
+from tidar_megatron.checkpoint.huggingface import Safetensors
+from tidar_megatron.checkpoint.mapping import TABLE, cut, expected_names
+from tidar_megatron.config import ModelConfig
 from tidar_megatron.errors import UserError
-from tidar_megatron.models.gpt import build_model
-
-
-@pytest.mark.parametrize("family", list(FAMILIES))
-def test_import_then_export_is_bitwise(family, tmp_path):
-    source = write_random_model(tmp_path / "source", **FAMILIES[family])
-    model_config = model_from_huggingface(source, ModelConfig(make_vocab_size_divisible_by=128))
-    config = dataclasses.replace(Config(), model=model_config, tidar=TiDARConfig(mask_token_id=259))
-    (model,) = build_model(config, 260, initialize(config.parallel, 0))
-    load_huggingface_weights([model], source, 260)
-    export_huggingface(model, config, None, tmp_path / "target")
-    shut_down()
-    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "target" / "model.safetensors")
-    assert before.keys() == after.keys()
-    for name, tensor in before.items():
-        assert torch.equal(tensor, after[name]), name
-    ours, theirs = (json.loads((tmp_path / n / "config.json").read_text()) for n in ("target", "source"))
-    for key in ("model_type", "hidden_size", "vocab_size", "rms_norm_eps", "rope_parameters", "tie_word_embeddings"):
-        assert ours[key] == theirs[key], key
-
-
-def test_a_vocabulary_without_a_free_row_grows_by_the_mean(tmp_path):
-    source = write_random_model(tmp_path / "source", qk_layernorm=True, tie=True)
-    config = dataclasses.replace(
-        Config(), model=model_from_huggingface(source, ModelConfig(make_vocab_size_divisible_by=8))
-    )
-    (model,) = build_model(config, 261, initialize(config.parallel, 0))
-    load_huggingface_weights([model], source, 261)
-    embedding = model.embedding.word_embeddings.weight
-    shut_down()
-    assert embedding.shape[0] == 264
-    torch.testing.assert_close(embedding[260], embedding[:260].mean(0))
-    assert not embedding[261:].any()
+from tidar_megatron.models.layers import scaled_frequencies
 
 
 def test_tensor_parallel_parts_make_the_whole():
@@ -63,18 +26,34 @@ def test_tensor_parallel_parts_make_the_whole():
             assert set(torch.cat([part.flatten() for part in parts]).tolist()) == set(whole.flatten().tolist())
 
 
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe"])
+def test_the_table_names_every_tensor_of_a_family_and_no_other(tmp_path, kind, tie):
+    write_random_model(tmp_path, kind, tie)
+    there = load_file(tmp_path / "model.safetensors").keys()
+    assert expected_names(model_from_huggingface(tmp_path, ModelConfig())) == there
+
+
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("kind", "change", "said"),
     [
-        ({"model_type": "mamba"}, "model_type 'mamba'"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope type 'yarn'"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"use_sliding_window": True}, "sliding windows"),
+        ("qwen3", {"model_type": "mamba"}, "model_type 'mamba'"),
+        ("qwen3", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope type 'yarn'"),
+        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
+        ("llama", {"rope_scaling": {"type": "linear"}}, "rope type 'linear' without factor"),
+        ("qwen3", {"attention_bias": True}, "attention_bias"),
+        ("llama", {"mlp_bias": True}, "mlp_bias"),
+        ("qwen3", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ("qwen2", {"use_sliding_window": True}, "sliding windows"),
+        ("mistral", {"sliding_window": 4096}, "sliding windows"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, "a layer without experts"),
+        ("qwen3_moe", {"num_local_experts": None}, "has no num_experts"),
+        ("llama", {"hidden_size": None}, "has no hidden_size"),
     ],
 )
-def test_what_we_would_compute_otherwise_is_refused_by_name(tmp_path, change, said):
-    write_random_model(tmp_path, qk_layernorm=True, tie=True)
+def test_what_we_would_compute_otherwise_is_refused_by_name(tmp_path, kind, change, said):
+    write_random_model(tmp_path, kind)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(UserError, match=said):
@@ -82,13 +61,41 @@ def test_what_we_would_compute_otherwise_is_refused_by_name(tmp_path, change, sa
 
 
 def test_folders_that_are_not_whole(tmp_path):
-    with pytest.raises(UserError, match="not found; give a Hugging Face model folder"):
+    with pytest.raises(UserError, match=r"not found; give a Hugging Face model folder"):
         model_from_huggingface(tmp_path, ModelConfig())
-    write_random_model(tmp_path, qk_layernorm=True, tie=True)
-    (tmp_path / "model.safetensors").unlink()
-    config = build_config({})
-    config = dataclasses.replace(config, model=model_from_huggingface(tmp_path, config.model))
-    (model,) = build_model(config, 260, initialize(config.parallel, 0))
-    with pytest.raises(UserError, match=r"holds no \*\.safetensors"):
-        load_huggingface_weights([model], tmp_path, 260)
-    shut_down()
+    write_random_model(tmp_path)
+    model, weights = model_from_huggingface(tmp_path, ModelConfig()), tmp_path / "model.safetensors"
+    whole = load_file(weights)
+
+    def refuse(said):
+        with pytest.raises(UserError, match=said):
+            Safetensors(tmp_path).check(model)
+
+    weights.unlink()
+    refuse(r"holds no \*\.safetensors; save")
+    torch.save(whole, tmp_path / "pytorch_model.bin")
+    refuse(r"pytorch_model.bin is a pickle, which is not opened")
+    weights.write_bytes(b"\x08\0\0\0\0\0\0\0no json ")
+    refuse("no whole safetensors file")
+    save_file({name: tensor for name, tensor in whole.items() if name != "model.norm.weight"}, weights)
+    refuse("model.norm.weight is missing")
+    save_file({**whole, "model.layers.9.mlp.up_proj.weight": torch.zeros(1)}, weights)
+    refuse("model.layers.9.mlp.up_proj.weight is no part of the model")
+    save_file({**whole, "lm_head.weight": torch.zeros(1)}, weights)  # tied: never read
+    Safetensors(tmp_path).check(model)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [{"rope_type": "default", "rope_theta": 1e4}, {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}, LLAMA3],
+)
+def test_rotary_frequencies_are_those_of_transformers(tmp_path, rope):
+    from transformers import AutoConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    write_random_model(tmp_path, "llama", rope_parameters=rope)
+    model = model_from_huggingface(tmp_path, ModelConfig())
+    theirs = LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path))
+    plain = model.rotary_base ** (-torch.arange(0, 16, 2) / 16)
+    assert theirs.attention_scaling == 1.0
+    torch.testing.assert_close(scaled_frequencies(plain, model), theirs.inv_freq, rtol=1e-6, atol=0)

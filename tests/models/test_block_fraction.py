@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tidar_megatron.checkpoint.initialize import initialize_weights
+from tidar_megatron.config import ModelConfig
 from tidar_megatron.data.blocks import choose_blocks, strata
 from tidar_megatron.data.doubled import TokenCounts, make_batch, set_loss_weights
 from tidar_megatron.data.packing import LengthsInMemory, PackedSequences, pack
@@ -87,7 +88,7 @@ def test_loss_and_gradient_are_unbiased(setup):
 
 def test_angles_are_the_products_to_the_bit(setup):
     model, _ = setup
-    rotary = PositionRotaryEmbedding(model.config, 10000.0)
+    rotary = PositionRotaryEmbedding(model.config, ModelConfig())
     draw = torch.Generator().manual_seed(0)
     for positions in (
         torch.arange(16).repeat(2).expand(3, -1),

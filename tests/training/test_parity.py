@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 from tests import reference
 from tests.conftest import torchrun
 from tests.layouts import LAYOUTS, run_layout
+from tests.random_models import write_random_model
 from tidar_megatron.attention_mask import DOCUMENT, INDEX
-from tidar_megatron.checkpoint.export import export_run
+from tidar_megatron.checkpoint.convert import export_run
 from tidar_megatron.checkpoint.mapping import entry_of
+from tidar_megatron.checkpoint.origin import open_origin
 from tidar_megatron.config import build_config
 from tidar_megatron.data.loader import TrainingData
 from tidar_megatron.distributed.groups import shut_down
@@ -31,41 +33,10 @@ LAYOUT_SETUP = {
 }
 SHAPE = {"num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4}
 FAMILIES = {  # GQA in all of them
-    "qwen3-tied": {"qk_layernorm": True, "tie": True},
-    "llama-untied": {"qk_layernorm": False, "tie": False},
-    "qwen2-tied": {"qk_layernorm": False, "add_qkv_bias": True, "tie": True},
+    "qwen3-tied": {"kind": "qwen3", "tie": True},
+    "llama-untied": {"kind": "llama", "tie": False},
+    "qwen2-tied": {"kind": "qwen2", "tie": True},
 }
-
-
-def write_random_model(folder, qk_layernorm, tie, add_qkv_bias=False):
-    """A random Hugging Face folder, with norms and biases that are not all alike."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    kind = "qwen3" if qk_layernorm else "qwen2" if add_qkv_bias else "llama"
-    config = AutoConfig.for_model(
-        kind,
-        num_hidden_layers=4,
-        hidden_size=64,
-        intermediate_size=96,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        vocab_size=260,
-        tie_word_embeddings=tie,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 500.0},
-        max_position_embeddings=128,
-        bos_token_id=None,
-        eos_token_id=256,
-    )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn_like(parameter)
-            parameter.copy_(noise * 0.2 if parameter.dim() == 2 else 1 + noise * 0.3)
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
@@ -97,7 +68,7 @@ def runs(request, shards, tmp_path_factory):
 def plain(setup, weights):
     """Token losses, loss and gradients of the reference over the global batch, in float64 as in float32."""
     data = TrainingData(setup["data"]["train_data"], LENGTH, BLOCK, 260, seed=1234)
-    config = resolve(build_config(setup), data.sources[0].tokenizer)
+    config = resolve(build_config(setup), data.sources[0].tokenizer, open_origin(setup["training"]["init_from"]))
     (batch,) = data.step_batches(0, SEQUENCES, SEQUENCES, 0, 1)
     assert config.tidar.mask_token_id == 257
     batch.tokens[:, LENGTH:] = 257

@@ -8,7 +8,7 @@ from megatron.core import dist_checkpointing
 from safetensors.torch import load_file
 
 from tests.training.small_runs import STEPS, losses, metrics, small
-from tidar_megatron.checkpoint.export import export_run
+from tidar_megatron.checkpoint.convert import export_run
 from tidar_megatron.checkpoint.folder import latest_iteration, saved_iterations
 from tidar_megatron.config import build_config
 from tidar_megatron.data.prepare import prepare

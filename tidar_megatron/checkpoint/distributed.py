@@ -48,6 +48,7 @@ class State(BaseModel):
     layout: dict[str, int | None]
     config: dict[str, dict[str, Any]]
     megatron_core: str
+    weights_only: bool = False  # an imported model: there is no run to go on with
 
 
 @dataclass

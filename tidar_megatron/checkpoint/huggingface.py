@@ -1,10 +1,5 @@
-"""Hugging Face folders in and out, through the name-mapping table.
+"""Hugging Face folders in and out, tensor by tensor, by the name-mapping table. Safetensors alone; no code runs."""
 
-A TiDAR model is an ordinary Qwen3, Llama or Qwen2 checkpoint: the mask token is one more vocabulary id, so whatever
-loads those loads it. What is TiDAR's own stands in the ``tidar`` section of ``config.json``.
-"""
-
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -13,99 +8,136 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tidar_megatron.checkpoint.custom_generate import write_custom_generate
+from tidar_megatron.checkpoint.families import huggingface_config, read_json
 from tidar_megatron.checkpoint.mapping import (
     MASK_TOKEN,
+    VOCABULARY,
     cut,
     entry_of,
+    expected_names,
     huggingface_names,
     join,
     own_parameters,
     shard_group,
     split,
 )
+from tidar_megatron.checkpoint.streaming import WholeModel
 from tidar_megatron.config import Config, ModelConfig
 from tidar_megatron.data.tokenizer import load_tokenizer
 from tidar_megatron.errors import UserError
 
-# --- configurations ----------------------------------------------------------------------------------------------
-CLASSES = {  # (qk_layernorm, add_qkv_bias) -> Hugging Face model type
-    (True, False): "qwen3",
-    (False, False): "llama",
-    (False, True): "qwen2",
-}
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9  # of one file of an export, as transformers has it
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A folder's JSON file.
+# --- in ----------------------------------------------------------------------------------------------------------
+class Safetensors:
+    """The tensors of a folder, each read when it is asked for, from one file or an indexed set.
 
     Raises:
-        UserError: it is missing or no JSON object.
+        UserError: there are no safetensors in the folder, or a file of them is missing or broken.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"{path}: not found; give a Hugging Face model folder") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no JSON object")
-    return content
 
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        index = self.folder / INDEX
+        if index.exists():
+            files = sorted({self.folder / Path(name).name for name in read_json(index).get("weight_map", {}).values()})
+        else:
+            files = sorted(self.folder.glob("*.safetensors"))
+        if not files:
+            pickles = sorted(path.name for path in self.folder.glob("*.bin"))
+            why = f"; {pickles[0]} is a pickle, which is not opened" if pickles else ""
+            raise UserError(f"{folder}: holds no *.safetensors{why}; save the model with safe serialization")
+        self._where: dict[str, Any] = {}
+        for file in files:
+            if not file.exists():
+                raise UserError(f"{file}: named in {INDEX} but missing; copy the whole folder again")
+            try:
+                handle = safe_open(str(file), framework="pt")
+            except SafetensorError as error:
+                raise UserError(f"{file}: no whole safetensors file ({error}); copy it again") from None
+            self._where |= dict.fromkeys(handle.keys(), handle)
 
-def model_from_huggingface(folder: str | Path, ours: ModelConfig) -> ModelConfig:
-    """``ours`` with everything that a Hugging Face ``config.json`` decides.
+    def check(self, model: ModelConfig) -> None:
+        """Refuse a folder that has not exactly the tensors of this model.
 
-    Raises:
-        UserError: a model we would not compute as Hugging Face does, named.
-    """
-    path = Path(folder) / "config.json"
-    hf = read_json(path)
-    model_type = hf.get("model_type")
-    if model_type not in CLASSES.values():
-        raise UserError(f"{path}: model_type {model_type!r} is not one of {', '.join(CLASSES.values())}")
-    qk_layernorm, qkv_bias = next(key for key, name in CLASSES.items() if name == model_type)
-    rope = hf.get("rope_parameters") or {}
-    rope_scaling = hf.get("rope_scaling") or rope
-    kind = rope_scaling.get("rope_type", rope_scaling.get("type", "default"))
-    refused = {
-        f"rope type {kind!r}": kind != "default",
-        "attention_bias": hf.get("attention_bias"),
-        "mlp_bias": hf.get("mlp_bias"),
-        "sliding windows": hf.get("use_sliding_window"),
-        f"hidden_act {hf.get('hidden_act')!r}": hf.get("hidden_act", "silu") != "silu",
-    }
-    for name, present in refused.items():
-        if present:
-            raise UserError(f"{path}: {name} is not supported yet; start from a model without it")
-    for key in "num_hidden_layers hidden_size intermediate_size num_attention_heads rms_norm_eps vocab_size".split():
-        if not hf.get(key):
-            raise UserError(f"{path}: has no {key}; is it a whole model folder?")
-    heads = hf["num_attention_heads"]
-    return dataclasses.replace(
-        ours,
-        num_layers=hf["num_hidden_layers"],
-        hidden_size=hf["hidden_size"],
-        ffn_hidden_size=hf["intermediate_size"],
-        num_attention_heads=heads,
-        num_query_groups=hf.get("num_key_value_heads") or heads,
-        kv_channels=hf.get("head_dim") or hf["hidden_size"] // heads,
-        qk_layernorm=qk_layernorm,
-        add_qkv_bias=qkv_bias,
-        untie_embeddings_and_output_weights=not hf.get("tie_word_embeddings", False),
-        norm_epsilon=hf["rms_norm_eps"],
-        rotary_base=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
-        max_position_embeddings=ours.max_position_embeddings or hf.get("max_position_embeddings"),
-        vocab_size=hf["vocab_size"],
-    )
+        Raises:
+            UserError: names one that is missing, or one too many.
+        """
+        expected = expected_names(model)
+        missing = sorted(expected - self._where.keys())
+        if missing:
+            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            raise UserError(f"{self.folder}: tensor {missing[0]}{more} is missing from the safetensors")
+        tied = set() if model.untie_embeddings_and_output_weights else {"lm_head.weight"}
+        extra = sorted(
+            name for name in self._where.keys() - expected - tied if not name.endswith("rotary_emb.inv_freq")
+        )
+        if extra:
+            more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
+            raise UserError(f"{self.folder}: tensor {extra[0]}{more} is no part of the model that {CONFIG} describes")
 
+    def read(self, name: str) -> Tensor:
+        """One tensor.
 
-def mask_token_of_huggingface(folder: str | Path) -> int | None:
-    """The mask token of a folder that was exported from a TiDAR run; None for any other."""
-    return (read_json(Path(folder) / "config.json").get("tidar") or {}).get("mask_token_id")
+        Raises:
+            UserError: there is none of this name.
+        """
+        if name not in self._where:
+            raise UserError(f"{self.folder}: tensor {name} is missing from the safetensors")
+        return self._where[name].get_tensor(name)
+
+    def check_shapes(self, whole: WholeModel, model: ModelConfig) -> None:
+        """Refuse tensors that do not fit, without reading one.
+
+        Raises:
+            UserError: names the first.
+        """
+
+        def outline(name: str) -> Tensor:
+            return torch.empty(self._where[name].get_slice(name).get_shape(), device="meta")
+
+        for name, shape in whole.shapes.items():
+            self.parameter(name, model, shape, outline)
+
+    def parameter(
+        self,
+        name: str,
+        model: ModelConfig,
+        shape: torch.Size | tuple[int, ...],
+        read: Callable[[str], Tensor] | None = None,
+    ) -> Tensor:
+        """A megatron-core parameter, whole, made of one or several tensors.
+
+        Args:
+            name: in the whole model.
+            model: the folder's.
+            shape: that it must have; a vocabulary may be shorter, and gets rows of zeros.
+            read: gives a tensor; default: :meth:`read`.
+
+        Raises:
+            UserError: a tensor is missing, or does not fit.
+        """
+        read = read or self.read
+        entry, numbers = entry_of(name)
+        names = huggingface_names(entry, numbers)
+        try:
+            whole = join(entry, [read(hf) for hf in names], model.num_query_groups or model.num_attention_heads)
+        except RuntimeError:
+            whole = torch.empty(0)  # heads that do not divide, or parts of unequal widths
+        if name in VOCABULARY and whole.dim() == 2 and len(whole) == model.vocab_size and len(whole) < shape[0]:
+            whole = torch.cat([whole, whole.new_zeros(shape[0] - len(whole), whole.shape[1])])
+        if whole.shape != shape:
+            found = ", ".join(str(tuple(read(hf).shape)) for hf in names)
+            raise UserError(f"{self.folder}: {names[0]} does not fit: {found}; is {CONFIG} of the same model?")
+        return whole
 
 
 def check_huggingface_tokenizer(folder: str | Path, data_tokenizer: str | Path) -> None:
@@ -125,144 +157,59 @@ def check_huggingface_tokenizer(folder: str | Path, data_tokenizer: str | Path) 
         )
 
 
-def huggingface_config(config: Config, eos_token_id: int | None) -> Any:
-    """The transformers configuration of a trained model, with its ``tidar`` section."""
-    from transformers import AutoConfig
-
-    model, kind = config.model, (config.model.qk_layernorm, config.model.add_qkv_bias)
-    if model.num_experts is not None:
-        raise UserError("a mixture of experts cannot be exported to a Hugging Face folder yet")
-    if kind not in CLASSES:
-        raise UserError(
-            "no Hugging Face class has both --qk-layernorm and --add-qkv-bias: the model cannot be exported"
-        )
-    settings: dict[str, Any] = {}
-    if CLASSES[kind] != "qwen2":
-        settings["head_dim"] = model.head_channels
-    elif model.head_channels * model.num_attention_heads != model.hidden_size:
-        raise UserError(
-            "Qwen2's heads are hidden-size / num-attention-heads wide: other --kv-channels cannot be exported"
-        )
-    return AutoConfig.for_model(
-        CLASSES[kind],
-        num_hidden_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.ffn_hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=model.num_query_groups or model.num_attention_heads,
-        tie_word_embeddings=not model.untie_embeddings_and_output_weights,
-        rms_norm_eps=model.norm_epsilon,
-        rope_parameters={"rope_type": "default", "rope_theta": model.rotary_base},
-        max_position_embeddings=model.max_position_embeddings or config.data.seq_length,
-        vocab_size=model.vocab_size,
-        bos_token_id=None,
-        eos_token_id=eos_token_id,
-        initializer_range=model.init_method_std,
-        tidar={
-            "block_size": config.tidar.block_size,
-            "mask_token_id": config.tidar.mask_token_id,
-            "ar_loss_weight": config.tidar.ar_loss_weight,
-            "seq_length": config.data.seq_length,
-        },
-        **settings,
-    )
-
-
-# --- weights -----------------------------------------------------------------------------------------------------
-def open_safetensors(folder: str | Path) -> Callable[[str], Tensor]:
-    """A function from a tensor's name to the tensor, read when asked for, from one file or an indexed set.
-
-    Raises:
-        UserError: there are no safetensors in the folder, or (when asked) no such tensor.
-    """
-    folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
-    files = sorted(
-        {folder / name for name in read_json(index)["weight_map"].values()}
-        if index.exists()
-        else folder.glob("*.safetensors")
-    )
-    if not files:
-        raise UserError(f"{folder}: holds no *.safetensors; save the model with safe serialization")
-    where: dict[str, Any] = {}
-    for file in files:
-        if not file.exists():
-            raise UserError(f"{file}: named in {index.name} but missing; copy the whole folder again")
-        handle = safe_open(str(file), framework="pt")
-        where |= dict.fromkeys(handle.keys(), handle)
-
-    def read(name: str) -> Tensor:
-        if name not in where:
-            raise UserError(f"{folder}: tensor {name} is missing from the safetensors")
-        return where[name].get_tensor(name)
-
-    return read
-
-
 @torch.no_grad()
-def load_huggingface_weights(chunks: list[GPTModel], folder: str | Path, vocab_size: int) -> None:
-    """Fill this rank's part of the model, tensor by tensor, from a Hugging Face folder.
-
-    Rows of the vocabulary that the folder does not have and that are in use (a mask token beyond it, up to
-    ``vocab_size``) start as the mean of the others; rows of padding as zeros.
-    """
-    read = open_safetensors(folder)
-    for name, parameter, model in own_parameters(chunks):
-        group = shard_group(model, name)
-        entry, numbers = entry_of(name)
-        names = huggingface_names(entry, numbers)
-        whole = join(entry, [read(hf).to(parameter.dtype) for hf in names], model.config.num_query_groups)
-        if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
-            grown = whole.new_zeros(parameter.shape[0] * group.size(), whole.shape[1])
-            grown[: whole.shape[0]] = whole
-            grown[whole.shape[0] : vocab_size] = whole.mean(0)
-            whole = grown
-        part = cut(entry, whole, group.rank(), group.size())
-        if part.shape != parameter.shape:
-            raise UserError(
-                f"{folder}: {names[0]} does not fit: "
-                f"{tuple(part.shape)} instead of {tuple(parameter.shape)}; is config.json of the same model?"
-            )
-        parameter.copy_(part)
-
-
-def export_huggingface(model: GPTModel, config: Config, tokenizer: Any, folder: str | Path) -> None:
-    """Write a whole model (TP = PP = 1) as a Hugging Face folder: config, safetensors, tokenizer.
+def load_huggingface_weights(chunks: list[GPTModel], folder: str | Path, model: ModelConfig) -> None:
+    """Fill this rank's part of the model from a Hugging Face folder; rows beyond its vocabulary are zeros.
 
     Args:
-        model: the trained model.
+        chunks: this rank's.
+        folder: with safetensors.
+        model: the folder's own, its vocabulary included.
+    """
+    source = Safetensors(folder)
+    source.check(model)
+    for name, parameter, chunk in own_parameters(chunks):
+        group, (entry, _) = shard_group(chunk, name), entry_of(name)
+        shape = list(parameter.shape)
+        if entry.shard != "replicated":
+            shape[0 if entry.shard == "rows" else 1] *= group.size()
+        whole = source.parameter(name, model, tuple(shape))
+        parameter.copy_(cut(entry, whole, group.rank(), group.size()))
+
+
+# --- out ---------------------------------------------------------------------------------------------------------
+def export_huggingface(
+    whole: WholeModel,
+    read: Callable[[str], Tensor],
+    config: Config,
+    tokenizer: Any,
+    folder: str | Path,
+    source: str | Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a model as a Hugging Face folder: config, safetensors, tokenizer, the engine.
+
+    Args:
+        whole: its parameters' names and shapes.
+        read: gives a parameter by its name in the model.
         config: its resolved configuration.
         tokenizer: the transformers tokenizer it was trained with, or None.
         folder: where to write; must not exist yet, or be empty.
+        source: a folder with the ``config.json`` and ``generation_config.json`` that it was once imported from.
+        shard_bytes: of one file of weights, about.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
-
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder}: exists and is not empty; choose another folder or remove it")
     eos_token_id = tokenizer.eos_token_id if tokenizer is not None else None
-    hf_config = huggingface_config(config, eos_token_id)
-    vocab_size, groups = hf_config.vocab_size, model.config.num_query_groups
-    weights: dict[str, Tensor] = {}
-    for name, parameter, _ in own_parameters([model]):
-        entry, numbers = entry_of(name)
-        whole = (
-            parameter.detach()[:vocab_size] if entry.shard == "rows" and entry.join == "same" else parameter.detach()
-        )
-        parts = split(entry, whole, groups, model.config.num_attention_heads)
-        weights |= {hf: part.clone() for hf, part in zip(huggingface_names(entry, numbers), parts, strict=True)}
-    with torch.device("meta"):
-        hf_model = AutoModelForCausalLM.from_config(hf_config, dtype=model.config.params_dtype)
-    missing, unexpected = hf_model.load_state_dict(weights, strict=False, assign=True)
-    tied = {"lm_head.weight"} if hf_config.tie_word_embeddings else set()
-    assert not unexpected and set(missing) <= tied, (missing, unexpected)
-    hf_model.tie_weights()
-    never = [config.tidar.mask_token_id]  # the mask token is no word: transformers' generate shall not say it either
-    hf_model.generation_config = GenerationConfig(eos_token_id=eos_token_id, do_sample=False, suppress_tokens=never)
-
+    before = read_json(Path(source) / CONFIG) if source is not None else None
+    hf_config = huggingface_config(config, eos_token_id, before)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    hf_model.save_pretrained(partial)
+    partial.mkdir(parents=True)
+    _write_weights(whole, read, hf_config["vocab_size"], partial, shard_bytes)
+    _write_json(partial / CONFIG, hf_config)
+    _write_json(partial / GENERATION_CONFIG, _generation_config(hf_config, config, source))
     write_custom_generate(partial)
     if tokenizer is not None:
         if len(tokenizer) == config.tidar.mask_token_id:  # the next free id: the mask token gets its name
@@ -271,3 +218,46 @@ def export_huggingface(model: GPTModel, config: Config, tokenizer: Any, folder: 
     if folder.exists():
         folder.rmdir()
     partial.rename(folder)
+
+
+def _generation_config(hf_config: dict, config: Config, source: str | Path | None) -> dict:
+    before = Path(source) / GENERATION_CONFIG if source is not None else None
+    known = read_json(before) if before is not None and before.exists() else {}
+    known.setdefault("eos_token_id", hf_config.get("eos_token_id"))
+    if source is None:
+        known["do_sample"] = False
+    if config.tidar.mask_token_id is not None:  # it is no word: transformers' generate shall not say it either
+        known["suppress_tokens"] = [config.tidar.mask_token_id]
+    return known
+
+
+def _write_weights(
+    whole: WholeModel, read: Callable[[str], Tensor], vocab_size: int, folder: Path, shard_bytes: int
+) -> None:
+    shards: list[list[str]] = [[]]
+    held = total = 0
+    for name, shape in whole.shapes.items():
+        size = shape.numel() * whole.pieces[name][0].dtype.itemsize
+        if shards[-1] and held + size > shard_bytes:
+            shards.append([])
+            held = 0
+        shards[-1].append(name)
+        held, total = held + size, total + size
+    where: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        weights: dict[str, Tensor] = {}
+        for name in names:
+            entry, numbers = entry_of(name)
+            tensor = read(name)[:vocab_size] if name in VOCABULARY else read(name)
+            parts = split(entry, tensor, whole.num_query_groups, whole.num_attention_heads)
+            for hf, part in zip(huggingface_names(entry, numbers), parts, strict=True):
+                weights[hf] = part.contiguous()
+        save_file(weights, folder / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(weights, file)
+    if len(shards) > 1:
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Random weights that do not depend on the layout.
+"""Random weights, and the mask token's first embedding, that do not depend on the layout.
 
 megatron-core draws a stage's weights from one stream, so a layer's values depend on how many stages there are. Here
 each parameter has a stream of its own, keyed on the seed and its name in the whole model, and tensor parallelism cuts
@@ -6,11 +6,14 @@ it as it cuts an imported one: a run from scratch starts from the same weights i
 """
 
 import hashlib
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
+from torch import Tensor
 
-from tidar_megatron.checkpoint.mapping import cut, entry_of, own_parameters, shard_group
+from tidar_megatron.checkpoint.mapping import VOCABULARY, cut, entry_of, own_parameters, shard_group
 
 
 @torch.no_grad()
@@ -35,3 +38,56 @@ def initialize_weights(chunks: list[GPTModel], seed: int) -> None:
         generator = torch.Generator(parameter.device).manual_seed(key)
         whole = torch.empty(shape, dtype=torch.float32, device=parameter.device).normal_(0.0, std, generator=generator)
         parameter.copy_(cut(entry, whole, group.rank(), group.size()))
+
+
+@dataclass(frozen=True)
+class MaskRow:
+    """How the mask token's embedding starts in a model that has not learned it, and the rows a vocabulary has grown by.
+
+    Attributes:
+        kind: ``mean`` of the embeddings; ``normal``: with their standard deviation around it, by channel; ``keep``
+            what is there (a new row: zeros).
+        mask_token_id: the row.
+        source_rows: ids that the model had.
+        vocab_size: ids that it has now; the output layer's new rows are the mean of the others too.
+    """
+
+    kind: str
+    mask_token_id: int
+    source_rows: int
+    vocab_size: int
+
+    @torch.no_grad()
+    def fill(self, rows: Tensor, name: str, group: dist.ProcessGroup | None = None) -> None:
+        """Set the new rows of a parameter in place.
+
+        Args:
+            rows: this rank's ``[V / TP, h]`` of the padded vocabulary.
+            name: of the parameter in the whole model, one of ``VOCABULARY``.
+            group: the tensor-parallel ranks; None: ``rows`` is all of it.
+        """
+        if self.kind == "keep":
+            return
+        first = group.rank() * len(rows) if group is not None else 0
+        known = rows[: max(0, self.source_rows - first)].double()
+        sums = torch.stack([known.sum(0), known.square().sum(0)])
+        if group is not None and group.size() > 1:
+            dist.all_reduce(sums, group=group)
+        mean, square = sums / self.source_rows
+        row = mean
+        if self.kind == "normal":
+            noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(self.mask_token_id))
+            row = mean + (square - mean.square()).clamp(min=0).sqrt() * noise.to(mean)
+        embedding = name == VOCABULARY[0]
+        new = [*range(self.source_rows, self.vocab_size), *([self.mask_token_id] if embedding else [])]
+        for number in new:
+            if first <= number < first + len(rows):
+                is_mask = embedding and number == self.mask_token_id
+                rows[number - first] = (row if is_mask else mean).to(rows.dtype)
+
+
+def start_mask_row(chunks: list[GPTModel], row: MaskRow) -> None:
+    """:meth:`MaskRow.fill` of this rank's part of the model."""
+    for name, parameter, model in own_parameters(chunks):
+        if name in VOCABULARY:
+            row.fill(parameter.data, name, shard_group(model, name))

@@ -5,6 +5,7 @@ parallelism cuts the result. "*" is a number: the layer, then the expert. Where 
 second is transformer-engine's, which fuses a norm into the projection behind it.
 """
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,7 +15,10 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from tidar_megatron.config import ModelConfig
+
 MASK_TOKEN = "<|mask|>"  # the mask token's name in an exported tokenizer
+VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")  # a row for each id
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,26 @@ def entry_of(parameter: str) -> tuple[Entry, list[str]]:
 def huggingface_names(entry: Entry, numbers: list[str]) -> list[str]:
     """The row's Hugging Face names with the numbers in their places."""
     return [name.replace("*", "{}").format(*numbers) for name in entry.huggingface]
+
+
+def expected_names(model: ModelConfig) -> set[str]:
+    """The tensors that a Hugging Face folder of this model has (one that ties its embeddings may have lm_head too)."""
+    experts = model.num_experts is not None
+    absent = {"lm_head.weight"} if not model.untie_embeddings_and_output_weights else set()
+    names = set()
+    for entry in TABLE:
+        megatron = entry.megatron[0]
+        if (
+            (megatron.endswith("_qkv.bias") and not model.add_qkv_bias)
+            or (megatron.endswith(("q_layernorm.weight", "k_layernorm.weight")) and not model.qk_layernorm)
+            or (".mlp.linear_fc" in megatron and experts)
+            or ((".mlp.router" in megatron or ".experts." in megatron) and not experts)
+        ):
+            continue
+        sizes = (model.num_layers, model.num_experts or 0)[: megatron.count("*")]
+        for numbers in itertools.product(*map(range, sizes)):
+            names.update(huggingface_names(entry, list(map(str, numbers))))
+    return names - absent
 
 
 def join(entry: Entry, tensors: list[Tensor], groups: int) -> Tensor:

@@ -43,7 +43,15 @@ class TiDARConfig(Section):
 
     block_size: int = described("B: mask tokens of a block see each other; the draft length at inference", 8)
     ar_loss_weight: Rate = described("alpha, the weight of the next-token loss: (alpha*AR + diffusion)/(1+alpha)", 1.0)
-    mask_token_id: NonNegative | None = described("default: the first id that the tokenizer does not use", None)
+    mask_token_id: NonNegative | None = described(
+        "default: the first id that the tokenizer does not use; with --init-from a row of the model if one is free",
+        None,
+    )
+    init_mask_token: Literal["mean", "normal", "keep"] | None = described(
+        "with --init-from: its embedding is the others' mean, or normal like them, or what is there; default: mean, "
+        "of a TiDAR model keep",
+        None,
+    )
     ar_warmup_fraction: Fraction = described("fraction of train-iters of plain AR training before the joint loss", 0.0)
     diffusion_block_fraction: Share = described(
         "fraction of each sequence's blocks, drawn anew, that a step trains drafts for; evaluation takes all", 1.0
@@ -69,6 +77,11 @@ class ModelConfig(Section):
     untie_embeddings_and_output_weights: bool = described("an output layer of its own", False)
     norm_epsilon: Positive = described("RMSNorm's epsilon", 1e-6)
     rotary_base: Positive = described("base of the rotary frequencies", 10000.0)
+    rope_scaling_type: Literal["none", "linear", "llama3"] = described("how they are stretched for long texts", "none")
+    rope_scaling_factor: Positive = described("linear, llama3: by how much", 8.0)
+    rope_low_freq_factor: Positive = described("llama3: longer waves than the original length / this are scaled", 1.0)
+    rope_high_freq_factor: Positive = described("llama3: shorter waves than the original length / this are not", 4.0)
+    rope_original_max_position_embeddings: Count = described("llama3: the length before scaling", 8192)
     init_method_std: Positive = described("standard deviation of the initial weights", 0.02)
     vocab_size: Count | None = described("ids in use, mask token included; default: from the tokenizer", None)
     make_vocab_size_divisible_by: Count = described(
@@ -113,7 +126,9 @@ class TrainingConfig(Section):
     train_iters: Count = described("optimizer steps", 1000)
     seed: NonNegative = described("seed of weights and of the order of the data", 1234)
     bf16: bool = described("bfloat16 compute with float32 main weights (slow on CPUs)", False)
-    init_from: str | None = described("Hugging Face folder (Llama, Qwen2, Qwen3) that a new run starts from", None)
+    init_from: str | None = described(
+        "a new run's weights: a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE), or another run's", None
+    )
     eval_interval: Count = described("steps between evaluations on valid-data", 200)
     eval_sequences: Count = described("packed sequences of valid-data per evaluation", 64)
     exit_interval: Count | None = described("save and leave after an iteration divisible by this", None)

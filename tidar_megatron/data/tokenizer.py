@@ -98,6 +98,24 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
     return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
 
 
+# ids that tokenizers hold for later: Llama 3's, Gemma's, Mistral's, BERT's and the like
+RESERVED = re.compile(
+    r"<\|?(reserved_special_token|reserved|unused|extra|dummy|SPECIAL|control)_?\d+\|?>|\[(unused|control_)\d+\]"
+)
+
+
+def reserved_ids(vocabulary: dict[str, int]) -> list[int]:
+    """The ids whose names say that no text has them, ascending."""
+    return sorted(number for name, number in vocabulary.items() if RESERVED.fullmatch(name))
+
+
+def free_id(tokenizer: PreTrainedTokenizerFast, model_vocab_size: int) -> int:
+    """An id for the mask token: a row of the model beyond the tokenizer's, else a reserved one, else a new one."""
+    used = vocabulary_size(tokenizer)
+    reserved = reserved_ids(tokenizer.get_vocab())
+    return reserved[0] if used >= model_vocab_size and reserved else used
+
+
 def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> Iterator[list[int]]:
     """The ids of each text in order, end of text appended.
 

@@ -176,7 +176,7 @@ def build_model(config: Config, vocab_size: int, ranks: Ranks) -> list[GPTModel]
             vp_stage=vp_stage,
         )
         model.attention_plans = plans
-        model.rotary_pos_emb = PositionRotaryEmbedding(transformer, config.model.rotary_base)
+        model.rotary_pos_emb = PositionRotaryEmbedding(transformer, config.model)
         if model.post_process:
             model.output_layer = OutputLayer(model.output_layer)
         keep_experts_apart(model)

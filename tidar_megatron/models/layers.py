@@ -11,6 +11,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
+from tidar_megatron.config import ModelConfig
 from tidar_megatron.context_parallel import own_clean_tokens
 from tidar_megatron.models.attention import AttentionPlan, hybrid_attention
 from tidar_megatron.models.attention.plans import AttentionPlans
@@ -82,12 +83,13 @@ class PositionRotaryEmbedding(nn.Module):
     for as many positions as the longest batch so far has tokens: a position is that of a clean token.
     """
 
-    def __init__(self, config: TransformerConfig, rotary_base: float) -> None:
+    def __init__(self, config: TransformerConfig, model: ModelConfig) -> None:
         super().__init__()
         rotary = RotaryEmbedding(
-            config.kv_channels, rotary_percent=1.0, rotary_base=rotary_base, use_cpu_initialization=True
+            config.kv_channels, rotary_percent=1.0, rotary_base=model.rotary_base, use_cpu_initialization=True
         )
-        self.inv_freq = rotary.inv_freq  # no buffers, neither of the two: they must stay float32 in a bfloat16 model
+        # no buffers, neither of the two: they must stay float32 in a bfloat16 model
+        self.inv_freq = scaled_frequencies(rotary.inv_freq, model)
         self.angles = self.inv_freq.new_empty(0, config.kv_channels)
         self.cp_size = config.context_parallel_size
 
@@ -101,6 +103,23 @@ class PositionRotaryEmbedding(nn.Module):
             half = half * self.inv_freq.to(position_ids.device)
             self.angles = torch.cat([half, half], dim=-1)
         return self.angles[position_ids.t()].unsqueeze(2)
+
+
+def scaled_frequencies(inv_freq: Tensor, model: ModelConfig) -> Tensor:
+    """Rotary frequencies ``[d/2]`` stretched for longer texts than the model first trained on, as transformers does.
+
+    ``llama3`` leaves short waves as they are, divides the frequency of long ones by the factor, and goes from one to
+    the other smoothly.
+    """
+    kind, factor = model.rope_scaling_type, model.rope_scaling_factor
+    if kind == "none":
+        return inv_freq
+    if kind == "linear":
+        return inv_freq / factor
+    low, high = model.rope_low_freq_factor, model.rope_high_freq_factor
+    waves = model.rope_original_max_position_embeddings * inv_freq / (2 * math.pi)  # in the original length
+    kept = ((waves - low) / (high - low)).clamp(0.0, 1.0)
+    return (1 - kept) * inv_freq / factor + kept * inv_freq
 
 
 class RMSNorm(nn.Module):

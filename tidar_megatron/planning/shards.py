@@ -3,14 +3,12 @@
 import dataclasses
 from dataclasses import dataclass
 
-from tidar_megatron.checkpoint.mapping import entry_of, own_parameters, shard_group
+from tidar_megatron.checkpoint.mapping import VOCABULARY, entry_of, own_parameters, shard_group
 from tidar_megatron.config import Config
 from tidar_megatron.distributed.fake import play_rank
 from tidar_megatron.models.gpt import build_model
 from tidar_megatron.planning.sizes import Sizes
 from tidar_megatron.training.optimizer import build_optimizer, wrap_model
-
-VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 @dataclass(frozen=True)

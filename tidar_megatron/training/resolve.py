@@ -1,39 +1,44 @@
 """What a run is, settled before it starts: the configuration completed, and contradictions refused."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from tidar_megatron.checkpoint.distributed import read_state
 from tidar_megatron.checkpoint.fingerprint import Fingerprint, check_fingerprint
 from tidar_megatron.checkpoint.folder import checkpoint_folder, latest_iteration, saved_iterations
-from tidar_megatron.checkpoint.huggingface import mask_token_of_huggingface, model_from_huggingface
 from tidar_megatron.checkpoint.manifest import Damaged
+from tidar_megatron.checkpoint.origin import Origin
 from tidar_megatron.config import Config, ModelConfig, check_config, flag
 from tidar_megatron.data.loader import TrainingData
 from tidar_megatron.data.manifest import TokenizerEntry
 from tidar_megatron.errors import UserError
 
 
-def resolve(config: Config, tokenizer: TokenizerEntry) -> Config:
+def resolve(
+    config: Config, tokenizer: TokenizerEntry, origin: Origin | None = None, reserved: Sequence[int] = ()
+) -> Config:
     """Fill in what the tokenizer and ``--init-from`` decide: the model, its vocabulary, the mask token.
+
+    Args:
+        config: as given.
+        tokenizer: the data's.
+        origin: what ``--init-from`` names.
+        reserved: ids of the tokenizer that no text has.
 
     Raises:
         UserError: a mask token that the tokenizer uses, flags that contradict ``--init-from``, or a vocabulary too
             small for the data.
     """
     given, model, mask = config.model, config.model, config.tidar.mask_token_id
-    if config.training.init_from and given.num_experts is not None:
-        raise UserError(
-            "--init-from: experts cannot be imported yet; leave it out to start anew, or leave --num-experts out"
-        )
-    if config.training.init_from:
-        model = model_from_huggingface(config.training.init_from, given)
+    if origin is not None:
+        model = origin.model(given)
         for field in dataclasses.fields(ModelConfig):
             theirs, ours = getattr(model, field.name), getattr(given, field.name)
             if ours not in (theirs, field.default):
                 what = f"{flag(field.name)} {ours}: --init-from {config.training.init_from} has {theirs}"
                 raise UserError(f"{what}; leave the flag out, the folder sets the model")
-        mask = mask if mask is not None else mask_token_of_huggingface(config.training.init_from)
+        mask = mask if mask is not None else origin.mask_token_id
     if model.vocab_size is not None and tokenizer.vocab_size > model.vocab_size:
         where = f"--init-from {config.training.init_from}" if config.training.init_from else "--vocab-size"
         raise UserError(
@@ -41,8 +46,10 @@ def resolve(config: Config, tokenizer: TokenizerEntry) -> Config:
             "prepare the data with the model's own tokenizer (tools/prepare_data.py --tokenizer FOLDER)"
         )
     first_free = tokenizer.vocab_size
-    mask = first_free if mask is None else mask
-    if mask < first_free:
+    if mask is None:
+        grows = origin is not None and model.vocab_size == first_free
+        mask = reserved[0] if grows and reserved else first_free
+    if mask < first_free and mask not in reserved:
         raise UserError(
             f"--mask-token-id {mask}: the tokenizer uses 0 to {first_free - 1}; leave it out to take {first_free}"
         )
@@ -92,8 +99,10 @@ def starting_point(config: Config, fingerprint: Fingerprint) -> int | None:
         raise UserError(f"--load {load}: holds no checkpoint; leave the flag out to start anew")
     if iteration is not None:
         try:
-            before = read_state(checkpoint_folder(load, iteration)).fingerprint
+            state = read_state(checkpoint_folder(load, iteration))
         except Damaged:
             return iteration  # an older one may be whole: loading looks for it
-        check_fingerprint(load, before, fingerprint, config.checkpoint.override_fingerprint)
+        if state.weights_only:
+            raise UserError(f"--load {load}: holds a model's weights, no run; start from them with --init-from {load}")
+        check_fingerprint(load, state.fingerprint, fingerprint, config.checkpoint.override_fingerprint)
     return iteration

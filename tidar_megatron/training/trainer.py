@@ -14,15 +14,17 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from tidar_megatron.checkpoint.checkpoints import Checkpoints
+from tidar_megatron.checkpoint.convert import keep_huggingface_files
 from tidar_megatron.checkpoint.distributed import Trained
-from tidar_megatron.checkpoint.huggingface import check_huggingface_tokenizer, load_huggingface_weights
-from tidar_megatron.checkpoint.initialize import initialize_weights
-from tidar_megatron.config import CONFIG_FILE, Config, check_world_size
+from tidar_megatron.checkpoint.initialize import MaskRow, initialize_weights, start_mask_row
+from tidar_megatron.checkpoint.origin import Origin, open_origin
+from tidar_megatron.config import CONFIG_FILE, Config, ModelConfig, check_world_size
 from tidar_megatron.data.doubled import Batch
 from tidar_megatron.data.loader import TrainingData
 from tidar_megatron.data.manifest import TOKENIZER_FOLDER
 from tidar_megatron.data.prefetch import Overdue, Prefetcher
 from tidar_megatron.data.sources import tokenizer_of
+from tidar_megatron.data.tokenizer import load_tokenizer, reserved_ids
 from tidar_megatron.distributed.groups import Ranks, initialize, world_size_from_environment
 from tidar_megatron.distributed.heartbeat import Heartbeat
 from tidar_megatron.distributed.platform import check_backend
@@ -56,6 +58,7 @@ class Trainer:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     checkpoints: Checkpoints
+    origin: Origin | None = None
     iteration: int = 0
     consumed_sequences: int = 0
 
@@ -79,7 +82,9 @@ class Trainer:
         check_world_size(config, world_size)
         check_backend(config)
         tokenizer, tokenizer_folder = tokenizer_of(config.data.train_data, config.data.tokenizer)
-        config = resolve(config, tokenizer)
+        origin = open_origin(config.training.init_from) if config.training.init_from else None
+        reserved = reserved_ids(load_tokenizer(tokenizer_folder).get_vocab()) if origin is not None else []
+        config = resolve(config, tokenizer, origin, reserved)
         assert config.tidar.mask_token_id is not None and config.model.vocab_size is not None
 
         def data(given: tuple[str, ...], name: str) -> TrainingData:
@@ -104,19 +109,20 @@ class Trainer:
             train_data.check_same_tokenizer(valid_data)
         fingerprint = run_fingerprint(config, train_data)
         start = starting_point(config, fingerprint)
-        if start is None and config.training.init_from:
-            check_huggingface_tokenizer(config.training.init_from, tokenizer_folder)
+        if start is None and origin is not None:
+            origin.check_tokenizer(tokenizer_folder)
         with signals.mortal():
             ranks = initialize(config.parallel, config.training.seed)
         model = build_model(config, config.model.vocab_size, ranks)
-        if start is None and config.training.init_from:
-            load_huggingface_weights(model, config.training.init_from, config.model.vocab_size)
+        if start is None and origin is not None:
+            origin.load(model)
+            start_mask_row(model, _mask_row(config, origin))
         elif start is None:
             initialize_weights(model, config.training.seed)
         ddp = wrap_model(model, config)
         optimizer, scheduler = build_optimizer(ddp, config)
         checkpoints = Checkpoints(config, ranks, fingerprint)
-        trainer = cls(config, ranks, train_data, valid_data, model, ddp, optimizer, scheduler, checkpoints)
+        trainer = cls(config, ranks, train_data, valid_data, model, ddp, optimizer, scheduler, checkpoints, origin)
         if start is not None:
             trainer.load()
         return trainer
@@ -256,6 +262,8 @@ class Trainer:
                 signals.clear_run_state(folder)
                 (folder / CONFIG_FILE).write_text(self.config.to_yaml(), encoding="utf-8")
                 tokenizer.save_pretrained(str(folder / TOKENIZER_FOLDER))
+                if self.origin is not None and (files := self.origin.huggingface_files()) is not None:
+                    keep_huggingface_files(files, folder)
                 sample_ids.cut(folder, self.iteration)
             except OSError as error:
                 raise UserError(f"--save {folder}: {error.strerror}; choose a folder that can be written") from None
@@ -266,3 +274,10 @@ class Trainer:
         first_of_its_data = groups.tp.rank() == groups.pp.rank() == groups.cp.rank() == 0
         if config.logging.log_sample_ids and config.checkpoint.save and first_of_its_data:
             self.sample_ids = sample_ids.SampleIds(config.checkpoint.save, groups.dp.rank())
+
+
+def _mask_row(config: Config, origin: Origin) -> MaskRow:
+    mask, now, before = config.tidar.mask_token_id, config.model.vocab_size, origin.model(ModelConfig()).vocab_size
+    assert mask is not None and now is not None and before is not None
+    learned = origin.mask_token_id == mask
+    return MaskRow(config.tidar.init_mask_token or ("keep" if learned else "mean"), mask, before, now)

@@ -1,0 +1,282 @@
+"""Hugging Face folder -> a run's folder, and back, in one process and tensor by tensor; and whether both are one model.
+
+Checkpoints know no layout, so one that is imported can be loaded under any. ``import`` makes a run's folder whose
+checkpoint holds weights alone: ``tools/pretrain.py --init-from`` starts from it.
+"""
+
+import dataclasses
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import __version__ as megatron_version
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tidar_megatron.checkpoint import folder
+from tidar_megatron.checkpoint.distributed import STATE_FILE, State, load_weights
+from tidar_megatron.checkpoint.families import model_from_huggingface, read_json
+from tidar_megatron.checkpoint.huggingface import (
+    CONFIG,
+    GENERATION_CONFIG,
+    SHARD_BYTES,
+    Safetensors,
+    export_huggingface,
+)
+from tidar_megatron.checkpoint.initialize import MaskRow
+from tidar_megatron.checkpoint.manifest import Damaged, check_hashes, seal
+from tidar_megatron.checkpoint.mapping import VOCABULARY
+from tidar_megatron.checkpoint.origin import HUGGINGFACE_FOLDER
+from tidar_megatron.checkpoint.streaming import WeightReader, WholeModel, whole_model, write_weights
+from tidar_megatron.config import CONFIG_FILE, Config, ModelConfig, ParallelConfig, check_config, load_config
+from tidar_megatron.data.doubled import make_batch
+from tidar_megatron.data.manifest import TOKENIZER_FOLDER
+from tidar_megatron.data.packing import PackedSequence
+from tidar_megatron.data.tokenizer import free_id, load_tokenizer
+from tidar_megatron.distributed.groups import initialize, shut_down
+from tidar_megatron.errors import UserError
+from tidar_megatron.models.gpt import build_model, run_model
+from tidar_megatron.models.output_layer import output_weight
+
+TOLERANCE = 1e-4  # of logits, in float32
+DTYPES = ("bfloat16", "float32", "float16")  # the last becomes float32, which has all its values
+
+
+# --- in ----------------------------------------------------------------------------------------------------------
+def import_run(
+    source: str | Path,
+    target: str | Path,
+    parallel: ParallelConfig | None = None,
+    init_mask_token: str | None = None,
+    mask_token_id: int | None = None,
+) -> Config:
+    """Write the Hugging Face folder ``source`` as the run's folder ``target``.
+
+    Args:
+        source: config.json and safetensors; with or without a tokenizer.
+        target: must not exist yet, or be empty.
+        parallel: a layout that the model must be fit for; written into the run's configuration, nothing else.
+        init_mask_token: gives the model a mask token, its row started so (:class:`MaskRow`); None changes no row.
+        mask_token_id: the mask token; default: a row that no text uses, or a new one.
+
+    Returns:
+        The run's configuration.
+
+    Raises:
+        UserError: not a model of ours, or not whole, or it does not fit the layout; nothing is written then.
+    """
+    source, target = Path(source), Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"--output {target}: exists and is not empty; choose another folder or remove it")
+    hf = read_json(source / CONFIG)
+    model = model_from_huggingface(source, ModelConfig())
+    name = hf.get("dtype") or hf.get("torch_dtype") or "float32"
+    if name not in DTYPES:
+        raise UserError(f"{source / CONFIG}: dtype {name!r} is not supported; save the model in bfloat16 or float32")
+    tensors = Safetensors(source)
+    tensors.check(model)
+    tokenizer = load_tokenizer(source) if (source / "tokenizer.json").exists() else None
+    config = Config(model=model, parallel=parallel or ParallelConfig())
+    config = dataclasses.replace(
+        config,
+        training=dataclasses.replace(config.training, bf16=name == "bfloat16"),
+        tidar=dataclasses.replace(config.tidar, mask_token_id=(hf.get("tidar") or {}).get("mask_token_id")),
+    )
+    if init_mask_token is not None:
+        config = _with_mask_token(config, tokenizer, mask_token_id)
+    check_config(config)
+    whole = whole_model(config)
+    tensors.check_shapes(whole, model)
+    row = None
+    if init_mask_token is not None:
+        assert config.tidar.mask_token_id is not None and model.vocab_size and config.model.vocab_size
+        row = MaskRow(init_mask_token, config.tidar.mask_token_id, model.vocab_size, config.model.vocab_size)
+    partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
+    try:
+        partial.mkdir(parents=True)
+        _write_checkpoint(config, whole, partial, tensors, model, row)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(partial / TOKENIZER_FOLDER))
+        keep_huggingface_files(source, partial)
+        (partial / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    except OSError as error:
+        raise UserError(f"--output {target}: {error.strerror}; nothing was written") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return config
+
+
+def _with_mask_token(config: Config, tokenizer: Any, mask_token_id: int | None) -> Config:
+    size = config.model.vocab_size or 0
+    mask = mask_token_id
+    if mask is None:
+        mask = config.tidar.mask_token_id
+    if mask is None and tokenizer is None:
+        raise UserError(
+            "--init-mask-token: the folder has no tokenizer to tell which ids are free; add --mask-token-id"
+        )
+    if mask is None:
+        mask = free_id(tokenizer, size)
+    if not 0 <= mask <= size:
+        raise UserError(f"--mask-token-id {mask}: the model has ids 0 to {size - 1}, and {size} would be a new one")
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, vocab_size=max(size, mask + 1)),
+        tidar=dataclasses.replace(config.tidar, mask_token_id=mask),
+    )
+
+
+def _write_checkpoint(
+    config: Config, whole: WholeModel, run: Path, tensors: Safetensors, model: ModelConfig, row: MaskRow | None
+) -> None:
+    partial = folder.new_partial(run, 0)
+    dtype = torch.bfloat16 if config.training.bf16 else torch.float32
+
+    def read(name: str) -> Tensor:
+        tensor = tensors.parameter(name, model, whole.shapes[name]).to(dtype)
+        if row is not None and name in VOCABULARY:
+            row.fill(tensor, name)
+        return tensor
+
+    write_weights(partial, whole, read)
+    state = State(
+        iteration=0,
+        consumed_sequences=0,
+        states={},
+        fingerprint={},
+        layout={},
+        config=dataclasses.asdict(config),
+        megatron_core=megatron_version,
+        weights_only=True,
+    )
+    (partial / STATE_FILE).write_text(state.model_dump_json(indent=1), encoding="utf-8")
+    folder.publish(partial, 0, {path.name: seal(path) for path in partial.iterdir()}, keep_last=None)
+
+
+def keep_huggingface_files(source: Path, run: Path) -> None:
+    """Keep what an export of the run goes back to: the architecture's name, token ids, how it likes to generate."""
+    kept = run / HUGGINGFACE_FOLDER
+    kept.mkdir(exist_ok=True)
+    for name in (CONFIG, GENERATION_CONFIG):
+        if (source / name).exists():
+            shutil.copyfile(source / name, kept / name)
+
+
+# --- out ---------------------------------------------------------------------------------------------------------
+def _whole_checkpoint(run: Path, iteration: int | None) -> tuple[Config, int, Path]:
+    """A run's configuration without its layout, and its checkpoint of ``iteration`` or the newest, hashes compared."""
+    if not (run / CONFIG_FILE).exists():
+        raise UserError(f"--checkpoint {run}: holds no {CONFIG_FILE}; give the folder that was --save in training")
+    iteration = iteration if iteration is not None else folder.latest_iteration(run)
+    if iteration is None:
+        raise UserError(f"--checkpoint {run}: holds no checkpoint yet")
+    checkpoint = folder.checkpoint_folder(run, iteration)
+    if not checkpoint.is_dir():
+        there = ", ".join(str(i) for i in folder.saved_iterations(run)) or "none"
+        raise UserError(f"--iteration {iteration}: is not in {run}; there are: {there}")
+    try:
+        check_hashes(checkpoint)
+    except Damaged as damage:
+        raise UserError(f"--checkpoint {run}: {damage}; choose another one with --iteration") from None
+    config = dataclasses.replace(load_config(run / CONFIG_FILE), parallel=ParallelConfig())
+    assert config.model.vocab_size is not None, "a run's configuration is resolved"
+    return config, iteration, checkpoint
+
+
+def export_run(
+    run: str | Path, target: str | Path, iteration: int | None = None, shard_bytes: int = SHARD_BYTES
+) -> int:
+    """Write the checkpoint of ``iteration`` (default: the newest) of the run folder ``run`` to the folder ``target``.
+
+    Returns:
+        The iteration exported.
+
+    Raises:
+        UserError: ``run`` is no run folder, holds no checkpoint, or a damaged one; ``target`` is not empty.
+    """
+    run = Path(run)
+    config, iteration, checkpoint = _whole_checkpoint(run, iteration)
+    tokenizer = load_tokenizer(run / TOKENIZER_FOLDER) if (run / TOKENIZER_FOLDER).exists() else None
+    origin = run / HUGGINGFACE_FOLDER
+    whole = whole_model(config)
+    try:
+        reader = WeightReader(checkpoint, whole)
+        export_huggingface(
+            whole, reader.read, config, tokenizer, target, origin if origin.is_dir() else None, shard_bytes
+        )
+    except Damaged as damage:
+        raise UserError(f"--checkpoint {run}: {damage}") from None
+    return iteration
+
+
+# --- both --------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def verify(hf: str | Path, run: str | Path, iteration: int | None = None, length: int = 64, rows: int = 4) -> dict:
+    """Compare the logits of both sides in float32, for random token ids.
+
+    Returns:
+        ``max_logit_difference``, ``largest_logit``, ``same_choice`` (the share of positions whose largest logit is of
+        the same id), ``positions``, ``vocabulary``.
+
+    Raises:
+        UserError: one of the two cannot be read, or they are models of different shapes.
+    """
+    from transformers import AutoModelForCausalLM
+
+    ours, iteration, checkpoint = _whole_checkpoint(Path(run), iteration)
+    theirs = model_from_huggingface(hf, ours.model)
+    one, other = (dataclasses.asdict(_settled(model)) for model in (theirs, ours.model))
+    if differing := [name for name in one if one[name] != other[name]]:
+        raise UserError(f"--checkpoint {run}: is another model than --hf {hf}: {', '.join(differing)} differ")
+    Safetensors(hf).check(theirs)
+    assert theirs.vocab_size is not None
+    tokens = torch.randint(theirs.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
+    reference = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, trust_remote_code=False)
+    expected = reference(tokens).logits
+    del reference
+    ours = dataclasses.replace(ours, training=dataclasses.replace(ours.training, bf16=False))
+    ranks = initialize(ours.parallel, 0)
+    try:
+        (model,) = build_model(ours, theirs.vocab_size, ranks)
+        load_weights(checkpoint, [model])
+        batch = make_batch([_one_document(row.numpy()) for row in tokens], 1, 0, doubled=False)
+        states = run_model(model, batch)
+        found = (states @ output_weight(model).t()).transpose(0, 1)[..., : theirs.vocab_size]
+    except Damaged as damage:
+        raise UserError(f"--checkpoint {run}: {damage}") from None
+    finally:
+        shut_down()
+    return {
+        "hf": str(hf),
+        "checkpoint": str(run),
+        "iteration": iteration,
+        "max_logit_difference": (found - expected).abs().max().item(),
+        "largest_logit": expected.abs().max().item(),
+        "same_choice": (found.argmax(-1) == expected.argmax(-1)).float().mean().item(),
+        "positions": tokens.numel(),
+        "vocabulary": theirs.vocab_size,
+    }
+
+
+def _settled(model: ModelConfig) -> ModelConfig:
+    """With every default filled in, and without what an export alone reads."""
+    return dataclasses.replace(
+        model,
+        num_query_groups=model.num_query_groups or model.num_attention_heads,
+        kv_channels=model.head_channels,
+        moe_ffn_hidden_size=model.moe_ffn_hidden_size or model.ffn_hidden_size,
+        max_position_embeddings=None,
+    )
+
+
+def _one_document(tokens: NDArray[np.int64]) -> PackedSequence:
+    nothing = np.zeros_like(tokens, dtype=bool)
+    return PackedSequence(
+        tokens, np.zeros_like(tokens), nothing, ~nothing, np.zeros_like(tokens), np.arange(len(tokens))
+    )

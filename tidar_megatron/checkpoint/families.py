@@ -1,0 +1,226 @@
+"""Which Hugging Face architectures these models are: ``config.json`` -> our model's configuration, and back.
+
+A TiDAR model is an ordinary Llama, Mistral, Qwen2, Qwen3 or Qwen3-MoE: the mask token is one more vocabulary id, so
+whatever loads those loads it. What is TiDAR's own stands in the ``tidar`` section of ``config.json``.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tidar_megatron.config import Config, ModelConfig
+from tidar_megatron.errors import UserError
+
+
+@dataclass(frozen=True)
+class Family:
+    """What tells one architecture from the others."""
+
+    architecture: str
+    qk_layernorm: bool = False
+    qkv_bias: bool = False
+    experts: bool = False
+
+
+# of two that compute the same, a model that was trained here from scratch is the first
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM"),
+    "mistral": Family("MistralForCausalLM"),
+    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True),
+    "qwen3": Family("Qwen3ForCausalLM", qk_layernorm=True),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", qk_layernorm=True, experts=True),
+}
+NEEDED = "num_hidden_layers hidden_size intermediate_size num_attention_heads rms_norm_eps vocab_size".split()
+ROPE_NUMBERS = {  # Hugging Face's -> ours, of the kinds of scaling that have them
+    "factor": "rope_scaling_factor",
+    "low_freq_factor": "rope_low_freq_factor",
+    "high_freq_factor": "rope_high_freq_factor",
+    "original_max_position_embeddings": "rope_original_max_position_embeddings",
+}
+ROPE_KINDS = {"none": (), "linear": ("factor",), "llama3": tuple(ROPE_NUMBERS)}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A folder's JSON file.
+
+    Raises:
+        UserError: it is missing or no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"{path}: not found; give a Hugging Face model folder") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds no JSON object")
+    return content
+
+
+def model_from_huggingface(folder: str | Path, ours: ModelConfig) -> ModelConfig:
+    """``ours`` with everything that a Hugging Face ``config.json`` decides.
+
+    Raises:
+        UserError: a model we would not compute as Hugging Face does, named.
+    """
+    path = Path(folder) / "config.json"
+    hf = read_json(path)
+    hf.setdefault("num_experts", hf.get("num_local_experts"))  # as transformers 5 writes it
+    model_type = hf.get("model_type")
+    if model_type not in FAMILIES:
+        raise UserError(f"{path}: model_type {model_type!r} is not one of {', '.join(FAMILIES)}")
+    family = FAMILIES[model_type]
+    _refuse_what_we_do_not_compute(path, hf, family)
+    needed = [*NEEDED, "num_experts", "num_experts_per_tok", "moe_intermediate_size"] if family.experts else NEEDED
+    for key in needed:
+        if not hf.get(key):
+            raise UserError(f"{path}: has no {key}; is it a whole model folder?")
+    heads = hf["num_attention_heads"]
+    experts = {}
+    if family.experts:
+        experts = {
+            "num_experts": hf["num_experts"],
+            "moe_router_topk": hf["num_experts_per_tok"],
+            "moe_ffn_hidden_size": hf["moe_intermediate_size"],
+        }
+    return dataclasses.replace(
+        ours,
+        num_layers=hf["num_hidden_layers"],
+        hidden_size=hf["hidden_size"],
+        ffn_hidden_size=hf["intermediate_size"],
+        num_attention_heads=heads,
+        num_query_groups=hf.get("num_key_value_heads") or heads,
+        kv_channels=hf.get("head_dim") or hf["hidden_size"] // heads,
+        qk_layernorm=family.qk_layernorm,
+        add_qkv_bias=family.qkv_bias,
+        untie_embeddings_and_output_weights=not hf.get("tie_word_embeddings", False),
+        norm_epsilon=hf["rms_norm_eps"],
+        max_position_embeddings=ours.max_position_embeddings or hf.get("max_position_embeddings"),
+        vocab_size=hf["vocab_size"],
+        **experts,
+        **_rope_from_huggingface(path, hf),
+    )
+
+
+def _refuse_what_we_do_not_compute(path: Path, hf: dict[str, Any], family: Family) -> None:
+    windows = hf.get("use_sliding_window") or (hf["model_type"] == "mistral" and hf.get("sliding_window"))
+    refused = {
+        "attention_bias": hf.get("attention_bias"),
+        "mlp_bias": hf.get("mlp_bias"),
+        "sliding windows": windows,
+        f"hidden_act {hf.get('hidden_act')!r}": hf.get("hidden_act", "silu") != "silu",
+        "a layer without experts": family.experts
+        and (hf.get("mlp_only_layers") or hf.get("decoder_sparse_step", 1) != 1),
+        "norm_topk_prob false": family.experts and not hf.get("norm_topk_prob"),
+    }
+    for name, present in refused.items():
+        if present:
+            raise UserError(f"{path}: {name} is not supported; start from a model without it")
+
+
+def _rope_from_huggingface(path: Path, hf: dict[str, Any]) -> dict[str, Any]:
+    rope = hf.get("rope_parameters") or {}  # transformers 5; before it, rope_theta and rope_scaling
+    scaling = hf.get("rope_scaling") or rope
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    kind = "none" if kind == "default" else kind
+    if kind not in ROPE_KINDS:
+        known = ", ".join(k for k in ROPE_KINDS if k != "none")
+        raise UserError(f"{path}: rope type {kind!r} is not supported; start from a model with {known} or without")
+    for key in ROPE_KINDS[kind]:
+        if not isinstance(scaling.get(key), int | float):
+            raise UserError(f"{path}: rope type {kind!r} without {key}; is it a whole model folder?")
+    base = rope.get("rope_theta") or hf.get("rope_theta") or 10000.0
+    return {
+        "rotary_base": float(base),
+        "rope_scaling_type": kind,
+        **{ROPE_NUMBERS[key]: scaling[key] for key in ROPE_KINDS[kind]},
+    }
+
+
+def huggingface_config(config: Config, eos_token_id: int | None, source: dict[str, Any] | None = None) -> dict:
+    """The ``config.json`` of a trained or imported model, with its ``tidar`` section where it has a mask token.
+
+    Args:
+        config: resolved.
+        eos_token_id: of its tokenizer; None leaves what ``source`` says.
+        source: the ``config.json`` that the model was once imported from: what we do not decide stays as it is there.
+
+    Raises:
+        UserError: no Hugging Face class computes this model.
+    """
+    from transformers import AutoConfig
+
+    model = config.model
+    kind = _model_type(model, source)
+    rope = {"rope_type": "default" if model.rope_scaling_type == "none" else model.rope_scaling_type}
+    rope |= {key: getattr(model, ROPE_NUMBERS[key]) for key in ROPE_KINDS[model.rope_scaling_type]}
+    decided: dict[str, Any] = {
+        "architectures": [FAMILIES[kind].architecture],
+        "dtype": "bfloat16" if config.training.bf16 else "float32",
+        "num_hidden_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_query_groups or model.num_attention_heads,
+        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
+        "rms_norm_eps": model.norm_epsilon,
+        "rope_parameters": {**rope, "rope_theta": model.rotary_base},
+        "rope_theta": model.rotary_base,  # and rope_scaling: where transformers before 5 look
+        "rope_scaling": rope if model.rope_scaling_type != "none" else None,
+        "max_position_embeddings": model.max_position_embeddings or config.data.seq_length,
+        "vocab_size": model.vocab_size,
+    }
+    if kind != "qwen2":
+        decided["head_dim"] = model.head_channels
+    elif model.head_channels * model.num_attention_heads != model.hidden_size:
+        raise UserError(
+            "Qwen2's heads are hidden-size / num-attention-heads wide: other --kv-channels cannot be exported"
+        )
+    if FAMILIES[kind].experts:
+        decided |= {
+            "num_experts": model.num_experts,
+            "num_experts_per_tok": model.moe_router_topk,
+            "moe_intermediate_size": model.moe_ffn_hidden_size or model.ffn_hidden_size,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
+    if config.tidar.mask_token_id is not None:
+        decided["tidar"] = {
+            "block_size": config.tidar.block_size,
+            "mask_token_id": config.tidar.mask_token_id,
+            "ar_loss_weight": config.tidar.ar_loss_weight,
+            "seq_length": config.data.seq_length,
+        }
+    if source is not None:
+        decided = source | decided
+        decided.pop("torch_dtype", None)  # dtype's older name
+        return (
+            decided if eos_token_id is None else {**decided, "eos_token_id": decided.get("eos_token_id", eos_token_id)}
+        )
+    plain = AutoConfig.for_model(
+        kind,
+        num_hidden_layers=model.num_layers,  # of which others follow
+        bos_token_id=None,
+        eos_token_id=eos_token_id,
+        initializer_range=model.init_method_std,
+    )
+    return json.loads(plain.to_json_string()) | decided
+
+
+def _model_type(model: ModelConfig, source: dict[str, Any] | None) -> str:
+    def fits(family: Family) -> bool:
+        ours = (model.qk_layernorm, model.add_qkv_bias, model.num_experts is not None)
+        return ours == (family.qk_layernorm, family.qkv_bias, family.experts)
+
+    named = (source or {}).get("model_type")
+    if named in FAMILIES and fits(FAMILIES[named]):
+        return named
+    for kind, family in FAMILIES.items():
+        if fits(family):
+            return kind
+    has = ["--qk-layernorm" if model.qk_layernorm else "--no-qk-layernorm"]
+    has += ["--add-qkv-bias"] * model.add_qkv_bias + ["--num-experts"] * (model.num_experts is not None)
+    raise UserError(f"no Hugging Face class has {', '.join(has)}: the model cannot be exported")

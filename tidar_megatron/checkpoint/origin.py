@@ -1,0 +1,105 @@
+"""What a new run starts from, ``--init-from``: a Hugging Face folder, or the weights alone of a run of ours."""
+
+import dataclasses
+from pathlib import Path
+from typing import Protocol
+
+from megatron.core.models.gpt import GPTModel
+
+from tidar_megatron.checkpoint.distributed import load_weights
+from tidar_megatron.checkpoint.families import model_from_huggingface, read_json
+from tidar_megatron.checkpoint.folder import checkpoint_folder, latest_iteration
+from tidar_megatron.checkpoint.huggingface import CONFIG, check_huggingface_tokenizer, load_huggingface_weights
+from tidar_megatron.checkpoint.manifest import Damaged, check_hashes
+from tidar_megatron.config import CONFIG_FILE, Config, ModelConfig, load_config
+from tidar_megatron.data.manifest import TOKENIZER_FOLDER
+from tidar_megatron.errors import UserError
+
+HUGGINGFACE_FOLDER = "huggingface"  # in a run's folder: the small files of the folder that its model came from
+OURS = (  # what a model is, is the origin's; how it is computed here is not
+    "transformer_impl",
+    "make_vocab_size_divisible_by",
+    "max_position_embeddings",
+    "moe_aux_loss_coeff",
+    "moe_token_dispatcher_type",
+    "moe_grouped_gemm",
+    "init_method_std",
+)
+
+
+class Origin(Protocol):
+    """Where the weights of a new run come from."""
+
+    mask_token_id: int | None  # None: no TiDAR model
+
+    def model(self, ours: ModelConfig) -> ModelConfig:
+        """``ours`` with everything that the origin decides, its vocabulary included."""
+        ...
+
+    def check_tokenizer(self, data_tokenizer: str | Path) -> None:
+        """Refuse data that was prepared with another tokenizer."""
+        ...
+
+    def load(self, chunks: list[GPTModel]) -> None:
+        """Fill this rank's part of the model; rows of the vocabulary that the origin does not have become zeros."""
+        ...
+
+    def huggingface_files(self) -> Path | None:
+        """The folder of the ``config.json`` that an export goes back to."""
+        ...
+
+
+def open_origin(path: str | Path) -> Origin:
+    """What lies at ``path``.
+
+    Raises:
+        UserError: neither a run nor a Hugging Face folder, or one that cannot be started from.
+    """
+    return _Run(Path(path)) if (Path(path) / CONFIG_FILE).exists() else _HuggingFace(Path(path))
+
+
+class _HuggingFace:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.mask_token_id = (read_json(folder / CONFIG).get("tidar") or {}).get("mask_token_id")
+
+    def model(self, ours: ModelConfig) -> ModelConfig:
+        return model_from_huggingface(self._folder, ours)
+
+    def check_tokenizer(self, data_tokenizer: str | Path) -> None:
+        check_huggingface_tokenizer(self._folder, data_tokenizer)
+
+    def load(self, chunks: list[GPTModel]) -> None:
+        load_huggingface_weights(chunks, self._folder, self.model(ModelConfig()))
+
+    def huggingface_files(self) -> Path | None:
+        return self._folder
+
+
+class _Run:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._config: Config = load_config(folder / CONFIG_FILE)
+        iteration = latest_iteration(folder)
+        if iteration is None:
+            raise UserError(f"--init-from {folder}: holds no checkpoint yet")
+        self._checkpoint = checkpoint_folder(folder, iteration)
+        self.mask_token_id = self._config.tidar.mask_token_id
+
+    def model(self, ours: ModelConfig) -> ModelConfig:
+        kept = {name: getattr(ours, name) for name in OURS if getattr(ours, name) is not None}
+        return dataclasses.replace(self._config.model, **kept)
+
+    def check_tokenizer(self, data_tokenizer: str | Path) -> None:
+        check_huggingface_tokenizer(self._folder / TOKENIZER_FOLDER, data_tokenizer)
+
+    def load(self, chunks: list[GPTModel]) -> None:
+        try:
+            check_hashes(self._checkpoint)
+            load_weights(self._checkpoint, chunks)
+        except Damaged as damage:
+            raise UserError(f"--init-from {self._folder}: {damage}") from None
+
+    def huggingface_files(self) -> Path | None:
+        kept = self._folder / HUGGINGFACE_FOLDER
+        return kept if kept.is_dir() else None

@@ -1,0 +1,204 @@
+"""Weights into a distributed checkpoint and out of one, tensor by tensor: the model as a whole is never in memory.
+
+What a checkpoint of a model holds is asked of megatron-core itself: the model is built on the meta device, where it
+takes no memory, and its ``sharded_state_dict`` says under which key and where in it each parameter lies. torch's
+checkpoints are written and read through planners, which are asked for each tensor when its turn has come.
+"""
+
+import dataclasses
+import io
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as torch_checkpoint
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from tidar_megatron.checkpoint.manifest import Damaged
+from tidar_megatron.checkpoint.pickles import read_metadata, weights_only
+from tidar_megatron.config import Config, ParallelConfig
+from tidar_megatron.distributed.fake import play_rank
+from tidar_megatron.models.gpt import build_model
+
+
+@dataclass(frozen=True)
+class WholeModel:
+    """Where each parameter of a model lies in its checkpoints, by its name: one piece, or gate and up as two.
+
+    ``shapes`` of the parameters, the vocabulary padded; ``objects``: what else is stored.
+    """
+
+    shapes: dict[str, torch.Size]
+    pieces: dict[str, list[ShardedTensor]]
+    objects: list[ShardedObject]
+    num_query_groups: int
+    num_attention_heads: int
+
+
+def whole_model(config: Config) -> WholeModel:
+    """The whole model of a resolved configuration, in layers that need no GPU's packages."""
+    local = dataclasses.replace(config.model, transformer_impl="local", moe_grouped_gemm=False)
+    config = dataclasses.replace(config, model=local, parallel=ParallelConfig())
+    assert config.model.vocab_size is not None
+    with play_rank(config.parallel, 0, 1) as ranks:
+        (model,) = build_model(config, config.model.vocab_size, ranks)
+        pieces: dict[str, list[ShardedTensor]] = {}
+        objects = []
+        for name, entry in model.sharded_state_dict().items():
+            if isinstance(entry, ShardedObject):
+                objects.append(entry)
+            else:
+                pieces[name] = list(entry.build()) if isinstance(entry, ShardedTensorFactory) else [entry]
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        transformer = model.config
+    assert shapes.keys() == pieces.keys()
+    return WholeModel(shapes, pieces, objects, transformer.num_query_groups, transformer.num_attention_heads)
+
+
+def _chunk(piece: ShardedTensor) -> ChunkStorageMetadata:
+    leading = (1,) * piece.prepend_axis_num  # layers, and experts, lie side by side under one key
+    return ChunkStorageMetadata(torch.Size(piece.global_offset), torch.Size((*leading, *piece.local_shape)))
+
+
+# --- into a checkpoint -------------------------------------------------------------------------------------------
+class _Writing(SavePlanner):
+    def __init__(self, whole: WholeModel, read: Callable[[str], Tensor]) -> None:
+        self._read = read
+        self._sources: dict[MetadataIndex, tuple[str, int, int]] = {}  # parameter, which piece of how many
+        self._items: list[WriteItem] = []
+        self._last: tuple[str, Tensor] | None = None
+        for name, pieces in whole.pieces.items():
+            for number, piece in enumerate(pieces):
+                chunk = _chunk(piece)
+                index = MetadataIndex(piece.key, chunk.offsets)
+                data = TensorWriteData(chunk, TensorProperties(dtype=piece.dtype), torch.Size(piece.global_shape))
+                self._items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+                self._sources[index] = (name, number, len(pieces))
+        self._items += [WriteItem(MetadataIndex(o.unique_key), WriteItemType.BYTE_IO) for o in whole.objects]
+
+    def set_up_planner(self, state_dict: object, storage_meta: object = None, is_coordinator: bool = False) -> None:
+        pass
+
+    def create_local_plan(self) -> SavePlan:
+        return SavePlan(self._items)
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        return torch_checkpoint.default_planner.create_default_global_save_plan(all_plans)
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        return new_plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        if write_item.type == WriteItemType.BYTE_IO:  # the extra state of a layer, which has none
+            stream = io.BytesIO()
+            torch.save([None], stream)
+            return stream
+        data = write_item.tensor_data
+        assert data is not None
+        name, number, pieces = self._sources[MetadataIndex(write_item.index.fqn, write_item.index.offset)]
+        if self._last is None or self._last[0] != name:
+            self._last = None  # let it go before the next one is read
+            self._last = name, self._read(name)
+        return self._last[1].chunk(pieces)[number].reshape(data.chunk.sizes).contiguous()
+
+
+class _Files(torch_checkpoint.FileSystemWriter):
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta()  # torch's own names the folder, which is about to be renamed
+
+
+def write_weights(folder: Path, whole: WholeModel, read: Callable[[str], Tensor]) -> None:
+    """Write the files of a checkpoint that holds weights alone.
+
+    Args:
+        folder: exists and is empty.
+        whole: of :func:`whole_model`.
+        read: gives a parameter by its name in the model, whole, in the model's dtype.
+    """
+    writer = _Files(folder, thread_count=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is meant
+        torch_checkpoint.save({}, storage_writer=writer, planner=_Writing(whole, read), no_dist=True)
+    torch.save({}, folder / "common.pt")  # what is no tensor: nothing
+    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+
+
+# --- out of a checkpoint -----------------------------------------------------------------------------------------
+class _Reading(LoadPlanner):
+    """Into one tensor."""
+
+    def __init__(self, target: Tensor) -> None:
+        self._target = target
+
+    def set_up_planner(self, state_dict: object, metadata: object = None, is_coordinator: bool = False) -> None:
+        raise NotImplementedError
+
+    create_local_plan = create_global_plan = finish_plan = load_bytes = set_up_planner
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        piece = self._target
+        for axis, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            piece = piece.narrow(axis, start, length)
+        return piece
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        pass
+
+
+class WeightReader:
+    """A checkpoint's weights by their names in the model, each read when it is asked for.
+
+    Args:
+        folder: of one checkpoint.
+        whole: of :func:`whole_model`.
+
+    Raises:
+        Damaged: the checkpoint holds what is not ours, or not this model.
+    """
+
+    def __init__(self, folder: Path, whole: WholeModel) -> None:
+        self._metadata = read_metadata(folder)
+        self._stored = whole.pieces
+        self._reader = torch_checkpoint.FileSystemReader(folder)
+        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        for name, pieces in self._stored.items():
+            for piece in pieces:
+                found = getattr(self._metadata.state_dict_metadata.get(piece.key), "size", None)
+                if found is None or tuple(found) != tuple(piece.global_shape):
+                    holds = "not" if found is None else f"as {tuple(found)}, not {tuple(piece.global_shape)}"
+                    raise Damaged(f"{folder}: holds {name} {holds}")
+
+    def read(self, name: str) -> Tensor:
+        """One parameter, whole, in the dtype it was saved in."""
+        parts = []
+        with weights_only():
+            for piece in self._stored[name]:
+                chunk = _chunk(piece)
+                entry = self._metadata.state_dict_metadata[piece.key]
+                target = torch.empty(chunk.sizes, dtype=entry.properties.dtype)
+                plan = LoadPlan(create_read_items_for_chunk_list(piece.key, entry, [chunk]))
+                self._reader.read_data(plan, _Reading(target)).wait()
+                parts.append(target.reshape(piece.local_shape))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]

@@ -1,0 +1,160 @@
+"""lm-eval's (EleutherAI's harness) model ``tidar``: likelihoods as an AR model's, text by the planned draft/verify.
+
+lm-eval knows the models in its own table alone, so ``python -m tidar_megatron.evaluation.lm_eval_model`` is its command
+line with this one added:
+
+    python -m tidar_megatron.evaluation.lm_eval_model --model tidar --model_args pretrained=FOLDER --tasks ...
+
+``model_args``: ``pretrained``, ``plan`` (``auto``; or ``ar``, ``2:8``, ..), ``batch_size``, ``device``, ``dtype``,
+``mask_token_id``, ``max_length``. Texts are cut, windows laid and continuations told from contexts exactly as by
+lm-eval's ``hf`` model, so likelihoods are the same numbers.
+"""
+
+import dataclasses
+from typing import Any
+
+from lm_eval import utils
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+
+from tidar_megatron.inference.engine import generate_batch
+from tidar_megatron.inference.model import DecodeModel, load_model
+from tidar_megatron.inference.request import Generation, parse_plan
+from tidar_megatron.inference.sampling import SamplingOptions
+from tidar_megatron.inference.scoring import score
+
+MAX_NEW_TOKENS = 256  # where a task does not say, as lm-eval has it
+
+
+@register_model("tidar")
+class TidarLM(TemplateLM):
+    """A Hugging Face folder in the engine.
+
+    Attributes:
+        generations: what :meth:`generate_until` made so far, by the task's name; for tokens per forward and second.
+    """
+
+    backend = "causal"
+
+    def __init__(
+        self,
+        pretrained: str | DecodeModel,
+        plan: str = "auto",
+        batch_size: int | str = 1,
+        device: str | None = None,
+        dtype: str | None = None,
+        mask_token_id: int | None = None,
+        max_length: int | None = None,
+        **unused: Any,
+    ) -> None:
+        super().__init__()
+        if isinstance(pretrained, DecodeModel):
+            self.model = pretrained
+        else:
+            self.model = load_model(pretrained, device, None if dtype == "auto" else dtype, mask_token_id)
+        self.tokenizer = self.model.tokenizer
+        self._options = parse_plan(plan)
+        self._batch_size = int(batch_size) if str(batch_size).isdecimal() else 8
+        self.max_length = int(max_length or self.model.context_limit)
+        self._device = self.model.device
+        self.generations: dict[str, list[Generation]] = {}
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
+        asked = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        if add_special_tokens is None and string.startswith(self.tokenizer.decode(self.prefix_token_id)):
+            asked["add_special_tokens"] = False  # it has its BOS already
+        return self.tokenizer.encode(string, **asked)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def _loglikelihood_tokens(self, requests: list[Any], **unused: Any) -> list[tuple[float, bool]]:
+        texts = []
+        for _, context, continuation in requests:
+            kept = (context + continuation)[-(self.max_length + 1) :]
+            texts.append((kept[: -len(continuation)], kept[-len(continuation) :]))
+        answers = [(one.logprob, one.greedy) for one in score(self.model, texts)]
+        for (key, _, _), answer in zip(requests, answers, strict=True):
+            if key is not None:
+                self.cache_hook.add_partial("loglikelihood", key, answer)
+        return answers
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        windows, owners = [], []
+        for number, (string,) in enumerate(request.args for request in requests):
+            for window in utils.get_rolling_token_windows(
+                self.tok_encode(string), self.prefix_token_id, self.max_length, context_len=1
+            ):
+                windows.append((None, *utils.make_disjoint_window(window)))
+                owners.append(number)
+        totals = [0.0] * len(requests)
+        for owner, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[owner] += logprob
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        groups: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(repr(sorted(request.args[1].items(), key=str)), []).append(number)
+        texts: list[str] = [""] * len(requests)
+        for numbers in groups.values():
+            asked = normalize_gen_kwargs(requests[numbers[0]].args[1], MAX_NEW_TOKENS)
+            until = handle_stop_sequences(asked.get("until"), eos=self.tokenizer.decode(self.eot_token_id))
+            sampling = SamplingOptions()
+            if asked.get("do_sample"):
+                sampling = SamplingOptions(
+                    temperature=float(asked.get("temperature") or 1.0),
+                    top_k=int(asked.get("top_k") or 0) or None,
+                    top_p=float(asked.get("top_p") or 1.0),
+                )
+            options = dataclasses.replace(
+                self._options,
+                max_new_tokens=asked["max_gen_toks"],
+                stop=tuple(text for text in until if text),
+                sampling=sampling,
+            )
+            room = self.max_length - options.max_new_tokens
+            prompts = [self.tok_encode(requests[number].args[0])[-room:] for number in numbers]
+            made = generate_batch(self.model, prompts, options, self._batch_size)
+            for number, generation in zip(numbers, made, strict=True):
+                self.generations.setdefault(requests[number].task_name or "", []).append(generation)
+                text = self.tokenizer.decode(generation.token_ids, skip_special_tokens=True)
+                texts[number] = postprocess_generated_text(text, until, None)
+                self.cache_hook.add_partial("generate_until", requests[number].args, texts[number])
+        return texts
+
+
+def main() -> None:
+    """lm-eval's own command line."""
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    # register the class of the importable module, not of __main__
+    from tidar_megatron.evaluation import lm_eval_model
+
+    lm_eval_model.main()

@@ -1,0 +1,174 @@
+"""Tasks of lm-eval, and of local JSON files, by a plan and by plain AR side by side: the scores, and what was gained.
+
+A local file holds JSON lines of one kind:
+
+========================================================  ===========================================================
+``{"context": .., "choices": [..], "answer": 0}``         multiple choice: the likeliest continuation, also per byte
+``{"prompt": .., "target": .., "until": ["\\n"]}``         generation: exact match, blanks around it aside
+``{"text": ..}``                                          perplexity by word, byte and bit
+========================================================  ===========================================================
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tidar_megatron.errors import UserError
+from tidar_megatron.inference.model import DecodeModel
+from tidar_megatron.inference.request import Generation
+
+KINDS: dict[tuple[str, ...], dict[str, Any]] = {
+    ("context", "choices", "answer"): {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{context}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    },
+    ("prompt", "target"): {
+        "output_type": "generate_until",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_target": "{{target}}",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "exact_match"}],
+        "filter_list": [
+            {"name": "none", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]},
+        ],
+    },
+    ("text",): {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
+    },
+}
+
+
+def local_task(path: str | Path, max_new_tokens: int = 64) -> dict[str, Any]:
+    """lm-eval's description of a task in a local file.
+
+    Raises:
+        UserError: no such file, not JSON lines, or lines of none of the kinds.
+    """
+    path = Path(path)
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise UserError(f"--tasks {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"--tasks {path}: not JSON lines: {error}") from None
+    kind = next((keys for keys in KINDS if lines and all(isinstance(x, dict) and {*keys} <= {*x} for x in lines)), None)
+    if kind is None:
+        kinds = "; ".join(" ".join(keys) for keys in KINDS)
+        raise UserError(f"--tasks {path}: every line must be an object with one of these sets of keys: {kinds}")
+    task = {
+        "task": path.stem,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(path.resolve())}},
+        "test_split": "test",
+        **KINDS[kind],
+    }
+    if kind == ("prompt", "target"):
+        until = lines[0].get("until", ["\n"])
+        task["generation_kwargs"] = {"until": until, "do_sample": False, "max_gen_toks": max_new_tokens}
+    return task
+
+
+def run_tasks(
+    model: DecodeModel,
+    tasks: Sequence[str],
+    plan: str = "auto",
+    batch_size: int = 1,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    max_new_tokens: int = 64,
+) -> list[dict[str, Any]]:
+    """Every task by ``plan`` and by AR.
+
+    Args:
+        model: what :func:`~tidar_megatron.inference.model.load_model` returned, with its tokenizer.
+        tasks: names of lm-eval's, files of its own YAML, or files of JSON lines (``.json``, ``.jsonl``).
+        plan: as ``--plan`` of ``tools/generate.py``.
+        batch_size: texts that are generated together.
+        limit: documents of each task.
+        num_fewshot: examples before each document.
+        max_new_tokens: of a local file's generations.
+
+    Returns:
+        A row a task: ``task``, ``scores`` and ``ar_scores`` (metric -> value), ``scores_differ``; where it generates
+        also ``tokens_per_forward``, ``tokens_per_second``, ``over_ar``.
+
+    Raises:
+        UserError: no such task or file, or the model's folder has no tokenizer.
+    """
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    from tidar_megatron.evaluation.lm_eval_model import TidarLM
+
+    if model.tokenizer is None:
+        raise UserError("the model's folder has no tokenizer: export the checkpoint with its tokenizer")
+    manager = TaskManager()
+    wanted: list[Any] = []
+    for task in tasks:
+        if task.endswith((".json", ".jsonl")):
+            wanted.append(local_task(task, max_new_tokens))
+        elif task.endswith((".yaml", ".yml")) or manager.match_tasks([task]):
+            wanted.append(task)
+        else:
+            raise UserError(f"--tasks {task}: lm-eval has no such task, and it is no .yaml, .json or .jsonl file")
+    runs = []
+    for how in (plan, "ar"):
+        lm = TidarLM(model, how, batch_size)
+        found = lm_eval.simple_evaluate(
+            lm,
+            tasks=wanted,
+            task_manager=manager,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            bootstrap_iters=0,
+            log_samples=False,
+        )
+        assert found is not None
+        runs.append((found["results"], lm.generations))
+    (planned, made), (plain, made_by_ar) = runs
+    return [_row(name, planned[name], plain[name], made.get(name, []), made_by_ar.get(name, [])) for name in planned]
+
+
+def _row(
+    name: str, planned: dict[str, Any], plain: dict[str, Any], made: list[Generation], by_ar: list[Generation]
+) -> dict[str, Any]:
+    scores, ar_scores = (_scores(found) for found in (planned, plain))
+    row: dict[str, Any] = {
+        "task": name,
+        "scores": scores,
+        "ar_scores": ar_scores,
+        "scores_differ": scores != ar_scores,
+    }
+    return row | gained(made, by_ar) if made else row
+
+
+def gained(made: Sequence[Generation], by_ar: Sequence[Generation]) -> dict[str, float]:
+    """Tokens per forward and second of generations, and how much faster than AR's they were; prefill aside."""
+
+    def speed(generations: Sequence[Generation]) -> float:
+        seconds = sum(g.decode_seconds for g in generations)
+        return sum(map(sum, (g.emitted for g in generations))) / seconds if seconds else 0.0
+
+    forwards = sum(g.forwards for g in made)
+    ar = speed(by_ar)
+    return {
+        "tokens_per_forward": sum(map(sum, (g.emitted for g in made))) / forwards if forwards else 0.0,
+        "tokens_per_second": speed(made),
+        "over_ar": speed(made) / ar if ar else 0.0,
+    }
+
+
+def _scores(found: dict[str, Any]) -> dict[str, float]:
+    return {
+        name.removesuffix(",none"): value
+        for name, value in found.items()
+        if isinstance(value, int | float) and "_stderr" not in name and name not in ("sample_len",)
+    }

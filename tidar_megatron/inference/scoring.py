@@ -1,0 +1,85 @@
+"""How likely the model, as an autoregressive one, finds a text: several at a time, in plain causal forwards."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from tidar_megatron.errors import UserError
+from tidar_megatron.inference.attention import PackedForward, Part, Plan
+from tidar_megatron.inference.cache import KVPool
+from tidar_megatron.inference.model import DecodeModel
+
+CHUNK = 512  # tokens of a text in a forward
+TOKENS = 4096  # of all texts that are scored together
+
+
+class Score(NamedTuple):
+    """Natural-log probability of the scored tokens together, and whether each is the one greedy decoding takes."""
+
+    logprob: float
+    greedy: bool
+
+
+def score(model: DecodeModel, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
+    """Score continuations.
+
+    Args:
+        model: what :func:`~tidar_megatron.inference.model.load_model` returned.
+        texts: (context, continuation) token ids, one at least each; together at most ``model.context_limit + 1``, for
+            the last one is only looked up.
+
+    Raises:
+        UserError: an empty part, ids that are none, or more tokens than the model's context holds.
+    """
+    for context, continuation in texts:
+        _check(model, context, continuation)
+    found: dict[int, Score] = {}
+    by_length = sorted(range(len(texts)), key=lambda n: -sum(map(len, texts[n])))
+    while by_length:
+        longest = sum(map(len, texts[by_length[0]]))
+        together = by_length[: max(1, TOKENS // longest)]
+        by_length = by_length[len(together) :]
+        found |= zip(together, _score_together(model, [texts[n] for n in together], longest), strict=True)
+    return [found[n] for n in range(len(texts))]
+
+
+@torch.inference_mode()
+def _score_together(
+    model: DecodeModel, texts: Sequence[tuple[Sequence[int], Sequence[int]]], capacity: int
+) -> list[Score]:
+    pool = KVPool(len(texts), capacity)
+    whole = [[*context, *continuation] for context, continuation in texts]
+    logprobs, greedy = [0.0] * len(texts), [True] * len(texts)
+    for start in range(0, capacity - 1, CHUNK):
+        pieces = [(n, ids[start : min(start + CHUNK, len(ids) - 1)]) for n, ids in enumerate(whole)]
+        pieces = [(n, piece) for n, piece in pieces if piece]
+        packed = PackedForward(pool, [Part(n, start, piece, Plan(len(piece))) for n, piece in pieces])
+        hidden = model.forward(packed)
+        for (n, piece), row in zip(pieces, packed.starts, strict=True):
+            first = max(start, len(texts[n][0]) - 1)  # the place that predicts the first scored token
+            last = start + len(piece)
+            if first >= last:
+                continue
+            logits = model.logits(hidden[row + first - start : row + len(piece)])
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            targets = torch.tensor(whole[n][first + 1 : last + 1], device=logits.device)
+            logprobs[n] += logits.log_softmax(-1).gather(-1, targets[:, None]).double().sum().item()
+            greedy[n] &= bool((logits.argmax(-1) == targets).all())
+    return [Score(*pair) for pair in zip(logprobs, greedy, strict=True)]
+
+
+def _check(model: DecodeModel, context: Sequence[int], continuation: Sequence[int]) -> None:
+    if not context or not continuation:
+        raise UserError("a text to score needs a context and a continuation of at least one token each")
+    if len(context) + len(continuation) > model.context_limit + 1:
+        raise UserError(
+            f"a text of {len(context) + len(continuation)} tokens is to be scored and the model's context holds "
+            f"{model.context_limit}: shorten it"
+        )
+    for token in (*context, *continuation):
+        if not 0 <= token < model.vocab_size:
+            raise UserError(
+                f"token id {token} is outside the model's vocabulary of {model.vocab_size}: "
+                "use the tokenizer of the same folder"
+            )
