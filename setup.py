@@ -43,6 +43,8 @@ setup(
         "torch>=2.13",  # 2.13 and 2.15 are what the tests have seen
         "megatron-core>=0.16.1,<0.20",
         "psutil",  # megatron-core needs it to save a checkpoint and does not say so
+        # megatron-core imports it from 0.17 on and does not say so; torch brings it in its CUDA build alone
+        'triton; python_version >= "3.12" and sys_platform == "linux"',
         "numpy",
         "transformers>=5.23,<6",
         "tokenizers>=0.20",

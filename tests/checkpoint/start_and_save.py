@@ -1,10 +1,13 @@
-"""Ranks that start from imported models in TP 2 x PP 2 and save them as they are:
+"""Ranks that start from imported models, by default in TP 2 x PP 2, and save them as they are:
 
 torchrun --nproc-per-node 4 -m tests.checkpoint.start_and_save IMPORTED OUTPUT SHARDS NAME ...
 """
 
-import sys
+import argparse
+import json
 from pathlib import Path
+
+TP2_PP2 = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
 
 
 def main():
@@ -14,17 +17,24 @@ def main():
     from tidar_megatron.distributed.groups import shut_down
     from tidar_megatron.training.trainer import Trainer
 
-    imported, output, shards = map(Path, sys.argv[1:4])
-    for name in sys.argv[4:]:
-        run = imported / name / "run"
+    parser = argparse.ArgumentParser()
+    for name in ("imported", "output", "shards"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("names", nargs="+")
+    parser.add_argument("--parallel", type=json.loads, default=TP2_PP2)
+    parser.add_argument("--model", type=json.loads, default={})
+    args = parser.parse_args()
+    for name in args.names:
+        run = args.imported / name / "run"
         bf16 = yaml.safe_load((run / "resolved_config.yaml").read_text())["training"]["bf16"]
         config = build_config(
             {
                 "tidar": {"block_size": 4, "init_mask_token": "keep"},
-                "data": {"train_data": str(shards), "seq_length": 32},
+                "model": args.model,
+                "data": {"train_data": str(args.shards), "seq_length": 32},
                 "training": {"init_from": str(run), "bf16": bf16, "global_batch_size": 4},
-                "parallel": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
-                "checkpoint": {"save": str(output / name)},
+                "parallel": args.parallel,
+                "checkpoint": {"save": str(args.output / name)},
             }
         )
         trainer = Trainer.build(config)

@@ -18,8 +18,12 @@ TP, PP, VPP, CP, EP = (
 ETP = "--expert-tensor-parallel-size"
 
 
-def check_config(config: Config) -> None:
+def check_config(config: Config, resolved: bool = False) -> None:
     """Refuse a configuration that contradicts itself.
+
+    Args:
+        config: all of it.
+        resolved: whether the model is the one that will be built; with ``--init-from`` another decides it later.
 
     Raises:
         UserError: names the flag, its value and the nearest value that works.
@@ -29,8 +33,8 @@ def check_config(config: Config) -> None:
     check_lengths(config)
     check_switches(config)
     check_schedule(config)
-    if config.training.init_from and config.model == ModelConfig():
-        return  # the folder decides; checked again once it is read
+    if config.training.init_from and not resolved:
+        return
     check_model(config.model)
     check_layout(config)
 

@@ -66,10 +66,13 @@ class DecodeModel:
             packed_forward=packed,
         ).last_hidden_state[0]
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits ``[rows, vocabulary]`` of hidden states ``[rows, hidden]``. The mask token can never be emitted."""
+    def logits(self, hidden: Tensor, emitted: bool = True) -> Tensor:
+        """Logits ``[rows, vocabulary]`` of hidden states ``[rows, hidden]``.
+
+        The mask token can never be emitted; ``emitted`` False leaves it its own logit, as stock transformers does.
+        """
         logits = self._head(hidden)
-        if self.mask_token_id is not None:
+        if self.mask_token_id is not None and emitted:
             logits.select(-1, self.mask_token_id).fill_(-torch.inf)
         return logits
 

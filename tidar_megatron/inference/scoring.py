@@ -61,7 +61,8 @@ def _score_together(
             last = start + len(piece)
             if first >= last:
                 continue
-            logits = model.logits(hidden[row + first - start : row + len(piece)])
+            # the mask token's share included: the numbers that every other tool gives
+            logits = model.logits(hidden[row + first - start : row + len(piece)], emitted=False)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             targets = torch.tensor(whole[n][first + 1 : last + 1], device=logits.device)
             logprobs[n] += logits.log_softmax(-1).gather(-1, targets[:, None]).double().sum().item()

@@ -29,7 +29,7 @@ class Sizes:
             UserError: a layout that contradicts the model, or that ``world_size`` GPUs cannot fill.
         """
         require_vocabulary(config)
-        check_config(config)
+        check_config(config, resolved=True)
         check_world_size(config, world_size)
         return Sizes(config, world_size)
 

@@ -60,7 +60,7 @@ def resolve(
         model=dataclasses.replace(model, vocab_size=max(model.vocab_size or 0, mask + 1)),
         tidar=dataclasses.replace(config.tidar, mask_token_id=mask),
     )
-    check_config(resolved)
+    check_config(resolved, resolved=True)
     return resolved
 
 

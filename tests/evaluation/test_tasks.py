@@ -1,0 +1,172 @@
+"""lm-eval by our engine: the numbers of its own ``hf`` model; drafting changes no score; bad files are refused."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+from tests.random_models import write_random_model
+from tidar_megatron.data.tokenizer import byte_tokenizer
+from tidar_megatron.errors import UserError
+from tidar_megatron.evaluation.tasks import local_task, run_tasks
+from tidar_megatron.inference.model import load_model
+
+TEXTS = ["alpha beta gamma", " delta", "epsilon, zeta! " * 12, "x"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random model that can draft, with a byte tokenizer."""
+    folder = tmp_path_factory.mktemp("model") / "hf"
+    write_random_model(folder, "llama", tie=False)
+    config = json.loads((folder / "config.json").read_text())
+    config["tidar"] = {"mask_token_id": 257, "block_size": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    byte_tokenizer().save_pretrained(str(folder))
+    return folder
+
+
+def instances(kind, arguments):
+    from lm_eval.api.instance import Instance
+
+    return [Instance(kind, {}, given, n, ("task", n, 1)) for n, given in enumerate(arguments)]
+
+
+def test_likelihoods_are_those_of_lm_evals_own_model(folder):
+    """Also of texts beyond the context (128 tokens), of empty contexts, and where a space moves to the continuation."""
+    from lm_eval.models.huggingface import HFLM
+
+    from tidar_megatron.evaluation.lm_eval_model import TidarLM
+
+    ours = TidarLM(str(folder), batch_size=4)
+    theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1)
+    pairs = [(a, b) for a in ("", *TEXTS, "trailing space ") for b in (TEXTS[1], TEXTS[3], "abc")]
+    pairs += [("long " * 30, "and on"), ("alpha", TEXTS[0])]
+    for ours_one, theirs_one in zip(
+        ours.loglikelihood(instances("loglikelihood", pairs)),
+        theirs.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True),
+        strict=True,
+    ):
+        assert ours_one[0] == pytest.approx(theirs_one[0], abs=1e-4)
+        assert ours_one[1] == theirs_one[1]
+    rolling = [(text,) for text in (*TEXTS, "word " * 80)]
+    found = ours.loglikelihood_rolling(instances("loglikelihood_rolling", rolling))
+    should = theirs.loglikelihood_rolling(instances("loglikelihood_rolling", rolling), disable_tqdm=True)
+    assert found == pytest.approx(should, abs=1e-4, rel=1e-6)
+
+
+def test_text_is_that_of_lm_evals_own_model_whatever_the_plan(folder):
+    from lm_eval.models.huggingface import HFLM
+
+    from tidar_megatron.evaluation.lm_eval_model import TidarLM
+
+    asked = [
+        (text, {"until": until, "max_gen_toks": n, "do_sample": False})
+        for text, until, n in [("alpha", ["\n\n"], 12), ("beta gamma", ["e"], 20), ("delta", [], 5), ("x" * 125, [], 9)]
+    ]
+    never_masks = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1)
+    never_masks.model.generation_config.suppress_tokens = [257]
+    should = never_masks.generate_until(instances("generate_until", asked), disable_tqdm=True)
+    for plan in ("ar", "auto", "2:4", "linear:4"):
+        lm = TidarLM(str(folder), plan, batch_size=2)
+        assert lm.generate_until(instances("generate_until", asked)) == should
+        assert len(lm.generations["task"]) == 4
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tasks")
+    kinds = {
+        "choices": [
+            {
+                "context": f"Question {n}: alpha or beta?",
+                "choices": [" alpha", " beta", " gamma gamma"],
+                "answer": n % 3,
+            }
+            for n in range(6)
+        ],
+        "texts": [{"text": "alpha beta gamma " * n} for n in range(1, 5)],
+        "answers": [{"prompt": f"{n} and {n} is", "target": str(2 * n), "until": ["\n", " "]} for n in range(5)],
+    }
+    for name, lines in kinds.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_local_tasks_by_a_plan_and_by_ar(folder, files):
+    model = load_model(folder)
+    names = [str(files / f"{name}.jsonl") for name in ("choices", "texts", "answers")]
+    rows = {row["task"]: row for row in run_tasks(model, names, "2:4", batch_size=2, max_new_tokens=8)}
+    assert {*rows} == {"choices", "texts", "answers"}
+    for row in rows.values():
+        assert row["scores"] == row["ar_scores"]
+        assert not row["scores_differ"]
+    assert {"acc", "acc_norm"} <= {*rows["choices"]["scores"]}
+    assert rows["texts"]["scores"]["bits_per_byte"] > 1
+    assert rows["answers"]["scores"]["exact_match"] in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+    assert rows["answers"]["tokens_per_forward"] >= 1
+    assert "tokens_per_forward" not in rows["choices"]
+    # the multiple choice by hand: the likeliest of the three
+    causal_lm = model.causal_lm
+    causal_lm.set_attn_implementation("sdpa")
+    right = 0
+    for line in map(json.loads, (files / "choices.jsonl").read_text().splitlines()):
+        scores = []
+        for choice in line["choices"]:
+            context, rest = ([*text.encode()] for text in (line["context"], choice))
+            with torch.no_grad():
+                logits = causal_lm(torch.tensor([context + rest])).logits[0, len(context) - 1 : -1].log_softmax(-1)
+            scores.append(logits.gather(-1, torch.tensor(rest)[:, None]).sum().item())
+        right += scores.index(max(scores)) == line["answer"]
+    assert rows["choices"]["scores"]["acc"] == pytest.approx(right / 6)
+
+
+def test_scores_that_differ_are_told(folder, files, monkeypatch):
+    """A drafter that verifies nothing is seen in the scores' row."""
+    from tidar_megatron.evaluation import lm_eval_model
+
+    real = lm_eval_model.TidarLM.generate_until
+
+    def forged(self, requests, disable_tqdm=False):
+        texts = real(self, requests, disable_tqdm)
+        return [request.doc["target"] for request in requests] if self._options.mode != "ar" else texts
+
+    monkeypatch.setattr(lm_eval_model.TidarLM, "generate_until", forged)
+    (row,) = run_tasks(load_model(folder), [str(files / "answers.jsonl")], "2:4", max_new_tokens=4)
+    assert row["scores"]["exact_match"] == 1.0
+    assert row["scores_differ"]
+
+
+def test_the_tool(folder, files):
+    command = [sys.executable, "tools/evaluate.py", "--model", folder, "--tasks", files / "answers.jsonl"]
+    command += ["--plan", "1:4", "--max-new-tokens", "6", "--json"]
+    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert row["task"] == "answers"
+    assert not row["scores_differ"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"context": "a"}\n', "one of these sets of keys"),
+        ("", "one of these sets of keys"),
+        ("[1]\n", "one of these sets of keys"),
+        ("no json\n", "not JSON lines"),
+    ],
+)
+def test_files_that_are_no_task(tmp_path, content, said):
+    (tmp_path / "task.jsonl").write_text(content)
+    with pytest.raises(UserError, match=said):
+        local_task(tmp_path / "task.jsonl")
+    with pytest.raises(UserError, match="No such file"):
+        local_task(tmp_path / "none.jsonl")
+
+
+def test_names_that_are_no_task(folder):
+    with pytest.raises(UserError, match="lm-eval has no such task"):
+        run_tasks(load_model(folder), ["no_such_task_of_lm_eval"])

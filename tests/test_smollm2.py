@@ -1,0 +1,115 @@
+"""A real model there and back: SmolLM2-135M, unpacked by `make smollm2`. Part of `make test-slow` alone."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.checkpoint.test_convert import same_folder
+from tests.conftest import ROOT, torchrun
+from tidar_megatron.checkpoint.convert import export_run, import_run, verify
+from tidar_megatron.data.prepare import prepare
+from tidar_megatron.evaluation.tasks import run_tasks
+from tidar_megatron.inference.engine import generate
+from tidar_megatron.inference.model import load_model
+from tidar_megatron.inference.request import parse_plan
+
+SMOLLM2 = os.environ.get("TIDAR_SMOLLM2")
+pytestmark = pytest.mark.skipif(not SMOLLM2, reason="make smollm2, then TIDAR_SMOLLM2=runs/smollm2/hf")
+PROMPT = "The capital of France is"
+
+
+@pytest.fixture(scope="module")
+def original():
+    return (ROOT / (SMOLLM2 or "")).resolve()
+
+
+@pytest.fixture(scope="module")
+def imported(original, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("smollm2")
+    import_run(original, folder / "smollm2" / "run")
+    import_run(original, folder / "masked" / "run", None, "mean")
+    export_run(folder / "masked" / "run", folder / "masked" / "hf")
+    return folder
+
+
+def test_there_and_back_through_six_ranks(original, imported, tmp_path):
+    """9 heads in 3 groups can be cut by 3 and not by 2: TP 3 x PP 2."""
+    assert verify(original, imported / "smollm2" / "run")["max_logit_difference"] <= 1e-4
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps(f"{PROMPT} {n}.") + "\n" for n in range(60)))
+    prepare([texts], tmp_path / "data", str(original))
+    layout = json.dumps({"tensor_model_parallel_size": 3, "pipeline_model_parallel_size": 2})
+    model = json.dumps({"make_vocab_size_divisible_by": 384})
+    torchrun(
+        6, "-m", "tests.checkpoint.start_and_save", imported, tmp_path / "out", tmp_path / "data",
+        f"--parallel={layout}", f"--model={model}", "smollm2", timeout=900,
+    )  # fmt: skip
+    export_run(tmp_path / "out" / "smollm2", tmp_path / "hf")
+    # the mask token that a run needs is a new row: the others are the model's
+    before, after = (load_weights(folder) for folder in (original, tmp_path / "hf"))
+    grown = after.pop("model.embed_tokens.weight")
+    assert torch.equal(grown[:-1], before.pop("model.embed_tokens.weight"))
+    assert not grown[-1].any()  # --init-mask-token keep
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    export_run(imported / "smollm2" / "run", tmp_path / "same")
+    same_folder(original, tmp_path / "same")
+
+
+def load_weights(folder: Path):
+    from safetensors.torch import load_file
+
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def test_it_answers_as_the_original_in_every_mode(original, imported):
+    from transformers import AutoModelForCausalLM
+
+    model = load_model(imported / "masked" / "hf")
+    prompt = model.tokenizer.encode(PROMPT)
+    stock = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)
+    ids = torch.tensor([prompt])
+    should = stock.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False)
+    should = should[0, len(prompt) :].tolist()
+    assert "Paris" in model.tokenizer.decode(should)
+    for plan in ("ar", "all:4", "2:8", "linear:4", "auto"):
+        options = parse_plan(plan)
+        options = type(options)(options.mode, options.draft_length, options.branches, 32)
+        assert generate(model, prompt, options).token_ids == should, plan
+
+
+def test_scores_are_those_of_lm_evals_own_model(original, imported, tmp_path):
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    from tidar_megatron.evaluation.tasks import _scores, local_task
+
+    countries = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Egypt": "Cairo"}
+    choice = [
+        {"context": f"The capital of {land} is", "choices": [f" {city}" for city in countries.values()], "answer": n}
+        for n, land in enumerate(countries)
+    ]
+    answers = [
+        {"prompt": f"The capital of {land} is", "target": city, "until": ["."]} for land, city in countries.items()
+    ]
+    texts = [
+        {"text": f"{city} is the capital of {land}, and has been so for a long time."}
+        for land, city in countries.items()
+    ]
+    files = []
+    for name, lines in {"choices": choice, "answers": answers, "texts": texts}.items():
+        files.append(tmp_path / f"{name}.jsonl")
+        files[-1].write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = {r["task"]: r for r in run_tasks(load_model(original), [*map(str, files)], "ar", max_new_tokens=16)}
+    stock = HFLM(pretrained=str(original), device="cpu", dtype="float32", batch_size=1)
+    found = lm_eval.simple_evaluate(
+        stock, tasks=[local_task(file, 16) for file in files], bootstrap_iters=0, log_samples=False
+    )
+    for name, row in rows.items():
+        assert row["scores"] == pytest.approx(_scores(found["results"][name]), abs=1e-4), name
+    assert rows["choices"]["scores"]["acc"] >= 0.6
+    drafted = run_tasks(load_model(imported / "masked" / "hf"), [str(files[1])], "2:4", max_new_tokens=16)
+    assert drafted[0]["scores"] == drafted[0]["ar_scores"] == rows["answers"]["scores"]
