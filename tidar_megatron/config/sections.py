@@ -52,6 +52,10 @@ class TiDARConfig(Section):
         "of a TiDAR model keep",
         None,
     )
+    masking: Literal["total", "random"] = described(
+        "the diffusion half of a training step: all masks, or a random share of each block (the paper's ablation)",
+        "total",
+    )
     ar_warmup_fraction: Fraction = described("fraction of train-iters of plain AR training before the joint loss", 0.0)
     diffusion_block_fraction: Share = described(
         "fraction of each sequence's blocks, drawn anew, that a step trains drafts for; evaluation takes all", 1.0

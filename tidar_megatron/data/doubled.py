@@ -37,7 +37,7 @@ class Batch:
         labels: int64 ``[b, L]``, 0 where not supervised.
         supervised: bool ``[b, L]``.
         stands_for: float32 ``[b, L]``, the tokens whose loss this one's estimates: 0 where not supervised, else 1; the
-            mask of a chosen block counts for the blocks of its stratum.
+            mask of a chosen block counts for the blocks of its stratum, one drawn at random for those that were not.
         padding: bool ``[b, L]``, True for fill (megatron-core's ``padding_mask``).
         position_ids: int64 ``[b, L]``, below S; where all rows have the same and no blocks are chosen, one row expanded
             (stride 0 over b), also after :meth:`to`.
@@ -134,6 +134,7 @@ def make_batch(
     chosen: NDArray[np.int64] | None = None,
     reset_positions: bool = True,
     cross_document_attention: bool = False,
+    masked: NDArray[np.float32] | None = None,
 ) -> Batch:
     """Stack packed sequences of one length into a micro-batch, doubled or the clean half alone.
 
@@ -146,6 +147,8 @@ def make_batch(
             masks; default: all of them.
         reset_positions: whether they begin anew with each document.
         cross_document_attention: a row is one document to attention, fill included; labels stay as they are.
+        masked: float32 ``[b, S]`` of :func:`tidar_megatron.data.random_masks.random_masks`, how often the loss of a
+            place counts; where it is 0 the diffusion half shows the clean token. Default: all are masked, and count 1.
     """
 
     def stack(name: str) -> Tensor:
@@ -166,11 +169,13 @@ def make_batch(
             """``[b, S, ...]``, and what a mask of each place would have ``[b, S, ...]`` -> ``[b, S + M, ...]``."""
             return torch.cat([of_clean, of_masks[picked]], dim=1)
 
-        tokens = join(clean, torch.full_like(clean, mask_token_id))
-        labels = join(labels, clean * diffusion_supervised)
-        supervised = join(supervised, diffusion_supervised)
+        counts = torch.ones(clean.shape) if masked is None else torch.from_numpy(masked)
+        predicted = diffusion_supervised & (counts > 0)
+        tokens = join(clean, torch.where(counts > 0, mask_token_id, clean))
+        labels = join(labels, clean * predicted)
+        supervised = join(supervised, predicted)
         padding = join(padding, padding)
-        stands_for = join(stands_for, diffusion_supervised.float())
+        stands_for = join(stands_for, predicted * counts)
         stands_for[:, S:] *= weight
         visibility = join(*training_layout(document, index, block_size).split(S, dim=1))
         positions = join(positions, positions)

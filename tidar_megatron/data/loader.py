@@ -17,6 +17,7 @@ from tidar_megatron.data.blocks import choose_blocks
 from tidar_megatron.data.documents import StoredDocuments
 from tidar_megatron.data.doubled import Batch, make_batch
 from tidar_megatron.data.packing import PackedSequence, PackedSequences, fill_sequence, pack
+from tidar_megatron.data.random_masks import random_masks
 from tidar_megatron.data.sources import open_documents
 from tidar_megatron.errors import UserError
 
@@ -35,6 +36,8 @@ class TrainingData:
         seed: of the order of the documents in each epoch, and of the choice of blocks.
         tokenizer: Hugging Face folder, for ``.bin/.idx`` pairs.
         verify: look at all of the data again, also where that has been done.
+        reserved: ids of the tokenizer that no text has, of which the mask token may be one.
+        random_masks: mask some places of each block at random in training steps, not all of them.
         chosen_blocks: blocks of a sequence that have masks in a training step, 1 to S / B; default: all of them.
         reset_positions, cross_document_attention: as :func:`tidar_megatron.data.doubled.make_batch`.
         flag: what the user gave ``data`` as, for messages.
@@ -58,6 +61,8 @@ class TrainingData:
         *,
         tokenizer: str | None = None,
         verify: bool = False,
+        reserved: Sequence[int] = (),
+        random_masks: bool = False,
         chosen_blocks: int | None = None,
         reset_positions: bool = True,
         cross_document_attention: bool = False,
@@ -69,13 +74,15 @@ class TrainingData:
         for source in self.sources[1:]:
             _check_same_tokenizer(self.sources[0], source)
         used = self.sources[0].tokenizer
-        if mask_token_id < used.vocab_size:
+        if mask_token_id < used.vocab_size and mask_token_id not in reserved:
             raise UserError(
                 f"mask token id {mask_token_id}: the tokenizer of {self.sources[0].name} uses the ids "
                 f"0..{used.vocab_size - 1}; nearest that works: {used.vocab_size}"
             )
         self.seq_length, self.block_size, self.mask_token_id = seq_length, block_size, mask_token_id
+        self._text_may_hold_mask = mask_token_id < used.vocab_size
         self._fill_token, self._seed, self._chosen_blocks = used.eos_token_id, seed, chosen_blocks
+        self._random_masks = random_masks
         self._seen_as: dict[str, Any] = {
             "reset_positions": reset_positions,
             "cross_document_attention": cross_document_attention,
@@ -151,7 +158,7 @@ class TrainingData:
     ) -> list[Batch]:
         """One rank's part of the first ``max_sequences`` packed sequences (None: all) in the documents' own order.
 
-        Every block has masks. A blend ends where one of its sources does.
+        Every place of every block is masked. A blend ends where one of its sources does.
 
         Each sequence is on one rank once. Every rank gets as many micro-batches of the same shape, since all must take
         part in a collective; where the sequences run out, fill without any supervised token stands in. The number of
@@ -182,15 +189,24 @@ class TrainingData:
         _check_same_tokenizer(self.sources[0], other.sources[0])
 
     def _pack(self, sequences: Sequence[PackedSequences], source: int, epoch: int, n: int) -> PackedSequence:
-        return pack(sequences[source].pieces(epoch, n), self.sources[source], self._fill_token)
+        packed = pack(sequences[source].pieces(epoch, n), self.sources[source], self._fill_token)
+        if self._text_may_hold_mask and (packed.tokens == self.mask_token_id).any():
+            raise UserError(
+                f"data {self.sources[source].name}: its text holds the mask token (id {self.mask_token_id}); choose "
+                "another with --mask-token-id, or prepare the data again with tools/prepare_data.py"
+            )
+        return packed
 
     def _training_batch(self, numbers: Sequence[int], doubled: bool) -> Batch:
         blocks, chosen = self.seq_length // self.block_size, None
         if doubled and self._chosen_blocks not in (None, blocks):
             chosen = np.stack([choose_blocks(blocks, self._chosen_blocks, self._seed, n) for n in numbers])
+        masked = None
+        if doubled and self._random_masks:
+            masked = np.stack([random_masks(self.seq_length, self.block_size, self._seed, n) for n in numbers])
         ids = [self.locate(n) for n in numbers]
         sequences = [self._pack(self.sequences, *place) for place in ids]
-        batch = self._make_batch(sequences, doubled=doubled, chosen=chosen)
+        batch = self._make_batch(sequences, doubled=doubled, chosen=chosen, masked=masked)
         batch.sample_ids = ids
         return batch
 

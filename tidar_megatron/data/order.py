@@ -8,13 +8,14 @@ a missing number as 0: the third is never 0.
 ``(seed, epoch, IN_GROUP, group)`` the order of the documents of a group
 ``(seed, epoch, WINDOWS)``         the order of an epoch's windows
 ``(seed, number, BLOCKS)``         which blocks of packed sequence ``number`` have masks (``blocks.py``)
+``(seed, number, MASKS)``          which of its places are masked, where not all are (``random_masks.py``)
 =================================  =============================================================
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
-WINDOWS, BLOCKS, IN_GROUP, GROUPS = 1, 2, 3, 4
+WINDOWS, BLOCKS, IN_GROUP, GROUPS, MASKS = 1, 2, 3, 4, 5
 _ROUNDS = 6
 _MASK_64 = (1 << 64) - 1
 

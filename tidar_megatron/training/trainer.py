@@ -97,6 +97,8 @@ class Trainer:
                 tokenizer=config.data.tokenizer,
                 verify=config.data.verify_data,
                 chosen_blocks=config.chosen_blocks,
+                reserved=reserved,
+                random_masks=config.tidar.masking == "random",
                 reset_positions=config.data.reset_positions,
                 cross_document_attention=config.data.cross_document_attention,
                 flag=name,
