@@ -81,6 +81,8 @@ def check_switches(config: Config) -> None:
         raise UserError("--overlap-param-gather: needs --overlap-grad-reduce as well")
     if config.logging.log_sample_ids and not config.checkpoint.save:
         raise UserError("--log-sample-ids: needs --save, the folder that the log is written to")
+    if config.logging.log_samples and not (config.checkpoint.save and config.data.valid_data):
+        raise UserError("--log-samples: needs --save and --valid-data: its checkpoints continue held-out texts")
     local = model.transformer_impl == "local"
     selective = parallel.recompute_granularity == "selective"
     if local and selective and "layernorm" in parallel.recompute_modules:

@@ -219,6 +219,10 @@ class LoggingConfig(Section):
     log_sample_ids: bool = described("write what each step trains on to sample_ids/ in the run's folder", False)
     wandb_project: str | None = described("W&B project; without a key the run is kept offline", None)
     wandb_exp_name: str | None = described("W&B run name; default: the name of the save folder", None)
+    wandb_log_checkpoints: bool = described("make each checkpoint a W&B artifact", False)
+    log_samples: NonNegative = described(
+        "held-out prompts that a process beside training continues from every checkpoint", 0
+    )
     tensorboard_dir: str | None = described("folder for TensorBoard events", None)
 
 

@@ -7,6 +7,7 @@ GPU it does nothing. It changes process-wide state: call it once, before buildin
 
 import contextlib
 import ctypes
+import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
@@ -247,3 +248,10 @@ def _install_cpu_rng_tracker() -> None:
     mcore_random._set_cuda_rng_state = set_state
     mcore_random._CUDA_RNG_STATE_TRACKER = None
     mcore_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
+
+
+def peak_memory() -> int:
+    """Bytes: the most that tensors took of this process's GPU so far, else what the process took of the machine."""
+    if has_gpu():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -6,12 +6,15 @@ from collections.abc import Iterator
 
 import torch.distributed as dist
 
+from tidar_megatron.checkpoint.folder import checkpoint_folder
 from tidar_megatron.config import Config
 from tidar_megatron.distributed.groups import shut_down
+from tidar_megatron.distributed.platform import peak_memory
 from tidar_megatron.errors import Diverged, Interrupted, UserError
 from tidar_megatron.training import signals
 from tidar_megatron.training.describe import describe
 from tidar_megatron.training.metrics import MetricsLogger
+from tidar_megatron.training.samples import Samples
 from tidar_megatron.training.trainer import Trainer
 
 
@@ -36,12 +39,23 @@ def pretrain(config: Config) -> None:
             for line in describe(trainer.config, trainer.ranks, trainer.model, trainer.train_data, trainer.iteration):
                 logger.say(line)
             trainer.health.on_trouble = logger.say
-            trainer.checkpoints.on_published = lambda i: logger.say(f"saved iteration {i} in {config.checkpoint.save}")
+            samples = trainer.samples()
+
+            def published(iteration: int) -> None:
+                logger.published(iteration, checkpoint_folder(config.checkpoint.save or "", iteration))
+                if samples is not None:
+                    samples.start(iteration)
+
+            trainer.checkpoints.on_published = published
             with _explained(trainer):
-                state = _loop(trainer, logger)
+                state = _loop(trainer, logger, samples)
             if state and trainer.config.checkpoint.save and trainer.ranks.is_main:
                 signals.write_run_state(trainer.config.checkpoint.save, state)
+            if samples is not None and state != signals.INTERRUPTED and (said := samples.poll(wait=True)) is not None:
+                logger.samples(*said)
         finally:
+            if samples is not None:
+                samples.close()
             logger.close()
         if state == signals.INTERRUPTED:
             dist.barrier()  # torchrun ends all ranks once one has left with a failure: leave together
@@ -63,7 +77,7 @@ def _explained(trainer: Trainer) -> Iterator[None]:
         raise
 
 
-def _loop(trainer: Trainer, logger: MetricsLogger) -> str | None:
+def _loop(trainer: Trainer, logger: MetricsLogger, samples: Samples | None) -> str | None:
     """Train; how it ended, for the launcher (training/signals.py)."""
     config, training = trainer.config, trainer.config.training
 
@@ -80,8 +94,10 @@ def _loop(trainer: Trainer, logger: MetricsLogger) -> str | None:
         if last or due(config.logging.log_interval):
             clean_tokens = steps * training.global_batch_size * config.data.seq_length
             values |= {"step_seconds": seconds / steps, "clean_tokens_per_second": clean_tokens / seconds}
-            values |= trainer.own_time.report()
+            values |= {**trainer.own_time.report(), "memory_gib": peak_memory() / 2**30}
             logger.training(iteration, values)
+            if samples is not None and (said := samples.poll()) is not None:
+                logger.samples(*said)
             seconds, steps = 0.0, 0
         if (last or due(training.eval_interval)) and (evaluation := trainer.evaluate()) is not None:
             logger.evaluation(iteration, evaluation)

@@ -1,4 +1,4 @@
-"""What a run tells: the console, ``metrics.jsonl`` (the record), W&B and TensorBoard (for looking at).
+"""What a run tells: the console, ``metrics.jsonl`` (the record), and what is for looking at (``dashboards.py``).
 
 Only the main process writes. W&B and TensorBoard never stop a run: without a key W&B keeps it offline, and whatever
 else goes wrong there costs one line.
@@ -6,28 +6,15 @@ else goes wrong there costs one line.
 
 import json
 import math
-import netrc
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 
 from tidar_megatron.config import Config
 from tidar_megatron.files import replace_text
-
-Values = dict[str, Any]
-
-
-class Sink(Protocol):
-    """A place that takes numbers."""
-
-    def write(self, iteration: int, values: Values) -> None:
-        """Take ``values`` of ``iteration``; nested names are joined by ``/``."""
-
-    def close(self) -> None:
-        """Flush and leave."""
+from tidar_megatron.training.dashboards import Sink, TensorBoard, Values, WandB
 
 
 class JsonLines:
@@ -70,72 +57,6 @@ def iteration_of(line: str) -> float:
         return math.inf
 
 
-class WandB:
-    """A Weights & Biases run, online where a key is at hand, else offline."""
-
-    def __init__(self, config: Config, folder: Path, console: Console) -> None:
-        import wandb
-
-        mode = os.environ.get("WANDB_MODE")
-        if mode is None and not has_wandb_key():
-            mode = "offline"
-            upload = f"'wandb login', 'wandb sync {folder / 'wandb'}/*' upload it"
-            console.print(f"W&B: no API key, so this run is kept offline; {upload}")
-        self.run = wandb.init(
-            project=config.logging.wandb_project,
-            name=config.logging.wandb_exp_name or folder.name,
-            dir=str(folder),
-            mode=mode,  # type: ignore[arg-type]
-            config=json.loads(json.dumps(config, default=vars)),
-            settings=wandb.Settings(silent=True),
-        )
-
-    def write(self, iteration: int, values: Values) -> None:
-        self.run.log(flatten(values), step=iteration)
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-def has_wandb_key() -> bool:
-    """Whether 'wandb login' was done here, or the environment holds a key."""
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].rstrip("/")
-    try:
-        return bool(os.environ.get("WANDB_API_KEY") or netrc.netrc(os.environ.get("NETRC")).authenticators(host))
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-class TensorBoard:
-    """TensorBoard event files."""
-
-    def __init__(self, folder: str) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(folder)
-
-    def write(self, iteration: int, values: Values) -> None:
-        for name, value in flatten(values).items():
-            if isinstance(value, int | float):
-                self.writer.add_scalar(name, value, iteration)
-
-    def close(self) -> None:
-        self.writer.close()
-
-
-def flatten(values: Values, prefix: str = "") -> Values:
-    """``{"eval": {"acceptance_by_offset": [..]}}`` -> ``{"eval/acceptance_by_offset/1": ..}``."""
-    flat: Values = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{name}/")
-        elif isinstance(value, list):
-            flat |= {f"{prefix}{name}/{i}": item for i, item in enumerate(value, start=1)}
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
 class MetricsLogger:
     """All sinks of a run behind two calls. On other processes than the main one it does nothing."""
 
@@ -143,13 +64,16 @@ class MetricsLogger:
         self.console = Console(quiet=not is_main, highlight=False, soft_wrap=True)
         self.train_iters = config.training.train_iters
         self.sinks: list[Sink] = []
+        self._texts: JsonLines | None = None
         if not is_main:
             return
         folder = Path(config.checkpoint.save) if config.checkpoint.save else None
+        if folder is not None and config.logging.log_samples:
+            self._texts = JsonLines(folder / "samples.jsonl", resume_from)
         if folder is not None:
             self.sinks.append(JsonLines(folder / "metrics.jsonl", resume_from))
         if config.logging.tensorboard_dir:
-            self._try("TensorBoard", lambda: TensorBoard(config.logging.tensorboard_dir or ""))
+            self._try("TensorBoard", lambda: TensorBoard(config.logging.tensorboard_dir or "", config))
         if config.logging.wandb_project:
             self._try("W&B", lambda: WandB(config, folder or Path("."), self.console))
 
@@ -173,6 +97,7 @@ class MetricsLogger:
             + f" | lr {values['learning_rate']:.2e} | grad norm {values['grad_norm']:.3f}"
             f" | {values['clean_tokens_per_second']:,.0f} clean tokens/s | {values['step_seconds'] * 1e3:.0f} ms/step"
             + (f" | slowest rank {values['slowest_rank']} ({values['slowest_over_median']:.2f}x)" if several else "")
+            + f" | {values['memory_gib']:.2f} GiB"
             + (f" | {values['skipped_iterations']} skipped" if values["skipped_iterations"] else "")
         )
         self._write(iteration, values)
@@ -187,12 +112,29 @@ class MetricsLogger:
         )
         self._write(iteration, {"eval": values})
 
+    def samples(self, iteration: int, rows: list[Values]) -> None:
+        """What the model of ``iteration`` says; it may be behind the step that is logged."""
+        for row in rows:
+            self.say(f"sample at {iteration} | {row['tokens_per_forward']:.2f} tokens/forward | {row['text']!r}")
+            if self._texts is not None:
+                self._texts.write(iteration, row)
+        for sink in [sink for sink in self.sinks if not isinstance(sink, JsonLines)]:
+            self._guard(sink, lambda sink=sink: sink.samples(iteration, rows))  # type: ignore[misc]
+
+    def published(self, iteration: int, checkpoint: Path) -> None:
+        """A checkpoint is whole."""
+        self.say(f"saved iteration {iteration} in {checkpoint.parent}")
+        for sink in [sink for sink in self.sinks if not isinstance(sink, JsonLines)]:
+            self._guard(sink, lambda sink=sink: sink.published(iteration, checkpoint))  # type: ignore[misc]
+
     def _write(self, iteration: int, values: Values) -> None:
         for sink in list(self.sinks):
             self._guard(sink, lambda sink=sink: sink.write(iteration, values))  # type: ignore[misc]
 
     def close(self) -> None:
         """Flush every sink."""
+        if self._texts is not None:
+            self._texts.close()
         for sink in list(self.sinks):
             self._guard(sink, sink.close)
 

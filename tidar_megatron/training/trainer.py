@@ -34,6 +34,7 @@ from tidar_megatron.training import sample_ids, signals
 from tidar_megatron.training.health import Health
 from tidar_megatron.training.optimizer import build_optimizer, whole_weights, wrap_model
 from tidar_megatron.training.resolve import resolve, run_fingerprint, starting_point
+from tidar_megatron.training.samples import Samples
 from tidar_megatron.training.step import evaluate, train_step
 from tidar_megatron.training.straggler import OwnTime
 
@@ -269,6 +270,14 @@ class Trainer:
                 sample_ids.cut(folder, self.iteration)
             except OSError as error:
                 raise UserError(f"--save {folder}: {error.strerror}; choose a folder that can be written") from None
+
+    def samples(self) -> Samples | None:
+        """Generations from each checkpoint, on the main rank of a run that asks for them."""
+        count, save = self.config.logging.log_samples, self.config.checkpoint.save
+        if not count or not self.ranks.is_main:
+            return None
+        assert save and self.valid_data is not None
+        return Samples(Path(save), self.valid_data, count)
 
     def log_sample_ids(self) -> None:
         """Begin the log of sample ids, if it was asked for."""

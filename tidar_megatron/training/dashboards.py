@@ -1,0 +1,149 @@
+"""W&B and TensorBoard: for looking at a run while it goes on. ``metrics.jsonl`` is the record."""
+
+import json
+import netrc
+import os
+import secrets
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+
+from tidar_megatron.config import Config
+from tidar_megatron.files import replace_text
+
+Values = dict[str, Any]
+SAMPLE_COLUMNS = ("prompt", "text", "tokens_per_forward", "distinct_4grams")
+RUN_ID = "wandb_run_id"  # a file of the run's folder
+
+
+class Sink(Protocol):
+    """A place that takes numbers."""
+
+    def write(self, iteration: int, values: Values) -> None:
+        """Take ``values`` of ``iteration``; nested names are joined by ``/``."""
+        ...
+
+    def close(self) -> None:
+        """Flush and leave."""
+        ...
+
+
+class Dashboard(Sink, Protocol):
+    """One that can show more."""
+
+    def samples(self, iteration: int, rows: list[Values]) -> None:
+        """Take generations of the checkpoint of ``iteration``, one row each (``SAMPLE_COLUMNS``)."""
+        ...
+
+    def published(self, iteration: int, checkpoint: Path) -> None:
+        """A checkpoint is whole."""
+        ...
+
+
+class WandB:
+    """A Weights & Biases run, online where a key is at hand, else offline; a run that is continued goes on as the same.
+
+    ``--wandb-log-checkpoints`` makes each checkpoint an artifact.
+    """
+
+    def __init__(self, config: Config, folder: Path, console: Console) -> None:
+        import wandb
+
+        mode = os.environ.get("WANDB_MODE")
+        if mode is None and not has_wandb_key():
+            mode = "offline"
+            upload = f"'wandb login', 'wandb sync {folder / 'wandb'}/*' upload it"
+            console.print(f"W&B: no API key, so this run is kept offline; {upload}")
+        known, name = folder / RUN_ID, config.logging.wandb_exp_name or folder.name
+        identity = known.read_text().strip() if known.exists() and config.checkpoint.load else secrets.token_hex(4)
+        self._artifacts = config.logging.wandb_log_checkpoints
+        self.run = wandb.init(
+            project=config.logging.wandb_project,
+            name=name,
+            id=identity,
+            resume="allow",
+            dir=str(folder),
+            mode=mode,  # type: ignore[arg-type]
+            config=json.loads(json.dumps(config, default=vars)),
+            settings=wandb.Settings(silent=True),
+        )
+        self._name = name
+        if config.checkpoint.save:
+            replace_text(known, identity)
+
+    def write(self, iteration: int, values: Values) -> None:
+        import wandb
+
+        shown = flatten(values)
+        if offsets := values.get("eval", {}).get("acceptance_by_offset"):
+            table = wandb.Table(data=list(enumerate(offsets, 1)), columns=["offset", "acceptance"])
+            title = "draft acceptance by offset in the block"
+            shown["eval/acceptance"] = wandb.plot.line(table, "offset", "acceptance", title=title)
+        self.run.log(shown, step=iteration)
+
+    def samples(self, iteration: int, rows: list[Values]) -> None:
+        import wandb
+
+        data = [[iteration, *(row[name] for name in SAMPLE_COLUMNS)] for row in rows]
+        self.run.log({"samples": wandb.Table(data=data, columns=["iteration", *SAMPLE_COLUMNS])})
+
+    def published(self, iteration: int, checkpoint: Path) -> None:
+        import wandb
+
+        if self._artifacts:
+            artifact = wandb.Artifact(f"{self._name}-checkpoint", "model", metadata={"iteration": iteration})
+            artifact.add_dir(str(checkpoint))
+            self.run.log_artifact(artifact, aliases=["latest", f"iteration-{iteration}"])
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def has_wandb_key() -> bool:
+    """Whether 'wandb login' was done here, or the environment holds a key."""
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].rstrip("/")
+    try:
+        return bool(os.environ.get("WANDB_API_KEY") or netrc.netrc(os.environ.get("NETRC")).authenticators(host))
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+class TensorBoard:
+    """TensorBoard event files."""
+
+    def __init__(self, folder: str, config: Config) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(folder)
+        self.writer.add_text("config", f"```yaml\n{config.to_yaml()}```")
+        offsets = ["Multiline", [r"eval/acceptance_by_offset/\d+"]]
+        self.writer.add_custom_scalars({"drafts": {"acceptance by offset in the block": offsets}})
+
+    def write(self, iteration: int, values: Values) -> None:
+        for name, value in flatten(values).items():
+            if isinstance(value, int | float):
+                self.writer.add_scalar(name, value, iteration)
+
+    def samples(self, iteration: int, rows: list[Values]) -> None:
+        for number, row in enumerate(rows, 1):
+            self.writer.add_text(f"samples/{number}", f"{row['prompt']} **|** {row['text']}", iteration)
+
+    def published(self, iteration: int, checkpoint: Path) -> None:
+        pass
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def flatten(values: Values, prefix: str = "") -> Values:
+    """``{"eval": {"acceptance_by_offset": [..]}}`` -> ``{"eval/acceptance_by_offset/1": ..}``."""
+    flat: Values = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}/")
+        elif isinstance(value, list):
+            flat |= {f"{prefix}{name}/{i}": item for i, item in enumerate(value, start=1)}
+        else:
+            flat[prefix + name] = value
+    return flat
