@@ -1,5 +1,6 @@
 """Process groups and seeds: the only place that initialises torch.distributed and reads ``parallel_state``."""
 
+import gc
 import os
 import random
 from dataclasses import dataclass
@@ -158,3 +159,7 @@ def _end_groups(orderly: bool = True) -> None:
     for group in groups:
         dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
+    # models hold their groups, in cycles: what is left of them must go now and on all ranks, for where one rank's end
+    # of a connection is gone, the other's thread runs in circles
+    del groups
+    gc.collect()
