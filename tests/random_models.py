@@ -40,3 +40,16 @@ def write_random_model(folder, kind="qwen3", tie=True, dtype=torch.float32, **se
             parameter.copy_(1 + noise * 0.3 if parameter.dim() == 1 else noise * 0.2)
     model.to(dtype).save_pretrained(folder)
     return folder
+
+
+MODELS = {
+    "llama-tied": {"kind": "llama"},
+    "llama-untied-llama3": {"kind": "llama", "tie": False, "rope_parameters": LLAMA3},
+    "mistral-tied-bf16": {"kind": "mistral", "dtype": torch.bfloat16},
+    "mistral-untied": {"kind": "mistral", "tie": False},
+    "qwen2-tied": {"kind": "qwen2"},
+    "qwen2-untied-bf16": {"kind": "qwen2", "tie": False, "dtype": torch.bfloat16},
+    "qwen3-tied": {"kind": "qwen3"},
+    "qwen3-untied": {"kind": "qwen3", "tie": False},
+    "qwen3_moe-untied": {"kind": "qwen3_moe", "tie": False},
+}

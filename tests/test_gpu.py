@@ -1,12 +1,16 @@
 """On a CUDA device: training and decoding give what the CPU gives. `make test-gpu`; elsewhere these skip themselves."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
+from tests.conftest import ROOT
 from tests.models.test_attention import documents
 from tests.training.small_runs import losses, small
 from tidar_megatron.attention_mask import training_layout
-from tidar_megatron.checkpoint.convert import export_run
 from tidar_megatron.distributed.groups import shut_down
 from tidar_megatron.inference.engine import generate
 from tidar_megatron.inference.model import load_model
@@ -43,8 +47,12 @@ def test_train_export_and_decode(shards, tmp_path, bf16):
     pretrain(small(shards, checkpoint={"save": str(run)}, training={"bf16": bf16}))
     history = losses(run)
     assert history[8][0] < history[1][0]
-    export_run(run, tmp_path / "hf")
     shut_down()
+    exported = subprocess.run(  # converting plays ranks on the CPU: a process that sees no GPU
+        [sys.executable, "tools/convert_checkpoint.py", "export", "--checkpoint", run, "--hf", tmp_path / "hf"],
+        cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert exported.returncode == 0, exported.stderr
     model = load_model(tmp_path / "hf", device="cuda", dtype="float32")
     prompt = list(b"alpha beta")
     ar = generate(model, prompt, DecodeOptions(mode="ar", max_new_tokens=32, ignore_eos=True))

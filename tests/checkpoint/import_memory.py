@@ -1,4 +1,7 @@
-"""Import a model and tell how far the process's own memory grew, files that are mapped aside: one line of JSON."""
+"""Import a model and tell how far the process's own memory grew, files that are mapped aside: one line of JSON.
+
+HF OUTPUT [INIT_MASK_TOKEN MASK_TOKEN_ID]
+"""
 
 import json
 import sys
@@ -25,7 +28,7 @@ def main():
 
     watching = threading.Thread(target=watch)
     watching.start()
-    import_run(sys.argv[1], sys.argv[2])
+    import_run(sys.argv[1], sys.argv[2], None, *sys.argv[3:4], *map(int, sys.argv[4:]))
     done.set()
     watching.join()
     print(json.dumps({"anonymous_bytes": peak - before}))

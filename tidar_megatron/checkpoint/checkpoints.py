@@ -27,8 +27,7 @@ from megatron.core import dist_checkpointing
 from tidar_megatron.checkpoint import distributed, folder
 from tidar_megatron.checkpoint.distributed import Trained
 from tidar_megatron.checkpoint.fingerprint import Fingerprint, check_fingerprint, plain
-from tidar_megatron.checkpoint.manifest import Damaged, FileEntry, check_hashes, seal
-from tidar_megatron.checkpoint.pickles import read_metadata
+from tidar_megatron.checkpoint.manifest import Damaged, FileEntry, seal
 from tidar_megatron.checkpoint.writer import RESULTS, InBackground, Report, staged, write
 from tidar_megatron.config import Config
 from tidar_megatron.distributed.groups import Ranks
@@ -256,7 +255,7 @@ class Checkpoints:
         points, passed_over = found[0]
         for iteration in points:
             checkpoint = folder.checkpoint_folder(source, iteration)
-            if (damage := self._damage(checkpoint)) is None:
+            if (damage := distributed.damage(checkpoint, settings.verify_checkpoint)) is None:
                 break
             passed_over.append(damage)
         else:
@@ -272,21 +271,6 @@ class Checkpoints:
         except Damaged as damage:
             raise UserError(f"--load {source}: {damage}") from None
         return Resumed(state.iteration, state.consumed_sequences, state.states)
-
-    def _damage(self, checkpoint: Path) -> str | None:
-        """What is wrong with a checkpoint, on every rank; each rank hashes its share of the files."""
-        problem: str | None = None
-        try:
-            if self._config.checkpoint.verify_checkpoint:
-                check_hashes(checkpoint, self._ranks.rank, self._ranks.world_size)
-            if self._ranks.is_main:
-                read_metadata(checkpoint)
-                distributed.read_state(checkpoint)
-        except Damaged as damage:
-            problem = str(damage)
-        problems: list[str | None] = [None] * self._ranks.world_size
-        dist.all_gather_object(problems, problem)
-        return next((said for said in problems if said), None)
 
 
 _PARAMETERS = inspect.signature(dist_checkpointing.save).parameters  # async_strategy: from 0.19 on

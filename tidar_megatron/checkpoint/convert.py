@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tidar_megatron.checkpoint import folder
-from tidar_megatron.checkpoint.distributed import STATE_FILE, State, load_weights
+from tidar_megatron.checkpoint.distributed import STATE_FILE, State, load_weights, read_state
 from tidar_megatron.checkpoint.families import model_from_huggingface, read_json
 from tidar_megatron.checkpoint.huggingface import (
     CONFIG,
-    GENERATION_CONFIG,
     SHARD_BYTES,
     Safetensors,
     export_huggingface,
@@ -29,13 +28,13 @@ from tidar_megatron.checkpoint.huggingface import (
 from tidar_megatron.checkpoint.initialize import MaskRow
 from tidar_megatron.checkpoint.manifest import Damaged, check_hashes, seal
 from tidar_megatron.checkpoint.mapping import VOCABULARY
-from tidar_megatron.checkpoint.origin import HUGGINGFACE_FOLDER
+from tidar_megatron.checkpoint.origin import keep_huggingface_files, kept_huggingface_files
 from tidar_megatron.checkpoint.streaming import WeightReader, WholeModel, whole_model, write_weights
 from tidar_megatron.config import CONFIG_FILE, Config, ModelConfig, ParallelConfig, check_config, load_config
 from tidar_megatron.data.doubled import make_batch
 from tidar_megatron.data.manifest import TOKENIZER_FOLDER
 from tidar_megatron.data.packing import PackedSequence
-from tidar_megatron.data.tokenizer import free_id, load_tokenizer
+from tidar_megatron.data.tokenizer import free_id, load_tokenizer, reserved_ids, vocabulary_size
 from tidar_megatron.distributed.groups import initialize, shut_down
 from tidar_megatron.errors import UserError
 from tidar_megatron.models.gpt import build_model, run_model
@@ -122,7 +121,7 @@ def _with_mask_token(config: Config, tokenizer: Any, mask_token_id: int | None) 
             "--init-mask-token: the folder has no tokenizer to tell which ids are free; add --mask-token-id"
         )
     if mask is None:
-        mask = free_id(tokenizer, size)
+        mask = free_id(vocabulary_size(tokenizer), reserved_ids(tokenizer.get_vocab()), size)
     if not 0 <= mask <= size:
         raise UserError(f"--mask-token-id {mask}: the model has ids 0 to {size - 1}, and {size} would be a new one")
     return dataclasses.replace(
@@ -159,15 +158,6 @@ def _write_checkpoint(
     folder.publish(partial, 0, {path.name: seal(path) for path in partial.iterdir()}, keep_last=None)
 
 
-def keep_huggingface_files(source: Path, run: Path) -> None:
-    """Keep what an export of the run goes back to: the architecture's name, token ids, how it likes to generate."""
-    kept = run / HUGGINGFACE_FOLDER
-    kept.mkdir(exist_ok=True)
-    for name in (CONFIG, GENERATION_CONFIG):
-        if (source / name).exists():
-            shutil.copyfile(source / name, kept / name)
-
-
 # --- out ---------------------------------------------------------------------------------------------------------
 def _whole_checkpoint(run: Path, iteration: int | None) -> tuple[Config, int, Path]:
     """A run's configuration without its layout, and its checkpoint of ``iteration`` or the newest, hashes compared."""
@@ -202,14 +192,13 @@ def export_run(
     """
     run = Path(run)
     config, iteration, checkpoint = _whole_checkpoint(run, iteration)
-    tokenizer = load_tokenizer(run / TOKENIZER_FOLDER) if (run / TOKENIZER_FOLDER).exists() else None
-    origin = run / HUGGINGFACE_FOLDER
     whole = whole_model(config)
     try:
+        # what was imported may have come without a tokenizer; a run that was trained has one
+        has_none = read_state(checkpoint).weights_only and not (run / TOKENIZER_FOLDER).exists()
+        tokenizer = None if has_none else load_tokenizer(run / TOKENIZER_FOLDER)
         reader = WeightReader(checkpoint, whole)
-        export_huggingface(
-            whole, reader.read, config, tokenizer, target, origin if origin.is_dir() else None, shard_bytes
-        )
+        export_huggingface(whole, reader.read, config, tokenizer, target, kept_huggingface_files(run), shard_bytes)
     except Damaged as damage:
         raise UserError(f"--checkpoint {run}: {damage}") from None
     return iteration
@@ -221,8 +210,8 @@ def verify(hf: str | Path, run: str | Path, iteration: int | None = None, length
     """Compare the logits of both sides in float32, for random token ids.
 
     Returns:
-        ``max_logit_difference``, ``largest_logit``, ``same_choice`` (the share of positions whose largest logit is of
-        the same id), ``positions``, ``vocabulary``.
+        ``hf``, ``checkpoint``, ``iteration``, ``max_logit_difference``, ``largest_logit``, ``same_choice`` (the share
+        of positions whose largest logit is of the same id), ``positions``, ``vocabulary``.
 
     Raises:
         UserError: one of the two cannot be read, or they are models of different shapes.

@@ -28,7 +28,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from tidar_megatron.checkpoint.manifest import Damaged
+from tidar_megatron.checkpoint.manifest import Damaged, check_hashes
 from tidar_megatron.checkpoint.optimizer_state import fill, state_to_fill, state_to_save
 from tidar_megatron.checkpoint.pickles import read_metadata, weights_only
 from tidar_megatron.checkpoint.random_states import random_states, restore_random_states
@@ -89,6 +89,23 @@ def read_state(checkpoint: Path) -> State:
     except ValidationError as error:
         where = ".".join(map(str, error.errors()[0]["loc"]))
         raise Damaged(f"{checkpoint / STATE_FILE} is not a run's state: {where}") from None
+
+
+def damage(checkpoint: Path, verify: bool = True) -> str | None:
+    """What is wrong with a checkpoint, the same on every rank; with ``verify`` each hashes its share of the files."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    problem: str | None = None
+    try:
+        if verify:
+            check_hashes(checkpoint, rank, world_size)
+        if rank == 0:
+            read_metadata(checkpoint)
+            read_state(checkpoint)
+    except Damaged as error:
+        problem = str(error)
+    problems: list[str | None] = [None] * world_size
+    dist.all_gather_object(problems, problem)
+    return next((said for said in problems if said), None)
 
 
 def load(checkpoint: Path, run: Trained, same_layout: bool) -> None:

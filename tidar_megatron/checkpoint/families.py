@@ -144,7 +144,7 @@ def huggingface_config(config: Config, eos_token_id: int | None, source: dict[st
 
     Args:
         config: resolved.
-        eos_token_id: of its tokenizer; None leaves what ``source`` says.
+        eos_token_id: of its tokenizer, for where ``source`` does not say.
         source: the ``config.json`` that the model was once imported from: what we do not decide stays as it is there.
 
     Raises:
@@ -197,9 +197,8 @@ def huggingface_config(config: Config, eos_token_id: int | None, source: dict[st
     if source is not None:
         decided = source | decided
         decided.pop("torch_dtype", None)  # dtype's older name
-        return (
-            decided if eos_token_id is None else {**decided, "eos_token_id": decided.get("eos_token_id", eos_token_id)}
-        )
+        decided.setdefault("eos_token_id", eos_token_id)
+        return decided
     plain = AutoConfig.for_model(
         kind,
         num_hidden_layers=model.num_layers,  # of which others follow

@@ -128,14 +128,15 @@ class Safetensors:
         read = read or self.read
         entry, numbers = entry_of(name)
         names = huggingface_names(entry, numbers)
+        tensors = [read(hf) for hf in names]
         try:
-            whole = join(entry, [read(hf) for hf in names], model.num_query_groups or model.num_attention_heads)
+            whole = join(entry, tensors, model.num_query_groups or model.num_attention_heads)
         except RuntimeError:
             whole = torch.empty(0)  # heads that do not divide, or parts of unequal widths
         if name in VOCABULARY and whole.dim() == 2 and len(whole) == model.vocab_size and len(whole) < shape[0]:
             whole = torch.cat([whole, whole.new_zeros(shape[0] - len(whole), whole.shape[1])])
         if whole.shape != shape:
-            found = ", ".join(str(tuple(read(hf).shape)) for hf in names)
+            found = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
             raise UserError(f"{self.folder}: {names[0]} does not fit: {found}; is {CONFIG} of the same model?")
         return whole
 
@@ -206,18 +207,21 @@ def export_huggingface(
     hf_config = huggingface_config(config, eos_token_id, before)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    _write_weights(whole, read, hf_config["vocab_size"], partial, shard_bytes)
-    _write_json(partial / CONFIG, hf_config)
-    _write_json(partial / GENERATION_CONFIG, _generation_config(hf_config, config, source))
-    write_custom_generate(partial)
-    if tokenizer is not None:
-        if len(tokenizer) == config.tidar.mask_token_id:  # the next free id: the mask token gets its name
-            tokenizer.add_tokens([MASK_TOKEN], special_tokens=True)
-        tokenizer.save_pretrained(partial)
-    if folder.exists():
-        folder.rmdir()
-    partial.rename(folder)
+    try:
+        partial.mkdir(parents=True)
+        _write_weights(whole, read, hf_config["vocab_size"], partial, shard_bytes)
+        _write_json(partial / CONFIG, hf_config)
+        _write_json(partial / GENERATION_CONFIG, _generation_config(hf_config, config, source))
+        write_custom_generate(partial)
+        if tokenizer is not None:
+            if len(tokenizer) == config.tidar.mask_token_id:  # the next free id: the mask token gets its name
+                tokenizer.add_tokens([MASK_TOKEN], special_tokens=True)
+            tokenizer.save_pretrained(partial)
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _generation_config(hf_config: dict, config: Config, source: str | Path | None) -> dict:
@@ -235,14 +239,14 @@ def _write_weights(
     whole: WholeModel, read: Callable[[str], Tensor], vocab_size: int, folder: Path, shard_bytes: int
 ) -> None:
     shards: list[list[str]] = [[]]
-    held = total = 0
+    held = total = 0  # bytes
     for name, shape in whole.shapes.items():
         size = shape.numel() * whole.pieces[name][0].dtype.itemsize
         if shards[-1] and held + size > shard_bytes:
             shards.append([])
             held = 0
         shards[-1].append(name)
-        held, total = held + size, total + size
+        held += size
     where: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -253,6 +257,7 @@ def _write_weights(
             parts = split(entry, tensor, whole.num_query_groups, whole.num_attention_heads)
             for hf, part in zip(huggingface_names(entry, numbers), parts, strict=True):
                 weights[hf] = part.contiguous()
+                total += part.nbytes
         save_file(weights, folder / file, metadata={"format": "pt"})
         where |= dict.fromkeys(weights, file)
     if len(shards) > 1:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from tidar_megatron.checkpoint.mapping import VOCABULARY, cut, entry_of, own_parameters, shard_group
 
+ROWS_AT_ONCE = 1024
+
 
 @torch.no_grad()
 def initialize_weights(chunks: list[GPTModel], seed: int) -> None:
@@ -66,11 +68,14 @@ class MaskRow:
             name: of the parameter in the whole model, one of ``VOCABULARY``.
             group: the tensor-parallel ranks; None: ``rows`` is all of it.
         """
-        if self.kind == "keep":
+        embedding = name == VOCABULARY[0]
+        new = [*range(self.source_rows, self.vocab_size), *([self.mask_token_id] if embedding else [])]
+        if self.kind == "keep" or not new:
             return
         first = group.rank() * len(rows) if group is not None else 0
-        known = rows[: max(0, self.source_rows - first)].double()
-        sums = torch.stack([known.sum(0), known.square().sum(0)])
+        sums = rows.new_zeros(2, rows.shape[1], dtype=torch.float64)
+        for some in rows[: max(0, self.source_rows - first)].split(ROWS_AT_ONCE):  # a vocabulary in float64 is large
+            sums += torch.stack([some.double().sum(0), some.double().square().sum(0)])
         if group is not None and group.size() > 1:
             dist.all_reduce(sums, group=group)
         mean, square = sums / self.source_rows
@@ -78,8 +83,6 @@ class MaskRow:
         if self.kind == "normal":
             noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(self.mask_token_id))
             row = mean + (square - mean.square()).clamp(min=0).sqrt() * noise.to(mean)
-        embedding = name == VOCABULARY[0]
-        new = [*range(self.source_rows, self.vocab_size), *([self.mask_token_id] if embedding else [])]
         for number in new:
             if first <= number < first + len(rows):
                 is_mask = embedding and number == self.mask_token_id

@@ -1,16 +1,22 @@
 """What a new run starts from, ``--init-from``: a Hugging Face folder, or the weights alone of a run of ours."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Protocol
 
 from megatron.core.models.gpt import GPTModel
 
-from tidar_megatron.checkpoint.distributed import load_weights
+from tidar_megatron.checkpoint.distributed import damage, load_weights
 from tidar_megatron.checkpoint.families import model_from_huggingface, read_json
 from tidar_megatron.checkpoint.folder import checkpoint_folder, latest_iteration
-from tidar_megatron.checkpoint.huggingface import CONFIG, check_huggingface_tokenizer, load_huggingface_weights
-from tidar_megatron.checkpoint.manifest import Damaged, check_hashes
+from tidar_megatron.checkpoint.huggingface import (
+    CONFIG,
+    GENERATION_CONFIG,
+    check_huggingface_tokenizer,
+    load_huggingface_weights,
+)
+from tidar_megatron.checkpoint.manifest import Damaged
 from tidar_megatron.config import CONFIG_FILE, Config, ModelConfig, load_config
 from tidar_megatron.data.manifest import TOKENIZER_FOLDER
 from tidar_megatron.errors import UserError
@@ -94,12 +100,27 @@ class _Run:
         check_huggingface_tokenizer(self._folder / TOKENIZER_FOLDER, data_tokenizer)
 
     def load(self, chunks: list[GPTModel]) -> None:
+        if problem := damage(self._checkpoint):
+            raise UserError(f"--init-from {self._folder}: {problem}")
         try:
-            check_hashes(self._checkpoint)
             load_weights(self._checkpoint, chunks)
-        except Damaged as damage:
-            raise UserError(f"--init-from {self._folder}: {damage}") from None
+        except Damaged as error:
+            raise UserError(f"--init-from {self._folder}: {error}") from None
 
     def huggingface_files(self) -> Path | None:
-        kept = self._folder / HUGGINGFACE_FOLDER
-        return kept if kept.is_dir() else None
+        return kept_huggingface_files(self._folder)
+
+
+def keep_huggingface_files(source: Path, run: Path) -> None:
+    """Keep what an export of ``run`` goes back to: the architecture's name, token ids, how it likes to generate."""
+    kept = run / HUGGINGFACE_FOLDER
+    kept.mkdir(exist_ok=True)
+    for name in (CONFIG, GENERATION_CONFIG):
+        if (source / name).exists():
+            shutil.copyfile(source / name, kept / name)
+
+
+def kept_huggingface_files(run: Path) -> Path | None:
+    """Where they are; None for a run that came of no Hugging Face folder."""
+    kept = run / HUGGINGFACE_FOLDER
+    return kept if kept.is_dir() else None

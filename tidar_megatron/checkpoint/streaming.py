@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -140,7 +141,10 @@ def write_weights(folder: Path, whole: WholeModel, read: Callable[[str], Tensor]
     writer = _Files(folder, thread_count=1)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is meant
-        torch_checkpoint.save({}, storage_writer=writer, planner=_Writing(whole, read), no_dist=True)
+        try:
+            torch_checkpoint.save({}, storage_writer=writer, planner=_Writing(whole, read), no_dist=True)
+        except CheckpointException as error:  # torch's wrapper around what went wrong
+            raise next(iter(error.failures.values()))[0] from None
     torch.save({}, folder / "common.pt")  # what is no tensor: nothing
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 

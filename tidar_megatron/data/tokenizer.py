@@ -10,7 +10,7 @@ FOLDER     a Hugging Face tokenizer on this disk; nothing is downloaded, no code
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -109,10 +109,14 @@ def reserved_ids(vocabulary: dict[str, int]) -> list[int]:
     return sorted(number for name, number in vocabulary.items() if RESERVED.fullmatch(name))
 
 
-def free_id(tokenizer: PreTrainedTokenizerFast, model_vocab_size: int) -> int:
-    """An id for the mask token: a row of the model beyond the tokenizer's, else a reserved one, else a new one."""
-    used = vocabulary_size(tokenizer)
-    reserved = reserved_ids(tokenizer.get_vocab())
+def free_id(used: int, reserved: Sequence[int], model_vocab_size: int) -> int:
+    """An id for the mask token: a row of the model beyond the tokenizer's, else a reserved one, else a new one.
+
+    Args:
+        used: :func:`vocabulary_size` of the tokenizer.
+        reserved: its :func:`reserved_ids`.
+        model_vocab_size: ids that the model has.
+    """
     return reserved[0] if used >= model_vocab_size and reserved else used
 
 

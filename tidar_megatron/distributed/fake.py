@@ -26,6 +26,7 @@ def play_rank(
     It needs a process without a job of its own and without a GPU in sight (``CUDA_VISIBLE_DEVICES=``).
     """
     assert not dist.is_initialized(), "a process plays a rank or is one"
+    assert not platform.has_gpu(), "hide the GPUs from it: CUDA_VISIBLE_DEVICES= before torch is imported"
     platform.make_cpu_first_class()
     where = torch.device(device)
     try:

@@ -12,6 +12,7 @@ from tidar_megatron.checkpoint.origin import Origin
 from tidar_megatron.config import Config, ModelConfig, check_config, flag
 from tidar_megatron.data.loader import TrainingData
 from tidar_megatron.data.manifest import TokenizerEntry
+from tidar_megatron.data.tokenizer import free_id
 from tidar_megatron.errors import UserError
 
 
@@ -47,8 +48,7 @@ def resolve(
         )
     first_free = tokenizer.vocab_size
     if mask is None:
-        grows = origin is not None and model.vocab_size == first_free
-        mask = reserved[0] if grows and reserved else first_free
+        mask = first_free if origin is None else free_id(first_free, reserved, model.vocab_size or 0)
     if mask < first_free and mask not in reserved:
         raise UserError(
             f"--mask-token-id {mask}: the tokenizer uses 0 to {first_free - 1}; leave it out to take {first_free}"

@@ -14,10 +14,9 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from tidar_megatron.checkpoint.checkpoints import Checkpoints
-from tidar_megatron.checkpoint.convert import keep_huggingface_files
 from tidar_megatron.checkpoint.distributed import Trained
 from tidar_megatron.checkpoint.initialize import MaskRow, initialize_weights, start_mask_row
-from tidar_megatron.checkpoint.origin import Origin, open_origin
+from tidar_megatron.checkpoint.origin import Origin, keep_huggingface_files, kept_huggingface_files, open_origin
 from tidar_megatron.config import CONFIG_FILE, Config, ModelConfig, check_world_size
 from tidar_megatron.data.doubled import Batch
 from tidar_megatron.data.loader import TrainingData
@@ -84,7 +83,7 @@ class Trainer:
         check_backend(config)
         tokenizer, tokenizer_folder = tokenizer_of(config.data.train_data, config.data.tokenizer)
         origin = open_origin(config.training.init_from) if config.training.init_from else None
-        reserved = reserved_ids(load_tokenizer(tokenizer_folder).get_vocab()) if origin is not None else []
+        reserved = reserved_ids(load_tokenizer(tokenizer_folder).get_vocab())
         config = resolve(config, tokenizer, origin, reserved)
         assert config.tidar.mask_token_id is not None and config.model.vocab_size is not None
 
@@ -265,11 +264,18 @@ class Trainer:
                 signals.clear_run_state(folder)
                 (folder / CONFIG_FILE).write_text(self.config.to_yaml(), encoding="utf-8")
                 tokenizer.save_pretrained(str(folder / TOKENIZER_FOLDER))
-                if self.origin is not None and (files := self.origin.huggingface_files()) is not None:
+                if (files := self._huggingface_files()) is not None and files.parent != folder:
                     keep_huggingface_files(files, folder)
                 sample_ids.cut(folder, self.iteration)
             except OSError as error:
                 raise UserError(f"--save {folder}: {error.strerror}; choose a folder that can be written") from None
+
+    def _huggingface_files(self) -> Path | None:
+        """What an export goes back to: of where the weights came from, or of the run that is continued."""
+        if self.origin is not None:
+            return self.origin.huggingface_files()
+        load = self.config.checkpoint.load
+        return kept_huggingface_files(Path(load)) if load else None
 
     def samples(self) -> Samples | None:
         """Generations from each checkpoint, on the main rank of a run that asks for them."""
