@@ -1,6 +1,5 @@
 """A whole run through ``tools/pretrain.py``'s own entry: phases, schedule, logs, evaluation."""
 
-import json
 import math
 
 import pytest
@@ -82,68 +81,6 @@ def test_evaluation_is_of_the_held_out_data(whole, shards):
         assert means[-1]["ar_loss"] == pytest.approx(ar.item() / batch.ar_tokens, rel=1e-5)
         shut_down()
     assert means[0]["ar_loss"] != pytest.approx(means[1]["ar_loss"], rel=1e-3)
-
-
-def test_wandb_is_kept_offline_and_never_stops_a_run(shards, tmp_path, monkeypatch, capsys):
-    import wandb
-
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    short = {"train_iters": 2, "eval_interval": 2}
-    board = {"wandb_project": "test", "tensorboard_dir": str(tmp_path / "board"), "log_interval": 1}
-    run = tmp_path / "run"
-    pretrain(
-        small(shards, checkpoint={"save": str(run)}, training=short, optimizer={"lr_warmup_iters": 0}, logging=board)
-    )
-    assert "kept offline" in capsys.readouterr().out
-    assert list(run.glob("wandb/offline-run-*"))
-    assert list((tmp_path / "board").glob("events*"))
-
-    def broken(**unused):
-        raise RuntimeError("no such\nserver")
-
-    monkeypatch.setattr(wandb, "init", broken)
-    run = tmp_path / "broken"
-    pretrain(
-        small(shards, checkpoint={"save": str(run)}, training=short, optimizer={"lr_warmup_iters": 0}, logging=board)
-    )
-    said = capsys.readouterr().out
-    assert "W&B is left out: RuntimeError: no such server" in said
-    assert max(losses(run)) == 2
-    monkeypatch.undo()
-    monkeypatch.setattr(wandb.sdk.wandb_run.Run, "finish", lambda *args, **kwargs: broken())
-    run = tmp_path / "broken at the end"
-    pretrain(
-        small(shards, checkpoint={"save": str(run)}, training=short, optimizer={"lr_warmup_iters": 0}, logging=board)
-    )
-    assert "WandB is left out from here on" in capsys.readouterr().out
-
-
-def test_wandb_goes_on_as_the_same_run_and_shows_what_was_asked_for(shards, tmp_path):
-    """Read back from the offline run's own record: the chart by offset, the samples' table, a checkpoint's artifact."""
-    run = tmp_path / "run"
-    board = {
-        "wandb_project": "test",
-        "wandb_log_checkpoints": True,
-        "log_samples": 2,
-        "tensorboard_dir": str(tmp_path / "board"),
-    }
-    again = {"save": str(run), "load": str(run)}
-    pretrain(small(shards, checkpoint=again, training={"exit_interval": 4}, logging=board))
-    identity = (run / "wandb_run_id").read_text()
-    pretrain(small(shards, checkpoint=again, logging=board))
-    assert (run / "wandb_run_id").read_text() == identity
-    folders = list(run.glob("wandb/offline-run-*"))
-    assert len(folders) == 2
-    assert all(folder.name.endswith(identity) for folder in folders)
-    record = b"".join(file.read_bytes() for folder in folders for file in folder.rglob("*.wandb"))
-    for said in (b"eval/acceptance", b"draft acceptance by offset", b"run-checkpoint", b"memory_gib", b"samples"):
-        assert said in record, said
-    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
-    assert [row["iteration"] for row in samples] == [4, 4, 8, 8]
-    assert all(row["tokens_per_forward"] >= 1 and row["prompt"] for row in samples)
-    assert all(row["memory_gib"] > 0.05 for row in metrics(run) if "loss" in row)
 
 
 def test_bf16_follows_float32_and_resumes(shards, tmp_path):

@@ -17,20 +17,12 @@ SAMPLE_COLUMNS = ("prompt", "text", "tokens_per_forward", "distinct_4grams")
 RUN_ID = "wandb_run_id"  # a file of the run's folder
 
 
-class Sink(Protocol):
-    """A place that takes numbers."""
+class Dashboard(Protocol):
+    """A place to look at a run."""
 
     def write(self, iteration: int, values: Values) -> None:
-        """Take ``values`` of ``iteration``; nested names are joined by ``/``."""
+        """Take numbers of ``iteration``; nested names are joined by ``/``."""
         ...
-
-    def close(self) -> None:
-        """Flush and leave."""
-        ...
-
-
-class Dashboard(Sink, Protocol):
-    """One that can show more."""
 
     def samples(self, iteration: int, rows: list[Values]) -> None:
         """Take generations of the checkpoint of ``iteration``, one row each (``SAMPLE_COLUMNS``)."""
@@ -38,6 +30,10 @@ class Dashboard(Sink, Protocol):
 
     def published(self, iteration: int, checkpoint: Path) -> None:
         """A checkpoint is whole."""
+        ...
+
+    def close(self) -> None:
+        """Flush and leave."""
         ...
 
 

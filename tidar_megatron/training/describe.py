@@ -38,6 +38,8 @@ def describe(config: Config, ranks: Ranks, model: list[GPTModel], data: Training
         f"{config.ar_warmup_iters} steps of AR warm-up, then the joint objective to {config.training.train_iters}; "
         f"block size {tidar.block_size}, alpha {tidar.ar_loss_weight}, mask token {tidar.mask_token_id}"
     )
+    if tidar.masking == "random":
+        yield "random masking: of each block's places a share drawn anew is masked, the others show their tokens"
     if config.chosen_blocks < config.blocks:
         yield f"masks for {config.chosen_blocks} of the {config.blocks} blocks of each sequence, drawn anew"
     if iteration:

@@ -52,7 +52,7 @@ def pretrain(config: Config) -> None:
             if state and trainer.config.checkpoint.save and trainer.ranks.is_main:
                 signals.write_run_state(trainer.config.checkpoint.save, state)
             if samples is not None and state != signals.INTERRUPTED and (said := samples.poll(wait=True)) is not None:
-                logger.samples(*said)
+                logger.samples(said)
         finally:
             if samples is not None:
                 samples.close()
@@ -97,7 +97,7 @@ def _loop(trainer: Trainer, logger: MetricsLogger, samples: Samples | None) -> s
             values |= {**trainer.own_time.report(), "memory_gib": peak_memory() / 2**30}
             logger.training(iteration, values)
             if samples is not None and (said := samples.poll()) is not None:
-                logger.samples(*said)
+                logger.samples(said)
             seconds, steps = 0.0, 0
         if (last or due(training.eval_interval)) and (evaluation := trainer.evaluate()) is not None:
             logger.evaluation(iteration, evaluation)

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from tidar_megatron.config import Config
 from tidar_megatron.files import replace_text
-from tidar_megatron.training.dashboards import Sink, TensorBoard, Values, WandB
+from tidar_megatron.training.dashboards import Dashboard, TensorBoard, Values, WandB
+from tidar_megatron.training.samples import Said
 
 
 class JsonLines:
@@ -58,30 +59,30 @@ def iteration_of(line: str) -> float:
 
 
 class MetricsLogger:
-    """All sinks of a run behind two calls. On other processes than the main one it does nothing."""
+    """The console, the record and the dashboards of a run. On other processes than the main one it does nothing."""
 
     def __init__(self, config: Config, is_main: bool, resume_from: int = 0) -> None:
         self.console = Console(quiet=not is_main, highlight=False, soft_wrap=True)
         self.train_iters = config.training.train_iters
-        self.sinks: list[Sink] = []
-        self._texts: JsonLines | None = None
+        self.record: JsonLines | None = None
+        self.texts: JsonLines | None = None
+        self.dashboards: list[Dashboard] = []
         if not is_main:
             return
         folder = Path(config.checkpoint.save) if config.checkpoint.save else None
-        if folder is not None and config.logging.log_samples:
-            self._texts = JsonLines(folder / "samples.jsonl", resume_from)
         if folder is not None:
-            self.sinks.append(JsonLines(folder / "metrics.jsonl", resume_from))
-        if config.logging.tensorboard_dir:
-            self._try("TensorBoard", lambda: TensorBoard(config.logging.tensorboard_dir or "", config))
+            self.record = JsonLines(folder / "metrics.jsonl", resume_from)
+            self.texts = JsonLines(folder / "samples.jsonl", resume_from) if config.logging.log_samples else None
+        if tensorboard := config.logging.tensorboard_dir:
+            self._open("TensorBoard", lambda: TensorBoard(tensorboard, config))
         if config.logging.wandb_project:
-            self._try("W&B", lambda: WandB(config, folder or Path("."), self.console))
+            self._open("W&B", lambda: WandB(config, folder or Path("."), self.console))
 
-    def _try(self, name: str, make: Any) -> None:
+    def _open(self, name: str, make: Callable[[], Dashboard]) -> None:
         try:
-            self.sinks.append(make())
+            self.dashboards.append(make())
         except Exception as error:  # a dashboard is never worth a run
-            self.console.print(f"{name} is left out: {type(error).__name__}: {' '.join(str(error).split())}")
+            self.say(f"{name} is left out: {type(error).__name__}: {' '.join(str(error).split())}")
 
     def say(self, text: str) -> None:
         """A line on the console."""
@@ -112,38 +113,40 @@ class MetricsLogger:
         )
         self._write(iteration, {"eval": values})
 
-    def samples(self, iteration: int, rows: list[Values]) -> None:
-        """What the model of ``iteration`` says; it may be behind the step that is logged."""
+    def samples(self, said: Said) -> None:
+        """What the model of a checkpoint says; it may be behind the step that is logged."""
+        iteration, rows, problem = said
+        if problem:
+            self.say(f"no samples of {iteration}: {problem}")
+            return
         for row in rows:
             self.say(f"sample at {iteration} | {row['tokens_per_forward']:.2f} tokens/forward | {row['text']!r}")
-            if self._texts is not None:
-                self._texts.write(iteration, row)
-        for sink in [sink for sink in self.sinks if not isinstance(sink, JsonLines)]:
-            self._guard(sink, lambda sink=sink: sink.samples(iteration, rows))  # type: ignore[misc]
+            if self.texts is not None:
+                self.texts.write(iteration, row)
+        self._show(lambda dashboard: dashboard.samples(iteration, rows))
 
     def published(self, iteration: int, checkpoint: Path) -> None:
         """A checkpoint is whole."""
         self.say(f"saved iteration {iteration} in {checkpoint.parent}")
-        for sink in [sink for sink in self.sinks if not isinstance(sink, JsonLines)]:
-            self._guard(sink, lambda sink=sink: sink.published(iteration, checkpoint))  # type: ignore[misc]
-
-    def _write(self, iteration: int, values: Values) -> None:
-        for sink in list(self.sinks):
-            self._guard(sink, lambda sink=sink: sink.write(iteration, values))  # type: ignore[misc]
+        self._show(lambda dashboard: dashboard.published(iteration, checkpoint))
 
     def close(self) -> None:
-        """Flush every sink."""
-        if self._texts is not None:
-            self._texts.close()
-        for sink in list(self.sinks):
-            self._guard(sink, sink.close)
+        """Flush what is open."""
+        for file in (self.record, self.texts):
+            if file is not None:
+                file.close()
+        self._show(lambda dashboard: dashboard.close())
 
-    def _guard(self, sink: Sink, action: Callable[[], None]) -> None:
-        """The record must be written; a dashboard that fails is left out from then on."""
-        try:
-            action()
-        except Exception as error:
-            if isinstance(sink, JsonLines):
-                raise
-            self.sinks.remove(sink)
-            self.say(f"{type(sink).__name__} is left out from here on: {type(error).__name__}: {error}")
+    def _write(self, iteration: int, values: Values) -> None:
+        if self.record is not None:
+            self.record.write(iteration, values)
+        self._show(lambda dashboard: dashboard.write(iteration, values))
+
+    def _show(self, action: Callable[[Dashboard], None]) -> None:
+        """A dashboard that fails is left out from then on."""
+        for dashboard in list(self.dashboards):
+            try:
+                action(dashboard)
+            except Exception as error:
+                self.dashboards.remove(dashboard)
+                self.say(f"{type(dashboard).__name__} is left out from here on: {type(error).__name__}: {error}")

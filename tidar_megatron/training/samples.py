@@ -10,12 +10,20 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 from tidar_megatron.data.loader import TrainingData
 
 PROMPT_TOKENS, NEW_TOKENS = 64, 64
 LAST = 300.0  # seconds that the end of a run waits for its last samples
+
+
+class Said(NamedTuple):
+    """What came of one checkpoint."""
+
+    iteration: int
+    rows: list[dict[str, Any]]  # of ``dashboards.SAMPLE_COLUMNS``
+    problem: str | None = None  # why there are none
 
 
 class Samples:
@@ -33,7 +41,7 @@ class Samples:
         self._prompts = [documents[n][:PROMPT_TOKENS].tolist() for n in range(min(count, len(documents)))]
         # a document's last token is its end: nothing would be left to continue
         self._prompts = [prompt[: max(1, len(prompt) - 1)] for prompt in self._prompts]
-        self._process: subprocess.Popen[str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._iteration = 0
 
     def start(self, iteration: int) -> None:
@@ -44,34 +52,37 @@ class Samples:
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             environment.pop(name, None)  # it is no rank
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            text=True,
-            start_new_session=True,  # what stops the run by a signal to its group is not for this one
-        )
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(self._prompts))
-        self._process.stdin.close()
+        # files, for a pipe that is full makes one side wait for the other
+        self._out, self._errors = (tempfile.TemporaryFile() for _ in range(2))  # noqa: SIM115 - until poll or close
+        with tempfile.TemporaryFile() as prompts:
+            prompts.write(json.dumps(self._prompts).encode())
+            prompts.seek(0)
+            self._process = subprocess.Popen(
+                command,
+                stdin=prompts,
+                stdout=self._out,
+                stderr=self._errors,
+                env=environment,
+                start_new_session=True,  # what stops the run by a signal to its group is not for this one
+            )
         self._iteration = iteration
 
-    def poll(self, wait: bool = False) -> tuple[int, list[dict[str, Any]]] | None:
-        """The checkpoint's iteration and its rows once they are there; what failed gives no rows."""
+    def poll(self, wait: bool = False) -> Said | None:
+        """What came of the checkpoint that was begun with, once it is there."""
         if self._process is None:
             return None
         try:
             status = self._process.wait(LAST) if wait else self._process.poll()
         except subprocess.TimeoutExpired:
             self.close()
-            return None
+            return Said(self._iteration, [], f"not made within {LAST:.0f} seconds")
         if status is None:
             return None
-        assert self._process.stdout is not None
-        said, self._process = self._process.stdout.read(), None
-        return (self._iteration, json.loads(said.splitlines()[-1])) if status == 0 else None
+        self._process = None
+        out, errors = (self._read(file) for file in (self._out, self._errors))
+        if status != 0:
+            return Said(self._iteration, [], errors[-1] or f"their process ended with status {status}")
+        return Said(self._iteration, json.loads(out[-1]))
 
     def close(self) -> None:
         """Give up what is under way."""
@@ -79,10 +90,18 @@ class Samples:
             self._process.kill()
             self._process.wait()
             self._process = None
+            self._out.close()
+            self._errors.close()
+
+    @staticmethod
+    def _read(file: IO[bytes]) -> list[str]:
+        with file:
+            file.seek(0)
+            return file.read().decode(errors="replace").strip().split("\n")
 
 
 def main(run: str, iteration: int, prompts: list[list[int]]) -> list[dict[str, Any]]:
-    """In the process beside: rows of ``dashboards.SAMPLE_COLUMNS``."""
+    """In the process beside: its rows."""
     from tidar_megatron.checkpoint.convert import export_run
     from tidar_megatron.inference.engine import generate
     from tidar_megatron.inference.model import load_model
