@@ -63,7 +63,7 @@ study-smollm2: smollm2
 
 # hundreds of random cases of every property instead of dozens
 test-slow: setup eval smollm2
-	@$(RUN) HYPOTHESIS_PROFILE=thorough TIDAR_SMOLLM2=runs/smollm2/hf python -m pytest --timeout=3600 tests/test_attention_mask.py tests/test_config.py tests/models tests/data tests/inference tests/evaluation tests/test_smollm2.py $(TEST_ARGS)
+	@$(RUN) HYPOTHESIS_PROFILE=thorough python -m pytest --timeout=3600 tests/test_attention_mask.py tests/test_config.py tests/models tests/data tests/inference tests/evaluation tests/test_smollm2.py $(TEST_ARGS)
 	$(RUN) python tools/certify.py --model runs/smollm2/hf --prompts examples/smollm2/prompts.jsonl --mask-token-id 3 \
 	  --max-new-tokens 32 --draft-lengths 4 8 --samples 0
 

@@ -25,10 +25,13 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
+APART = [ROOT / "tests" / name for name in ("faults", "test_smollm2.py")]
+
+
 def pytest_ignore_collect(collection_path, config):
-    """The faults take minutes: only who names their folder runs them (`make test-faults`)."""
-    faults = ROOT / "tests" / "faults"
-    return True if collection_path == faults and not any("faults" in given for given in config.args) else None
+    """What takes minutes, or a model unpacked first, runs where it is named (make test-faults, make test-slow)."""
+    named = any(collection_path.name in given for given in config.args)
+    return True if collection_path in APART and not named else None
 
 
 @pytest.fixture(scope="session", autouse=True)

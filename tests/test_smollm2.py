@@ -1,7 +1,7 @@
-"""A real model there and back: SmolLM2-135M, unpacked by `make smollm2`. Part of `make test-slow` alone."""
+"""A real model there and back: SmolLM2-135M, unpacked by `make smollm2`. `make test-slow` names this file."""
 
+import dataclasses
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -16,14 +16,12 @@ from tidar_megatron.inference.engine import generate
 from tidar_megatron.inference.model import load_model
 from tidar_megatron.inference.request import parse_plan
 
-SMOLLM2 = os.environ.get("TIDAR_SMOLLM2")
-pytestmark = pytest.mark.skipif(not SMOLLM2, reason="make smollm2, then TIDAR_SMOLLM2=runs/smollm2/hf")
 PROMPT = "The capital of France is"
 
 
 @pytest.fixture(scope="module")
 def original():
-    return (ROOT / (SMOLLM2 or "")).resolve()
+    return ROOT / "runs" / "smollm2" / "hf"
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +74,7 @@ def test_it_answers_as_the_original_in_every_mode(original, imported):
     should = should[0, len(prompt) :].tolist()
     assert "Paris" in model.tokenizer.decode(should)
     for plan in ("ar", "all:4", "2:8", "linear:4", "auto"):
-        options = parse_plan(plan)
-        options = type(options)(options.mode, options.draft_length, options.branches, 32)
+        options = dataclasses.replace(parse_plan(plan), max_new_tokens=32)
         assert generate(model, prompt, options).token_ids == should, plan
 
 

@@ -40,10 +40,8 @@ def main() -> None:
     model = load_model(args.model, args.device, args.dtype, args.mask_token_id)
     rows = []
     if args.tasks:
-        try:
-            from tidar_megatron.evaluation.tasks import run_tasks
-        except ImportError:
-            raise UserError("--tasks need lm-eval: pip install 'tidar-megatron[eval]'") from None
+        from tidar_megatron.evaluation.tasks import run_tasks
+
         rows += run_tasks(
             model, args.tasks, args.plan, args.batch_size, args.limit, args.num_fewshot, args.max_new_tokens
         )

@@ -46,6 +46,24 @@ def test_time_and_memory_are_limited():
     assert not passes("open('large', 'wb').write(bytes(1 << 22))")[0]
 
 
+def test_a_flood_of_words_is_cut():
+    """It neither fills this process's memory nor makes the program wait for a reader."""
+    assert not passes("import os\nwhile True: os.write(2, b'x' * 65536)", seconds=3)[0]
+    assert passes("print('x' * (1 << 24))")[0]
+
+
+@pytest.mark.parametrize("ending", ["", "os._exit(0)", "time.sleep(60)"])
+def test_what_it_starts_ends_with_it(tmp_path, ending):
+    """The child holds the standard files open; when it is stopped, it cannot write."""
+    later = tmp_path / "later"
+    child = f"import time; time.sleep(4); open({str(later)!r}, 'w').close()"
+    program = f"import os, subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', {child!r}])\n{ending}"
+    start = time.monotonic()
+    assert passes(program, seconds=1)[0] == (ending == "")
+    time.sleep(max(0.0, start + 6 - time.monotonic()))
+    assert not later.exists()
+
+
 def test_nothing_is_inherited_and_nothing_is_left(tmp_path, monkeypatch):
     monkeypatch.setenv("A_SECRET", "key")
     assert passes("import os; assert 'A_SECRET' not in os.environ")[0]

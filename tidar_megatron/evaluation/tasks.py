@@ -50,7 +50,7 @@ def local_task(path: str | Path, max_new_tokens: int = 64) -> dict[str, Any]:
     """lm-eval's description of a task in a local file.
 
     Raises:
-        UserError: no such file, not JSON lines, or lines of none of the kinds.
+        UserError: no such file, not JSON lines, lines of none of the kinds, or that end by different ``until``.
     """
     path = Path(path)
     try:
@@ -72,6 +72,8 @@ def local_task(path: str | Path, max_new_tokens: int = 64) -> dict[str, Any]:
     }
     if kind == ("prompt", "target"):
         until = lines[0].get("until", ["\n"])
+        if any(line.get("until", ["\n"]) != until for line in lines):
+            raise UserError(f"--tasks {path}: its lines differ in 'until': a file each")
         task["generation_kwargs"] = {"until": until, "do_sample": False, "max_gen_toks": max_new_tokens}
     return task
 
@@ -101,11 +103,13 @@ def run_tasks(
         also ``tokens_per_forward``, ``tokens_per_second``, ``over_ar``.
 
     Raises:
-        UserError: no such task or file, or the model's folder has no tokenizer.
+        UserError: no such task or file, the model's folder has no tokenizer, or lm-eval is not installed.
     """
-    import lm_eval
-    from lm_eval.tasks import TaskManager
-
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise UserError("tasks need lm-eval: pip install 'tidar-megatron[eval]'") from None
     from tidar_megatron.evaluation.lm_eval_model import TidarLM
 
     if model.tokenizer is None:

@@ -114,7 +114,12 @@ def check_prompt(model: DecodeModel, prompt: Sequence[int]) -> None:
         raise UserError(
             f"the prompt holds the mask token (id {model.mask_token_id}), which only the engine may use: remove it"
         )
-    for token in prompt:
+    check_token_ids(model, prompt)
+
+
+def check_token_ids(model: DecodeModel, token_ids: Sequence[int]) -> None:
+    """Raises UserError for ids that are none of ``model``'s."""
+    for token in token_ids:
         if not 0 <= token < model.vocab_size:
             raise UserError(
                 f"token id {token} is outside the model's vocabulary of {model.vocab_size}: "

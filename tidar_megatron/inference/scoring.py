@@ -9,6 +9,7 @@ from tidar_megatron.errors import UserError
 from tidar_megatron.inference.attention import PackedForward, Part, Plan
 from tidar_megatron.inference.cache import KVPool
 from tidar_megatron.inference.model import DecodeModel
+from tidar_megatron.inference.request import check_token_ids
 
 CHUNK = 512  # tokens of a text in a forward
 TOKENS = 4096  # of all texts that are scored together
@@ -78,9 +79,4 @@ def _check(model: DecodeModel, context: Sequence[int], continuation: Sequence[in
             f"a text of {len(context) + len(continuation)} tokens is to be scored and the model's context holds "
             f"{model.context_limit}: shorten it"
         )
-    for token in (*context, *continuation):
-        if not 0 <= token < model.vocab_size:
-            raise UserError(
-                f"token id {token} is outside the model's vocabulary of {model.vocab_size}: "
-                "use the tokenizer of the same folder"
-            )
+    check_token_ids(model, (*context, *continuation))
