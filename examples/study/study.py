@@ -23,7 +23,7 @@ from typing import Any
 from corpora import prepare
 from variants import BASE, CORPORA, TRUST, VARIANTS, pretrain_flags
 
-from tidar_megatron.errors import run_tool
+from tidar_megatron.errors import UserError, run_tool
 
 ROOT = Path(__file__).parent.parent.parent
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # Student's
@@ -87,7 +87,8 @@ def train(args: argparse.Namespace, corpus: str, name: str, seed: int, steps: in
                 [sys.executable, *command], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
             )
         if ended.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed: see {run / 'log'}")
+            said = (run / "log").read_text().strip().splitlines()[-1]
+            raise UserError(f"{command[0]} of {corpus}, {name}, seed {seed}: {said} (all of it: {run / 'log'})")
     for checkpoint in run.glob("iter_*"):
         shutil.rmtree(checkpoint)  # the export is what is left to look at
 
