@@ -6,13 +6,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PACKAGE, MEASURED = ((ROOT / name / "README.md").read_text() for name in ("tidar_megatron", "benchmarks"))
 
 
 def test_every_command_is_run_by_ci():
     texts = [(ROOT / name).read_text() for name in (".ci/run", "Makefile", "examples/quickstart/run.sh")]
     lines = [line for text in texts for line in text.splitlines() if not line.lstrip().startswith("#")]
     ran = "\n".join(lines)
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
+    blocks = [block for text in (README, MEASURED) for block in re.findall(r"```bash\n(.*?)```", text, re.S)]
     commands = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
     assert len(commands) >= 4
     for command in commands:
@@ -20,7 +21,7 @@ def test_every_command_is_run_by_ci():
 
 
 def test_the_tree_names_every_file():
-    tree = README.split("## The tree")[1].split("```")[1]
+    tree = PACKAGE.split("```")[1]
     named = set(re.findall(r"^  (\S+\.py)", tree, re.M))
     package = ROOT / "tidar_megatron"
     files = {str(p.relative_to(package)) for p in package.rglob("*.py") if p.name != "__init__.py"}
@@ -30,8 +31,9 @@ def test_the_tree_names_every_file():
 
 
 def test_links_lead_somewhere():
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
+    for folder in (ROOT, ROOT / "tidar_megatron", ROOT / "benchmarks"):
+        for target in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", (folder / "README.md").read_text()):
+            assert (folder / target).exists(), target
 
 
 def table(summary):
@@ -48,7 +50,7 @@ def table(summary):
 
 
 def costs(training, attention, loss):
-    """The README's table of benchmarks/*.json."""
+    """The table of benchmarks/*.json."""
     rows = ["| S | step / AR's | f = 0.25 | attention / causal | dense / causal | extra memory, of dense |"]
     rows.append("|---|---|---|---|---|---|")
     steps = {(row["seq_length"], row["diffusion_block_fraction"]): row["tidar_over_ar"] for row in training["rows"]}
@@ -70,6 +72,18 @@ def costs(training, attention, loss):
         f"torch {machine['torch']}."
     )
     return "\n".join(rows)
+
+
+def in_short(training, attention):
+    """The README's sentence of the same."""
+    steps = [row["tidar_over_ar"] for row in training["rows"] if row["diffusion_block_fraction"] == 1.0]
+    tiles, dense = (
+        [row["over_causal"] for row in attention["rows"] if row["backend"] == backend]
+        for backend in ("chunked", "dense")
+    )
+    spans = [f"{min(found):.2f} to {max(found):.2f}" for found in (steps, tiles, dense)]
+    attention = f"attention {spans[1]} of causal attention, against {spans[2]} with a dense mask"
+    return f"a step costs {spans[0]} of AR's, {attention}"
 
 
 def gains(decode, planner, step):
@@ -107,8 +121,9 @@ def test_the_gains_are_what_was_measured():
 
 def test_the_costs_are_what_was_measured():
     read = [json.loads((ROOT / f"benchmarks/{name}.json").read_text()) for name in ("training", "attention", "loss")]
-    shown = README.split("<!-- table: benchmarks -->\n")[1].split("\n<!-- end of table -->")[0]
+    shown = MEASURED.split("<!-- table: benchmarks -->\n")[1].split("\n<!-- end of table -->")[0]
     assert shown == costs(*read)
+    assert in_short(*read[:2]) in " ".join(README.split())
 
 
 def test_the_table_is_what_was_measured():

@@ -31,8 +31,10 @@ def main() -> None:
     windows = [documents[n][:WINDOW].tolist() for n in range(len(documents)) if len(documents[n]) >= WINDOW][:WINDOWS]
     questions = read_prompts(Path(__file__).parent / "prompts.jsonl")
     sides, said = {}, {}
-    for side, folder in (("before", args.before), ("after", str(run / "hf"))):
-        model = load_model(folder, dtype="float32")
+    models = {
+        side: load_model(folder, dtype="float32") for side, folder in (("before", args.before), ("after", run / "hf"))
+    }
+    for side, model in models.items():
         scores = score(model, [(window[:1], window[1:]) for window in windows])
         sides[side] = {"ar_loss": -sum(s.logprob for s in scores) / sum(len(window) - 1 for window in windows)}
         answers = DecodeOptions("ar", max_new_tokens=32)
@@ -46,7 +48,7 @@ def main() -> None:
         "2:8": DecodeOptions("tidar", 8, 2),
     }
     plans |= {"linear:8": DecodeOptions("linear", 8), "auto": DecodeOptions(), "lookup:8": DecodeOptions("lookup", 8)}
-    figures = compare_plans(model, [window[:PROMPT] for window in windows[:8]], plans, NEW_TOKENS)
+    figures = compare_plans(models["after"], [window[:PROMPT] for window in windows[:8]], plans, NEW_TOKENS)
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     result = {
         "benchmark": "smollm2",
