@@ -4,6 +4,8 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PACKAGE, MEASURED = ((ROOT / name / "README.md").read_text() for name in ("tidar_megatron", "benchmarks"))
@@ -124,6 +126,13 @@ def test_the_costs_are_what_was_measured():
     shown = MEASURED.split("<!-- table: benchmarks -->\n")[1].split("\n<!-- end of table -->")[0]
     assert shown == costs(*read)
     assert in_short(*read[:2]) in " ".join(README.split())
+
+
+def test_what_a_save_blocks_is_what_was_measured():
+    (row,) = json.loads((ROOT / "benchmarks/checkpoint.json").read_text())["rows"]
+    assert row["parameters"] == pytest.approx(100e6, rel=0.01)
+    said = f"of 100M parameters a save then blocks {row['blocked_over_sync']:.1%} of the time it takes otherwise"
+    assert said in " ".join(README.split())
 
 
 def test_the_table_is_what_was_measured():
