@@ -4,15 +4,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export CUDA_VISIBLE_DEVICES=
-DATA=data/smollm2 HF=runs/smollm2/hf RUN=runs/smollm2/tidar
+DATA=data/study/smollm2 HF=runs/smollm2/hf RUN=runs/smollm2/tidar
 
-# one source file a document, in the model's own tokens; 3% held out
-if [ ! -e $DATA/valid/manifest.json ]; then
-  python -c 'import sys; sys.path.insert(0, "examples/study"); from pathlib import Path; import corpora
-Path(sys.argv[1]).mkdir(parents=True, exist_ok=True); corpora.write_stdlib(Path(sys.argv[1]) / "stdlib.jsonl")' $DATA
-  python tools/prepare_data.py --input $DATA/stdlib.jsonl --tokenizer $HF --overwrite \
-    --output $DATA/train --held-out-fraction 0.03 --held-out-output $DATA/valid
-fi
+# one source file a document, in the model's own tokens; 5% held out
+python examples/study/corpora.py data/study smollm2
 
 python tools/pretrain.py --config examples/smollm2/config.yaml --init-from $HF \
   --train-data $DATA/train --valid-data $DATA/valid --save $RUN --load $RUN "$@"

@@ -1,15 +1,17 @@
-"""The study's corpora as shards: GeoNames' cities (bytes), and Python's standard library (byte-level BPE of 2048).
+"""The studies' corpora as shards: GeoNames' cities (bytes), and Python's standard library (BPE of 2048; SmolLM2's ids).
 
-python examples/study/corpora.py data/study
+python examples/study/corpora.py data/study cities stdlib
 """
 
 import json
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
+TOKENIZERS = {"cities": "byte", "stdlib": "bpe:2048", "smollm2": "runs/smollm2/hf"}
 LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__", "pydoc_data", "encodings"}
 
 
@@ -25,10 +27,10 @@ def write_stdlib(path: Path) -> int:
     return len(files)
 
 
-def prepare(folder: Path) -> None:
-    """Write what is not there yet."""
+def prepare(folder: Path, names: Sequence[str]) -> None:
+    """Write what is not there yet: ``folder/NAME/train`` and ``valid``."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, tokenizer in (("cities", "byte"), ("stdlib", "bpe:2048")):
+    for name in names:
         if (folder / name / "valid").exists():
             continue
         texts = folder / f"{name}.jsonl"
@@ -36,10 +38,10 @@ def prepare(folder: Path) -> None:
             subprocess.run([sys.executable, ROOT / "examples/quickstart/cities.py", texts], check=True)
         else:
             write_stdlib(texts)
-        command = [sys.executable, ROOT / "tools/prepare_data.py", "--input", texts, "--tokenizer", tokenizer]
+        command = [sys.executable, ROOT / "tools/prepare_data.py", "--input", texts, "--tokenizer", TOKENIZERS[name]]
         command += ["--output", folder / name / "train", "--overwrite", "--held-out-fraction", "0.05"]
         subprocess.run([*map(str, command), "--held-out-output", str(folder / name / "valid")], check=True)
 
 
 if __name__ == "__main__":
-    prepare(Path(sys.argv[1]))
+    prepare(Path(sys.argv[1]), sys.argv[2:])

@@ -1,19 +1,18 @@
 """One trained model of the study: its losses, and how it decodes held-out prompts. Writes result.json beside it.
 
-python examples/study/measure.py RUN VALID_DATA BLOCK_SIZE
+python examples/study/measure.py RUN VALID_DATA STUDY BLOCK_SIZE
 """
 
 import json
 import sys
 from pathlib import Path
 
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 12, 96, 96
+from variants import STUDIES, Study
 
 
-def main(run: Path, valid: str, block_size: int) -> None:
+def main(run: Path, valid: str, study: Study, block_size: int) -> None:
     """AR loss, diffusion loss, expected and real tokens per forward, loops, and what trusting the drafts does."""
     import torch
-    from variants import TRUST
 
     from tidar_megatron.data.shards import ShardedDocuments
     from tidar_megatron.inference.engine import generate
@@ -31,12 +30,12 @@ def main(run: Path, valid: str, block_size: int) -> None:
         "acceptance_by_offset": evaluation["acceptance_by_offset"],
     }
     documents, model = ShardedDocuments(valid), load_model(run / "hf", dtype="float32")
-    step = max(1, len(documents) // PROMPTS)
-    prompts = [documents[n][:PROMPT_TOKENS].tolist() for n in range(0, len(documents), step)]
-    prompts = [prompt for prompt in prompts if len(prompt) == PROMPT_TOKENS][:PROMPTS]
-    for trust in TRUST:
+    step = max(1, len(documents) // (2 * study.prompts))
+    prompts = [documents[n][: study.prompt_tokens].tolist() for n in range(0, len(documents), step)]
+    prompts = [prompt for prompt in prompts if len(prompt) == study.prompt_tokens][: study.prompts]
+    for trust in study.trust:
         options = DecodeOptions(
-            "tidar", block_size, max_new_tokens=NEW_TOKENS, ignore_eos=True, trust_ratio=trust
+            "tidar", block_size, max_new_tokens=study.new_tokens, ignore_eos=True, trust_ratio=trust
         )  # every branch: the paper's plan, and the only one that can trust its drafts
         made = [generate(model, prompt, options) for prompt in prompts]
         forwards = sum(one.forwards for one in made)
@@ -50,4 +49,4 @@ def main(run: Path, valid: str, block_size: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    main(Path(sys.argv[1]), sys.argv[2], STUDIES[sys.argv[3]], int(sys.argv[4]))

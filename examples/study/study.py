@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""The paper's orderings at small scale: trains every variant on two corpora with several seeds, and compares them.
+"""Studies of many short runs (variants.py): trains every variant with every seed, and compares them with the base.
 
-    python examples/study/study.py            # what make study runs: about two hours of two cores
-    python examples/study/study.py --full     # longer runs and more seeds: a night
+    python examples/study/study.py                         # the paper's orderings at small scale: make study
+    python examples/study/study.py --study smollm2_study   # what helps a real AR model to draft
 
-A run that has its result.json is done, so the study goes on where it was stopped. Two runs go side by side, one core
-each. Results: benchmarks/study.json (every run, its command), benchmarks/study.png, and a table.
+A run that has its result.json is done, so a study goes on where it was stopped. Runs go side by side, one core each.
+Results: benchmarks/STUDY.json (every run, its command), benchmarks/STUDY.png, and a table.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from corpora import prepare
-from variants import BASE, CORPORA, TRUST, VARIANTS, pretrain_flags
+from variants import BASE, STUDIES, Study
 
 from tidar_megatron.errors import UserError, run_tool
 
@@ -32,31 +32,40 @@ T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 
 def main() -> None:
     """Train what is missing, then compare what is there."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--full", action="store_true", help="1200 steps and 5 seeds instead of 300 and 3")
-    parser.add_argument("--steps", type=int, help="of the base [300, --full 1200]")
-    parser.add_argument("--seeds", type=int, help="[3, --full 5]")
-    parser.add_argument("--corpora", nargs="+", choices=CORPORA, default=list(CORPORA))
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--study", choices=STUDIES, default="study")
+    parser.add_argument("--full", action="store_true", help="more steps and seeds: a night")
+    parser.add_argument("--steps", type=int, help="of the base")
+    parser.add_argument("--seeds", type=int)
+    parser.add_argument("--corpora", nargs="+", metavar="NAME", help="some of the study's")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="some of the study's")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs side by side [one a core]")
     parser.add_argument("--data", default="data/study", type=Path)
-    parser.add_argument("--runs", default="runs/study", type=Path)
-    parser.add_argument("--output", default="benchmarks", type=Path, help="study.json and study.png [benchmarks]")
+    parser.add_argument("--runs", type=Path, help="[runs/STUDY]")
+    parser.add_argument("--output", default="benchmarks", type=Path, help="STUDY.json and STUDY.png [benchmarks]")
     args = parser.parse_args()
-    steps, seeds = args.steps or (1200 if args.full else 300), args.seeds or (5 if args.full else 3)
-    prepare(args.data)
+    study = STUDIES[args.study]
+    args.runs = args.runs or Path("runs") / args.study
+    steps = args.steps or (study.full_steps if args.full else study.steps)
+    seeds = args.seeds or (study.full_seeds if args.full else study.seeds)
+    corpora, names = args.corpora or study.corpora, args.variants or list(study.variants)
+    if unknown := {*corpora} - {*study.corpora} | {*names} - {*study.variants}:
+        raise UserError(
+            f"{', '.join(sorted(unknown))}: {args.study} has {', '.join((*study.corpora, *study.variants))}"
+        )
+    prepare(args.data, corpora)
     # seed by seed, so that what is there when it is stopped can be compared
-    wanted = [(c, name, seed) for seed in range(seeds) for c in args.corpora for name in args.variants]
+    wanted = [(c, name, seed) for seed in range(seeds) for c in corpora for name in names]
     start, done = time.monotonic(), 0
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        runs = {pool.submit(train, args, corpus, name, seed, steps): name for corpus, name, seed in wanted}
+        runs = {pool.submit(train, args, study, corpus, name, seed, steps): name for corpus, name, seed in wanted}
         for future in concurrent.futures.as_completed(runs):
             future.result()
             done += 1
             print(f"{done}/{len(wanted)} runs, {(time.monotonic() - start) / 60:.0f} minutes", flush=True)
-    found = collect(args, wanted, steps)
+    found = collect(args, study, wanted, steps)
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "study.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    draw(found, args.output / "study.png")
+    (args.output / f"{args.study}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    draw(found, args.output / f"{args.study}.png")
     print(table(found))
 
 
@@ -66,19 +75,19 @@ def folder_of(args: argparse.Namespace, corpus: str, name: str, seed: int, steps
     return args.runs / f"{steps}-steps" / corpus / slug / f"seed{seed}"
 
 
-def train(args: argparse.Namespace, corpus: str, name: str, seed: int, steps: int) -> None:
+def train(args: argparse.Namespace, study: Study, corpus: str, name: str, seed: int, steps: int) -> None:
     """Train, export and measure one run, unless that has been done."""
-    run, variant = folder_of(args, corpus, name, seed, steps), VARIANTS[name]
+    run = folder_of(args, corpus, name, seed, steps)
     if (run / "result.json").exists():
         return
     shutil.rmtree(run, ignore_errors=True)
     run.mkdir(parents=True)
-    flags = pretrain_flags(variant, steps, seed)
+    flags = study.pretrain_flags(name, steps, seed)
     data = [f"{args.data}/{corpus}/{part}" for part in ("train", "valid")]
     commands = [
         ["tools/pretrain.py", *flags, "--train-data", data[0], "--valid-data", data[1], "--save", str(run)],
         ["tools/convert_checkpoint.py", "export", "--checkpoint", str(run), "--hf", str(run / "hf")],
-        ["examples/study/measure.py", str(run), data[1], str(variant.block_size)],
+        ["examples/study/measure.py", str(run), data[1], args.study, str(study.block_size(name))],
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     for command in commands:
@@ -93,12 +102,12 @@ def train(args: argparse.Namespace, corpus: str, name: str, seed: int, steps: in
         shutil.rmtree(checkpoint)  # the export is what is left to look at
 
 
-def collect(args: argparse.Namespace, wanted: list[tuple[str, str, int]], steps: int) -> dict[str, Any]:
+def collect(args: argparse.Namespace, study: Study, wanted: list[tuple[str, str, int]], steps: int) -> dict[str, Any]:
     """Every run's figures; of every variant mean and 95% interval, also of its differences from the base."""
     runs = []
     for corpus, name, seed in wanted:
         result = json.loads((folder_of(args, corpus, name, seed, steps) / "result.json").read_text())
-        flags = " ".join(pretrain_flags(VARIANTS[name], steps, seed))
+        flags = " ".join(study.pretrain_flags(name, steps, seed))
         runs.append(
             {"corpus": corpus, "variant": name, "seed": seed, "command": f"tools/pretrain.py {flags}", **result}
         )
@@ -108,7 +117,7 @@ def collect(args: argparse.Namespace, wanted: list[tuple[str, str, int]], steps:
         for name in dict.fromkeys(run["variant"] for run in of_corpus):
             mine = {run["seed"]: figures(run) for run in of_corpus if run["variant"] == name}
             base = {run["seed"]: figures(run) for run in of_corpus if run["variant"] == BASE}
-            row: dict[str, Any] = {"corpus": corpus, "variant": name, "question": VARIANTS[name].question}
+            row: dict[str, Any] = {"corpus": corpus, "variant": name, "question": study.variants[name].question}
             for what in next(iter(mine.values())):
                 row[what] = interval([one[what] for one in mine.values()])
                 pairs = [mine[seed][what] - base[seed][what] for seed in mine if seed in base]
@@ -116,7 +125,7 @@ def collect(args: argparse.Namespace, wanted: list[tuple[str, str, int]], steps:
                     row[f"{what}, over base"] = interval(pairs)
             rows.append(row)
     return {
-        "benchmark": "study",
+        "benchmark": args.study,
         "command": " ".join(["python", *sys.argv]),
         "steps": steps,
         "rows": rows,
@@ -127,9 +136,9 @@ def collect(args: argparse.Namespace, wanted: list[tuple[str, str, int]], steps:
 def figures(run: dict[str, Any]) -> dict[str, float]:
     """The numbers of a run that are compared."""
     flat = {name: run[name] for name in ("ar_loss", "diffusion_loss", "expected_tokens_per_forward")}
-    for trust in TRUST:
-        for what, value in run[f"trust {trust:g}"].items():
-            flat[what if trust == 1.0 else f"{what}, trust {trust:g}"] = value
+    for name, decoded in run.items():
+        if name.startswith("trust "):
+            flat |= {what if name == "trust 1" else f"{what}, {name}": value for what, value in decoded.items()}
     return flat
 
 
@@ -150,7 +159,7 @@ def show(value: dict[str, Any], digits: int = 2) -> str:
 
 
 def table(found: dict[str, Any]) -> str:
-    """The README's table."""
+    """The table of benchmarks/README.md."""
     lines = ["| corpus | variant | AR loss | over base | tokens per forward | over base | distinct 4-grams |"]
     lines.append("|---|---|---|---|---|---|---|")
     for row in found["rows"]:
@@ -170,7 +179,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
     shown = (("ar_loss", "AR loss, nats"), ("tokens_per_forward", "tokens per forward"))
     corpora = list(dict.fromkeys(row["corpus"] for row in found["rows"]))
-    names = [name for name in VARIANTS if name != BASE and any(row["variant"] == name for row in found["rows"])]
+    names = [name for name in dict.fromkeys(row["variant"] for row in found["rows"]) if name != BASE]
     fig, axes = plt.subplots(1, 2, figsize=(12, 0.4 * len(names) + 1.6), sharey=True, layout="constrained")
     for axis, (what, title) in zip(axes, shown, strict=True):
         for n, corpus in enumerate(corpora):

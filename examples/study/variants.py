@@ -1,10 +1,9 @@
-"""What the study trains: the paper's ablations at a size that two CPU cores can train, on two corpora of real text."""
+"""What the studies train: the paper's ablations at a size that two CPU cores can train, and a real AR model's."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
-CORPORA = ("cities", "stdlib")
-WARMUP = 0.4  # of the steps are plain AR
+WARMUP = 0.4  # of the small models' steps are plain AR
 
 
 @dataclass(frozen=True)
@@ -15,57 +14,140 @@ class Variant:
         question: what it is there to answer.
         flags: of ``tools/pretrain.py``, over the base's.
         steps: factor on the base's number of steps.
-        block_size: B, also the draft length it is decoded with.
     """
 
     question: str
     flags: dict[str, Any] = field(default_factory=dict)
     steps: float = 1.0
-    block_size: int = 8
 
 
 BASE = "base"
-VARIANTS = {
-    BASE: Variant("total masking, B = 8, alpha = 1, 40% AR warm-up"),
-    "random masking": Variant("total against random masking", {"masking": "random"}),
-    "B = 4": Variant("block size", block_size=4),
-    "B = 16": Variant("block size", block_size=16),
-    "B = 32": Variant("block size", block_size=32),
-    "alpha = 0.5": Variant("weight of the AR loss", {"ar_loss_weight": 0.5}),
-    "alpha = 2": Variant("weight of the AR loss", {"ar_loss_weight": 2.0}),
-    "no warm-up": Variant("AR warm-up", {"ar_warmup_fraction": 0.0}),
-    "80% warm-up": Variant("AR warm-up", {"ar_warmup_fraction": 0.8}),
-    "AR only, equal steps": Variant("what drafting costs the AR loss", {"ar_warmup_fraction": 1.0}),
-    # a joint step computes twice the tokens of an AR step
-    "AR only, equal compute": Variant(
-        "what drafting costs the AR loss", {"ar_warmup_fraction": 1.0}, steps=WARMUP + 2 * (1 - WARMUP)
-    ),
-}
-TRUST = (1.0, 0.5, 0.0)  # beta of the verifying logits, decoded with the base models
-
-MODEL = {
-    "num_layers": 3,
-    "hidden_size": 128,
-    "ffn_hidden_size": 384,
-    "num_attention_heads": 2,
-    "num_query_groups": 1,
-    "kv_channels": 64,
-    "init_method_std": 0.05,
-    "max_position_embeddings": 8192,
-    "seq_length": 256,
-    "micro_batch_size": 4,
-    "global_batch_size": 8,
-    "lr": 3e-3,
-    "min_lr": 1.5e-4,
-    "lr_decay_style": "cosine",
-    "lr_warmup_iters": 20,
-    "eval_sequences": 96,
-    "log_interval": 20,
-}
 
 
-def pretrain_flags(variant: Variant, steps: int, seed: int) -> list[str]:
-    """The command line of ``tools/pretrain.py``, without folders."""
-    values = {**MODEL, "ar_warmup_fraction": WARMUP, **variant.flags}
-    values |= {"block_size": variant.block_size, "train_iters": round(steps * variant.steps), "seed": seed}
-    return [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+@dataclass(frozen=True)
+class Study:
+    """Runs that are compared.
+
+    Attributes:
+        corpora: on each of which every variant is trained.
+        flags: the base's, of ``tools/pretrain.py``.
+        variants: by name; the first is the base.
+        steps, full_steps: of the base.
+        seeds, full_seeds: how many.
+        prompts, prompt_tokens, new_tokens: what is decoded with each trained model.
+        trust: betas of the verifying logits that it is decoded with.
+    """
+
+    corpora: tuple[str, ...]
+    flags: dict[str, Any]
+    variants: dict[str, Variant]
+    steps: int
+    full_steps: int
+    seeds: int
+    full_seeds: int
+    prompts: int
+    prompt_tokens: int
+    new_tokens: int
+    trust: tuple[float, ...]
+
+    def pretrain_flags(self, name: str, steps: int, seed: int) -> list[str]:
+        """The command line of ``tools/pretrain.py`` for a variant, without folders."""
+        variant = self.variants[name]
+        values = {**self.flags, **variant.flags, "train_iters": round(steps * variant.steps), "seed": seed}
+        flags = [(f"--{key.replace('_', '-')}", value) for key, value in values.items()]
+        return [word for flag, value in flags for word in ([flag] if value is True else [flag, str(value)])]
+
+    def block_size(self, name: str) -> int:
+        """B of a variant, also the draft length that it is decoded with."""
+        return int((self.flags | self.variants[name].flags)["block_size"])
+
+
+PAPER = Study(
+    corpora=("cities", "stdlib"),
+    flags={
+        "num_layers": 3,
+        "hidden_size": 128,
+        "ffn_hidden_size": 384,
+        "num_attention_heads": 2,
+        "num_query_groups": 1,
+        "kv_channels": 64,
+        "init_method_std": 0.05,
+        "max_position_embeddings": 8192,
+        "seq_length": 256,
+        "micro_batch_size": 4,
+        "global_batch_size": 8,
+        "lr": 3e-3,
+        "min_lr": 1.5e-4,
+        "lr_decay_style": "cosine",
+        "lr_warmup_iters": 20,
+        "eval_sequences": 96,
+        "log_interval": 20,
+        "ar_warmup_fraction": WARMUP,
+        "block_size": 8,
+    },
+    variants={
+        BASE: Variant("total masking, B = 8, alpha = 1, 40% AR warm-up"),
+        "random masking": Variant("total against random masking", {"masking": "random"}),
+        "B = 4": Variant("block size", {"block_size": 4}),
+        "B = 16": Variant("block size", {"block_size": 16}),
+        "B = 32": Variant("block size", {"block_size": 32}),
+        "alpha = 0.5": Variant("weight of the AR loss", {"ar_loss_weight": 0.5}),
+        "alpha = 2": Variant("weight of the AR loss", {"ar_loss_weight": 2.0}),
+        "no warm-up": Variant("AR warm-up", {"ar_warmup_fraction": 0.0}),
+        "80% warm-up": Variant("AR warm-up", {"ar_warmup_fraction": 0.8}),
+        "AR only, equal steps": Variant("what drafting costs the AR loss", {"ar_warmup_fraction": 1.0}),
+        # a joint step computes twice the tokens of an AR step
+        "AR only, equal compute": Variant(
+            "what drafting costs the AR loss", {"ar_warmup_fraction": 1.0}, steps=WARMUP + 2 * (1 - WARMUP)
+        ),
+    },
+    steps=300,
+    full_steps=1200,
+    seeds=3,
+    full_seeds=5,
+    prompts=12,
+    prompt_tokens=96,
+    new_tokens=96,
+    trust=(1.0, 0.5, 0.0),
+)
+
+SMOLLM2 = Study(
+    corpora=("smollm2",),
+    flags={
+        "init_from": "runs/smollm2/hf",
+        "bf16": True,
+        "seq_length": 256,
+        "micro_batch_size": 4,
+        "global_batch_size": 4,
+        "lr": 3e-4,
+        "min_lr": 3e-5,
+        "lr_decay_style": "cosine",
+        "lr_warmup_iters": 5,
+        "weight_decay": 0.0,
+        "eval_sequences": 32,
+        "log_interval": 5,
+        "block_size": 8,
+        "init_mask_token": "mean",
+    },
+    variants={
+        BASE: Variant("mask row = mean, learning rate 3e-4, alpha = 1, B = 8"),
+        "mask row normal": Variant("how the mask token's row starts", {"init_mask_token": "normal"}),
+        "mask row zero": Variant("how the mask token's row starts", {"init_mask_token": "keep"}),  # it is a new one
+        "lr = 1e-4": Variant("learning rate", {"lr": 1e-4, "min_lr": 1e-5}),
+        "lr = 1e-3": Variant("learning rate", {"lr": 1e-3, "min_lr": 1e-4}),
+        "alpha = 0.5": Variant("weight of the AR loss", {"ar_loss_weight": 0.5}),
+        "alpha = 2": Variant("weight of the AR loss", {"ar_loss_weight": 2.0}),
+        "B = 4": Variant("block size", {"block_size": 4}),
+        "B = 16": Variant("block size", {"block_size": 16}),
+    },
+    steps=40,
+    full_steps=200,
+    seeds=1,
+    full_seeds=3,
+    prompts=4,
+    prompt_tokens=96,
+    new_tokens=48,
+    trust=(1.0,),
+)
+
+STUDIES = {"study": PAPER, "smollm2_study": SMOLLM2}
