@@ -35,8 +35,9 @@ $(STAMP)-eval: $(STAMP)
 quickstart: setup
 	$(RUN) examples/quickstart/run.sh $(TRAIN_ARGS)
 
+# a process a core; a file's tests stay together, for they share what their fixtures made
 test: setup eval
-	@$(RUN) python -m pytest $(TEST_ARGS)
+	@$(RUN) python -m pytest --numprocesses=logical --maxprocesses=8 --dist=loadfile $(TEST_ARGS)
 
 # the faults that a run must survive, each done for real; one line a fault, pytest's summary last
 test-faults: setup

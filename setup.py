@@ -22,6 +22,7 @@ EXTRAS = {
         "tensorboard>=2.15",
         "pytest>=8",
         "pytest-timeout>=2.3",
+        "pytest-xdist>=3.5",
         "hypothesis>=6.100",
         "ruff>=0.6",
         "mypy>=1.10",
