@@ -36,8 +36,10 @@ quickstart: setup
 	$(RUN) examples/quickstart/run.sh $(TRAIN_ARGS)
 
 # a process a core; a file's tests stay together, for they share what their fixtures made
+SIDE_BY_SIDE := --numprocesses=logical --maxprocesses=8 --dist=loadfile
+
 test: setup eval
-	@$(RUN) python -m pytest --numprocesses=logical --maxprocesses=8 --dist=loadfile $(TEST_ARGS)
+	@$(RUN) python -m pytest $(SIDE_BY_SIDE) $(TEST_ARGS)
 
 # the faults that a run must survive, each done for real; one line a fault, pytest's summary last
 test-faults: setup
@@ -64,7 +66,7 @@ study-smollm2: smollm2
 
 # hundreds of random cases of every property instead of dozens
 test-slow: setup eval smollm2
-	@$(RUN) HYPOTHESIS_PROFILE=thorough python -m pytest --timeout=3600 tests/test_attention_mask.py tests/test_config.py tests/models tests/data tests/inference tests/evaluation tests/test_smollm2.py $(TEST_ARGS)
+	@$(RUN) HYPOTHESIS_PROFILE=thorough python -m pytest $(SIDE_BY_SIDE) --timeout=3600 tests/test_attention_mask.py tests/test_config.py tests/models tests/data tests/inference tests/evaluation tests/test_smollm2.py $(TEST_ARGS)
 	$(RUN) python tools/certify.py --model runs/smollm2/hf --prompts examples/smollm2/prompts.jsonl --mask-token-id 3 \
 	  --max-new-tokens 32 --draft-lengths 4 8 --samples 0
 

@@ -25,11 +25,11 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
-APART = [ROOT / "tests" / name for name in ("faults", "test_smollm2.py")]
+APART = [ROOT / "tests" / name for name in ("faults", "launch/test_slurm.py", "test_smollm2.py")]
 
 
 def pytest_ignore_collect(collection_path, config):
-    """What takes minutes, or a model unpacked first, runs where it is named (make test-faults, make test-slow)."""
+    """What takes minutes, or a model unpacked first, runs where it is named: make test-faults, test-slurm, test-slow."""
     named = any(collection_path.name in given for given in config.args)
     return True if collection_path in APART and not named else None
 
