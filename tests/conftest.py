@@ -29,7 +29,7 @@ APART = [ROOT / "tests" / name for name in ("faults", "launch/test_slurm.py", "t
 
 
 def pytest_ignore_collect(collection_path, config):
-    """What takes minutes, or a model unpacked first, runs where it is named: make test-faults, test-slurm, test-slow."""
+    """What takes minutes, or a model unpacked first, is run by its name: make test-faults, test-slurm, test-slow."""
     named = any(collection_path.name in given for given in config.args)
     return True if collection_path in APART and not named else None
 
