@@ -109,7 +109,7 @@ def run_tasks(
         import lm_eval
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise UserError("tasks need lm-eval: pip install 'tidar-megatron[eval]'") from None
+        raise UserError("tasks need lm-eval: make eval, or pip install lm-eval") from None
     from tidar_megatron.evaluation.lm_eval_model import TidarLM
 
     if model.tokenizer is None:
