@@ -53,8 +53,8 @@ def test_every_variant_is_a_command_of_its_own(name):
 
     commands = []
     for variant in STUDIES[name].variants:
-        flags = STUDIES[name].pretrain_flags(variant, 40, 1)
-        config = parse_config(flags)
+        flags = STUDIES[name].command(variant, 40, 1)
+        config = parse_config(flags[len(STUDIES[name].variants[variant].trainer) :])
         assert config.tidar.block_size == STUDIES[name].block_size(variant)
         assert config.training.seed == 1
         commands.append(tuple(flags))

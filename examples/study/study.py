@@ -82,10 +82,9 @@ def train(args: argparse.Namespace, study: Study, corpus: str, name: str, seed: 
         return
     shutil.rmtree(run, ignore_errors=True)
     run.mkdir(parents=True)
-    flags = study.pretrain_flags(name, steps, seed)
     data = [f"{args.data}/{corpus}/{part}" for part in ("train", "valid")]
     commands = [
-        ["tools/pretrain.py", *flags, "--train-data", data[0], "--valid-data", data[1], "--save", str(run)],
+        [*study.command(name, steps, seed), "--train-data", data[0], "--valid-data", data[1], "--save", str(run)],
         ["tools/convert_checkpoint.py", "export", "--checkpoint", str(run), "--hf", str(run / "hf")],
         ["examples/study/measure.py", str(run), data[1], args.study, str(study.block_size(name))],
     ]
@@ -107,10 +106,8 @@ def collect(args: argparse.Namespace, study: Study, wanted: list[tuple[str, str,
     runs = []
     for corpus, name, seed in wanted:
         result = json.loads((folder_of(args, corpus, name, seed, steps) / "result.json").read_text())
-        flags = " ".join(study.pretrain_flags(name, steps, seed))
-        runs.append(
-            {"corpus": corpus, "variant": name, "seed": seed, "command": f"tools/pretrain.py {flags}", **result}
-        )
+        command = " ".join(["python", *study.command(name, steps, seed)])
+        runs.append({"corpus": corpus, "variant": name, "seed": seed, "command": command, **result})
     rows = []
     for corpus in dict.fromkeys(run["corpus"] for run in runs):
         of_corpus = [run for run in runs if run["corpus"] == corpus]

@@ -14,11 +14,13 @@ class Variant:
         question: what it is there to answer.
         flags: of ``tools/pretrain.py``, over the base's.
         steps: factor on the base's number of steps.
+        trainer: the program that trains it, and what it takes beside those flags.
     """
 
     question: str
     flags: dict[str, Any] = field(default_factory=dict)
     steps: float = 1.0
+    trainer: tuple[str, ...] = ("tools/pretrain.py",)
 
 
 BASE = "base"
@@ -50,12 +52,13 @@ class Study:
     new_tokens: int
     trust: tuple[float, ...]
 
-    def pretrain_flags(self, name: str, steps: int, seed: int) -> list[str]:
-        """The command line of ``tools/pretrain.py`` for a variant, without folders."""
+    def command(self, name: str, steps: int, seed: int) -> list[str]:
+        """The command line that trains a variant, without folders."""
         variant = self.variants[name]
         values = {**self.flags, **variant.flags, "train_iters": round(steps * variant.steps), "seed": seed}
         flags = [(f"--{key.replace('_', '-')}", value) for key, value in values.items()]
-        return [word for flag, value in flags for word in ([flag] if value is True else [flag, str(value)])]
+        words = [word for flag, value in flags for word in ([flag] if value is True else [flag, str(value)])]
+        return [*variant.trainer, *words]
 
     def block_size(self, name: str) -> int:
         """B of a variant, also the draft length that it is decoded with."""
@@ -139,6 +142,14 @@ SMOLLM2 = Study(
         "alpha = 2": Variant("weight of the AR loss", {"ar_loss_weight": 2.0}),
         "B = 4": Variant("block size", {"block_size": 4}),
         "B = 16": Variant("block size", {"block_size": 16}),
+        "first 20 layers frozen": Variant(
+            "what is trained", trainer=("examples/smollm2/partial.py", "--freeze-layers", "20")
+        ),
+        "low rank, 16": Variant(
+            "what is trained",
+            {"lr": 1e-3, "min_lr": 1e-4},  # little moves at the base's
+            trainer=("examples/smollm2/partial.py", "--low-rank", "16"),
+        ),
     },
     steps=40,
     full_steps=200,

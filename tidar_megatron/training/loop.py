@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch.distributed as dist
 
@@ -18,8 +18,12 @@ from tidar_megatron.training.samples import Samples
 from tidar_megatron.training.trainer import Trainer
 
 
-def pretrain(config: Config) -> None:
+def pretrain(config: Config, build: Callable[[Config], Trainer] = Trainer.build) -> None:
     """Train to ``train_iters``, or to the first iteration that ``exit_interval`` divides.
+
+    Args:
+        config: the run's.
+        build: of the trainer; an experiment gives its own.
 
     Raises:
         Interrupted: a signal asked a rank to leave, or its time was over; all ranks have saved.
@@ -28,7 +32,7 @@ def pretrain(config: Config) -> None:
     """
     with contextlib.ExitStack() as ending:
         ending.push(lambda kind, error, trace: shut_down(orderly=kind in (None, Interrupted, Diverged)))
-        trainer = Trainer.build(config)
+        trainer = build(config)
         ending.callback(trainer.close)
         trainer.write_run_folder()
         dist.barrier()  # the run's folder exists before anyone writes into it

@@ -1,0 +1,113 @@
+#!/usr/bin/env python
+"""An experiment: continue a model with a part of its weights only. Takes the flags of tools/pretrain.py, and one of:
+
+--freeze-layers N   the first N transformer layers stay as they are
+--low-rank R        the matrices of all layers change by B A alone, of rank R (LoRA, arXiv 2106.09685), and of the
+                    embeddings the mask token's row; what is saved is W + s B A, so that any program loads it
+
+One rank, one pipeline stage. The whole gradient is computed and then thrown away in part: it shows what becomes of
+the model, not how fast it could be had; and B and A are not saved, so a run does not go on where it was stopped.
+"""
+
+import argparse
+import functools
+import math
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from tidar_megatron.config import Config, parse_config
+from tidar_megatron.errors import UserError, run_tool
+from tidar_megatron.training.loop import pretrain
+from tidar_megatron.training.trainer import Trainer
+
+SCALE = 2.0  # s
+
+
+def freeze(weight: Tensor) -> None:
+    """A gradient of zeros: without weight decay Adam leaves the weight as it is, to the bit."""
+    weight.register_hook(torch.zeros_like)
+
+
+class LowRank:
+    """``W + s B A`` in the place of W, ``[out, in]``; B ``[out, r]`` begins as zeros, A ``[r, in]`` as LoRA's does."""
+
+    def __init__(self, weight: torch.nn.Parameter, rank: int) -> None:
+        self.weight, self.start = weight, weight.detach().float().clone()
+        self.B = torch.zeros(weight.shape[0], rank)
+        self.A = torch.empty(rank, weight.shape[1])
+        torch.nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        self.B.grad, self.A.grad = torch.zeros_like(self.B), torch.zeros_like(self.A)
+        weight.register_hook(self.take)
+
+    def take(self, gradient: Tensor) -> Tensor:
+        """Of a micro-batch: what of it is B's and A's, by the chain rule; W itself has none."""
+        whole = SCALE * gradient.float()
+        self.B.grad += whole @ self.A.t()
+        self.A.grad += self.B.t() @ whole
+        return torch.zeros_like(gradient)
+
+    def write(self) -> None:
+        """Let the model compute with the B and A of now."""
+        self.weight.data.copy_(self.start + SCALE * self.B @ self.A)
+
+
+class PartialTrainer(Trainer):
+    """A trainer that changes a part of the weights."""
+
+    low_rank: tuple[LowRank, ...] = ()
+
+    def step(self) -> dict:
+        """One step of megatron-core's optimizer, which sees no gradient of the others, then one of B's and A's Adam."""
+        values = super().step()
+        if self.low_rank:
+            # Adam does not care that these gradients are sums over the batch's tokens and not means
+            self.factors.param_groups[0]["lr"] = values["learning_rate"]
+            self.factors.step()
+            self.factors.zero_grad(set_to_none=False)
+            for one in self.low_rank:
+                one.write()
+        return values
+
+    def train_low_rank(self, model: GPTModel, rank: int) -> None:
+        """Of all layers' matrices; the norms stay, and all rows of the embeddings but the mask token's."""
+        torch.manual_seed(self.config.training.seed)
+        layers = [weight for layer in model.decoder.layers for weight in layer.parameters()]
+        self.low_rank = tuple(LowRank(weight, rank) for weight in layers if weight.ndim == 2)
+        for weight in (*(w for w in layers if w.ndim < 2), *model.decoder.final_layernorm.parameters()):
+            freeze(weight)
+        only = torch.zeros(len(model.embedding.word_embeddings.weight), 1)
+        only[self.config.tidar.mask_token_id] = 1.0
+        model.embedding.word_embeddings.weight.register_hook(lambda gradient: gradient * only.to(gradient.dtype))
+        opt = self.config.optimizer
+        betas = (opt.adam_beta1, opt.adam_beta2)
+        self.factors = torch.optim.Adam([f for one in self.low_rank for f in (one.B, one.A)], opt.lr, betas)
+
+
+def build(args: argparse.Namespace, config: Config) -> Trainer:
+    """A trainer of what was asked for."""
+    parallel, optimizer = config.parallel, config.optimizer
+    if optimizer.weight_decay or max(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size) > 1:
+        raise UserError("--freeze-layers and --low-rank want --weight-decay 0 and one rank")
+    trainer = PartialTrainer.build(config)
+    (model,) = trainer.model
+    if args.low_rank:
+        trainer.train_low_rank(model, args.low_rank)
+    for layer in model.decoder.layers[: args.freeze_layers]:
+        for weight in layer.parameters():
+            freeze(weight)
+    return trainer
+
+
+def main() -> None:
+    """Parse, then train."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], add_help=False)
+    parser.add_argument("--freeze-layers", type=int, default=0)
+    parser.add_argument("--low-rank", type=int, default=0)
+    args, rest = parser.parse_known_args()
+    pretrain(parse_config(rest), functools.partial(build, args))
+
+
+if __name__ == "__main__":
+    run_tool(main)
