@@ -4,11 +4,13 @@ import argparse
 import json
 import sys
 
+import numpy
 import pytest
 
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "examples" / "study"))
+import measure
 import study
 from variants import BASE, STUDIES
 
@@ -30,7 +32,7 @@ def test_a_variant_is_compared_with_the_base_of_the_same_seed(tmp_path):
         folder = study.folder_of(args, corpus, name, seed, 30)
         folder.mkdir(parents=True)
         value = 10.0 * seed + (name != BASE)
-        decoded = {"tokens_per_forward": value, "distinct_4grams": 1.0}
+        decoded = {"tokens_per_forward": value, "distinct_4grams": 1.0, "ar_nats_per_token": 2.0}
         result = dict.fromkeys(("ar_loss", "diffusion_loss", "expected_tokens_per_forward"), value)
         (folder / "result.json").write_text(json.dumps({**result, "trust 1": decoded, "trust 0.5": decoded}))
     found = study.collect(args, STUDIES["study"], wanted, 30)
@@ -39,11 +41,20 @@ def test_a_variant_is_compared_with_the_base_of_the_same_seed(tmp_path):
     assert base["ar_loss"]["half"] > 20
     assert other["ar_loss, over base"] == {"mean": 1.0, "half": 0.0, "n": 3}
     assert other["tokens_per_forward, trust 0.5, over base"]["mean"] == 1.0
-    assert "| cities | B = 4 | 11.000 ± 24.843 | 1.000 ± 0.000 | 11.00 ± 24.84 | 1.00 ± 0.00 | 1.00 ± 0.00 |" in (
-        study.table(found)
-    )
+    tokens = "11.00 ± 24.84 | 1.00 ± 0.00"
+    assert f"| cities | B = 4 | 11.000 ± 24.843 | 1.000 ± 0.000 | {tokens} | {tokens} |" in study.table(found)
+    assert "| cities | 0.5 | 10.00 ± 24.84 | 2.00 ± 0.00 | 1.00 ± 0.00 |" in study.trust_table(found)
     study.draw(found, tmp_path / "study.png")
     assert (tmp_path / "study.png").stat().st_size > 10_000
+
+
+def test_prompts_are_spread_over_the_documents():
+    documents = [numpy.arange(100) + 1000 * n for n in range(8)]
+    prompts = measure.choose_prompts(documents, 4, 10)
+    assert [prompt[0] for prompt in prompts] == [0, 2000, 4000, 6000]
+    assert prompts[1] == [*range(2000, 2010)]
+    assert len(measure.choose_prompts(documents, 100, 10)) == 8 * 3
+    assert measure.choose_prompts(documents, 5, 101) == []
 
 
 @pytest.mark.parametrize("name", list(STUDIES))

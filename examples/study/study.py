@@ -66,7 +66,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / f"{args.study}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     draw(found, args.output / f"{args.study}.png")
-    print(table(found))
+    print(table(found), trust_table(found), sep="\n\n")
 
 
 def folder_of(args: argparse.Namespace, corpus: str, name: str, seed: int, steps: int) -> Path:
@@ -156,14 +156,34 @@ def show(value: dict[str, Any], digits: int = 2) -> str:
 
 
 def table(found: dict[str, Any]) -> str:
-    """The table of benchmarks/README.md."""
-    lines = ["| corpus | variant | AR loss | over base | tokens per forward | over base | distinct 4-grams |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    """The table of benchmarks/README.md; tokens are per forward, expected of held-out text and of decoded prompts."""
+    columns = {"ar_loss": "AR loss", "expected_tokens_per_forward": "expected tokens", "tokens_per_forward": "tokens"}
+    lines = [f"| corpus | variant | {' | '.join(f'{title} | over base' for title in columns.values())} |"]
+    lines.append(f"|---|---|{'---|' * 2 * len(columns)}")
     for row in found["rows"]:
-        ar, tokens = row.get("ar_loss, over base"), row.get("tokens_per_forward, over base")
-        cells = [row["corpus"], row["variant"], show(row["ar_loss"], 3), show(ar, 3) if ar else ""]
-        cells += [show(row["tokens_per_forward"]), show(tokens) if tokens else "", show(row["distinct_4grams"])]
+        cells = [row["corpus"], row["variant"]]
+        for what in columns:
+            digits, over = 3 if what == "ar_loss" else 2, row.get(f"{what}, over base")
+            cells += [show(row[what], digits), show(over, digits) if over else ""]
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def trust_table(found: dict[str, Any]) -> str:
+    """What becomes of the base's text where its drafts are trusted: beta of the verifying logits is AR's (1: all)."""
+    lines = [
+        "| corpus | beta | tokens per forward | nats per token, to its AR | distinct 4-grams |",
+        "|---|---|---|---|---|",
+    ]
+    for row in found["rows"]:
+        betas = [name.split("trust ")[1] for name in row if name.startswith("tokens_per_forward, trust ")]
+        if row["variant"] != BASE:
+            continue
+        for beta in dict.fromkeys(["1", *(b for b in betas if "over" not in b)]):
+            of_beta = "" if beta == "1" else f", trust {beta}"
+            names = ("tokens_per_forward", "ar_nats_per_token", "distinct_4grams")
+            cells = [show(row[f"{name}{of_beta}"]) for name in names]
+            lines.append(f"| {row['corpus']} | {beta} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -174,10 +194,14 @@ def draw(found: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    shown = (("ar_loss", "AR loss, nats"), ("tokens_per_forward", "tokens per forward"))
+    shown = (
+        ("ar_loss", "AR loss, nats"),
+        ("expected_tokens_per_forward", "expected tokens per forward"),
+        ("tokens_per_forward", "tokens per forward, decoded"),
+    )
     corpora = list(dict.fromkeys(row["corpus"] for row in found["rows"]))
     names = [name for name in dict.fromkeys(row["variant"] for row in found["rows"]) if name != BASE]
-    fig, axes = plt.subplots(1, 2, figsize=(12, 0.4 * len(names) + 1.6), sharey=True, layout="constrained")
+    fig, axes = plt.subplots(1, len(shown), figsize=(15, 0.4 * len(names) + 1.6), sharey=True, layout="constrained")
     for axis, (what, title) in zip(axes, shown, strict=True):
         for n, corpus in enumerate(corpora):
             rows = {row["variant"]: row for row in found["rows"] if row["corpus"] == corpus}
@@ -189,7 +213,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
                 fmt="o", capsize=3, label=corpus,
             )  # fmt: skip
         axis.axvline(0, color="grey", linewidth=0.8)
-        axis.set(title=f"{title}: difference from the base", yticks=range(len(names)), yticklabels=names)
+        axis.set(title=f"{title}: over the base's", yticks=range(len(names)), yticklabels=names)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].invert_yaxis()
     axes[0].legend(frameon=False)
