@@ -17,9 +17,12 @@ import partial
 sys.path.pop(0)
 
 
-def trained(shards, **wanted):
+def settings(shards, **changes):
+    return small(shards, tidar={"ar_warmup_fraction": 0.0}, optimizer={"weight_decay": 0.0}, **changes)
+
+
+def trained(config, **wanted):
     """Weights before and after four joint steps, by name; and the trainer."""
-    config = small(shards, tidar={"ar_warmup_fraction": 0.0}, optimizer={"weight_decay": 0.0})
     trainer = partial.build(argparse.Namespace(**{"freeze_layers": 0, "low_rank": 0} | wanted), config)
     weights = dict(trainer.model[0].named_parameters())
     before = {name: weight.detach().clone() for name, weight in weights.items()}
@@ -30,15 +33,16 @@ def trained(shards, **wanted):
     return before, {name: weight.detach() for name, weight in weights.items()}, trainer
 
 
-def test_frozen_layers_stay(shards):
-    before, after, _ = trained(shards, freeze_layers=1)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_frozen_layers_stay(shards, bf16):
+    before, after, _ = trained(settings(shards, training={"bf16": bf16}), freeze_layers=1)
     stays = {name for name in before if torch.equal(before[name], after[name])}
     assert stays == {name for name in before if name.startswith("decoder.layers.0.")}
     assert len(stays) >= 6
 
 
 def test_low_rank_updates(shards):
-    before, after, trainer = trained(shards, low_rank=2)
+    before, after, trainer = trained(settings(shards, model={"untie_embeddings_and_output_weights": True}), low_rank=2)
     changed = {name: after[name] - before[name] for name in before if not torch.equal(before[name], after[name])}
     embeddings = changed.pop("embedding.word_embeddings.weight")
     mask = trainer.config.tidar.mask_token_id
@@ -48,6 +52,33 @@ def test_low_rank_updates(shards):
         values = torch.linalg.svdvals(change.double())
         assert values[1] > 0, name
         assert values[2] < 1e-5 * values[0], name
+
+
+def test_bfloat16_weights_are_their_rounded_sums(shards):
+    before, after, trainer = trained(settings(shards, training={"bf16": True}), low_rank=2)
+    names = [name for name in before if name.startswith("decoder.layers.") and before[name].ndim == 2]
+    for name, one in zip(names, trainer.low_rank, strict=True):
+        assert torch.equal(one.start.bfloat16(), before[name])
+        assert torch.equal(after[name], (one.start + partial.SCALE * one.B @ one.A).bfloat16())
+        assert not torch.equal(after[name], before[name])
+    norms = [name for name in before if "norm" in name]
+    assert norms
+    assert all(torch.equal(before[name], after[name]) for name in norms)
+
+
+def test_a_step_that_is_skipped_changes_nothing(shards, monkeypatch):
+    config = settings(shards)
+    trainer = partial.build(argparse.Namespace(freeze_layers=0, low_rank=2), config)
+    trainer.step()
+    before = [one.B.clone() for one in trainer.low_rank]
+    weight = trainer.model[0].decoder.final_layernorm.weight
+    monkeypatch.setattr(weight, "data", weight.data * float("nan"))
+    trainer.step()
+    trainer.close()
+    shut_down()
+    assert all(
+        torch.equal(one.B, was) and not one.B.grad.any() for one, was in zip(trainer.low_rank, before, strict=True)
+    )
 
 
 def test_the_factors_gradients_are_autograds():
@@ -69,3 +100,9 @@ def test_the_factors_gradients_are_autograds():
 def test_weight_decay_would_move_what_is_frozen(shards):
     with pytest.raises(UserError, match="weight-decay 0"):
         partial.build(argparse.Namespace(freeze_layers=1, low_rank=0), small(shards, optimizer={"weight_decay": 0.1}))
+
+
+def test_more_than_one_rank_is_refused(shards, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="one rank"):
+        partial.build(argparse.Namespace(freeze_layers=1, low_rank=0), settings(shards))

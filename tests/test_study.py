@@ -1,13 +1,17 @@
 """What the studies conclude: means, paired differences, intervals; and that a command is a variant's."""
 
 import argparse
+import dataclasses
 import json
 import sys
+import time
+from pathlib import Path
 
 import numpy
 import pytest
 
 from tests.conftest import ROOT
+from tidar_megatron.errors import UserError
 
 sys.path.insert(0, str(ROOT / "examples" / "study"))
 import measure
@@ -46,6 +50,52 @@ def test_a_variant_is_compared_with_the_base_of_the_same_seed(tmp_path):
     assert "| cities | 0.5 | 10.00 ± 24.84 | 2.00 ± 0.00 | 1.00 ± 0.00 |" in study.trust_table(found)
     study.draw(found, tmp_path / "study.png")
     assert (tmp_path / "study.png").stat().st_size > 10_000
+
+
+def test_a_result_of_another_recipe_is_made_anew(tmp_path, monkeypatch):
+    """Programs are stood in for: of interest is which runs they are started for, and that a failure ends the study."""
+    for part in ("train", "valid"):
+        (tmp_path / "data/cities" / part).mkdir(parents=True)
+        (tmp_path / "data/cities" / part / "manifest.json").write_text(part)
+    started = []
+
+    def run(command, **kwargs):
+        started.append(command[1])
+        if command[1] == "examples/study/measure.py":
+            (Path(command[2]) / "result.json").write_text("{}")
+        return argparse.Namespace(returncode=0)
+
+    monkeypatch.setattr(study.subprocess, "run", run)
+    args = argparse.Namespace(runs=tmp_path / "runs", data=tmp_path / "data", study="study")
+
+    def programs(which, steps=30):
+        started.clear()
+        study.train(args, which, "cities", BASE, 0, steps)
+        return len(started)
+
+    paper = STUDIES["study"]
+    assert [programs(paper), programs(paper)] == [3, 0]
+    assert [programs(dataclasses.replace(paper, prompts=1)), programs(paper), programs(paper)] == [3, 3, 0]
+    assert programs(dataclasses.replace(paper, flags=paper.flags | {"lr": 1.0})) == 3
+    assert programs(paper) == 3
+    (tmp_path / "data/cities/valid/manifest.json").write_text("other data")
+    assert [programs(paper), programs(paper)] == [3, 0]
+
+
+def test_a_study_ends_with_the_first_run_that_fails(tmp_path, monkeypatch):
+    started = []
+
+    def train(args, which, corpus, name, seed, steps):
+        started.append(name)
+        time.sleep(0.2)
+        raise UserError("no")
+
+    monkeypatch.setattr(study, "prepare", lambda folder, names: None)
+    monkeypatch.setattr(study, "train", train)
+    monkeypatch.setattr(sys, "argv", ["study.py", "--jobs", "1", "--runs", str(tmp_path)])
+    with pytest.raises(UserError, match="no"):
+        study.main()
+    assert len(started) <= 3  # of 66
 
 
 def test_prompts_are_spread_over_the_documents():

@@ -5,7 +5,7 @@
 --low-rank R        the matrices of all layers change by B A alone, of rank R (LoRA, arXiv 2106.09685), and of the
                     embeddings the mask token's row; what is saved is W + s B A, so that any program loads it
 
-One rank, one pipeline stage. The whole gradient is computed and then thrown away in part: it shows what becomes of
+One rank. The whole gradient is computed and then thrown away in part: it shows what becomes of
 the model, not how fast it could be had; and B and A are not saved, so a run does not go on where it was stopped.
 """
 
@@ -18,6 +18,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from tidar_megatron.config import Config, parse_config
+from tidar_megatron.distributed.groups import world_size_from_environment
 from tidar_megatron.errors import UserError, run_tool
 from tidar_megatron.training.loop import pretrain
 from tidar_megatron.training.trainer import Trainer
@@ -60,26 +61,31 @@ class PartialTrainer(Trainer):
 
     def step(self) -> dict:
         """One step of megatron-core's optimizer, which sees no gradient of the others, then one of B's and A's Adam."""
+        skipped = self.health.log_values()["skipped_iterations"]
         values = super().step()
         if self.low_rank:
-            # Adam does not care that these gradients are sums over the batch's tokens and not means
-            self.factors.param_groups[0]["lr"] = values["learning_rate"]
-            self.factors.step()
+            if values["skipped_iterations"] == skipped:
+                # Adam does not care that these gradients are sums over the batch's tokens and not means
+                self.factors.param_groups[0]["lr"] = values["learning_rate"]
+                self.factors.step()
             self.factors.zero_grad(set_to_none=False)
             for one in self.low_rank:
                 one.write()
         return values
 
     def train_low_rank(self, model: GPTModel, rank: int) -> None:
-        """Of all layers' matrices; the norms stay, and all rows of the embeddings but the mask token's."""
+        """Of all layers' matrices; what else there is stays, but for the mask token's row of the embeddings."""
         torch.manual_seed(self.config.training.seed)
-        layers = [weight for layer in model.decoder.layers for weight in layer.parameters()]
-        self.low_rank = tuple(LowRank(weight, rank) for weight in layers if weight.ndim == 2)
-        for weight in (*(w for w in layers if w.ndim < 2), *model.decoder.final_layernorm.parameters()):
-            freeze(weight)
-        only = torch.zeros(len(model.embedding.word_embeddings.weight), 1)
+        matrices = [weight for layer in model.decoder.layers for weight in layer.parameters() if weight.ndim == 2]
+        self.low_rank = tuple(LowRank(weight, rank) for weight in matrices)
+        embeddings = model.embedding.word_embeddings.weight
+        only = torch.zeros(len(embeddings), 1)
         only[self.config.tidar.mask_token_id] = 1.0
-        model.embedding.word_embeddings.weight.register_hook(lambda gradient: gradient * only.to(gradient.dtype))
+        embeddings.register_hook(lambda gradient: gradient * only.to(gradient.dtype))
+        changing = {id(weight) for weight in (*matrices, embeddings)}
+        for weight in model.parameters():
+            if id(weight) not in changing:
+                freeze(weight)
         opt = self.config.optimizer
         betas = (opt.adam_beta1, opt.adam_beta2)
         self.factors = torch.optim.Adam([f for one in self.low_rank for f in (one.B, one.A)], opt.lr, betas)
@@ -87,8 +93,7 @@ class PartialTrainer(Trainer):
 
 def build(args: argparse.Namespace, config: Config) -> Trainer:
     """A trainer of what was asked for."""
-    parallel, optimizer = config.parallel, config.optimizer
-    if optimizer.weight_decay or max(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size) > 1:
+    if config.optimizer.weight_decay or world_size_from_environment() > 1:
         raise UserError("--freeze-layers and --low-rank want --weight-decay 0 and one rank")
     trainer = PartialTrainer.build(config)
     (model,) = trainer.model

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
-TOKENIZERS = {"cities": "byte", "stdlib": "bpe:2048", "smollm2": "runs/smollm2/hf"}
+TOKENIZERS = {"cities": "byte", "stdlib": "bpe:2048", "smollm2": str(ROOT / "runs/smollm2/hf")}
 LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__", "pydoc_data", "encodings"}
 
 

@@ -4,12 +4,14 @@
     python examples/study/study.py                         # the paper's orderings at small scale: make study
     python examples/study/study.py --study smollm2_study   # what helps a real AR model to draft
 
-A run that has its result.json is done, so a study goes on where it was stopped. Runs go side by side, one core each.
-Results: benchmarks/STUDY.json (every run, its command), benchmarks/STUDY.png, and a table.
+A run is done when it has a result.json of the same command, data and way of measuring (recipe.json), so a study goes on
+where it was stopped. Runs go side by side, one core each. Results: benchmarks/STUDY.json (every run, its command),
+benchmarks/STUDY.png, and a table; of a part of a study under runs/STUDY, unless --output says where.
 """
 
 import argparse
 import concurrent.futures
+import hashlib
 import json
 import math
 import os
@@ -23,10 +25,12 @@ from typing import Any
 from corpora import prepare
 from variants import BASE, STUDIES, Study
 
+from tidar_megatron.benchmark.measuring import machine
 from tidar_megatron.errors import UserError, run_tool
 
 ROOT = Path(__file__).parent.parent.parent
-T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # Student's
+# the 97.5% quantiles of Student's t, by degrees of freedom
+T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 def main() -> None:
@@ -39,12 +43,14 @@ def main() -> None:
     parser.add_argument("--corpora", nargs="+", metavar="NAME", help="some of the study's")
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="some of the study's")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs side by side [one a core]")
-    parser.add_argument("--data", default="data/study", type=Path)
-    parser.add_argument("--runs", type=Path, help="[runs/STUDY]")
-    parser.add_argument("--output", default="benchmarks", type=Path, help="STUDY.json and STUDY.png [benchmarks]")
+    parser.add_argument("--data", default=ROOT / "data/study", type=folder, help="[data/study]")
+    parser.add_argument("--runs", type=folder, help="[runs/STUDY]")
+    parser.add_argument("--output", type=folder, help="of STUDY.json and .png [benchmarks; of a part runs/STUDY]")
     args = parser.parse_args()
     study = STUDIES[args.study]
-    args.runs = args.runs or Path("runs") / args.study
+    part = args.corpora or args.variants or args.steps or args.seeds
+    args.runs = args.runs or ROOT / "runs" / args.study
+    args.output = args.output or (args.runs if part else ROOT / "benchmarks")
     steps = args.steps or (study.full_steps if args.full else study.steps)
     seeds = args.seeds or (study.full_seeds if args.full else study.seeds)
     corpora, names = args.corpora or study.corpora, args.variants or list(study.variants)
@@ -52,16 +58,22 @@ def main() -> None:
         raise UserError(
             f"{', '.join(sorted(unknown))}: {args.study} has {', '.join((*study.corpora, *study.variants))}"
         )
+    if not 1 <= seeds <= len(T_975) + 1:
+        raise UserError(f"--seeds {seeds}: 1 to {len(T_975) + 1}, for whose means this knows intervals")
     prepare(args.data, corpora)
     # seed by seed, so that what is there when it is stopped can be compared
     wanted = [(c, name, seed) for seed in range(seeds) for c in corpora for name in names]
     start, done = time.monotonic(), 0
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        runs = {pool.submit(train, args, study, corpus, name, seed, steps): name for corpus, name, seed in wanted}
-        for future in concurrent.futures.as_completed(runs):
-            future.result()
-            done += 1
-            print(f"{done}/{len(wanted)} runs, {(time.monotonic() - start) / 60:.0f} minutes", flush=True)
+        runs = [pool.submit(train, args, study, *one, steps) for one in wanted]
+        try:
+            for future in concurrent.futures.as_completed(runs):
+                future.result()
+                done += 1
+                print(f"{done}/{len(wanted)} runs, {(time.monotonic() - start) / 60:.0f} minutes", flush=True)
+        except UserError:
+            pool.shutdown(cancel_futures=True)  # of one that fails it is told once those that run beside it are done
+            raise
     found = collect(args, study, wanted, steps)
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / f"{args.study}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -69,20 +81,39 @@ def main() -> None:
     print(table(found), trust_table(found), sep="\n\n")
 
 
+def folder(given: str) -> Path:
+    """Of the command line; what is started runs in the checkout, wherever this was started."""
+    return Path(given).absolute()
+
+
 def folder_of(args: argparse.Namespace, corpus: str, name: str, seed: int, steps: int) -> Path:
-    """Where a run lives; its name says all that it depends on."""
+    """Where a run lives."""
     slug = name.replace(" = ", "").replace(", ", "-").replace(" ", "-").replace("%", "")
     return args.runs / f"{steps}-steps" / corpus / slug / f"seed{seed}"
+
+
+def recipe(args: argparse.Namespace, study: Study, corpus: str, name: str, seed: int, steps: int) -> dict[str, Any]:
+    """What a run's result depends on, the code of training excepted."""
+    files = [args.data / corpus / part / "manifest.json" for part in ("train", "valid")]
+    files.append(ROOT / "examples/study/measure.py")
+    return {
+        "command": study.command(name, steps, seed),
+        "prompts": [study.prompts, study.prompt_tokens, study.new_tokens, *study.trust],
+        "sha256": [hashlib.sha256(file.read_bytes()).hexdigest() for file in files],
+    }
 
 
 def train(args: argparse.Namespace, study: Study, corpus: str, name: str, seed: int, steps: int) -> None:
     """Train, export and measure one run, unless that has been done."""
     run = folder_of(args, corpus, name, seed, steps)
-    if (run / "result.json").exists():
+    made = json.dumps(recipe(args, study, corpus, name, seed, steps), indent=1) + "\n"
+    kept = run / "recipe.json"
+    if (run / "result.json").exists() and kept.exists() and kept.read_text() == made:
         return
     shutil.rmtree(run, ignore_errors=True)
     run.mkdir(parents=True)
-    data = [f"{args.data}/{corpus}/{part}" for part in ("train", "valid")]
+    kept.write_text(made)
+    data = [str(args.data / corpus / part) for part in ("train", "valid")]
     commands = [
         [*study.command(name, steps, seed), "--train-data", data[0], "--valid-data", data[1], "--save", str(run)],
         ["tools/convert_checkpoint.py", "export", "--checkpoint", str(run), "--hf", str(run / "hf")],
@@ -124,6 +155,7 @@ def collect(args: argparse.Namespace, study: Study, wanted: list[tuple[str, str,
     return {
         "benchmark": args.study,
         "command": " ".join(["python", *sys.argv]),
+        "machine": machine(),
         "steps": steps,
         "rows": rows,
         "runs": runs,
@@ -146,7 +178,7 @@ def interval(values: list[float]) -> dict[str, float | None]:
     if n == 1:
         return {"mean": mean, "half": None, "n": 1}
     deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))
-    return {"mean": mean, "half": T_975.get(n - 1, 1.96) * deviation / math.sqrt(n), "n": n}
+    return {"mean": mean, "half": T_975[n - 1] * deviation / math.sqrt(n), "n": n}
 
 
 def show(value: dict[str, Any], digits: int = 2) -> str:
