@@ -2,10 +2,17 @@
 
 import json
 import os
+import shutil
+import tempfile
 
 import numpy as np
+import pytest
+from rich.console import Console
 
 from tests.training.small_runs import losses, metrics, small
+from tidar_megatron.errors import UserError
+from tidar_megatron.training import samples as samples_of_runs
+from tidar_megatron.training.dashboards import WandB
 from tidar_megatron.training.loop import pretrain
 from tidar_megatron.training.samples import Samples
 
@@ -48,9 +55,30 @@ def test_wandb_is_kept_offline_and_never_stops_a_run(shards, tmp_path, monkeypat
     wandb.finish()  # one that is open would be what the next init returns
 
 
+def history(file):
+    """The rows that an offline run recorded: LevelDB's log format, a header of 7 bytes before its first block."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, at, whole, rows = file.read_bytes(), 7, b"", []
+    while at < len(data):
+        if (left := 32768 - at % 32768) < 7:  # nothing begins in the end of a block
+            at += left
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        whole += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last of several pieces
+            record = wandb_internal_pb2.Record.FromString(whole)
+            whole = b""
+            if record.WhichOneof("record_type") == "history":
+                items = record.history.item
+                rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+    return rows
+
+
 def test_wandb_goes_on_as_the_same_run_and_shows_what_was_asked_for(shards, tmp_path):
     """Read back from the offline run's own record: the chart by offset, the samples' table, a checkpoint's artifact."""
-    run = tmp_path / "run"
+    run = tmp_path / "the run"
     board = {
         "wandb_project": "test",
         "wandb_log_checkpoints": True,
@@ -66,7 +94,7 @@ def test_wandb_goes_on_as_the_same_run_and_shows_what_was_asked_for(shards, tmp_
     assert len(folders) == 2
     assert all(folder.name.endswith(identity) for folder in folders)
     record = b"".join(file.read_bytes() for folder in folders for file in folder.rglob("*.wandb"))
-    for said in (b"draft acceptance by offset in the block", b"run-checkpoint", b"memory_gib"):
+    for said in (b"draft acceptance by offset in the block", b"the-run-checkpoint", b"memory_gib"):
         assert said in record, said
     tables = [
         json.loads(file.read_text()) for file in run.glob("wandb/offline-run-*/files/media/table/samples_*.table.json")
@@ -79,6 +107,23 @@ def test_wandb_goes_on_as_the_same_run_and_shows_what_was_asked_for(shards, tmp_
     assert all(row["memory_gib"] > 0.05 for row in metrics(run) if "loss" in row)
 
 
+def test_wandb_keeps_what_is_logged_of_a_step_after_its_samples(shards, tmp_path):
+    row = {"prompt": "a", "text": "b", "tokens_per_forward": 1.0, "distinct_4grams": 1.0}
+    config = small(shards, checkpoint={"save": str(tmp_path)}, logging={"wandb_project": "test"})
+    board = WandB(config, tmp_path, Console(quiet=True))
+    for step in (1, 2):
+        board.write(step, {"loss": 1.0})
+        board.samples(step, [row])
+        board.write(step, {"eval": {"ar_loss": 2.0}})
+    board.close()
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    rows = {one["_step"]: one for one in history(file) if "loss" in one}
+    assert rows.keys() == {1, 2}
+    for step, one in rows.items():
+        assert one["eval/ar_loss"] == 2.0
+        assert one["samples/nrows"] == step
+
+
 class Documents:
     """As many held-out documents as a test wants."""
 
@@ -88,7 +133,9 @@ class Documents:
 
 def test_samples_arrive_and_what_failed_is_said(shards, tmp_path, monkeypatch):
     """However much their process says: a pipe would be full, and both sides wait."""
-    run, chatty = tmp_path / "run", tmp_path / "chatty"
+    run, chatty, work = tmp_path / "run", tmp_path / "chatty", tmp_path / "work"
+    work.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(work))
     pretrain(small(shards, checkpoint={"save": str(run)}))
     chatty.mkdir()
     (chatty / "sitecustomize.py").write_text(
@@ -97,11 +144,41 @@ def test_samples_arrive_and_what_failed_is_said(shards, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(chatty), os.environ["PYTHONPATH"]]))
     samples = Samples(run, Documents(3), 3)
     samples.start(8)
-    said = samples.poll(wait=True)
+    samples.start(8)  # it is under way: passed over
+    (said,) = samples.poll(wait=True)
     assert (said.iteration, said.problem) == (8, None)
     assert [row["prompt"] for row in said.rows] == ["abcdefghijklmnopqrstuvwx"] * 3
     samples.start(99)
-    said = samples.poll(wait=True)
-    assert (said.iteration, said.rows) == (99, [])
-    assert "99" in said.problem
-    assert samples.poll() is None
+    samples._process.wait()
+    samples.start(8)  # what has ended meanwhile is kept
+    failed, said = samples.poll(wait=True)
+    assert (failed.iteration, failed.rows) == (99, [])
+    assert "99" in failed.problem
+    assert (said.iteration, len(said.rows)) == (8, 3)
+    assert samples.poll() == []
+    samples.start(8)
+    samples.close()
+    assert list(work.iterdir()) == []
+
+
+def test_samples_that_cannot_be_made_end_nothing(tmp_path, monkeypatch):
+    samples = Samples(tmp_path, Documents(1), 1)
+    with monkeypatch.context() as context:
+        context.setattr(tempfile, "mkdtemp", lambda **unused: str(tmp_path / "nowhere"))
+        samples.start(1)
+    (said,) = samples.poll()
+    assert "did not start" in said.problem
+    with monkeypatch.context() as context:
+        context.setattr(samples_of_runs.sys, "executable", shutil.which("true"))
+        samples.start(2)
+    (said,) = samples.poll(wait=True)
+    assert "cannot be read" in said.problem
+
+
+def test_a_held_out_shard_that_is_damaged_is_what_is_said(shards, tmp_path, monkeypatch):
+    def broken(*unused):
+        raise UserError("the shard is damaged")
+
+    monkeypatch.setattr(samples_of_runs.Samples, "__init__", broken)
+    with pytest.raises(UserError, match="the shard is damaged"):
+        pretrain(small(shards, checkpoint={"save": str(tmp_path)}, logging={"log_samples": 1}))

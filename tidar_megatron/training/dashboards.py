@@ -3,6 +3,7 @@
 import json
 import netrc
 import os
+import re
 import secrets
 from pathlib import Path
 from typing import Any, Protocol
@@ -65,6 +66,7 @@ class WandB:
             settings=wandb.Settings(silent=True),
         )
         self._name = name
+        self._samples: list[list[Any]] = []
         if config.checkpoint.save:
             replace_text(known, identity)
 
@@ -81,14 +83,17 @@ class WandB:
     def samples(self, iteration: int, rows: list[Values]) -> None:
         import wandb
 
-        data = [[iteration, *(row[name] for name in SAMPLE_COLUMNS)] for row in rows]
-        self.run.log({"samples": wandb.Table(data=data, columns=["iteration", *SAMPLE_COLUMNS])})
+        self._samples += [[iteration, *(row[name] for name in SAMPLE_COLUMNS)] for row in rows]
+        # part of the step that is logged just now: a step of its own would make W&B drop what is logged of this one yet
+        table = wandb.Table(data=list(self._samples), columns=["iteration", *SAMPLE_COLUMNS])
+        self.run.log({"samples": table}, commit=False)
 
     def published(self, iteration: int, checkpoint: Path) -> None:
         import wandb
 
         if self._artifacts:
-            artifact = wandb.Artifact(f"{self._name}-checkpoint", "model", metadata={"iteration": iteration})
+            name = re.sub(r"[^A-Za-z0-9_.-]", "-", self._name)  # of artifacts; a run's may hold anything
+            artifact = wandb.Artifact(f"{name}-checkpoint", "model", metadata={"iteration": iteration})
             artifact.add_dir(str(checkpoint))
             self.run.log_artifact(artifact, aliases=["latest", f"iteration-{iteration}"])
 

@@ -39,6 +39,7 @@ def pretrain(config: Config, build: Callable[[Config], Trainer] = Trainer.build)
         trainer.log_sample_ids()
         with signals.shielded():  # W&B has a process of its own
             logger = MetricsLogger(trainer.config, trainer.ranks.is_main, trainer.iteration)
+        samples = None
         try:
             for line in describe(trainer.config, trainer.ranks, trainer.model, trainer.train_data, trainer.iteration):
                 logger.say(line)
@@ -55,7 +56,7 @@ def pretrain(config: Config, build: Callable[[Config], Trainer] = Trainer.build)
                 state = _loop(trainer, logger, samples)
             if state and trainer.config.checkpoint.save and trainer.ranks.is_main:
                 signals.write_run_state(trainer.config.checkpoint.save, state)
-            if samples is not None and state != signals.INTERRUPTED and (said := samples.poll(wait=True)) is not None:
+            for said in samples.poll(wait=True) if samples is not None and state != signals.INTERRUPTED else ():
                 logger.samples(said)
         finally:
             if samples is not None:
@@ -100,7 +101,7 @@ def _loop(trainer: Trainer, logger: MetricsLogger, samples: Samples | None) -> s
             values |= {"step_seconds": seconds / steps, "clean_tokens_per_second": clean_tokens / seconds}
             values |= {**trainer.own_time.report(), "memory_gib": peak_memory() / 2**30}
             logger.training(iteration, values)
-            if samples is not None and (said := samples.poll()) is not None:
+            for said in samples.poll() if samples is not None else ():
                 logger.samples(said)
             seconds, steps = 0.0, 0
         if (last or due(training.eval_interval)) and (evaluation := trainer.evaluate()) is not None:

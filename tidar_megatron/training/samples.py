@@ -6,11 +6,12 @@ training nor end it. While one checkpoint is still being sampled from, newer one
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from tidar_megatron.data.loader import TrainingData
 
@@ -43,46 +44,42 @@ class Samples:
         self._prompts = [prompt[: max(1, len(prompt) - 1)] for prompt in self._prompts]
         self._process: subprocess.Popen[bytes] | None = None
         self._iteration = 0
+        self._said: list[Said] = []
 
     def start(self, iteration: int) -> None:
         """Begin with the checkpoint of ``iteration``, unless another is still under way."""
+        self._take()
         if self._process is not None:
             return
         command = [sys.executable, "-m", "tidar_megatron.training.samples", str(self._run), str(iteration)]
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             environment.pop(name, None)  # it is no rank
-        # files, for a pipe that is full makes one side wait for the other
-        self._out, self._errors = (tempfile.TemporaryFile() for _ in range(2))  # noqa: SIM115 - until poll or close
-        with tempfile.TemporaryFile() as prompts:
-            prompts.write(json.dumps(self._prompts).encode())
-            prompts.seek(0)
-            self._process = subprocess.Popen(
-                command,
-                stdin=prompts,
-                stdout=self._out,
-                stderr=self._errors,
-                env=environment,
-                start_new_session=True,  # what stops the run by a signal to its group is not for this one
-            )
         self._iteration = iteration
-
-    def poll(self, wait: bool = False) -> Said | None:
-        """What came of the checkpoint that was begun with, once it is there."""
-        if self._process is None:
-            return None
         try:
-            status = self._process.wait(LAST) if wait else self._process.poll()
-        except subprocess.TimeoutExpired:
+            # of ours and not of the process, which may be killed; files, for a pipe that is full makes both sides wait
+            self._folder = Path(tempfile.mkdtemp(prefix="tidar-samples-"))
+            (self._folder / "prompts").write_text(json.dumps(self._prompts))
+            with (self._folder / "out").open("wb") as out, (self._folder / "errors").open("wb") as errors:
+                self._process = subprocess.Popen(
+                    [*command, str(self._folder)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=errors,
+                    env=environment,
+                    start_new_session=True,  # what stops the run by a signal to its group is not for this one
+                )
+        except OSError as error:
+            self._said.append(Said(iteration, [], f"their process did not start: {error}"))
+
+    def poll(self, wait: bool = False) -> list[Said]:
+        """What has come since the last time; with ``wait`` also of the checkpoint that is under way."""
+        self._take(LAST if wait else 0.0)
+        if wait and self._process is not None:
             self.close()
-            return Said(self._iteration, [], f"not made within {LAST:.0f} seconds")
-        if status is None:
-            return None
-        self._process = None
-        out, errors = (self._read(file) for file in (self._out, self._errors))
-        if status != 0:
-            return Said(self._iteration, [], errors[-1] or f"their process ended with status {status}")
-        return Said(self._iteration, json.loads(out[-1]))
+            self._said.append(Said(self._iteration, [], f"not made within {LAST:.0f} seconds"))
+        said, self._said = self._said, []
+        return said
 
     def close(self) -> None:
         """Give up what is under way."""
@@ -90,28 +87,43 @@ class Samples:
             self._process.kill()
             self._process.wait()
             self._process = None
-            self._out.close()
-            self._errors.close()
+            shutil.rmtree(self._folder, ignore_errors=True)
 
-    @staticmethod
-    def _read(file: IO[bytes]) -> list[str]:
-        with file:
-            file.seek(0)
-            return file.read().decode(errors="replace").strip().split("\n")
+    def _take(self, seconds: float = 0.0) -> None:
+        """Keep what came of the process if it ends within so many seconds."""
+        if self._process is None:
+            return
+        try:
+            status = self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return
+        self._process = None
+        try:
+            out, errors = (self._last_line(name) for name in ("out", "errors"))
+            if status:
+                said = Said(self._iteration, [], errors or f"their process ended with status {status}")
+            else:
+                said = Said(self._iteration, json.loads(out))
+        except (OSError, ValueError) as error:
+            said = Said(self._iteration, [], f"what their process said cannot be read: {error}")
+        self._said.append(said)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _last_line(self, name: str) -> str:
+        return (self._folder / name).read_text(encoding="utf-8", errors="replace").strip().split("\n")[-1]
 
 
-def main(run: str, iteration: int, prompts: list[list[int]]) -> list[dict[str, Any]]:
-    """In the process beside: its rows."""
+def main(run: str, iteration: int, folder: Path) -> list[dict[str, Any]]:
+    """In the process beside, which has a folder to work in: its rows."""
     from tidar_megatron.checkpoint.convert import export_run
     from tidar_megatron.inference.engine import generate
     from tidar_megatron.inference.model import load_model
     from tidar_megatron.inference.request import DecodeOptions
 
-    with tempfile.TemporaryDirectory() as folder:
-        export_run(run, Path(folder) / "hf", iteration)
-        model = load_model(Path(folder) / "hf", device="cpu")
+    export_run(run, folder / "hf", iteration)
+    model = load_model(folder / "hf", device="cpu")
     rows = []
-    for prompt in prompts:
+    for prompt in json.loads((folder / "prompts").read_text()):
         made = generate(model, prompt, DecodeOptions("tidar", max_new_tokens=NEW_TOKENS))
         texts = [model.tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, made.token_ids)]
         rows.append(
@@ -126,4 +138,4 @@ def main(run: str, iteration: int, prompts: list[list[int]]) -> list[dict[str, A
 
 
 if __name__ == "__main__":
-    print("\n" + json.dumps(main(sys.argv[1], int(sys.argv[2]), json.load(sys.stdin))))
+    print("\n" + json.dumps(main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))))

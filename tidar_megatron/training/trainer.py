@@ -264,7 +264,7 @@ class Trainer:
                 signals.clear_run_state(folder)
                 (folder / CONFIG_FILE).write_text(self.config.to_yaml(), encoding="utf-8")
                 tokenizer.save_pretrained(str(folder / TOKENIZER_FOLDER))
-                if (files := self._huggingface_files()) is not None and files.parent != folder:
+                if (files := self._huggingface_files()) is not None and files.parent.resolve() != folder.resolve():
                     keep_huggingface_files(files, folder)
                 sample_ids.cut(folder, self.iteration)
             except OSError as error:
