@@ -67,7 +67,7 @@ def run_model(arguments: argparse.Namespace, repeats: int) -> dict[str, Any]:
         raise UserError(
             f"--model {arguments.model}: cannot draft, so there is nothing to plan; export a TiDAR checkpoint"
         )
-    prompts = [encode_prompt(model.tokenizer, text, add_special_tokens=False) for text in texts]
+    prompts = [encode_prompt(model, text) for text in texts]
     new = arguments.max_new_tokens or 128
     contexts = arguments.contexts or {"decode": [128, 1024, 4096], "step": [256, 1024, 4096]}.get(arguments.what, [1])
     if min(contexts) + new > model.context_limit:

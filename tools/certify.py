@@ -40,8 +40,7 @@ def main() -> None:
 
     texts = certificate.read_prompts(args.prompts)[: args.limit]
     model = load_model(args.model, args.device, args.dtype or "float32", args.mask_token_id)
-    own = model.mask_token_id is not None and args.mask_token_id is None
-    prompts = [encode_prompt(model.tokenizer, text, add_special_tokens=not own) for text in texts]
+    prompts = [encode_prompt(model, text) for text in texts]
     runs = certificate.plans(args.draft_lengths, drafts=model.mask_token_id is not None)
     found = certificate.certify(model, args.model, prompts, args.max_new_tokens, runs, args.samples)
     if args.json:

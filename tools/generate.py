@@ -95,7 +95,7 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     model = load_model(args.model, args.device, args.dtype)
-    prompt = encode_prompt(model.tokenizer, args.prompt, add_special_tokens=model.mask_token_id is None)
+    prompt = encode_prompt(model, args.prompt)
     trained = (getattr(model.causal_lm.config, "tidar", None) or {}).get("seq_length")
     if trained and len(prompt) + args.max_new_tokens > trained:
         total = len(prompt) + args.max_new_tokens

@@ -65,10 +65,7 @@ def main() -> None:
     heldout.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts), encoding="utf-8")
 
     model = load_model(folder, dtype="float32")  # identity is of float32: narrower types round ties away
-    decoded = [
-        encode_prompt(model.tokenizer, prompt, add_special_tokens=False)
-        for prompt in prompts[:: PROMPTS_WRITTEN // PROMPTS_DECODED]
-    ]
+    decoded = [encode_prompt(model, prompt) for prompt in prompts[:: PROMPTS_WRITTEN // PROMPTS_DECODED]]
     print(f"decoding {len(decoded)} prompts with {len(plans()) + 2} plans ...", flush=True)
     figures = compare_plans(model, decoded, plans(), NEW_TOKENS, transformers_folder=folder)
     stock = figures["transformers generate"]

@@ -116,6 +116,45 @@ def tool(*arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
+def test_a_used_id_is_no_mask_token(tmp_path):
+    hf = write_random_model(tmp_path / "hf", "llama")
+    byte_tokenizer().save_pretrained(str(hf))
+    with pytest.raises(UserError, match="--mask-token-id 97: the tokenizer uses it"):
+        import_run(hf, tmp_path / "run", None, "mean", 97)
+    assert not (tmp_path / "run").exists()
+    assert import_run(hf, tmp_path / "run", None, "mean", 258).tidar.mask_token_id == 258
+
+
+def test_tensors_of_more_digits_than_the_folder_says_keep_them(tmp_path):
+    hf = write_random_model(tmp_path / "hf", "llama")
+    config = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    import_run(hf, tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "out")
+    before, after = (load_file(folder / "model.safetensors") for folder in (hf, tmp_path / "out"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_an_export_touches_nothing_else(imported, tmp_path):
+    beside = tmp_path / "hf.partial"
+    beside.mkdir()
+    (beside / "mine").touch()
+    export_run(imported / "llama-tied" / "run", tmp_path / "hf")
+    assert (beside / "mine").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "hf.partial"]
+    with pytest.raises(UserError, match="exists and is not empty"):
+        export_run(imported / "llama-tied" / "run", beside / "mine")
+
+
+def test_what_transformers_shall_not_say_grows_by_the_mask_token(tmp_path):
+    hf = write_random_model(tmp_path / "hf", "llama")
+    (hf / "generation_config.json").write_text(json.dumps({"suppress_tokens": [5, 6]}))
+    import_run(hf, tmp_path / "run", None, "mean", 258)
+    export_run(tmp_path / "run", tmp_path / "out")
+    assert json.loads((tmp_path / "out/generation_config.json").read_text())["suppress_tokens"] == [5, 6, 258]
+
+
 def test_the_tool(tmp_path):
     hf, run = write_random_model(tmp_path / "hf", "mistral"), tmp_path / "run"
     layout = ["--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2]

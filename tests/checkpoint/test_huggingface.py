@@ -46,6 +46,7 @@ def test_the_table_names_every_tensor_of_a_family_and_no_other(tmp_path, kind, t
         ("qwen3", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ("qwen2", {"use_sliding_window": True}, "sliding windows"),
         ("mistral", {"sliding_window": 4096}, "sliding windows"),
+        ("mistral", {"sliding_window": ...}, "sliding windows"),
         ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob"),
         ("qwen3_moe", {"mlp_only_layers": [0]}, "a layer without experts"),
         ("qwen3_moe", {"num_local_experts": None}, "has no num_experts"),
@@ -55,7 +56,8 @@ def test_the_table_names_every_tensor_of_a_family_and_no_other(tmp_path, kind, t
 def test_what_we_would_compute_otherwise_is_refused_by_name(tmp_path, kind, change, said):
     write_random_model(tmp_path, kind)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    config = {key: value for key, value in (config | change).items() if value is not ...}  # left out
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=said):
         model_from_huggingface(tmp_path, ModelConfig())
 
@@ -81,7 +83,11 @@ def test_folders_that_are_not_whole(tmp_path):
     refuse("model.norm.weight is missing")
     save_file({**whole, "model.layers.9.mlp.up_proj.weight": torch.zeros(1)}, weights)
     refuse("model.layers.9.mlp.up_proj.weight is no part of the model")
-    save_file({**whole, "lm_head.weight": torch.zeros(1)}, weights)  # tied: never read
+    embeddings = whole["model.embed_tokens.weight"]
+    for head in (torch.zeros(1), embeddings.double(), embeddings + torch.eye(*embeddings.shape) * 1e-6):
+        save_file({**whole, "lm_head.weight": head}, weights)  # transformers 5 computes with it, though they are tied
+        refuse("lm_head.weight is not embed_tokens.weight")
+    save_file({**whole, "lm_head.weight": embeddings.clone()}, weights)
     Safetensors(tmp_path).check(model)
 
 

@@ -69,6 +69,12 @@ def test_what_the_folder_said_outlives_moves(imported, shards, tmp_path):
     pretrain(build_config(tree))
     goes_on = {"training": {"init_from": None, "train_iters": 3}, "checkpoint": {"load": one, "save": two}}
     pretrain(load_config(Path(one) / CONFIG_FILE, goes_on))
+    # the same folder by another spelling
+    goes_on = {
+        "training": {"train_iters": 4},
+        "checkpoint": {"load": two, "save": f"{tmp_path}/../{tmp_path.name}/two"},
+    }
+    pretrain(load_config(Path(two) / CONFIG_FILE, goes_on))
     export_run(two, tmp_path / "hf")
     shut_down()
     config = json.loads((tmp_path / "hf" / "config.json").read_text())

@@ -1,8 +1,10 @@
 """lm-eval by our engine: the numbers of its own ``hf`` model; drafting changes no score; bad files are refused."""
 
+import dataclasses
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -11,8 +13,10 @@ from tests.conftest import ROOT
 from tests.random_models import write_random_model
 from tidar_megatron.data.tokenizer import byte_tokenizer
 from tidar_megatron.errors import UserError
-from tidar_megatron.evaluation.tasks import local_task, run_tasks
+from tidar_megatron.evaluation.tasks import gained, local_task, run_tasks
+from tidar_megatron.inference.engine import generate_batch
 from tidar_megatron.inference.model import load_model
+from tidar_megatron.inference.request import parse_plan
 
 TEXTS = ["alpha beta gamma", " delta", "epsilon, zeta! " * 12, "x"]
 
@@ -171,6 +175,31 @@ def test_files_that_are_no_task(tmp_path, content, said):
 def test_names_that_are_no_task(folder):
     with pytest.raises(UserError, match="lm-eval has no such task"):
         run_tasks(load_model(folder), ["no_such_task_of_lm_eval"])
+
+
+def test_two_tasks_of_one_name_are_refused(folder, tmp_path):
+    for part in ("a", "b"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "valid.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(UserError, match="valid names two tasks"):
+        run_tasks(load_model(folder), [str(tmp_path / part / "valid.jsonl") for part in ("a", "b")])
+
+
+def test_a_line_is_one_whatever_is_in_it(tmp_path):
+    (tmp_path / "task.jsonl").write_text('{"text": "a\u2028b"}\n', encoding="utf-8")
+    assert local_task(tmp_path / "task.jsonl")["task"] == "task"
+
+
+def test_seconds_of_a_batch_count_once(folder):
+    model = load_model(folder)
+    options = dataclasses.replace(parse_plan("ar"), max_new_tokens=12, ignore_eos=True)
+    prompts = [[n + 65] * (n + 1) for n in range(4)]
+    generate_batch(model, prompts, options, 4)
+    start = time.perf_counter()
+    made = generate_batch(model, prompts, options, 4)
+    wall = time.perf_counter() - start
+    assert sum(one.decode_share for one in made) <= wall < sum(one.decode_seconds for one in made)
+    assert gained(made, made)["tokens_per_second"] >= sum(sum(one.emitted) for one in made) / wall
 
 
 def test_without_lm_eval_it_is_said_what_to_install(folder, monkeypatch):

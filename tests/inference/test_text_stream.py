@@ -1,6 +1,7 @@
 """The pieces together are the text, and no piece shows half a character."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 
@@ -53,8 +54,9 @@ def test_random_bytes_decode_as_a_whole(byte_tokenizer):
 
 
 def test_encode_prompt(byte_tokenizer):
-    assert byte_tokenizer.decode(encode_prompt(byte_tokenizer, "héllo")) == "héllo"
+    model = SimpleNamespace(tokenizer=byte_tokenizer, is_tidar=True)
+    assert byte_tokenizer.decode(encode_prompt(model, "héllo")) == "héllo"
     with pytest.raises(UserError, match="the prompt is empty"):
-        encode_prompt(byte_tokenizer, "")
+        encode_prompt(model, "")
     with pytest.raises(UserError, match="no tokenizer"):
-        encode_prompt(None, "text")
+        encode_prompt(SimpleNamespace(tokenizer=None, is_tidar=True), "text")

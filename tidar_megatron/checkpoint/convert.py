@@ -81,7 +81,8 @@ def import_run(
     config = Config(model=model, parallel=parallel or ParallelConfig())
     config = dataclasses.replace(
         config,
-        training=dataclasses.replace(config.training, bf16=name == "bfloat16"),
+        # tensors that have more digits than the folder says keep them
+        training=dataclasses.replace(config.training, bf16=name == "bfloat16" and tensors.dtypes() == {"BF16"}),
         tidar=dataclasses.replace(config.tidar, mask_token_id=(hf.get("tidar") or {}).get("mask_token_id")),
     )
     if init_mask_token is not None:
@@ -122,6 +123,9 @@ def _with_mask_token(config: Config, tokenizer: Any, mask_token_id: int | None) 
         )
     if mask is None:
         mask = free_id(vocabulary_size(tokenizer), reserved_ids(tokenizer.get_vocab()), size)
+    vocabulary = tokenizer.get_vocab() if tokenizer is not None else {}
+    if mask != config.tidar.mask_token_id and mask in {*vocabulary.values()} - {*reserved_ids(vocabulary)}:
+        raise UserError(f"--mask-token-id {mask}: the tokenizer uses it; leave it out to take one that no text uses")
     if not 0 <= mask <= size:
         raise UserError(f"--mask-token-id {mask}: the model has ids 0 to {size - 1}, and {size} would be a new one")
     return dataclasses.replace(

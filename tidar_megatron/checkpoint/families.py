@@ -105,7 +105,9 @@ def model_from_huggingface(folder: str | Path, ours: ModelConfig) -> ModelConfig
 
 
 def _refuse_what_we_do_not_compute(path: Path, hf: dict[str, Any], family: Family) -> None:
-    windows = hf.get("use_sliding_window") or (hf["model_type"] == "mistral" and hf.get("sliding_window"))
+    windows = hf.get("use_sliding_window")
+    if hf["model_type"] == "mistral":
+        windows = hf.get("sliding_window", 4096)  # transformers' default, where the key is missing
     refused = {
         "attention_bias": hf.get("attention_bias"),
         "mlp_bias": hf.get("mlp_bias"),

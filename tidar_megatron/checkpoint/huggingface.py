@@ -1,6 +1,7 @@
 """Hugging Face folders in and out, tensor by tensor, by the name-mapping table. Safetensors alone; no code runs."""
 
 import json
+import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -83,6 +84,23 @@ class Safetensors:
         if extra:
             more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
             raise UserError(f"{self.folder}: tensor {extra[0]}{more} is no part of the model that {CONFIG} describes")
+        if tied & self._where.keys() and not self._same("model.embed_tokens.weight", "lm_head.weight"):
+            raise UserError(
+                f"{self.folder}: lm_head.weight is not embed_tokens.weight, though {CONFIG} ties them; "
+                'set "tie_word_embeddings": false there if both are meant'
+            )
+
+    def _same(self, name: str, other: str, rows: int = 4096) -> bool:
+        """Whether two tensors are equal, of which some rows are held at a time."""
+        one, two = (self._where[tensor].get_slice(tensor) for tensor in (name, other))
+        if one.get_shape() != two.get_shape() or one.get_dtype() != two.get_dtype():
+            return False
+        starts = range(0, one.get_shape()[0], rows)
+        return all(torch.equal(one[at : at + rows], two[at : at + rows]) for at in starts)
+
+    def dtypes(self) -> set[str]:
+        """Of the tensors, as safetensors names them: BF16, F32, .."""
+        return {handle.get_slice(name).get_dtype() for name, handle in self._where.items()}
 
     def read(self, name: str) -> Tensor:
         """One tensor.
@@ -200,13 +218,12 @@ def export_huggingface(
         shard_bytes: of one file of weights, about.
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists and is not empty; choose another folder or remove it")
     eos_token_id = tokenizer.eos_token_id if tokenizer is not None else None
     before = read_json(Path(source) / CONFIG) if source is not None else None
     hf_config = huggingface_config(config, eos_token_id, before)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = folder.with_name(f".{folder.name}.partial-{secrets.token_hex(4)}")
     try:
         partial.mkdir(parents=True)
         _write_weights(whole, read, hf_config["vocab_size"], partial, shard_bytes)
@@ -231,7 +248,7 @@ def _generation_config(hf_config: dict, config: Config, source: str | Path | Non
     if source is None:
         known["do_sample"] = False
     if config.tidar.mask_token_id is not None:  # it is no word: transformers' generate shall not say it either
-        known["suppress_tokens"] = [config.tidar.mask_token_id]
+        known["suppress_tokens"] = sorted({*(known.get("suppress_tokens") or ()), config.tidar.mask_token_id})
     return known
 
 

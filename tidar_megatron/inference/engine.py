@@ -118,7 +118,8 @@ class Engine:
         for sequence, of_rows in zip(served, logits.of(rows), strict=True):
             if len(of_rows):
                 _guarded(sequence, sequence.draft, of_rows)
-        seconds, size = time.perf_counter() - start, sum(sequence.last_part.plan.num_tokens for sequence in served)
+        parts = {sequence: sequence.last_part.plan.num_tokens for sequence in served}
+        seconds, size = time.perf_counter() - start, sum(parts.values())
         if planner is not None:
             is_its_own = not reads_prompts and all(s.planner is planner for s in served)
             planner.end(size, seconds if is_its_own else None)
@@ -127,7 +128,8 @@ class Engine:
             if sequence.stop is not None:
                 self._leave(sequence)
             tokens, logprobs = sequence.tokens[n:], sequence.logprobs[n:]
-            done.append((sequence, Step(tokens, seconds, sequence.stop, is_prompt, logprobs, size)))
+            share = seconds * parts[sequence] / size
+            done.append((sequence, Step(tokens, seconds, sequence.stop, is_prompt, logprobs, size, share)))
         return done
 
     def _leave(self, sequence: Sequence) -> None:

@@ -26,7 +26,7 @@ class DecodeModel:
     """The model, its tokenizer (None when the folder has none) and what decoding must know about it.
 
     ``mask_token_id`` and ``block_size`` are None without a ``tidar`` section. No forward may hold a position at or
-    beyond ``context_limit``.
+    beyond ``context_limit``. ``is_tidar``: it was trained to draft, not only given a mask token by whoever loads it.
     """
 
     causal_lm: PreTrainedModel
@@ -35,6 +35,7 @@ class DecodeModel:
     block_size: int | None
     context_limit: int
     eos_token_ids: frozenset[int]
+    is_tidar: bool = False
 
     def __post_init__(self) -> None:
         base: Any = self.causal_lm.base_model
@@ -105,7 +106,7 @@ def load_model(
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         refuse_unsupported(config)
         if mask_token_id is not None:
-            config.tidar = {"mask_token_id": mask_token_id, "block_size": 8}
+            config.tidar = {"mask_token_id": mask_token_id, "block_size": 8, "trained": False}
         causal_lm = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=torch_dtype, attn_implementation=ATTENTION_NAME, trust_remote_code=False
         )
@@ -140,6 +141,7 @@ def wrap_model(causal_lm: PreTrainedModel, tokenizer: Any = None) -> DecodeModel
         block_size=block_size,
         context_limit=config.max_position_embeddings,
         eos_token_ids=_eos_token_ids(causal_lm),
+        is_tidar=(getattr(config, "tidar", None) or {}).get("trained", mask_token_id is not None),
     )
 
 

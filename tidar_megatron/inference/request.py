@@ -137,11 +137,16 @@ class Step:
     is_prefill: bool = False
     logprobs: list[float] = field(default_factory=list)
     forward_tokens: int = 0  # of all sequences in it
+    share: float = 0.0  # of the seconds, by tokens: those of all sequences in a forward sum to its seconds
 
 
 @dataclass
 class Generation:
-    """The outcome. ``emitted`` has one entry for each decode forward; the prefill's one token is not among them."""
+    """The outcome. ``emitted`` has one entry for each decode forward; the prefill's one token is not among them.
+
+    ``decode_seconds`` are of whole forwards, so how long this one took; ``decode_share`` is its part of them, which is
+    what sums over requests of a batch.
+    """
 
     mode: Mode
     draft_length: int | None
@@ -151,6 +156,7 @@ class Generation:
     emitted: list[int] = field(default_factory=list)
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    decode_share: float = 0.0
     stop: StopReason | None = None
 
     @staticmethod
@@ -168,6 +174,7 @@ class Generation:
         else:
             self.emitted.append(len(step.tokens))
             self.decode_seconds += step.seconds
+            self.decode_share += step.share
 
     @property
     def forwards(self) -> int:

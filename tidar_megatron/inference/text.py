@@ -4,23 +4,25 @@ from collections.abc import Sequence
 from typing import Any
 
 from tidar_megatron.errors import UserError
+from tidar_megatron.inference.model import DecodeModel
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for bytes that are no character (yet)
 
 
-def encode_prompt(tokenizer: Any, text: str, add_special_tokens: bool = True) -> list[int]:
+def encode_prompt(model: DecodeModel, text: str) -> list[int]:
     """The prompt's token ids, with the special tokens that the tokenizer adds by default, or without.
 
-    A TiDAR model was trained on documents without them (``data/tokenizer.py``); another model is prompted as usual.
+    A TiDAR model was trained on documents without them (``data/tokenizer.py``); another model is prompted as usual,
+    also where it drafts with a mask token that it has not learned.
 
     Raises:
         UserError: no tokenizer, or an empty prompt (also where the tokenizer would add a special token).
     """
-    if tokenizer is None:
+    if model.tokenizer is None:
         raise UserError("the model's folder has no tokenizer: export the checkpoint with its tokenizer")
     if not text:
         raise UserError("the prompt is empty: give at least one character to continue")
-    return list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+    return list(model.tokenizer(text, add_special_tokens=not model.is_tidar)["input_ids"])
 
 
 class TextStream:
