@@ -186,6 +186,9 @@ def test_what_cannot_be_imported_leaves_nothing(tmp_path):
         assert "\n" not in str(caught.value)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
 
+    (hf / "tokenizer.model").touch()
+    refuse(r"has tokenizer.model but no tokenizer.json")
+    (hf / "tokenizer.model").unlink()
     refuse(r"tensor-model-parallel-size 3", ParallelConfig(tensor_model_parallel_size=3))
     refuse(r"no tokenizer to tell which ids are free; add --mask-token-id", mask="mean")
     refuse(r"--mask-token-id 261: the model has ids 0 to 259, and 260 would be a new one", None, "mean", 261)

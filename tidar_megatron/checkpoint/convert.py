@@ -24,6 +24,7 @@ from tidar_megatron.checkpoint.huggingface import (
     SHARD_BYTES,
     Safetensors,
     export_huggingface,
+    has_tokenizer,
 )
 from tidar_megatron.checkpoint.initialize import MaskRow
 from tidar_megatron.checkpoint.manifest import Damaged, check_hashes, seal
@@ -77,7 +78,7 @@ def import_run(
         raise UserError(f"{source / CONFIG}: dtype {name!r} is not supported; save the model in bfloat16 or float32")
     tensors = Safetensors(source)
     tensors.check(model)
-    tokenizer = load_tokenizer(source) if (source / "tokenizer.json").exists() else None
+    tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
     config = Config(model=model, parallel=parallel or ParallelConfig())
     config = dataclasses.replace(
         config,

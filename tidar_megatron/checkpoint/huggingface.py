@@ -159,13 +159,31 @@ class Safetensors:
         return whole
 
 
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a folder has a tokenizer, which it need not.
+
+    Raises:
+        UserError: it has one of the older forms alone, which are not read.
+    """
+    folder = Path(folder)
+    if (folder / "tokenizer.json").exists():
+        return True
+    for name in ("tokenizer.model", "vocab.json", "vocab.txt"):
+        if (folder / name).exists():
+            raise UserError(
+                f"{folder}: has {name} but no tokenizer.json; "
+                "transformers' AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) makes it"
+            )
+    return False
+
+
 def check_huggingface_tokenizer(folder: str | Path, data_tokenizer: str | Path) -> None:
     """Refuse data that was not prepared with the model's tokenizer. A folder without a tokenizer is accepted.
 
     Raises:
         UserError: their vocabularies differ (our mask token's name aside).
     """
-    if not (Path(folder) / "tokenizer.json").exists():
+    if not has_tokenizer(folder):
         return
     theirs, ours = (load_tokenizer(path).get_vocab() for path in (folder, data_tokenizer))
     for vocabulary in (theirs, ours):
