@@ -135,7 +135,6 @@ SMOLLM2 = Study(
     variants={
         BASE: Variant("mask row = mean, learning rate 3e-4, alpha = 1, B = 8"),
         "mask row normal": Variant("how the mask token's row starts", {"init_mask_token": "normal"}),
-        "mask row zero": Variant("how the mask token's row starts", {"init_mask_token": "keep"}),  # it is a new one
         "lr = 1e-4": Variant("learning rate", {"lr": 1e-4, "min_lr": 1e-5}),
         "lr = 1e-3": Variant("learning rate", {"lr": 1e-3, "min_lr": 1e-4}),
         "alpha = 0.5": Variant("weight of the AR loss", {"ar_loss_weight": 0.5}),

@@ -23,13 +23,14 @@ def main():
     parser.add_argument("names", nargs="+")
     parser.add_argument("--parallel", type=json.loads, default=TP2_PP2)
     parser.add_argument("--model", type=json.loads, default={})
+    parser.add_argument("--init-mask-token", default="keep")
     args = parser.parse_args()
     for name in args.names:
         run = args.imported / name / "run"
         bf16 = yaml.safe_load((run / "resolved_config.yaml").read_text())["training"]["bf16"]
         config = build_config(
             {
-                "tidar": {"block_size": 4, "init_mask_token": "keep"},
+                "tidar": {"block_size": 4, "init_mask_token": args.init_mask_token},
                 "model": args.model,
                 "data": {"train_data": str(args.shards), "seq_length": 32},
                 "training": {"init_from": str(run), "bf16": bf16, "global_batch_size": 4},

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import torchrun
-from tidar_megatron.checkpoint.convert import export_run
+from tests.random_models import write_random_model
+from tidar_megatron.checkpoint.convert import export_run, import_run
 from tidar_megatron.checkpoint.origin import open_origin
 from tidar_megatron.config import CONFIG_FILE, build_config, load_config
 from tidar_megatron.data.prepare import prepare
@@ -142,3 +143,12 @@ def test_a_damaged_run_is_named_by_every_rank(imported, tmp_path, shards):
         stream.write(b"damage")
     with pytest.raises(AssertionError, match=rf"--init-from .*{file.name}"):
         torchrun(2, "tools/pretrain.py", "--init-from", tmp_path / "run", "--train-data", shards[0], "--seq-length", 32)
+
+
+def test_a_new_row_cannot_be_kept(tmp_path):
+    """Masks of zeros see nothing but themselves in a document's first block: their gradient would be no number."""
+    hf = write_random_model(tmp_path / "hf", "llama")
+    with pytest.raises(UserError, match="row 260 is zeros, from which nothing can be learned; use mean or normal"):
+        import_run(hf, tmp_path / "run", None, "keep", 260)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    import_run(hf, tmp_path / "run", None, "keep", 259)  # has been there

@@ -14,6 +14,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from tidar_megatron.checkpoint.mapping import VOCABULARY, cut, entry_of, own_parameters, shard_group
+from tidar_megatron.errors import UserError
 
 ROWS_AT_ONCE = 1024
 
@@ -48,7 +49,7 @@ class MaskRow:
 
     Attributes:
         kind: ``mean`` of the embeddings; ``normal``: with their standard deviation around it, by channel; ``keep``
-            what is there (a new row: zeros).
+            what is there, unless that is nothing.
         mask_token_id: the row.
         source_rows: ids that the model had.
         vocab_size: ids that it has now; the output layer's new rows are the mean of the others too.
@@ -67,12 +68,24 @@ class MaskRow:
             rows: this rank's ``[V / TP, h]`` of the padded vocabulary.
             name: of the parameter in the whole model, one of ``VOCABULARY``.
             group: the tensor-parallel ranks; None: ``rows`` is all of it.
+
+        Raises:
+            UserError: the row that is to be kept is zeros, as a new one is.
         """
         embedding = name == VOCABULARY[0]
         new = [*range(self.source_rows, self.vocab_size), *([self.mask_token_id] if embedding else [])]
+        first = group.rank() * len(rows) if group is not None else 0
+        if self.kind == "keep":
+            here = embedding and first <= self.mask_token_id < first + len(rows)
+            if here and not rows[self.mask_token_id - first].any():
+                # the masks of a document's first block see each other alone: their states would be zero in every
+                # layer, and each RMSNorm multiply their gradient by 1 / sqrt(epsilon), until it is no number
+                raise UserError(
+                    f"--init-mask-token keep: row {self.mask_token_id} is zeros, from which nothing can be learned; "
+                    "use mean or normal"
+                )
         if self.kind == "keep" or not new:
             return
-        first = group.rank() * len(rows) if group is not None else 0
         sums = rows.new_zeros(2, rows.shape[1], dtype=torch.float64)
         for some in rows[: max(0, self.source_rows - first)].split(ROWS_AT_ONCE):  # a vocabulary in float64 is large
             sums += torch.stack([some.double().sum(0), some.double().square().sum(0)])

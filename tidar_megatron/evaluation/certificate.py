@@ -80,11 +80,11 @@ def read_prompts(path: str | Path) -> list[str]:
         UserError: the file cannot be read, or a line is neither.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     prompts = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(lines if lines != [""] else [], 1):
         try:
             value = json.loads(line)
             prompts.append(value["prompt"] if isinstance(value, dict) else value)
