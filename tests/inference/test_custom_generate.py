@@ -116,6 +116,9 @@ def test_minimum_and_penalty_as_in_transformers(stock):
     [
         ({"num_beams": 4}, "num_beams: not served"),
         ({"no_repeat_ngram_size": 2}, "no_repeat_ngram_size: not served"),
+        ({"no_repeat_ngram_size": 1}, "no_repeat_ngram_size: not served"),
+        ({"forced_eos_token_id": 0}, "forced_eos_token_id: not served"),
+        ({"max_time": 1.0}, "max_time: not served"),
         ({"output_scores": True}, "output_scores: not served"),
         ({"logits_processor": [print]}, "logits_processor: not served"),
         ({"nonsense": 3}, "nonsense: not served"),

@@ -29,6 +29,13 @@ SERVED = {  # options of a GenerationConfig that are served, or mean nothing her
     *("suppress_tokens", "stop_strings", "transformers_version", "prefill_chunk_size", "renormalize_logits"),
     *OF_NO_EFFECT,
 }
+# options that ask for nothing at these values, as transformers before 5 writes them
+NEUTRAL = {
+    **dict.fromkeys(("num_beams", "num_beam_groups", "length_penalty", "typical_p", "guidance_scale"), 1),
+    "encoder_repetition_penalty": 1,
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "diversity_penalty"), 0),
+    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "penalty_alpha"), 0),
+}
 
 
 def generate(
@@ -61,7 +68,7 @@ def generate(
         config.update(**model.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
     unknown = config.update(**others)
     unknown = {name: value for name, value in unknown.items() if value is not None}
-    given = {name: value for name, value in config.to_dict().items() if name[0] != "_" and not _is_neutral(value)}
+    given = {name: value for name, value in config.to_dict().items() if name[0] != "_" and not _is_neutral(name, value)}
     if asked := [name for name in given | unknown if name not in SERVED]:
         raise UserError(f"{', '.join(asked)}: not served by this generate; leave it out, or leave custom_generate out")
     if ids is None or ids.dim() != 2:
@@ -101,9 +108,9 @@ def generate(
     return torch.cat([ids, torch.tensor(made, dtype=ids.dtype, device=ids.device)], dim=1)
 
 
-def _is_neutral(value: object) -> bool:
+def _is_neutral(name: str, value: object) -> bool:
     """Whether an option that has this value asks for nothing."""
-    return value is None or value is False or (value in (0, 1) and value is not True)
+    return value is None or value is False or (value is not True and value == NEUTRAL.get(name))
 
 
 @contextmanager
