@@ -55,7 +55,7 @@ class Study:
     def command(self, name: str, steps: int, seed: int) -> list[str]:
         """The command line that trains a variant, without folders."""
         variant = self.variants[name]
-        values = {**self.flags, **variant.flags, "train_iters": round(steps * variant.steps), "seed": seed}
+        values = {**self.flags, **variant.flags, "train_iters": max(1, round(steps * variant.steps)), "seed": seed}
         flags = [(f"--{key.replace('_', '-')}", value) for key, value in values.items()]
         words = [word for flag, value in flags for word in ([flag] if value is True else [flag, str(value)])]
         return [*variant.trainer, *words]
@@ -134,6 +134,9 @@ SMOLLM2 = Study(
     },
     variants={
         BASE: Variant("mask row = mean, learning rate 3e-4, alpha = 1, B = 8"),
+        "before": Variant(
+            "what it was: one step, of nothing", {"lr": 0.0, "min_lr": 0.0, "lr_warmup_iters": 0}, steps=0.0
+        ),
         "mask row normal": Variant("how the mask token's row starts", {"init_mask_token": "normal"}),
         "lr = 1e-4": Variant("learning rate", {"lr": 1e-4, "min_lr": 1e-5}),
         "lr = 1e-3": Variant("learning rate", {"lr": 1e-3, "min_lr": 1e-4}),
