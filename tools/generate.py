@@ -76,8 +76,10 @@ def plan_of(args: argparse.Namespace) -> "DecodeOptions":
         return parse_plan(args.plan)
     fixed = args.draft_length is not None or args.branches is not None or args.trust_ratio < 1
     mode: Mode = args.mode or ("tidar" if fixed else "auto")
-    if mode in ("auto", "ar") and (args.draft_length is not None or args.branches is not None):
-        raise UserError(f"--mode {mode}: has no --draft-length and no --branches; leave them out, or use --mode tidar")
+    if mode in ("auto", "ar") and args.draft_length is not None:
+        raise UserError(f"--mode {mode}: has no --draft-length; leave it out, or use --mode tidar")
+    if mode != "tidar" and args.branches is not None:
+        raise UserError(f"--mode {mode}: has no --branches; leave them out, or use --mode tidar")
     return DecodeOptions(mode, args.draft_length, "all" if args.branches is None else args.branches)
 
 

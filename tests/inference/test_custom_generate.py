@@ -77,6 +77,7 @@ def test_the_model_is_left_as_it_was(stock):
     attention = stock.config._attn_implementation
     generate(ids, model=stock, max_new_tokens=3)
     assert stock.training and stock.config._attn_implementation == attention
+    assert not any("forward" in vars(module) for module in stock.modules())  # norms compute as transformers' own
     assert all(parameter.requires_grad for parameter in stock.parameters())
     with pytest.raises(UserError, match="mask token"):
         generate(torch.tensor([[stock.config.tidar["mask_token_id"]]]), model=stock)

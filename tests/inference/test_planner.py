@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from tidar_megatron.inference import costs as timing
-from tidar_megatron.inference.acceptance import Acceptance
+from tidar_megatron.inference.acceptance import Acceptance, Outcomes
 from tidar_megatron.inference.attention import Plan
 from tidar_megatron.inference.costs import Clock, Costs, load_costs
-from tidar_megatron.inference.drafting import Branches, Drafts, Linear
+from tidar_megatron.inference.drafting import Branches, Drafts, Linear, likeliest_outcomes
 from tidar_megatron.inference.engine import generate, generate_batch
 from tidar_megatron.inference.planner import Cost, Planned, Planner, expect
 from tidar_megatron.inference.request import DecodeOptions
@@ -112,6 +112,24 @@ def test_acceptance_is_learned_and_forgotten():
     for _ in range(4000):
         acceptance.observe(1, True, 0, True)
     assert acceptance.of(1, True) < 0.01
+
+
+@pytest.mark.parametrize("claims", [(0.2, 0.5, 0.9), (0.0, 0.5, 1.0), (1.0,), (0.0,)], ids=str)
+def test_lags_are_those_of_the_branches_that_a_plan_would_have_had(claims):
+    rng = random.Random(0)
+    blocks = [([rng.choice(claims) for _ in range(5)], rng.randint(1, 6)) for _ in range(100)]
+    outcomes = Outcomes()
+    for confidences, accepted in blocks:
+        outcomes.observe(confidences, accepted)
+    for count in (2, 4, 6):
+        for branches in range(1, count + 1):
+            wanted = np.zeros(count + 1)
+            for confidences, accepted in blocks:
+                there = likeliest_outcomes(confidences[: count - 1], branches)
+                stood = min(accepted, count)
+                longest = max((r for r in there if r <= stood), default=None)
+                wanted[count if longest is None else stood - longest] += 1 / len(blocks)
+            np.testing.assert_allclose(outcomes.lags(count, branches), wanted, atol=1e-12)
 
 
 def play(planner, probability, steps, draw):

@@ -130,4 +130,5 @@ class Outcomes:
         accepted = np.minimum(np.concatenate([accepted for _, accepted in long_enough]), count)
         one = np.ones((len(accepted), 1))
         chances = np.cumprod(np.hstack([one, claimed]), axis=1) * np.hstack([1 - claimed, one])  # as ranked_outcomes
-        return np.argsort(-chances, axis=1, kind="stable"), accepted
+        # of equal ones the longest first, as there too
+        return np.argsort(chances, axis=1, kind="stable")[:, ::-1], accepted

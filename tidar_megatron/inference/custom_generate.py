@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from tidar_megatron.errors import UserError
 from tidar_megatron.inference.engine import Engine
-from tidar_megatron.inference.model import DecodeModel, wrap_model
+from tidar_megatron.inference.model import DecodeModel, restore_norms, wrap_model
 from tidar_megatron.inference.request import DecodeOptions, parse_plan
 from tidar_megatron.inference.sampling import SamplingOptions
 from tidar_megatron.inference.sequence import Sequence
@@ -115,7 +115,7 @@ def _is_neutral(name: str, value: object) -> bool:
 
 @contextmanager
 def _wrapped(model: PreTrainedModel, tokenizer: Any) -> Iterator[DecodeModel]:
-    """The model with our attention, for as long as it decodes; what was learned of it is kept with it."""
+    """The model with our attention and norms, for as long as it decodes; what was learned of it is kept with it."""
     attention, training = model.config._attn_implementation, model.training
     kept = vars(model).setdefault("_tidar_planners", {})
     try:
@@ -124,6 +124,7 @@ def _wrapped(model: PreTrainedModel, tokenizer: Any) -> Iterator[DecodeModel]:
         yield decoding
         kept[decoding.device, decoding.dtype] = vars(decoding)["_planner"]
     finally:
+        restore_norms(model)
         model.set_attn_implementation(attention)
         model.train(training)
 

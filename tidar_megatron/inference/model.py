@@ -189,6 +189,13 @@ def _fuse_norms(causal_lm: PreTrainedModel) -> None:
                 module.forward = MethodType(_fused_norm, module)
 
 
+def restore_norms(causal_lm: PreTrainedModel) -> None:
+    """Give RMSNorms back their own forward, which :func:`wrap_model` replaced."""
+    for module in causal_lm.modules():
+        if getattr(vars(module).get("forward"), "__func__", None) is _fused_norm:
+            del module.forward
+
+
 def _fused_norm(module: Any, hidden_states: Tensor) -> Tensor:
     return F.rms_norm(hidden_states, module.weight.shape, module.weight, module.variance_epsilon)
 

@@ -56,8 +56,10 @@ class DecodeOptions:
                 "the model's config.json has no tidar section, so it cannot draft: "
                 "use --mode ar, or export a TiDAR checkpoint with tools/convert_checkpoint.py"
             )
-        if self.mode in ("auto", "ar") and (self.draft_length is not None or self.branches != "all"):
-            raise UserError(f"mode {self.mode}: has no draft length and no branches of its own; use mode tidar")
+        if self.mode in ("auto", "ar") and self.draft_length is not None:
+            raise UserError(f"mode {self.mode}: has no draft length of its own; leave it out, or use mode tidar")
+        if self.mode != "tidar" and self.branches != "all":
+            raise UserError(f"mode {self.mode}: has no branches; leave them out, or use mode tidar")
         if self.draft_length is not None and not _positive(self.draft_length):
             raise UserError(f"draft length {self.draft_length!r}: use a positive integer, such as the block size")
         if self.branches != "all" and not _positive(self.branches):
