@@ -7,14 +7,12 @@ import sys
 import time
 from pathlib import Path
 
-import numpy
 import pytest
 
 from tests.conftest import ROOT
 from tidar_megatron.errors import UserError
 
 sys.path.insert(0, str(ROOT / "examples" / "study"))
-import measure
 import study
 from variants import BASE, STUDIES
 
@@ -96,15 +94,6 @@ def test_a_study_ends_with_the_first_run_that_fails(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no"):
         study.main()
     assert len(started) <= 3  # of 66
-
-
-def test_prompts_are_spread_over_the_documents():
-    documents = [numpy.arange(100) + 1000 * n for n in range(8)]
-    prompts = measure.choose_prompts(documents, 4, 10)
-    assert [prompt[0] for prompt in prompts] == [0, 2000, 4000, 6000]
-    assert prompts[1] == [*range(2000, 2010)]
-    assert len(measure.choose_prompts(documents, 100, 10)) == 8 * 3
-    assert measure.choose_prompts(documents, 5, 101) == []
 
 
 @pytest.mark.parametrize("name", list(STUDIES))

@@ -4,12 +4,15 @@ python examples/smollm2/measure.py --before FOLDER --after RUN --valid-data SHAR
 """
 
 import json
+import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 from tidar_megatron.errors import OneLineParser, run_tool
 
-WINDOWS, WINDOW, PROMPT, NEW_TOKENS = 24, 512, 128, 64
+WINDOWS, WINDOW = 48, 512  # of held-out text, for the AR loss
+PROMPTS, PROMPT, NEW_TOKENS = 24, 128, 64
 
 
 def main() -> None:
@@ -21,42 +24,41 @@ def main() -> None:
     from tidar_megatron.benchmark.measuring import machine
     from tidar_megatron.data.shards import ShardedDocuments
     from tidar_megatron.evaluation.certificate import read_prompts
-    from tidar_megatron.evaluation.decoding import compare_plans
+    from tidar_megatron.evaluation.decoding import compare_plans, spread_pieces
     from tidar_megatron.inference.engine import generate
     from tidar_megatron.inference.model import load_model
-    from tidar_megatron.inference.request import DecodeOptions
+    from tidar_megatron.inference.request import DecodeOptions, parse_plan
     from tidar_megatron.inference.scoring import score
 
     run, documents = Path(args.after), ShardedDocuments(args.valid_data)
-    windows = [documents[n][:WINDOW].tolist() for n in range(len(documents)) if len(documents[n]) >= WINDOW][:WINDOWS]
+    windows = spread_pieces(documents, WINDOWS, WINDOW)
     questions = read_prompts(Path(__file__).parent / "prompts.jsonl")
-    sides, said = {}, {}
-    models = {
-        side: load_model(folder, dtype="float32") for side, folder in (("before", args.before), ("after", run / "hf"))
-    }
+    models = {"before": load_model(args.before, dtype="float32"), "after": load_model(run / "hf", dtype="float32")}
+    losses, said = {}, {}
     for side, model in models.items():
         scores = score(model, [(window[:1], window[1:]) for window in windows])
-        sides[side] = {"ar_loss": -sum(s.logprob for s in scores) / sum(len(window) - 1 for window in windows)}
-        answers = DecodeOptions("ar", max_new_tokens=32)
-        said[side] = [
-            model.tokenizer.decode(generate(model, model.tokenizer.encode(text), answers).token_ids)
-            for text in questions
-        ]
-    plans = {
-        "all:8": DecodeOptions("tidar", 8),
-        "1:8": DecodeOptions("tidar", 8, 1),
-        "2:8": DecodeOptions("tidar", 8, 2),
-    }
-    plans |= {"linear:8": DecodeOptions("linear", 8), "auto": DecodeOptions(), "lookup:8": DecodeOptions("lookup", 8)}
-    figures = compare_plans(models["after"], [window[:PROMPT] for window in windows[:8]], plans, NEW_TOKENS)
+        losses[side] = -sum(one.logprob for one in scores) / sum(len(window) - 1 for window in windows)
+        ar = DecodeOptions("ar", max_new_tokens=32)
+        made = [generate(model, model.tokenizer.encode(text), ar) for text in questions]
+        said[side] = [model.tokenizer.decode(one.token_ids) for one in made]
+    after = models["after"]
+    plans = {name: parse_plan(name) for name in ("auto", "all:8", "2:8", "1:8", "1:4", "linear:8", "lookup:8")}
+    prompts = spread_pieces(documents, PROMPTS, PROMPT)
+    figures = compare_plans(after, prompts, plans, NEW_TOKENS, transformers_folder=str(run / "hf"))
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in metrics if "loss" in line]
     result = {
         "benchmark": "smollm2",
         "command": " ".join(["python", *sys.argv]),
+        "training": "examples/smollm2/study.sh",
         "machine": machine(),
-        "clean_tokens_trained": [m["consumed_sequences"] for m in metrics if "loss" in m][-1] * WINDOW,
-        **sides,
-        "evaluations": [{"iteration": m["iteration"], **m["eval"]} for m in metrics if "eval" in m],
+        "iterations": steps[-1]["iteration"],
+        "clean_tokens": steps[-1]["consumed_sequences"] * WINDOW,
+        "seconds_per_step": statistics.median(line["step_seconds"] for line in steps),
+        "ar_loss": losses,
+        "evaluations": [{"iteration": line["iteration"], **line["eval"]} for line in metrics if "eval" in line],
+        "prompts": len(prompts),
+        "new_tokens": NEW_TOKENS,
         "plans": {name: one.as_dict() for name, one in figures.items()},
         "generations": [
             {"prompt": prompt, "before": before, "after": after}
@@ -64,9 +66,49 @@ def main() -> None:
         ],
     }
     Path(args.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(
-        json.dumps({key: value for key, value in result.items() if key not in ("generations", "evaluations")}, indent=1)
-    )
+    print(table(result))
+
+
+def table(found: dict[str, Any]) -> str:
+    """What benchmarks/README.md shows of it."""
+    last, losses = found["evaluations"][-1], found["ar_loss"]
+    lines = [
+        f"AR loss of held-out text: {losses['before']:.3f} before, {losses['after']:.3f} after "
+        f"{found['iterations']} steps, {found['clean_tokens'] / 1e3:.0f}k clean tokens.",
+        "",
+        f"| offset in the block | {' | '.join(str(n) for n, _ in enumerate(last['acceptance_by_offset'], start=1))} |",
+        f"|---|{'---|' * len(last['acceptance_by_offset'])}",
+    ]
+    for name, title in (
+        ("agreement_by_offset", "greedy drafts that agree"),
+        ("acceptance_by_offset", "sampled, accepted"),
+    ):
+        lines.append(f"| {title} | {' | '.join(f'{value:.2f}' for value in last[name])} |")
+    lines += [
+        "",
+        "| plan | tokens per forward | tokens/s | speed-up over AR | identical to AR |",
+        "|---|---|---|---|---|",
+    ]
+    for name, one in found["plans"].items():
+        cells = f"{one['tokens_per_forward']:.2f} | {one['tokens_per_second']:.1f} | {one['speedup_over_ar']:.2f}"
+        lines.append(f"| {name} | {cells} | {'yes' if one['identical_to_ar'] else 'no'} |")
+    box = found["machine"]
+    lines += [
+        "",
+        f"{found['prompts']} held-out prompts x {found['new_tokens']} tokens; {box['processor']}, {box['threads']} "
+        f"threads, torch {box['torch']}; training took {found['seconds_per_step']:.1f} s a step.",
+        "",
+        "| prompt | before | after |",
+        "|---|---|---|",
+    ]
+    for one in found["generations"]:
+        lines.append("| " + " | ".join(_cell(one[side]) for side in ("prompt", "before", "after")) + " |")
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    """Text as a cell of a table holds it."""
+    return "`" + text.replace("\n", "\u21b5").replace("`", "'").replace("|", "\\|").strip() + "`"
 
 
 if __name__ == "__main__":

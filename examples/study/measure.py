@@ -5,10 +5,8 @@ python examples/study/measure.py RUN VALID_DATA STUDY BLOCK_SIZE
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from numpy.typing import NDArray
 from variants import STUDIES, Study
 
 
@@ -17,6 +15,7 @@ def main(run: Path, valid: str, study: Study, block_size: int) -> None:
     import torch
 
     from tidar_megatron.data.shards import ShardedDocuments
+    from tidar_megatron.evaluation.decoding import spread_pieces
     from tidar_megatron.inference.engine import generate
     from tidar_megatron.inference.model import load_model
     from tidar_megatron.inference.request import DecodeOptions
@@ -32,7 +31,7 @@ def main(run: Path, valid: str, study: Study, block_size: int) -> None:
         "acceptance_by_offset": evaluation["acceptance_by_offset"],
     }
     documents, model = ShardedDocuments(valid), load_model(run / "hf", dtype="float32")
-    prompts = choose_prompts(documents, study.prompts, study.prompt_tokens)
+    prompts = spread_pieces(documents, study.prompts, study.prompt_tokens)
     for trust in study.trust:
         options = DecodeOptions(
             "tidar", block_size, max_new_tokens=study.new_tokens, ignore_eos=True, trust_ratio=trust
@@ -46,13 +45,6 @@ def main(run: Path, valid: str, study: Study, block_size: int) -> None:
             "ar_nats_per_token": -sum(logprobs) / sum(len(one.token_ids) for one in made),
         }
     (run / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
-
-def choose_prompts(documents: Sequence[NDArray], count: int, length: int) -> list[list[int]]:
-    """``count`` pieces of ``length`` tokens, evenly spaced over the documents; fewer where there are not as many."""
-    places = [(n, at) for n, one in enumerate(documents) for at in range(0, len(one) - length + 1, 4 * length)]
-    chosen = [places[k * len(places) // count] for k in range(count)] if len(places) > count else places
-    return [documents[n][at : at + length].tolist() for n, at in chosen]
 
 
 if __name__ == "__main__":

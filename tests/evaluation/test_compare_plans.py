@@ -1,11 +1,12 @@
 """The comparison of decoding plans: its counts are those of the engine, and it notices a plan that says otherwise."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tidar_megatron.evaluation import decoding
-from tidar_megatron.evaluation.decoding import compare_plans
+from tidar_megatron.evaluation.decoding import compare_plans, spread_pieces
 from tidar_megatron.inference.engine import generate
 from tidar_megatron.inference.model import load_model
 from tidar_megatron.inference.request import DecodeOptions
@@ -62,3 +63,12 @@ def test_a_plan_that_says_otherwise_is_noticed(folder, monkeypatch):
     monkeypatch.setattr(decoding, "ours", wrong)
     figures = compare_plans(load_model(folder), PROMPTS, PLANS, 16)
     assert [f.identical_to_ar for f in figures.values()] == [True, True, False, True]
+
+
+def test_pieces_are_spread_over_the_documents():
+    documents = [np.arange(100) + 1000 * n for n in range(8)]
+    pieces = spread_pieces(documents, 4, 10)
+    assert [piece[0] for piece in pieces] == [0, 2000, 4000, 6000]
+    assert pieces[1] == [*range(2000, 2010)]
+    assert len(spread_pieces(documents, 100, 10)) == 8 * 3
+    assert spread_pieces(documents, 5, 101) == []

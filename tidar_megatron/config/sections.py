@@ -129,7 +129,9 @@ class TrainingConfig(Section):
     global_batch_size: Count = described("packed sequences per optimizer step, over all ranks", 8)
     train_iters: Count = described("optimizer steps", 1000)
     seed: NonNegative = described("seed of weights and of the order of the data", 1234)
-    bf16: bool = described("bfloat16 compute with float32 main weights (slow on CPUs)", False)
+    bf16: bool = described(
+        "bfloat16 compute with float32 main weights (slow on CPUs without bfloat16 instructions)", False
+    )
     init_from: str | None = described(
         "a new run's weights: a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE), or another run's", None
     )

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
 from tidar_megatron.evaluation.stock import load_stock
 from tidar_megatron.inference.engine import generate
@@ -80,6 +81,13 @@ def compare_plans(
         )
         for name, done in runs.items()
     }
+
+
+def spread_pieces(documents: Sequence[NDArray], count: int, length: int) -> list[list[int]]:
+    """Up to ``count`` pieces of ``length`` tokens, evenly spaced over documents, no two of which share a token."""
+    places = [(n, at) for n, one in enumerate(documents) for at in range(0, len(one) - length + 1, 4 * length)]
+    chosen = [places[k * len(places) // count] for k in range(count)] if len(places) > count else places
+    return [documents[n][at : at + length].tolist() for n, at in chosen]
 
 
 @dataclass(frozen=True)
