@@ -97,12 +97,14 @@ def gains(decode, planner, step):
     """The README's table of benchmarks/{decode,planner,step}.json."""
     names = {"auto auto": "auto", "tidar 1": "1 branch", "linear linear": "linear", "lookup lookup": "prompt-lookup"}
     names["transformers generate"] = "transformers generate"
-    rows = [f"| context | batch | AR tokens/s | {' | '.join(names.values())} |", f"|---|---|---|{'---|' * len(names)}"]
+    rows = [f"| context | batch | AR tokens/s | {' | '.join(names.values())} | distinct 4-grams |"]
+    rows.append(f"|---|---|---|{'---|' * (len(names) + 1)}")
     found = {(row["context"], row["batch"], f"{row['mode']} {row['plan']}"): row for row in decode["rows"]}
     assert all(row["identical_to_ar"] for row in decode["rows"])
     for context, batch in dict.fromkeys((row["context"], row["batch"]) for row in decode["rows"]):
         cells = [f"{found[context, batch, 'ar ar']['tokens_per_second']:.0f}"]
         cells += [f"{found[context, batch, name]['over_ar']:.2f}" for name in names]
+        cells.append(f"{found[context, batch, 'ar ar']['distinct_4grams']:.2f}")
         rows.append(f"| {context} | {batch} | {' | '.join(cells)} |")
     best = []
     for row in planner["compared"]:

@@ -63,10 +63,8 @@ def run_model(arguments: argparse.Namespace, repeats: int) -> dict[str, Any]:
         settings.append((body, int(threads) if threads else torch.get_num_threads()))
     texts = read_prompts(arguments.prompts)
     model = load_model(arguments.model)
-    if arguments.what == "planner" and model.mask_token_id is None:
-        raise UserError(
-            f"--model {arguments.model}: cannot draft, so there is nothing to plan; export a TiDAR checkpoint"
-        )
+    if arguments.what in ("planner", "step") and model.mask_token_id is None:
+        raise UserError(f"--model {arguments.model}: cannot draft; export a TiDAR checkpoint")
     prompts = [encode_prompt(model, text) for text in texts]
     new = arguments.max_new_tokens or 128
     contexts = arguments.contexts or {"decode": [128, 1024, 4096], "step": [256, 1024, 4096]}.get(arguments.what, [1])
@@ -74,6 +72,11 @@ def run_model(arguments: argparse.Namespace, repeats: int) -> dict[str, Any]:
         limit = model.context_limit
         raise UserError(f"--contexts {min(contexts)}: with {new} new tokens longer than the model's context of {limit}")
     if arguments.what == "planner":
+        if (longest := max(map(len, prompts))) + new > model.context_limit:
+            raise UserError(
+                f"--prompts {arguments.prompts}: {longest} tokens and {new} new ones are more than the model's context "
+                f"of {model.context_limit}; leave that prompt out, or ask for fewer with --max-new-tokens"
+            )
         return planner(model, prompts, settings, new, repeats)
     if arguments.what == "step":
         return step(model, arguments.model, prompts, contexts, new, repeats)

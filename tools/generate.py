@@ -92,7 +92,7 @@ def main() -> None:
     from tidar_megatron.inference.model import load_model
     from tidar_megatron.inference.planner import planner_of
     from tidar_megatron.inference.sampling import SamplingOptions
-    from tidar_megatron.inference.text import TextStream, encode_prompt
+    from tidar_megatron.inference.text import TextStream, continuation, encode_prompt
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -125,12 +125,12 @@ def main() -> None:
         raise UserError("--explain-plan: needs --plan auto and a model that drafts")
     if args.json:
         generation = generate(model, prompt, options)
-        text = model.tokenizer.decode(generation.token_ids, skip_special_tokens=True)
+        text = continuation(model.tokenizer, prompt, generation.token_ids)
         print(json.dumps({"text": text} | generation.summary()))
         return
 
     write = make_writer()
-    pieces = TextStream(model.tokenizer)
+    pieces = TextStream(model.tokenizer, prompt)
     generation = generate(model, prompt, options, on_step=lambda step: write(pieces.push(step.tokens)))
     write(pieces.flush())
     if generation.stop == "context":

@@ -29,6 +29,7 @@ def main() -> None:
     from tidar_megatron.inference.model import load_model
     from tidar_megatron.inference.request import DecodeOptions, parse_plan
     from tidar_megatron.inference.scoring import score
+    from tidar_megatron.inference.text import continuation
 
     run, documents = Path(args.after), ShardedDocuments(args.valid_data)
     windows = spread_pieces(documents, WINDOWS, WINDOW)
@@ -39,8 +40,8 @@ def main() -> None:
         scores = score(model, [(window[:1], window[1:]) for window in windows])
         losses[side] = -sum(one.logprob for one in scores) / sum(len(window) - 1 for window in windows)
         ar = DecodeOptions("ar", max_new_tokens=32)
-        made = [generate(model, model.tokenizer.encode(text), ar) for text in questions]
-        said[side] = [model.tokenizer.decode(one.token_ids) for one in made]
+        asked = [model.tokenizer.encode(text) for text in questions]
+        said[side] = [continuation(model.tokenizer, ids, generate(model, ids, ar).token_ids) for ids in asked]
     after = models["after"]
     plans = {name: parse_plan(name) for name in ("auto", "all:8", "2:8", "1:8", "1:4", "linear:8", "lookup:8")}
     prompts = spread_pieces(documents, PROMPTS, PROMPT)

@@ -13,6 +13,7 @@ from tests.conftest import ROOT
 from tests.random_models import write_random_model
 from tidar_megatron.data.tokenizer import byte_tokenizer
 from tidar_megatron.errors import UserError
+from tidar_megatron.evaluation import tasks
 from tidar_megatron.evaluation.tasks import gained, local_task, run_tasks
 from tidar_megatron.inference.engine import generate_batch
 from tidar_megatron.inference.model import load_model
@@ -126,6 +127,47 @@ def test_local_tasks_by_a_plan_and_by_ar(folder, files):
             scores.append(logits.gather(-1, torch.tensor(rest)[:, None]).sum().item())
         right += scores.index(max(scores)) == line["answer"]
     assert rows["choices"]["scores"]["acc"] == pytest.approx(right / 6)
+
+
+def test_options_of_a_task_are_served_or_refused(folder):
+    from lm_eval.models.huggingface import HFLM
+
+    from tidar_megatron.evaluation.lm_eval_model import TidarLM
+
+    hf = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1)
+    hf.model.generation_config.suppress_tokens = [257]
+    plain = {"until": ["\n\n"], "max_gen_toks": 90, "do_sample": False}
+    asked = [("alpha", plain | {"repetition_penalty": 5.0})]
+    lm = TidarLM(str(folder), "2:4")
+    found = lm.generate_until(instances("generate_until", asked))
+    assert found == hf.generate_until(instances("generate_until", asked), disable_tqdm=True)
+    assert found != lm.generate_until(instances("generate_until", [("alpha", plain)]))
+    assert not lm.sampled
+    with pytest.raises(UserError, match="num_beams is not served"):
+        lm.generate_until(instances("generate_until", [("alpha", plain | {"num_beams": 4})]))
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        both = [(text, plain | {"do_sample": True, "temperature": 1.0, "num_beams": 1}) for text in ("alpha", "alpha")]
+        drawn.append(lm.generate_until(instances("generate_until", both)))
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert drawn[0][0] != drawn[0][1]  # of one prompt, but each for itself
+    assert lm.sampled == {"task"}
+
+
+def test_blanks_around_a_target_and_scores_that_are_no_numbers_are_no_difference(folder, tmp_path, monkeypatch):
+    from tidar_megatron.evaluation import lm_eval_model
+
+    (tmp_path / "task.jsonl").write_text('{"prompt": "a", "target": " b "}\n{"prompt": "c", "target": "d"}\n')
+    answers = {"a": "b", "c": " d"}
+    monkeypatch.setattr(
+        lm_eval_model.TidarLM, "generate_until", lambda self, given, **_: [answers[one.doc["prompt"]] for one in given]
+    )
+    (row,) = run_tasks(load_model(folder), [str(tmp_path / "task.jsonl")], "2:4", max_new_tokens=4)
+    assert row["scores"]["exact_match"] == 1.0
+    nothing = {"p,none": float("nan")}
+    assert not tasks._row("x", nothing, nothing, [], [])["scores_differ"]
+    assert tasks._row("x", nothing, {"p,none": 1.0}, [], [])["scores_differ"]
 
 
 def test_scores_that_differ_are_told(folder, files, monkeypatch):

@@ -7,6 +7,7 @@ from tests.inference.options import ar, tidar
 from tidar_megatron.errors import UserError
 from tidar_megatron.inference.engine import generate, stream
 from tidar_megatron.inference.request import DecodeOptions
+from tidar_megatron.inference.sampling import SamplingOptions
 
 
 @pytest.mark.parametrize(
@@ -18,6 +19,8 @@ from tidar_megatron.inference.request import DecodeOptions
         ([1, MASK, 2], "holds the mask token"),
         ([1, 48], "token id 48 is outside the model's vocabulary of 48"),
         ([-1], "token id -1 is outside"),
+        ([1.5, 2], "token id 1.5: must be an integer"),
+        (["a"], "token id 'a': must be an integer"),
     ],
 )
 @pytest.mark.parametrize("mode", ["tidar", "linear", "ar", "lookup"])
@@ -42,7 +45,10 @@ def test_bad_prompt(tiny, prompt, message, mode):
         (DecodeOptions("linear", 4, branches=2), "mode linear: has no branches"),
         (DecodeOptions("lookup", 4, branches=2), "mode lookup: has no branches"),
         (DecodeOptions(max_new_tokens=0), "max new tokens 0"),
-        (DecodeOptions(stop="text"), "stop 'text': use strings"),
+        (DecodeOptions(stop="text"), "stop 'text': use a tuple of strings"),
+        (DecodeOptions(stop=["text"]), "use a tuple of strings"),
+        (tidar(1, trust_ratio=0.5), "trust ratio 0.5: below 1 needs a draft length of 2"),
+        (DecodeOptions(sampling=SamplingOptions(min_new_tokens=None)), "min new tokens None"),
         (DecodeOptions(stop=("",)), "stop"),
         (DecodeOptions(stop=("a",)), "stop strings need a tokenizer"),
         (DecodeOptions(trust_ratio=1.5), "trust ratio 1.5"),
@@ -59,7 +65,7 @@ def test_bad_options(tiny, options, message):
 def test_tidar_needs_its_section(tiny):
     model = tiny("llama", tidar=False)
     with pytest.raises(
-        UserError, match=r"no tidar section.*use --mode ar, or export a TiDAR checkpoint with tools/conv"
+        UserError, match=r"no tidar section.*use mode ar \(--plan ar\), or export a TiDAR checkpoint with tools/conv"
     ):
         generate(model, [1, 2], tidar())
     expected = generate(model, [1, 2], ar()).token_ids

@@ -1,6 +1,7 @@
 """The exported folder decodes with transformers alone: the engine's own files, the same tokens."""
 
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,10 @@ def test_the_model_is_left_as_it_was(stock):
     generate(ids, model=stock, max_new_tokens=3)
     assert stock.training and stock.config._attn_implementation == attention
     assert not any("forward" in vars(module) for module in stock.modules())  # norms compute as transformers' own
+    stock.model.layers[0].eval()
+    generate(ids, model=stock, max_new_tokens=3)
+    assert stock.training and not stock.model.layers[0].training
+    pickle.dumps(stock)
     assert all(parameter.requires_grad for parameter in stock.parameters())
     with pytest.raises(UserError, match="mask token"):
         generate(torch.tensor([[stock.config.tidar["mask_token_id"]]]), model=stock)
@@ -143,6 +148,29 @@ def test_the_folder_must_be_new(tmp_path):
     write_custom_generate(tmp_path)
     with pytest.raises(FileExistsError):
         write_custom_generate(tmp_path)
+
+
+def test_padding_is_no_text_unless_it_ends_texts(stock):
+    ids = torch.tensor([[0, 0, *b"same"], [*b"the sa"]])
+    for more in ({}, {"eos_token_id": 0}, {"eos_token_id": [5, 0]}):
+        options = {"max_new_tokens": 12, "pad_token_id": 0, "do_sample": False, "suppress_tokens": [257], **more}
+        assert torch.equal(generate(ids, model=stock, plan="2:4", **options), stock.generate(ids, **options)), more
+
+
+def test_it_is_said_where_the_context_ends_a_text(stock):
+    with pytest.warns(UserWarning, match="context of 128 tokens is full"):
+        made = generate(torch.tensor([[1] * 120]), model=stock, max_new_tokens=20, eos_token_id=None)
+    assert made.shape == (1, 128)
+
+
+def test_a_norm_that_somebody_replaced_is_left(stock):
+    norm = stock.model.norm
+    forward = norm.forward
+    norm.forward = lambda hidden: forward(hidden)
+    theirs = norm.forward
+    generate(torch.tensor([[1, 2]]), model=stock, max_new_tokens=3)
+    assert norm.forward is theirs
+    del norm.forward
 
 
 @pytest.mark.parametrize("eos", [[250, 105], None])

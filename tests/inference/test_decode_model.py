@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from tidar_megatron.errors import UserError
 from tidar_megatron.inference.attention import PackedForward, Part, Plan
@@ -97,7 +98,9 @@ def test_a_forward_that_somebody_replaced_is_called(causal_lm):
     lm, calls = causal_lm("llama"), []
     forward = lm.base_model.forward
     lm.base_model.forward = lambda **inputs: calls.append(1) or forward(**inputs)
-    draft_and_verify(wrap_model(lm), Plan(4))
+    model = wrap_model(lm)
+    calls.clear()
+    draft_and_verify(model, Plan(4))
     assert len(calls) == 2
 
 
@@ -217,6 +220,38 @@ def test_refused_by_name(causal_lm, tmp_path, family, changes: dict[str, Any], m
     with pytest.raises(UserError, match=message) as error:
         load_model(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("DiffLlama", {}),
+        ("Doge", {}),
+        ("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}),
+        ("StableLm", {}),
+        ("Nemotron", {}),
+    ],
+)
+def test_attention_of_another_kind_is_found_out(tmp_path, family, changes):
+    """Sinks, differences, masks of their own: nothing in their configurations tells."""
+    values = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    values |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    values |= {"layer_types": ["full_attention"] * 2} if family == "GptOss" else {}
+    config = getattr(transformers, f"{family}Config")(**values, **changes, bos_token_id=None, eos_token_id=None)
+    torch.manual_seed(0)
+    lm = getattr(transformers, f"{family}ForCausalLM")(config)
+    for name, weight in lm.named_parameters():
+        if "norm" not in name:
+            torch.nn.init.normal_(weight, std=0.2)
+    lm.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"{family}ForCausalLM computes attention in a way of its own"):
+        load_model(tmp_path, dtype="float32")
+
+
+def test_a_mask_token_that_was_learned_is_not_replaced(causal_lm, tmp_path):
+    causal_lm("llama", torch.float32).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"has learned to draft with its own, {MASK}"):
+        load_model(tmp_path, mask_token_id=3)
 
 
 def test_qwen2_with_a_window_it_does_not_use_is_welcome(causal_lm):

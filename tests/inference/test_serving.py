@@ -64,12 +64,13 @@ def test_the_queue_and_the_slots_have_bounds(trained, prompts):
     serving = Engine(trained, 1, 60, queue_size=2)
     with pytest.raises(UserError, match=r"needs room for \d+ tokens and the engine's slots have 60"):
         serving.submit(prompts[4], tidar(8))
-    for _ in range(2):
+    for _ in range(3):  # one of which has a slot, as soon as there is a step
         serving.submit(prompts[0], ar())
-    with pytest.raises(UserError, match="2 requests are waiting already"):
+    with pytest.raises(UserError, match="3 requests are waiting already"):
         serving.submit(prompts[0], ar())
     serving.step()
-    serving.submit(prompts[0], ar())
+    with pytest.raises(UserError, match="2 requests are waiting already"):
+        serving.submit(prompts[0], ar())
 
 
 def test_nothing_piles_up_over_a_thousand_requests(trained):
@@ -125,6 +126,23 @@ def test_what_is_no_number_ends_one_request_and_leaves_nothing_behind(trained, p
         engine.step()
     assert bad.stop == "error" and "not numbers" in str(bad.error)
     assert long.tokens == expected[-1] and later.tokens == expected[2]
+
+
+def test_what_is_no_number_leaves_nothing_behind_where_it_is_cancelled_unread(trained, prompts):
+    """Within its prompt, before a logit could have told."""
+    expected = [generate(trained, prompt, ar(20)).token_ids for prompt in (prompts[2], prompts[-1])]
+    engine = Engine(trained, 2, 120)
+    bad, other = engine.submit(prompts[-1], ar(20)), engine.submit(prompts[-1], ar(20))
+    engine.step()
+    with torch.inference_mode():
+        for pair in engine._forwards.pool._layers.values():
+            for room in pair:
+                room[bad.slot].fill_(float("nan"))
+    engine.cancel(bad)
+    later = engine.submit(prompts[2], ar(20))
+    while not engine.is_idle:
+        engine.step()
+    assert [later.tokens, other.tokens] == expected
 
 
 @pytest.mark.parametrize("temperature", [1e-39, 1e-5])

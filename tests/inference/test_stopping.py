@@ -1,5 +1,6 @@
 """Where a text stops: end of text, strings, lengths, the context; and no forward holds what is of no use."""
 
+import copy
 import types
 from dataclasses import replace
 
@@ -76,6 +77,19 @@ def test_stops_where_the_context_ends(trained, prompts, draft_length, branches, 
         assert largest < limit
     # A prompt and an output that fit exactly are no overflow.
     assert generate(model, prompt, tidar(draft_length, branches, limit - len(prompt))).stop == "length"
+
+
+def test_stops_with_a_special_token_that_is_asked_for(trained, prompts, byte_tokenizer):
+    """As chat models end a turn, whatever their folder says ends a text; it is no part of what is shown."""
+    text = generate(trained, prompts[4], ar(40)).token_ids
+    byte_tokenizer = copy.deepcopy(byte_tokenizer)
+    byte_tokenizer.add_special_tokens({"additional_special_tokens": [byte_tokenizer.convert_ids_to_tokens(text[9])]})
+    model = replace(trained, tokenizer=byte_tokenizer)
+    stop = byte_tokenizer.decode(text[9])
+    assert byte_tokenizer.decode(text[9], skip_special_tokens=True) == ""
+    for mode in ("tidar", "ar"):
+        got = generate(model, prompts[4], DecodeOptions(mode, stop=(stop,), max_new_tokens=40))
+        assert (got.token_ids, got.stop) == (text[: text.index(text[9]) + 1], "stop")
 
 
 @pytest.mark.parametrize("mode", ["tidar", "linear", "ar"])

@@ -138,7 +138,7 @@ def _ours(model: DecodeModel, options: DecodeOptions, texts: Sequence[Sequence[i
     forwards, first = 0, 0.0
     while not engine.is_idle:
         forwards += sum(bool(step.tokens) for _, step in engine.step())
-        first = first or (time.perf_counter() - start if forwards else 0.0)
+        first = first or (time.perf_counter() - start if all(one.tokens for one in sequences) else 0.0)
     return Run([sequence.tokens for sequence in sequences], forwards, first)
 
 

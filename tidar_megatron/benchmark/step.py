@@ -17,7 +17,7 @@ from tidar_megatron.evaluation.stock import load_stock
 from tidar_megatron.inference.attention import Part
 from tidar_megatron.inference.cache import KVPool
 from tidar_megatron.inference.engine import Engine
-from tidar_megatron.inference.model import DecodeModel
+from tidar_megatron.inference.model import DecodeModel, fuse_norms
 from tidar_megatron.inference.request import DecodeOptions, parse_plan
 from tidar_megatron.inference.sequence import Sequence as Decoding
 
@@ -43,8 +43,9 @@ def step(
     """One row for each plan and context. Every step of the engine is followed by its bare forward: ``over_bare`` is of
     such pairs. ``over_nearest``: how many times as long as behind the first context, and the same of bare forwards.
 
-    The bare forward is transformers' own model with torch's scaled-dot-product attention under the mask of the step's
-    tokens, keys and values in a cache that copies nothing, and the output layer on as many rows as the step needs.
+    The bare forward is transformers' own model, with the engine's RMSNorms and torch's scaled-dot-product attention
+    under the mask of the step's tokens, keys and values in a cache that copies nothing, and the output layer on as many
+    rows as the step needs.
     Not in its time: making the mask, choosing and accepting tokens, drafting.
 
     Args:
@@ -106,6 +107,7 @@ class Bare:
 
     def __init__(self, model: DecodeModel, folder: str | Path) -> None:
         self._causal_lm = load_stock(folder, model)
+        fuse_norms(self._causal_lm)
         self._mask_token_id = model.mask_token_id
         self._pool = KVPool(1, 1)
 

@@ -31,6 +31,7 @@ MOST_TIES = 0.01  # of the prompts
 LEAST_P_VALUE = 1e-4
 BATCHES = (1, 8)
 TOP_K, DRAWN = 4, 3  # continuations of 3 tokens, each one of 4
+FEWEST = 50  # samples
 
 
 def plans(lengths: Sequence[int] = (2, 4, 8, 16), drafts: bool = True) -> dict[str, DecodeOptions]:
@@ -153,7 +154,8 @@ def certify(
         samples: continuations to draw with each plan that a sampled test is made of; 0 for none.
 
     Raises:
-        UserError: prompts that leave no room for the new tokens; samples of a model that is not float32.
+        UserError: prompts that leave no room for the new tokens, or all for no sample; samples of a model that is not
+            float32, or too few to tell anything.
     """
     room = model.context_limit - max_new_tokens
     if long := [number for number, prompt in enumerate(prompts, 1) if len(prompt) > room]:
@@ -166,6 +168,14 @@ def certify(
             f"dtype {model.dtype}: its logits tie, so what is drawn from the likeliest few is not defined; "
             "use --dtype float32, or --samples 0"
         )
+    if 0 < samples < FEWEST:
+        raise UserError(f"{samples} samples say nothing: draw at least {FEWEST}, better 2000, or 0 for none")
+    sampling = [prompt for prompt in prompts if len(prompt) + 2 * DRAWN <= model.context_limit][:32]
+    if samples and not sampling:
+        raise UserError(
+            f"samples: no prompt leaves {2 * DRAWN} tokens of the model's context of {model.context_limit}; "
+            "add a shorter one, or ask for 0 samples"
+        )
     stock = Stock(model, folder)
     expected = [stock.generate(prompt, max_new_tokens)[0] for prompt in prompts]
     done = [
@@ -177,7 +187,7 @@ def certify(
     different = {found["prompt"] for run in done for found in run.differences}
     sampled = []
     if samples:
-        unsure = max(prompts[:32], key=lambda prompt: _entropy(stock.probabilities(prompt, TOP_K, 1)))
+        unsure = max(sampling, key=lambda prompt: _entropy(stock.probabilities(prompt, TOP_K, 1)))
         sampled = [_sample(model, stock, unsure, name, runs[name], samples) for name in runs]
     identical = len(prompts) - len(tied | different)
     return Certificate(len(prompts), identical, len(tied - different), done, sampled)

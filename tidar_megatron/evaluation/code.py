@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from tidar_megatron.errors import UserError
-from tidar_megatron.evaluation.tasks import gained
+from tidar_megatron.evaluation.tasks import gained, warm_up
 from tidar_megatron.inference.engine import generate_batch
 from tidar_megatron.inference.model import DecodeModel
 from tidar_megatron.inference.request import parse_plan
-from tidar_megatron.inference.text import encode_prompt
+from tidar_megatron.inference.text import continuation, encode_prompt
 
 STOP = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint", "\n```", "\n@")
 MEMORY, FILE_BYTES, PROCESSES = 2 * 2**30, 2**20, 64  # the last over those that the user has
@@ -137,12 +137,13 @@ def human_eval(
     problems = problems[:limit]
     prompts = [encode_prompt(model, problem["prompt"]) for problem in problems]
     runs = []
+    warm_up(model, plan)
     for how in (plan, "ar"):
         options = dataclasses.replace(parse_plan(how), max_new_tokens=max_new_tokens, stop=STOP)
         made = generate_batch(model, prompts, options, batch_size)
         passed = 0
-        for problem, generation in zip(problems, made, strict=True):
-            completion = _until_stop(model.tokenizer.decode(generation.token_ids, skip_special_tokens=True))
+        for problem, prompt, generation in zip(problems, prompts, made, strict=True):
+            completion = _until_stop(continuation(model.tokenizer, prompt, generation.token_ids))
             checks = f"{problem['test']}\ncheck({problem['entry_point']})\n"
             passed += passes(f"{problem['prompt']}{completion}\n{checks}")[0]
         runs.append((passed / len(problems), made))

@@ -13,6 +13,7 @@ lm-eval's ``hf`` model, so likelihoods are the same numbers.
 import dataclasses
 from typing import Any
 
+import torch
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -27,6 +28,7 @@ from tidar_megatron.inference.sampling import SamplingOptions
 from tidar_megatron.inference.scoring import score
 
 MAX_NEW_TOKENS = 256  # where a task does not say, as lm-eval has it
+TOP_K = 50  # as transformers has it
 
 
 @register_model("tidar")
@@ -35,6 +37,7 @@ class TidarLM(TemplateLM):
 
     Attributes:
         generations: what :meth:`generate_until` made so far, by the task's name; for tokens per forward and second.
+        sampled: names of the tasks whose texts were drawn, and not the likeliest.
     """
 
     backend = "causal"
@@ -61,6 +64,7 @@ class TidarLM(TemplateLM):
         self.max_length = int(max_length or self.model.context_limit)
         self._device = self.model.device
         self.generations: dict[str, list[Generation]] = {}
+        self.sampled: set[str] = set()
 
     @property
     def eot_token_id(self) -> int:
@@ -123,19 +127,14 @@ class TidarLM(TemplateLM):
         for numbers in groups.values():
             asked = normalize_gen_kwargs(requests[numbers[0]].args[1], MAX_NEW_TOKENS)
             until = handle_stop_sequences(asked.get("until"), eos=self.tokenizer.decode(self.eot_token_id))
-            sampling = SamplingOptions()
-            if asked.get("do_sample"):
-                sampling = SamplingOptions(
-                    temperature=float(asked.get("temperature") or 1.0),
-                    top_k=int(asked.get("top_k") or 0) or None,
-                    top_p=float(asked.get("top_p") or 1.0),
-                )
             options = dataclasses.replace(
                 self._options,
                 max_new_tokens=asked["max_gen_toks"],
                 stop=tuple(text for text in until if text),
-                sampling=sampling,
+                sampling=_sampling(asked),
             )
+            if not options.sampling.greedy:
+                self.sampled |= {requests[number].task_name or "" for number in numbers}
             room = self.max_length - options.max_new_tokens
             if room < 1:
                 raise UserError(
@@ -143,13 +142,43 @@ class TidarLM(TemplateLM):
                     "that the model's context holds for the prompt: ask for fewer"
                 )
             prompts = [self.tok_encode(requests[number].args[0])[-room:] for number in numbers]
-            made = generate_batch(self.model, prompts, options, self._batch_size)
+            # lm-eval seeds torch; each text draws from a source of its own
+            seeds = [dataclasses.replace(options.sampling, seed=int(torch.randint(2**31, ()))) for _ in prompts]
+            each = [dataclasses.replace(options, sampling=sampling) for sampling in seeds]
+            made = generate_batch(self.model, prompts, each, self._batch_size)
             for number, generation in zip(numbers, made, strict=True):
                 self.generations.setdefault(requests[number].task_name or "", []).append(generation)
                 text = self.tokenizer.decode(generation.token_ids, skip_special_tokens=True)
                 texts[number] = postprocess_generated_text(text, until, None)
                 self.cache_hook.add_partial("generate_until", requests[number].args, texts[number])
         return texts
+
+
+def _sampling(asked: dict[str, Any]) -> SamplingOptions:
+    """Of a task's ``generation_kwargs``, as lm-eval's ``hf`` model hands them to transformers.
+
+    Raises:
+        UserError: an option that is not served, by name.
+    """
+    wanted = {name: value for name, value in asked.items() if value is not None and value is not False}
+    neutral = ("use_cache", *(name for name in ("num_beams", "length_penalty") if asked.get(name) == 1))
+    drawing = ("temperature", "top_k", "top_p", "min_p")
+    served = ("until", "max_gen_toks", "do_sample", "repetition_penalty", "min_new_tokens", *drawing, *neutral)
+    if others := [name for name in wanted if name not in served]:
+        raise UserError(f"generation_kwargs: {', '.join(others)} is not served by the engine; leave it out of the task")
+    kept = SamplingOptions(
+        repetition_penalty=float(asked.get("repetition_penalty") or 1.0),
+        min_new_tokens=int(asked.get("min_new_tokens") or 0),
+    )
+    if not asked.get("do_sample"):
+        return kept
+    return dataclasses.replace(
+        kept,
+        temperature=float(asked.get("temperature") or 1.0),
+        top_k=int(asked.get("top_k", TOP_K) or 0) or None,
+        top_p=float(asked.get("top_p") or 1.0),
+        min_p=float(asked.get("min_p") or 0.0),
+    )
 
 
 def main() -> None:

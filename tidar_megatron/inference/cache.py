@@ -68,8 +68,9 @@ class KVPool:
         keys, values = self._layers[layer]
         return keys[slot, :, :length], values[slot, :, :length]
 
+    @torch.inference_mode()
     def clear(self, slot: int) -> None:
-        """Of a sequence that failed: what is no number would be one in no sum, hidden or not."""
+        """Of a sequence that failed, or may have: what is no number would be one in no sum, hidden or not."""
         for keys, values in self._layers.values():
             keys[slot].zero_()
             values[slot].zero_()

@@ -4,10 +4,12 @@
 ``model.generate(**inputs)`` gives, in fewer forwards. ``checkpoint/custom_generate.py`` writes the copies.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -54,7 +56,7 @@ def generate(
         inputs: token ids, int64 ``[rows, tokens]`` (also as ``input_ids``); with ``attention_mask`` where padded.
         generation_config: as there; its fields may be given by name instead.
         plan: how to draft: ``auto``, ``ar``, ``linear:K``, ``lookup:K``, ``all:K``, or ``N:K`` with N branches.
-        tokenizer: for ``stop_strings``.
+        tokenizer: for ``stop_strings``, which are looked for in the output alone.
 
     Returns:
         Token ids, int64 ``[rows * num_return_sequences, tokens]``, the inputs before the output, padded on the right.
@@ -75,7 +77,7 @@ def generate(
         raise UserError("input_ids: must be token ids of shape [rows, tokens]")
     copies = config.num_return_sequences or 1
     ids = ids.repeat_interleave(copies, dim=0)
-    mask = torch.ones_like(ids) if mask is None else mask.repeat_interleave(copies, dim=0)
+    mask = _mask(ids, config) if mask is None else mask.repeat_interleave(copies, dim=0)
     if streamer is not None and len(ids) > 1:
         raise UserError("streamer: takes one row; leave it out for a batch")
     with _wrapped(model, tokenizer) as decoding:
@@ -103,9 +105,19 @@ def generate(
         padding = config.pad_token_id
         if padding is None:
             padding = eos if isinstance(eos, int) else eos[0] if eos else 0
+    if any(sequence.stop == "context" for sequence in sequences):
+        warnings.warn(f"the model's context of {decoding.context_limit} tokens is full, so the text ends", stacklevel=2)
     longest = max(len(sequence.tokens) for sequence in sequences)
     made = [sequence.tokens + [padding] * (longest - len(sequence.tokens)) for sequence in sequences]
     return torch.cat([ids, torch.tensor(made, dtype=ids.dtype, device=ids.device)], dim=1)
+
+
+def _mask(ids: Tensor, config: GenerationConfig) -> Tensor:
+    """Which tokens are text where nobody says: as transformers has it, padding is not, unless it also ends texts."""
+    eos = config.eos_token_id
+    if config.pad_token_id is None or config.pad_token_id in ([eos] if isinstance(eos, int) else eos or ()):
+        return torch.ones_like(ids)
+    return ids.ne(config.pad_token_id)
 
 
 def _is_neutral(name: str, value: object) -> bool:
@@ -113,11 +125,14 @@ def _is_neutral(name: str, value: object) -> bool:
     return value is None or value is False or (value is not True and value == NEUTRAL.get(name))
 
 
+_PLANNERS: WeakKeyDictionary[PreTrainedModel, dict[Any, Any]] = WeakKeyDictionary()  # by device and dtype
+
+
 @contextmanager
 def _wrapped(model: PreTrainedModel, tokenizer: Any) -> Iterator[DecodeModel]:
-    """The model with our attention and norms, for as long as it decodes; what was learned of it is kept with it."""
-    attention, training = model.config._attn_implementation, model.training
-    kept = vars(model).setdefault("_tidar_planners", {})
+    """The model with our attention and norms, while it decodes; what was learned of it is kept as long as it is."""
+    attention, training = model.config._attn_implementation, [module.training for module in model.modules()]
+    kept = _PLANNERS.setdefault(model, {})
     try:
         decoding = wrap_model(model, tokenizer)
         vars(decoding)["_planner"] = kept.get((decoding.device, decoding.dtype))
@@ -126,7 +141,8 @@ def _wrapped(model: PreTrainedModel, tokenizer: Any) -> Iterator[DecodeModel]:
     finally:
         restore_norms(model)
         model.set_attn_implementation(attention)
-        model.train(training)
+        for module, was in zip(model.modules(), training, strict=True):
+            module.training = was
 
 
 def _options(config: GenerationConfig, plan: str, width: int, tokens: int) -> DecodeOptions:

@@ -31,7 +31,7 @@ class Engine:
         model: what :func:`~tidar_megatron.inference.model.load_model` returned.
         batch_size: sequences in a forward at most.
         capacity: places of each one's slot, :attr:`Sequence.room` of the longest request.
-        queue_size: requests that may wait.
+        queue_size: requests that may wait, those aside for which a slot is free.
         static: as :class:`~tidar_megatron.inference.static.Forwards` has it.
 
     Raises:
@@ -76,7 +76,7 @@ class Engine:
                 f"the request needs room for {sequence.room} tokens and the engine's slots have {self.capacity}: "
                 "ask for fewer new tokens or drafts, or make the engine's capacity larger"
             )
-        if len(self._waiting) >= self._queue_size:
+        if len(self._waiting) >= self._queue_size + len(self._free):
             raise UserError(f"{len(self._waiting)} requests are waiting already: try again later")
         self._waiting.append(sequence)
         return sequence
@@ -135,7 +135,7 @@ class Engine:
     def _leave(self, sequence: Sequence) -> None:
         self._active.remove(sequence)
         assert sequence.slot is not None
-        if sequence.error is not None:
+        if sequence.error is not None or sequence.stop is None:  # failed, or cancelled before anything was known
             self._forwards.pool.clear(sequence.slot)
         self._free.append(sequence.slot)
         self._free.sort(reverse=True)  # the lowest first, so that those in use lie together
@@ -221,18 +221,25 @@ def generate(
 
 
 def generate_batch(
-    model: DecodeModel, prompts: Tokens[Tokens[int]], options: DecodeOptions | None = None, batch_size: int = 8
+    model: DecodeModel,
+    prompts: Tokens[Tokens[int]],
+    options: DecodeOptions | Tokens[DecodeOptions] | None = None,
+    batch_size: int = 8,
 ) -> list[Generation]:
     """Generate for many prompts, ``batch_size`` at a time; each gives the tokens that it gives alone.
+
+    Args:
+        options: of all, or of each.
 
     Raises:
         UserError: before anything is generated, for options or a prompt that cannot be served.
     """
-    options = options or DecodeOptions()
-    sequences = [Sequence(model, prompt, options) for prompt in prompts]
+    if options is None or isinstance(options, DecodeOptions):
+        options = [options or DecodeOptions()] * len(prompts)
+    sequences = [Sequence(model, *request) for request in zip(prompts, options, strict=True)]
     room = max((sequence.room for sequence in sequences), default=0)
     engine = Engine(model, batch_size, room, queue_size=len(prompts))
-    generations = {engine.enqueue(sequence): Generation.of(model, options) for sequence in sequences}
+    generations = {engine.enqueue(one): Generation.of(model, one.options) for one in sequences}
     while not engine.is_idle:
         for sequence, step in engine.step():
             if sequence.error is not None:

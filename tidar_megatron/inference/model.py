@@ -11,6 +11,7 @@ from inspect import unwrap
 from pathlib import Path
 from types import MethodType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from tidar_megatron.errors import UserError
-from tidar_megatron.inference.attention import ATTENTION_NAME, Forward
+from tidar_megatron.inference.attention import ATTENTION_NAME, Forward, PackedForward, Part, Plan
+from tidar_megatron.inference.cache import KVPool
 
 
 @dataclass
@@ -105,6 +107,11 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         refuse_unsupported(config)
+        if mask_token_id is not None and getattr(config, "tidar", None):
+            raise UserError(
+                f"mask token {mask_token_id}: {path} has learned to draft with its own, "
+                f"{config.tidar.get('mask_token_id')}; leave it out"
+            )
         if mask_token_id is not None:
             config.tidar = {"mask_token_id": mask_token_id, "block_size": 8, "trained": False}
         causal_lm = AutoModelForCausalLM.from_pretrained(
@@ -133,8 +140,8 @@ def wrap_model(causal_lm: PreTrainedModel, tokenizer: Any = None) -> DecodeModel
     if causal_lm.config._attn_implementation != ATTENTION_NAME:
         raise UserError(f"{type(causal_lm).__name__} fixes its own attention; use a Llama, Qwen or Mistral checkpoint")
     mask_token_id, block_size = _tidar_section(config)
-    _fuse_norms(causal_lm)
-    return DecodeModel(
+    fuse_norms(causal_lm)
+    model = DecodeModel(
         causal_lm=causal_lm,
         tokenizer=tokenizer,
         mask_token_id=mask_token_id,
@@ -143,6 +150,47 @@ def wrap_model(causal_lm: PreTrainedModel, tokenizer: Any = None) -> DecodeModel
         eos_token_ids=_eos_token_ids(causal_lm),
         is_tidar=(getattr(config, "tidar", None) or {}).get("trained", mask_token_id is not None),
     )
+    if causal_lm not in _COMPARED:
+        _compare(model)
+        _COMPARED.add(causal_lm)
+    return model
+
+
+_COMPARED: WeakSet[PreTrainedModel] = WeakSet()  # with what transformers computes
+
+
+@torch.inference_mode()
+def _compare(model: DecodeModel) -> None:
+    """Refuse an architecture whose attention is more than the one we compute, whatever its name: sinks, differences.
+
+    Some tokens' logits must be those of transformers' own attention, up to rounding.
+    """
+    causal_lm, count = model.causal_lm, max(2, min(8, model.context_limit // 2 * 2))
+    ids = [(11 * place + 5) % model.vocab_size for place in range(count)]
+    causal_lm.set_attn_implementation("eager")
+    try:
+        wanted = causal_lm(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0]
+    finally:
+        causal_lm.set_attn_implementation(ATTENTION_NAME)
+    if not bool(wanted.isfinite().all()):
+        return  # whoever decodes is told
+    rounding = max(torch.finfo(dtype).eps for dtype in (model.dtype, torch.float32))  # eager's softmax is float32's
+    try:
+        pool, hidden = KVPool(1, count), []
+        for start in (0, count // 2):  # what the second reads of the first is what was kept of it
+            part = Part(0, start, ids[start : start + count // 2], Plan(count // 2))
+            hidden.append(model.forward(PackedForward(pool, [part])))
+        apart = (model.logits(torch.cat(hidden), emitted=False) - wanted).abs().max()
+        same = bool(apart <= rounding**0.5 * wanted.abs().max())
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, RuntimeError, TypeError, ValueError):  # it asks otherwise than the others do
+        same = False
+    if not same:
+        raise UserError(
+            f"{type(causal_lm).__name__} computes attention in a way of its own, which the engine does not; "
+            "use a Llama, Qwen or Mistral checkpoint"
+        )
 
 
 def refuse_unsupported(config: PretrainedConfig) -> None:
@@ -178,14 +226,15 @@ def refuse_unsupported(config: PretrainedConfig) -> None:
 
 
 @torch.inference_mode()
-def _fuse_norms(causal_lm: PreTrainedModel) -> None:
+def fuse_norms(causal_lm: PreTrainedModel) -> None:
     """One call of torch for each RMSNorm instead of seven, in float32, where it gives the same bits (Gemma's are other
     norms): of a small model's forward on a CPU they are a tenth."""
     for module in causal_lm.modules():
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
             weight = module.weight
             sample = torch.sin(torch.arange(4.0 * len(weight), device=weight.device)).view(4, -1)
-            if weight.dtype == torch.float32 and torch.equal(_fused_norm(module, sample), module(sample)):
+            alone = "forward" not in vars(module)  # nobody has put one of their own there
+            if alone and weight.dtype == torch.float32 and torch.equal(_fused_norm(module, sample), module(sample)):
                 module.forward = MethodType(_fused_norm, module)
 
 

@@ -5,6 +5,7 @@ autoregression is exactly 1 token per forward. Seconds are those of the forwards
 what the caller does between two steps.
 """
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -54,7 +55,7 @@ class DecodeOptions:
         if self.mode in ("tidar", "linear") and model.mask_token_id is None:
             raise UserError(
                 "the model's config.json has no tidar section, so it cannot draft: "
-                "use --mode ar, or export a TiDAR checkpoint with tools/convert_checkpoint.py"
+                "use mode ar (--plan ar), or export a TiDAR checkpoint with tools/convert_checkpoint.py"
             )
         if self.mode in ("auto", "ar") and self.draft_length is not None:
             raise UserError(f"mode {self.mode}: has no draft length of its own; leave it out, or use mode tidar")
@@ -67,7 +68,7 @@ class DecodeOptions:
         if not _positive(self.max_new_tokens):
             raise UserError(f"max new tokens {self.max_new_tokens!r}: use a positive integer")
         if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
-            raise UserError(f"stop {self.stop!r}: use strings of at least one character")
+            raise UserError(f"stop {self.stop!r}: use a tuple of strings of at least one character")
         if self.stop and model.tokenizer is None:
             raise UserError("stop strings need a tokenizer: export the checkpoint with its tokenizer")
         number = isinstance(self.trust_ratio, int | float) and not isinstance(self.trust_ratio, bool)
@@ -75,6 +76,8 @@ class DecodeOptions:
             raise UserError(f"trust ratio {self.trust_ratio!r}: must be from 0 to 1")
         if self.trust_ratio < 1 and (self.mode != "tidar" or self.branches != "all"):
             raise UserError(f"trust ratio {self.trust_ratio:g}: below 1 needs mode tidar with all branches")
+        if self.trust_ratio < 1 and self.resolved_draft_length(model) == 1:
+            raise UserError(f"trust ratio {self.trust_ratio:g}: below 1 needs a draft length of 2 or more")
 
     def resolved_draft_length(self, model: DecodeModel) -> int | None:
         """K: as asked, else the model's block size; None where nothing is drafted."""
@@ -112,16 +115,20 @@ def check_prompt(model: DecodeModel, prompt: Sequence[int]) -> None:
             f"the prompt has {len(prompt)} tokens and the model's context holds {model.context_limit}: "
             f"shorten it to at most {model.context_limit - 1}"
         )
+    check_token_ids(model, prompt)
     if model.mask_token_id in prompt:
         raise UserError(
             f"the prompt holds the mask token (id {model.mask_token_id}), which only the engine may use: remove it"
         )
-    check_token_ids(model, prompt)
 
 
 def check_token_ids(model: DecodeModel, token_ids: Sequence[int]) -> None:
     """Raises UserError for ids that are none of ``model``'s."""
     for token in token_ids:
+        try:
+            operator.index(token)
+        except TypeError:
+            raise UserError(f"token id {token!r}: must be an integer") from None
         if not 0 <= token < model.vocab_size:
             raise UserError(
                 f"token id {token} is outside the model's vocabulary of {model.vocab_size}: "

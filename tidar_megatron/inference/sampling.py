@@ -49,8 +49,11 @@ class SamplingOptions:
         _number("top-p", self.top_p, 0.0, 1.0, "above 0 and at most 1", above=True)
         _number("min-p", self.min_p, 0.0, 1.0, "from 0 to 1")
         _number("repetition penalty", self.repetition_penalty, 0.0, math.inf, "above 0", above=True)
-        for name, value, least in (("top-k", self.top_k, 1), ("min new tokens", self.min_new_tokens, 0)):
-            if value is not None and not (isinstance(value, int) and not isinstance(value, bool) and value >= least):
+        for name, value, least in (
+            ("top-k", 1 if self.top_k is None else self.top_k, 1),
+            ("min new tokens", self.min_new_tokens, 0),
+        ):
+            if not (isinstance(value, int) and not isinstance(value, bool) and value >= least):
                 raise UserError(f"{name} {value!r}: use an integer of at least {least}")
         if self.seed is not None and not (isinstance(self.seed, int) and self.seed >= 0):
             raise UserError(f"seed {self.seed!r}: use an integer of at least 0")
@@ -146,7 +149,7 @@ class Sampler:
     ) -> None:
         self.options = options
         self._random = np.random.Generator(np.random.Philox(options.seed))
-        self._end_of_text = sorted(end_of_text)
+        self._end_of_text = sorted(token for token in end_of_text if 0 <= token < vocabulary)
         self._emitted = 0
         self._seen: Tensor | None = None
         if options.repetition_penalty != 1:

@@ -46,7 +46,7 @@ class Sequence:
         end_of_text = frozenset() if options.ignore_eos else model.eos_token_ids
         self._end_of_text = end_of_text
         self._sampler = Sampler(options.sampling, prompt, end_of_text, model.vocab_size, model.device)
-        self._text = StopStrings(model.tokenizer, options.stop) if options.stop else None
+        self._text = StopStrings(model.tokenizer, prompt, options.stop) if options.stop else None
         wanted = len(prompt) + options.max_new_tokens
         self._end = min(wanted, model.context_limit)  # tokens of prompt and output together
         self._full: StopReason = "length" if wanted <= model.context_limit else "context"
@@ -188,10 +188,10 @@ class Sequence:
 
 
 class StopStrings:
-    """Watches the text of a sequence for strings that end it."""
+    """Watches the text of a sequence for strings that end it, special tokens such as ``<|im_end|>`` among them."""
 
-    def __init__(self, tokenizer: object, strings: Tokens[str]) -> None:
-        self._stream, self._strings = TextStream(tokenizer), tuple(strings)
+    def __init__(self, tokenizer: object, prompt: Tokens[int], strings: Tokens[str]) -> None:
+        self._stream, self._strings = TextStream(tokenizer, prompt, skip_special_tokens=False), tuple(strings)
         self._longest = max(map(len, strings))
         self._tail = ""
 

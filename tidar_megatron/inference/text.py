@@ -25,20 +25,28 @@ def encode_prompt(model: DecodeModel, text: str) -> list[int]:
     return list(model.tokenizer(text, add_special_tokens=not model.is_tidar)["input_ids"])
 
 
+def continuation(tokenizer: Any, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+    """The text of ``tokens`` behind a prompt."""
+    stream = TextStream(tokenizer, prompt)
+    return stream.push(tokens) + stream.flush()
+
+
 class TextStream:
     """Incremental detokenisation.
 
     A byte-level token may end inside a UTF-8 character and a sentencepiece token may mean another text at the start
     than within, so tokens cannot be decoded one by one. Each :meth:`push` decodes a short window that begins at a
     place known to be whole, and returns what is new and settled; an unfinished character waits. The pieces together
-    are ``tokenizer.decode`` of all tokens.
+    are ``tokenizer.decode`` of all tokens, special ones left out unless ``skip_special_tokens`` is False; behind a
+    ``prompt``, what they add to its text.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._window: list[int] = []
-        self._read = 0  # tokens of the window whose text is out
-        self._shown = 0  # characters of the window's text that are out
+    def __init__(self, tokenizer: Any, prompt: Sequence[int] = (), skip_special_tokens: bool = True) -> None:
+        self._tokenizer, self._skip_special_tokens = tokenizer, skip_special_tokens
+        self._window = list(prompt)
+        self._read = len(self._window)  # tokens of the window whose text is out
+        # characters of the window's text that are out; one that the prompt only begins is not
+        self._shown = len(self._decode().rstrip(REPLACEMENT))
 
     def push(self, tokens: Sequence[int]) -> str:
         """New tokens; returns the text that became settled, perhaps none."""
@@ -63,4 +71,4 @@ class TextStream:
         return piece
 
     def _decode(self) -> str:
-        return self._tokenizer.decode(self._window, skip_special_tokens=True)
+        return self._tokenizer.decode(self._window, skip_special_tokens=self._skip_special_tokens)

@@ -119,17 +119,17 @@ def main(run: str, iteration: int, folder: Path) -> list[dict[str, Any]]:
     from tidar_megatron.inference.engine import generate
     from tidar_megatron.inference.model import load_model
     from tidar_megatron.inference.request import DecodeOptions
+    from tidar_megatron.inference.text import continuation
 
     export_run(run, folder / "hf", iteration)
     model = load_model(folder / "hf", device="cpu")
     rows = []
     for prompt in json.loads((folder / "prompts").read_text()):
         made = generate(model, prompt, DecodeOptions("tidar", max_new_tokens=NEW_TOKENS))
-        texts = [model.tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, made.token_ids)]
         rows.append(
             {
-                "prompt": texts[0],
-                "text": texts[1],
+                "prompt": model.tokenizer.decode(prompt, skip_special_tokens=True),
+                "text": continuation(model.tokenizer, prompt, made.token_ids),
                 "tokens_per_forward": made.tokens_per_forward,
                 "distinct_4grams": made.distinct_4grams,
             }
