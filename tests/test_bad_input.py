@@ -82,6 +82,12 @@ def test_mask_token_the_tokenizer_uses(train):
     refused(train("--mask-token-id", "100"), "--mask-token-id 100", "0 to 256", "take 257")
 
 
+def test_flags_that_would_do_nothing(train, tmp_path):
+    refused(train("--tokenizer", tmp_path), f"--tokenizer {tmp_path}", "shards carry their own")
+    refused(train("--save-interval", "1"), "--save-interval: needs --save")
+    refused(train("--async-save"), "--async-save: needs --save")
+
+
 def test_no_data(train, tmp_path):
     refused(train("--train-data", tmp_path), "manifest.json", "tools/prepare_data.py")
 
@@ -155,7 +161,7 @@ def test_prompts(monkeypatch, capsys, folder, flags, said):
 
 def test_a_model_that_cannot_draft(monkeypatch, capsys, folder):
     outcome = run(monkeypatch, capsys, "generate", "--model", folder / "plain", "--prompt", "a", "--mode", "tidar")
-    refused(outcome, "no tidar section", "--mode ar")
+    refused(outcome, "no tidar section", "--plan ar")
 
 
 def test_export_of_what_is_no_run(monkeypatch, capsys, tmp_path):

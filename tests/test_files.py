@@ -1,6 +1,8 @@
 """A small file is replaced whole or not at all; the cache is where it is said to be."""
 
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -28,3 +30,14 @@ def test_the_cache(tmp_path, monkeypatch):
     monkeypatch.delenv("TIDAR_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "tidar-megatron"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: 1 / 0)
+    monkeypatch.setenv("TIDAR_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path  # nobody's home is asked for
+    monkeypatch.delenv("TIDAR_CACHE")
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert cache_folder().is_relative_to(tempfile.gettempdir())

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import tempfile
 from pathlib import Path
 
 
@@ -35,6 +36,10 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def cache_folder() -> Path:
-    """``$TIDAR_CACHE``, else ``tidar-megatron`` in the user's cache; it need not exist."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tidar-megatron"
-    return Path(os.environ.get("TIDAR_CACHE") or home)
+    """``$TIDAR_CACHE``, else ``tidar-megatron`` in the user's cache, if there is one; it need not exist."""
+    if given := os.environ.get("TIDAR_CACHE"):
+        return Path(given)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tidar-megatron"
+    except RuntimeError:  # a user without a home, as containers have them
+        return Path(tempfile.gettempdir()) / f"tidar-megatron-{os.getuid()}"

@@ -25,9 +25,16 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.samples < 0:
         raise UserError(f"--samples {arguments.samples}: must not be negative")
+    length, block = arguments.seq_length, arguments.block_size
+    if block < 1 or length < 1 or length % block:
+        raise UserError(f"--seq-length {length}: must be a multiple of --block-size {block}, both at least 1")
     from rich.console import Console
 
     from tidar_megatron.data.inspect import inspect_data  # heavy: after the command line is known to be sound
+    from tidar_megatron.data.sources import is_pair
+
+    if arguments.tokenizer and not is_pair(arguments.data):
+        raise UserError(f"--tokenizer {arguments.tokenizer}: is for .bin/.idx pairs; shards carry their own")
 
     whole = inspect_data(
         arguments.data,

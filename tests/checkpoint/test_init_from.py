@@ -32,6 +32,12 @@ def starting_from(folder, shards, **more):
     }
 
 
+def starting_anew(shards):
+    model = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "ffn_hidden_size": 48}
+    tree = starting_from("", shards, model=model)
+    return {**tree, "training": {"global_batch_size": 4, "train_iters": 1}}
+
+
 def starts_from(folder, shards, **tidar):
     tree = starting_from(folder, shards, tidar={"block_size": 4, **tidar})
     trainer = Trainer.build(build_config(tree))
@@ -105,6 +111,19 @@ def test_a_reserved_id_is_the_mask_token_over_a_restart(shards, tmp_path):
     trainer.close()
     shut_down()
     assert found == (2, 257)
+
+
+def test_data_prepared_with_an_exports_tokenizer_continue_it(shards, tmp_path):
+    """The tokenizer knows the mask token's name, and no text has it."""
+    pretrain(build_config({**starting_anew(shards), "checkpoint": {"save": str(tmp_path / "run")}}))
+    export_run(tmp_path / "run", tmp_path / "hf")
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('"some <|mask|> text of no more than a few words"\n' * 20)
+    prepare([texts], tmp_path / "data", str(tmp_path / "hf"))
+    config, weights = starts_from(tmp_path / "hf", [tmp_path / "data"])
+    assert (config.tidar.mask_token_id, config.model.vocab_size) == (257, 258)
+    exported = load_file(tmp_path / "hf" / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(weights["embedding.word_embeddings.weight"][257], exported[257])
 
 
 def test_what_was_imported_is_no_run_to_go_on_with(imported, shards):

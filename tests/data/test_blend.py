@@ -64,6 +64,8 @@ def test_a_small_share_is_not_lost() -> None:
         ("nan A 1 B", r"'nan' before A is no weight"),
         ("1/0 A 1 B", r"is no weight"),
         ("1 A 2 A", r"names a source twice"),
+        ("1 A 2 A/", r"names a source twice"),
+        ("1 A 2 ./A", r"names a source twice"),
         ("", r"give one path"),
     ],
 )
@@ -133,6 +135,12 @@ def test_the_fingerprint_names_what_differs(blended: TrainingData, make_shards: 
         ("cross_document_attention", {"cross_document_attention": True}),
         ("data", {"data": make_shards(some_texts(10), name="changed")}),
     ]
+    both = [str(folder), str(changes[-1][1]["data"])]
+    of_weights = [
+        TrainingData([a, both[0], b, both[1]], 32, 4, 300, seed=3).fingerprint()
+        for a, b in (("7", "3"), ("0.7", "0.3"))
+    ]
+    assert of_weights[0] == of_weights[1]
     arguments = {"data": folder, "seq_length": 32, "block_size": 4, "mask_token_id": 300, "seed": 3}
     for part, change in changes:
         other = TrainingData(**(arguments | change)).fingerprint()

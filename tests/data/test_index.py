@@ -175,6 +175,16 @@ def test_a_failure_while_building_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_data_that_cannot_be_read_are_named_and_not_the_index(tmp_path: Path) -> None:
+    def build(add: Add) -> Facts:
+        add(some_records())
+        raise PermissionError(13, "Permission denied", "data.idx")
+
+    with pytest.raises(UserError, match=r"^data\.idx: cannot be read \(Permission denied\)$"):
+        open_index(tmp_path / "x.index", {}, build)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_cannot_be_written(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The index goes to the folder of caches, and a copy of the data elsewhere has its own."""
     monkeypatch.setenv("TIDAR_CACHE", str(tmp_path / "cache"))

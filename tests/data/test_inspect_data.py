@@ -1,6 +1,7 @@
 """tools/inspect_data.py tells what there is, what is broken, and what a model will see."""
 
 import io
+import shutil
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,13 @@ def test_documents_do_not_steer_the_terminal(make_shards) -> None:
     _, text = told(make_shards(["\x1b]0;title\x07 [bold]markup[/bold]\r\n"]), samples=1)
     assert "document 0: \\x1b]0;title\\x07 [bold]markup[/bold]\\r\\n" in text
     assert "\x1b" not in text and "\x07" not in text and "\r" not in text
+
+
+def test_a_folders_name_is_no_markup(make_shards, tmp_path: Path) -> None:
+    made = make_shards(["text"])
+    for name in ("[x]", "[red]"):
+        folder = shutil.copytree(made, tmp_path / name)
+        assert name in told(folder)[1]
 
 
 def test_what_is_no_data(tmp_path: Path) -> None:

@@ -47,6 +47,11 @@ def test_documents_are_read(tmp_path: Path, tokenizer: str, dtype: type, sentenc
     assert documents.tokens == sum(map(len, written))
 
 
+def test_an_eos_beyond_the_dtype(tmp_path: Path, tokenizer: str) -> None:
+    documents = open_documents(write_pair(tmp_path / "pair", [[65, 66], [67]], np.uint8), tokenizer)
+    assert [documents[n][:].tolist() for n in range(2)] == [[65, 66, 256], [67, 256]]
+
+
 def test_documents_without_eos_get_one(tmp_path: Path, tokenizer: str) -> None:
     """Whole and in parts, the empty one too; those that have it get no second."""
     written = [*ids(20, eos=False), [], [65, 256], [256], []]

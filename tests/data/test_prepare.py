@@ -49,6 +49,17 @@ def test_documents_in_order(corpus: Path) -> None:
         assert (texts.empty, texts.undecodable) == (1, ["picture.png"])
 
 
+def test_links_to_folders_are_followed_once(corpus: Path, tmp_path: Path) -> None:
+    """Also those that lead to where they are."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "far.txt").write_text("far")
+    before = sorted(find_texts([corpus]))
+    (corpus / "link").symlink_to(tmp_path / "elsewhere")
+    (corpus / "again").symlink_to(tmp_path / "elsewhere")
+    (corpus / "below" / "circle").symlink_to(corpus)
+    assert sorted(find_texts([corpus])) == sorted([*before, "far"])
+
+
 def test_json_lines_of_every_kind(tmp_path: Path) -> None:
     file = write_lines(
         tmp_path / "x.jsonl", b'\xef\xbb\xbf"first"', {"body": "second"}, b"", "third", {"body": ""}, b""
@@ -136,6 +147,11 @@ def test_the_bpe_learns_from_training_documents_alone(tmp_path: Path) -> None:
         ({"held_out_fraction": float("nan"), "held_out_output": "held"}, "less than 1"),
         ({"held_out_fraction": 0.99, "held_out_output": "held"}, "none left to train on"),
         ({"held_out_fraction": 0.1, "held_out_output": "out"}, "same folder"),
+        ({"held_out_fraction": 0.1, "held_out_output": "out/held"}, "lie in one another"),
+        ({"output": "new/out", "held_out_fraction": 0.1, "held_out_output": "new"}, "lie in one another"),
+        ({"inputs": ["corpus", "corpus/a.jsonl"]}, "the same documents would come twice"),
+        ({"inputs": ["corpus/a.jsonl", "corpus/../corpus/a.jsonl"]}, "the same documents would come twice"),
+        ({"inputs": ["/dev/null"]}, "is no file or folder, and is to be read more than once"),
         ({"seed": -1}, "--seed -1"),
         ({"shard_size_mb": 0.0}, "--shard-size-mb"),
         ({"output": "corpus/out"}, "lie in one another"),

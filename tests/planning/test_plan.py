@@ -21,6 +21,7 @@ from tidar_megatron.planning.report import make_plan
 from tidar_megatron.planning.search import search
 from tidar_megatron.planning.shards import count_distinct_parameters
 from tidar_megatron.planning.sizes import Sizes
+from tidar_megatron.planning.traffic import traffic_of
 
 H100 = HARDWARE["h100"]
 
@@ -198,3 +199,18 @@ def test_experts_are_planned_too():
     assert any(t.group == "EP" and t.bytes > 0 for t in apart.traffic(0))
     plan = make_plan(config, 8, H100, None, top=3)
     assert len(plan.layouts) == 3 and plan.total_parameters == count_distinct_parameters(found[0].sizes)
+
+
+def test_replicas_of_experts_alone_are_traffic_too():
+    """TP 2 without expert parallelism: each of the two ranks has all experts whole, and their gradients are summed."""
+    sent = {one.group: one for one in traffic_of(sizes_of(2, MOE, **TP2), 0, H100)}
+    assert sent["DP"].size == 2 and sent["DP"].bytes > 0
+
+
+def test_a_tiny_model_can_be_planned():
+    """The distributed optimizer's padding is more than a hundredth of it."""
+    tiny = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 48}
+    config = build_config(
+        {"model": {**MODEL, **tiny}, "data": {"seq_length": 128}, "training": {"global_batch_size": 8}}
+    )
+    assert make_plan(config, 8, H100, None, 10).layouts

@@ -299,19 +299,21 @@ def is_group(script_object):
 
 
 @pytest.mark.parametrize(
-    ("world_size", "parallel"),
+    ("world_size", "parallel", "model"),
     [
-        (2, {"tensor_model_parallel_size": 2}),
-        (4, {**TP2, **PP2}),
-        (2, {**TP2, "recompute_granularity": "full"}),
-        (4, {**CP2, **TP2, "recompute_granularity": "selective"}),
-        (4, {**TP2, "use_distributed_optimizer": True}),
-        (2, {**PP2, **VPP2}),
+        (2, {"tensor_model_parallel_size": 2}, {}),
+        (4, {**TP2, **PP2}, {}),
+        (2, {**TP2, "recompute_granularity": "full"}, {}),
+        (2, {**TP2, "recompute_granularity": "selective", "recompute_modules": ["mlp"]}, {}),
+        (4, {**CP2, **TP2, "recompute_granularity": "selective"}, {}),
+        (4, {**TP2, "use_distributed_optimizer": True}, {}),
+        (2, {**PP2, **VPP2}, {}),
+        (2, PP2, {"untie_embeddings_and_output_weights": False}),
     ],
 )
-def test_traffic_is_what_a_step_sends(world_size, parallel):
+def test_traffic_is_what_a_step_sends(world_size, parallel, model):
     """Forward, backward, gradients and weights of a whole step; the planner leaves out scalars and the loss's sums."""
-    sizes = sizes_of(world_size, training={"bf16": True}, **parallel)
+    sizes = sizes_of(world_size, model, training={"bf16": True}, **parallel)
     stage = sizes.pp - 1
     with play_rank(sizes.config.parallel, stage * world_size // sizes.pp, world_size, "cpu") as ranks:
         groups = ranks.groups

@@ -16,7 +16,6 @@ from torch import Tensor
 from tidar_megatron.checkpoint.custom_generate import write_custom_generate
 from tidar_megatron.checkpoint.families import huggingface_config, read_json
 from tidar_megatron.checkpoint.mapping import (
-    MASK_TOKEN,
     VOCABULARY,
     cut,
     entry_of,
@@ -29,7 +28,7 @@ from tidar_megatron.checkpoint.mapping import (
 )
 from tidar_megatron.checkpoint.streaming import WholeModel
 from tidar_megatron.config import Config, ModelConfig
-from tidar_megatron.data.tokenizer import load_tokenizer
+from tidar_megatron.data.tokenizer import MASK_TOKEN, load_tokenizer
 from tidar_megatron.errors import UserError
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"

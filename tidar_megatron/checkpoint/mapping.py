@@ -17,7 +17,6 @@ from torch import Tensor
 
 from tidar_megatron.config import ModelConfig
 
-MASK_TOKEN = "<|mask|>"  # the mask token's name in an exported tokenizer
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")  # a row for each id
 
 

@@ -79,6 +79,8 @@ def check_switches(config: Config) -> None:
         raise UserError("--overlap-param-gather: needs --use-distributed-optimizer, whose weights it gathers")
     if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
         raise UserError("--overlap-param-gather: needs --overlap-grad-reduce as well")
+    if config.tidar.init_mask_token and not config.training.init_from:
+        raise UserError("--init-mask-token: needs --init-from; the rows of a new model are all drawn alike")
     if config.logging.log_sample_ids and not config.checkpoint.save:
         raise UserError("--log-sample-ids: needs --save, the folder that the log is written to")
     if config.logging.log_samples and not (config.checkpoint.save and config.data.valid_data):
@@ -87,6 +89,11 @@ def check_switches(config: Config) -> None:
     selective = parallel.recompute_granularity == "selective"
     if local and selective and "layernorm" in parallel.recompute_modules:
         raise UserError("--recompute-modules layernorm: needs --transformer-impl transformer_engine; or leave it out")
+    if selective and not parallel.recompute_modules:
+        raise UserError("--recompute-granularity selective: needs --recompute-modules, of which none is named")
+    is_dense = model.num_experts is None and not config.training.init_from
+    if selective and is_dense and "moe" in parallel.recompute_modules:
+        raise UserError("--recompute-modules moe: needs --num-experts; nearest: --recompute-modules mlp")
     if selective and "mlp" in parallel.recompute_modules and model.num_experts is not None:
         raise UserError(
             "--recompute-modules mlp: recomputes nothing with --num-experts, whose feed-forward goes by another name; "
@@ -102,11 +109,19 @@ def check_schedule(config: Config) -> None:
     if opt.lr_warmup_iters is not None and opt.lr_warmup_fraction is not None:
         raise UserError("--lr-warmup-iters and --lr-warmup-fraction exclude each other: give one")
     if warmup >= decay:
-        raise UserError(f"--lr-warmup-iters {warmup}: must be less than the {decay} steps of the decay")
+        given, is_it = f"--lr-warmup-iters {warmup}", ""
+        if opt.lr_warmup_fraction is not None:
+            given, is_it = f"--lr-warmup-fraction {opt.lr_warmup_fraction:g}", f"is {warmup} steps, which "
+        raise UserError(f"{given}: {is_it}must be less than the {decay} steps of the decay")
     if opt.min_lr > opt.lr:
         raise UserError(f"--min-lr {opt.min_lr}: must not exceed --lr {opt.lr}")
     if opt.lr_decay_style == "WSD" and opt.lr_wsd_decay_iters is None:
         raise UserError("--lr-decay-style WSD needs --lr-wsd-decay-iters, the length of the final decay")
+    if opt.lr_decay_style == "WSD" and (opt.lr_wsd_decay_iters or 0) > decay - warmup:
+        raise UserError(
+            f"--lr-wsd-decay-iters {opt.lr_wsd_decay_iters}: the decay would begin before --lr is reached; "
+            f"nearest: {decay - warmup}, of {decay} steps all but the warm-up"
+        )
 
 
 def check_model(model: ModelConfig) -> None:
@@ -124,6 +139,9 @@ def check_model(model: ModelConfig) -> None:
         given = "--kv-channels" if model.kv_channels else f"--num-attention-heads {heads}: channels of a head"
         mended = f"give --kv-channels {channels + 1}"
         raise UserError(f"{given} {channels}: must be even, rotary positions turn pairs of channels; {mended}")
+    low, high = model.rope_low_freq_factor, model.rope_high_freq_factor
+    if model.rope_scaling_type == "llama3" and low >= high:
+        raise UserError(f"--rope-low-freq-factor {low:g}: must be less than --rope-high-freq-factor {high:g}")
     if model.num_experts is not None and not 2 <= model.moe_router_topk <= model.num_experts:
         if model.num_experts == 1:
             raise UserError("--num-experts 1: is a dense feed-forward; leave it out, or give 2 or more")

@@ -45,7 +45,10 @@ def build_config(
     for name, values in tree.items():
         for key, value in values.items() if isinstance(values, dict) else ():
             if isinstance(value, bool) and FIELDS.get(key) == name and not _is_switch(name, key):
-                raise UserError(f"{source}: {name}.{key} ({flag(key)}): must be a number, got {value!r}")
+                raise UserError(
+                    f"{source}: {name}.{key} ({flag(key)}): is no switch, got {value!r}; "
+                    "YAML reads yes, no, on and off so: quote a word that is meant"
+                )
     try:
         config = TypeAdapter(Config).validate_python(tree)
     except ValidationError as error:
@@ -55,7 +58,8 @@ def build_config(
         if first["type"] == "unexpected_keyword_argument":
             known = list(FIELDS) if len(path) > 1 else list(SECTIONS)
             hint = difflib.get_close_matches(path[-1], known, n=1)
-            here = f" (did you mean {hint[0]!r}?)" if hint else ""
+            there = f" in section {FIELDS[hint[0]]!r}" if hint and len(path) > 1 and FIELDS[hint[0]] != path[0] else ""
+            here = f" (did you mean {hint[0]!r}{there}?)" if hint else ""
             raise UserError(f"{where}: unknown key{here}") from None
         if path[-1] in FIELDS:
             given = path[-1] in (flags or {}).get(path[0], {})
@@ -65,13 +69,30 @@ def build_config(
     return config
 
 
+class _Loader(yaml.SafeLoader):
+    """A key that stands twice in a section would silently take the later value."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As the parent's.
+
+        Raises:
+            yaml.YAMLError: names the key.
+        """
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.YAMLError(
+                f"{twice[0]!r} stands twice, the second time at{node.value[keys.index(twice[0])][0].start_mark}"
+            )
+        return super().construct_mapping(node, deep)
+
+
 def load_config(path: str | Path, overrides: dict[str, dict[str, Any]] | None = None) -> Config:
     """Read a YAML file; ``overrides`` (section -> name -> value) win over it."""
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader) or {}
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date that is none, bytes that are no text
         raise UserError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"--config {path}: must hold sections such as 'model:', not {type(tree).__name__}")

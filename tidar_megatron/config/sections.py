@@ -16,6 +16,8 @@ class Section:
 
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, le=2**31)]  # of numpy's 32 bits, with room for what a rank adds
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
@@ -128,7 +130,7 @@ class TrainingConfig(Section):
     micro_batch_size: Count = described("packed sequences per forward and rank", 1)
     global_batch_size: Count = described("packed sequences per optimizer step, over all ranks", 8)
     train_iters: Count = described("optimizer steps", 1000)
-    seed: NonNegative = described("seed of weights and of the order of the data", 1234)
+    seed: Seed = described("seed of weights and of the order of the data", 1234)
     bf16: bool = described(
         "bfloat16 compute with float32 main weights (slow on CPUs without bfloat16 instructions)", False
     )
@@ -154,8 +156,8 @@ class OptimizerConfig(Section):
     lr_wsd_decay_iters: Count | None = described("length of WSD's final decay", None)
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine"] = described("shape of WSD's final decay", "linear")
     weight_decay: Rate = described("decoupled weight decay", 0.1)
-    adam_beta1: Rate = described("Adam's beta1", 0.9)
-    adam_beta2: Rate = described("Adam's beta2", 0.95)
+    adam_beta1: Beta = described("Adam's beta1", 0.9)
+    adam_beta2: Beta = described("Adam's beta2", 0.95)
     adam_eps: Positive = described("Adam's epsilon", 1e-8)
     clip_grad: Rate = described("clip the global gradient norm to this; 0: off", 1.0)
 

@@ -5,6 +5,7 @@ every prefix and not only in the end, and no state is needed to know how many of
 """
 
 import math
+import os
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -69,7 +70,7 @@ def parse_blend(given: Sequence[str], flag: str) -> list[tuple[Fraction, str]]:
         if weight <= 0:
             raise UserError(f"{flag}: the weight {text} of {path} must be above 0; or leave that source out")
         blend.append((weight, path))
-    if len({path for _, path in blend}) < len(blend):
+    if len({os.path.realpath(path) for _, path in blend}) < len(blend):
         raise UserError(f"{flag}: names a source twice; give it once, with the sum of its weights")
     return blend
 

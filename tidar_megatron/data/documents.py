@@ -84,7 +84,8 @@ class StoredDocuments:
 
     def eos(self, count: int) -> NDArray[Any]:
         """As many EOS in a row."""
-        return np.full(count, self._eos, dtype=self._dtype)
+        fits = self._eos <= np.iinfo(self._dtype).max  # a pair of 8 bits may lack the EOS of a larger vocabulary
+        return np.full(count, self._eos, dtype=self._dtype if fits else np.int64)
 
 
 class StoredDocument:

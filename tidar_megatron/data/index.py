@@ -209,7 +209,12 @@ def _write(path: Path, of: Facts, build: Callable[[Add], Facts]) -> None:
     try:
         with os.fdopen(descriptor, "wb") as stream:
             body = _Body(stream.write)
-            facts = build(body.add)
+            try:
+                facts = build(body.add)
+            except OSError as error:
+                if error.filename is None:  # it is this file that cannot be written
+                    raise
+                raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
             table = body.end()
             head = table.tobytes() + json.dumps({"of": of, "facts": facts, "documents": body.documents}).encode()
             stream.write(head)

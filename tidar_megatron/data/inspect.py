@@ -58,7 +58,7 @@ def inspect_data(
 def _show_shards(folder: str, console: Console) -> bool:
     """A row a shard; whether all are as the manifest says."""
     manifest, whole = read_manifest(folder), True
-    table = Table("shard", "documents", "tokens", "bytes", "SHA-256", title=_printable(folder))
+    table = Table("shard", "documents", "tokens", "bytes", "SHA-256", title=Text(_printable(folder)))
     for shard in manifest.shards:
         file = Path(folder) / shard.name
         try:

@@ -100,7 +100,7 @@ class TrainingData:
         """What decides which tokens packed sequence n holds and how they are seen, part by part; plain JSON values."""
         return {
             "data": [
-                {"weight": str(weight), **source.identity}
+                {"weight": str(weight / sum(self.weights)), **source.identity}  # 7 and 3 are 0.7 and 0.3
                 for weight, source in zip(self.weights, self.sources, strict=True)
             ],
             "tokenizer": self.sources[0].tokenizer.fingerprint,

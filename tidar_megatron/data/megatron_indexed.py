@@ -29,6 +29,8 @@ _CHUNK = 1 << 22  # tokens looked at together
 class IndexedDocuments(StoredDocuments):
     """The documents of ``PREFIX.bin`` and ``PREFIX.idx``; one that does not end with EOS gets one.
 
+    An EOS within a document is a token as any other: what was put together before is not taken apart.
+
     Args:
         prefix: of the two local files.
         tokenizer: the Hugging Face folder whose ids they hold.
@@ -132,6 +134,8 @@ def _read_idx(bin_path: Path, idx_path: Path) -> tuple[np.dtype, NDArray[np.int6
     sequence_ends = np.cumsum(lengths)
     if (lengths < 0).any() or not np.array_equal(pointers, (sequence_ends - lengths) * dtype.itemsize):
         raise wrong(idx_path, "does not describe one sequence after the other")
+    if (np.diff(edges) > 0).any() and np.add.reduceat(lengths, edges[:-1][np.diff(edges) > 0]).max() >= 2**32 - 1:
+        raise wrong(idx_path, "holds a document of 2**32 tokens or more")
     if edges[0] != 0 or (np.diff(edges) < 0).any() or edges[-1] != len(lengths):
         raise wrong(idx_path, "its documents are not made of its sequences")
     wanted = int(lengths.sum()) * dtype.itemsize

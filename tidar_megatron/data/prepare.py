@@ -99,7 +99,14 @@ def _check_options(
     folders = [Path(folder).resolve() for folder in (output, held_out_output) if folder is not None]
     if len(set(folders)) < len(folders):
         raise UserError(f"--held-out-output {held_out_output}: is the same folder as --output; choose another")
-    for given in (Path(given).resolve() for given in inputs):
+    if any(one in other.parents for one in folders for other in folders):
+        raise UserError(f"--held-out-output {held_out_output} and --output {output} lie in one another; choose another")
+    paths = [Path(given).resolve() for given in inputs]
+    for number, given in enumerate(paths):
+        for other in paths[:number]:
+            if given == other or given in other.parents or other in given.parents:
+                raise UserError(f"inputs {other} and {given}: the same documents would come twice; leave one out")
+    for given in paths:
         for folder in folders:
             if given == folder or given in folder.parents or folder in given.parents:
                 raise UserError(f"output {folder} and input {given} lie in one another; choose an output elsewhere")

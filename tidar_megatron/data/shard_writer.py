@@ -122,8 +122,12 @@ def _publish(partial: Path, folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()):
         old = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
         folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old)
+        try:
+            partial.rename(folder)
+        except OSError:
+            old.rename(folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)  # of a network's file system somebody may still read it
     else:
         partial.rename(folder)  # over an empty folder, too
     sync(folder.parent)

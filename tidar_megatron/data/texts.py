@@ -2,7 +2,7 @@
 
 Read lazily and as often as asked, so a corpus need not fit in memory. What is wrong with a file the user named, or in
 a JSON line, is an error; what a walk through a folder finds beside the text (pictures, archives) is skipped, counted
-and named. Hidden files and folders of a walk are left out.
+and named. Hidden files and folders of a walk are left out; links to folders are followed, into each folder once.
 """
 
 import json
@@ -80,6 +80,8 @@ def find_texts(inputs: Sequence[str | Path], text_key: str = "text") -> Texts:
             files += [
                 TextFile(path, printable(path.relative_to(given).as_posix()), named=False) for path in _walk(given)
             ]
+        elif given.exists():
+            raise UserError(f"input {given}: is no file or folder, and is to be read more than once; save it first")
         else:
             raise UserError(f"input {given}: no such file or folder")
     return Texts(files, text_key)
@@ -94,7 +96,12 @@ def _walk(folder: Path) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise UserError(f"input {error.filename}: cannot be read ({error.strerror})")
 
-    for root, folders, names in os.walk(folder, onerror=refuse):
+    seen = set()
+    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(root)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         paths = (Path(root, name) for name in sorted(names) if not name.startswith("."))
         yield from (path for path in paths if path.is_file())

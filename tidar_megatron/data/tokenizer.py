@@ -99,7 +99,9 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
 
 
 # ids that tokenizers hold for later: Llama 3's, Gemma's, Mistral's, BERT's and the like
+MASK_TOKEN = "<|mask|>"  # the mask token's name in an exported folder: a text has it as little
 RESERVED = re.compile(
+    rf"{re.escape(MASK_TOKEN)}|"
     r"<\|?(reserved_special_token|reserved|unused|extra|dummy|SPECIAL|control)_?\d+\|?>|\[(unused|control_)\d+\]"
 )
 

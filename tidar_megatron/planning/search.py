@@ -155,7 +155,7 @@ def verify(sizes: Sizes) -> None:
             (built.gradient_bytes, planned.gradients),
             (built.optimizer_bytes, planned.optimizer),
         ):  # the distributed optimizer pads its buffers
-            assert abs(exact - said) <= 0.01 * exact, (sizes, stage, built, planned)
+            assert abs(exact - said) <= 0.01 * exact + 2**20, (sizes, stage, built, planned)
 
 
 def verify_all(estimates: list[Estimate]) -> None:

@@ -41,6 +41,8 @@ def traffic_of(sizes: Sizes, stage: int, hardware: Hardware) -> list[Traffic]:
         "PP": (sizes.pp, sizes.tp * sizes.cp * sizes.dp, pipeline_bytes(sizes, stage)),
         "DP": (sizes.dp * sizes.cp, sizes.tp, data_bytes(sizes, stage)),
     }
+    if sizes.experts is not None and sizes.dp * sizes.cp == 1:  # they may have replicas where nothing else has
+        groups["DP"] = (sizes.edp, sizes.etp * sizes.ep, data_bytes(sizes, stage))
     result = []
     for name, (size, stride, sent) in groups.items():
         if size > 1 and sent:
@@ -70,6 +72,9 @@ def tensor_bytes(sizes: Sizes, stage: int) -> float:
     per_layer = blocks * (2 * passes(sizes) + 2)
     again = 1 if sizes.config.parallel.sequence_parallel else 0
     per_layer += blocks * again
+    parallel = sizes.config.parallel
+    if sizes.experts is None and parallel.recompute_granularity == "selective" and "mlp" in parallel.recompute_modules:
+        per_layer += 2  # its forward pass once more
     total = per_layer * one * sizes.layers
     total += 2 * one if stage == 0 else 0  # the embedding
     total += 2 * one if stage == sizes.pp - 1 else 0  # the output layer, whose gradients are formed in forward
@@ -111,12 +116,16 @@ def expert_bytes(sizes: Sizes) -> float:
 
 
 def pipeline_bytes(sizes: Sizes, stage: int) -> float:
-    """Residual streams to the next stage and gradients to the one before, once per chunk."""
+    """Residual streams to the next stage and gradients to the one before, once per chunk.
+
+    Where first and last stage hold the same embeddings, once a step their float32 gradients, to be summed.
+    """
     if sizes.pp == 1:
         return 0.0
     forward = sizes.vpp - (1 if stage == sizes.pp - 1 else 0)
     backward = sizes.vpp - (1 if stage == 0 else 0)
-    return float(sizes.residual_tokens * sizes.h * sizes.w * (forward + backward) * sizes.micro_batches)
+    shared = 4 * sizes.vocabulary * sizes.h if sizes.tied and stage in (0, sizes.pp - 1) else 0
+    return float(sizes.residual_tokens * sizes.h * sizes.w * (forward + backward) * sizes.micro_batches + shared)
 
 
 def data_bytes(sizes: Sizes, stage: int) -> float:

@@ -17,12 +17,12 @@ from tidar_megatron.checkpoint.checkpoints import Checkpoints
 from tidar_megatron.checkpoint.distributed import Trained
 from tidar_megatron.checkpoint.initialize import MaskRow, initialize_weights, start_mask_row
 from tidar_megatron.checkpoint.origin import Origin, keep_huggingface_files, kept_huggingface_files, open_origin
-from tidar_megatron.config import CONFIG_FILE, Config, ModelConfig, check_world_size
+from tidar_megatron.config import CONFIG_FILE, Config, ModelConfig, check_world_size, flag
 from tidar_megatron.data.doubled import Batch
 from tidar_megatron.data.loader import TrainingData
 from tidar_megatron.data.manifest import TOKENIZER_FOLDER
 from tidar_megatron.data.prefetch import Overdue, Prefetcher
-from tidar_megatron.data.sources import tokenizer_of
+from tidar_megatron.data.sources import is_pair, tokenizer_of
 from tidar_megatron.data.tokenizer import load_tokenizer, reserved_ids
 from tidar_megatron.distributed.groups import Ranks, initialize, world_size_from_environment
 from tidar_megatron.distributed.heartbeat import Heartbeat
@@ -81,6 +81,11 @@ class Trainer:
         world_size = world_size_from_environment()
         check_world_size(config, world_size)
         check_backend(config)
+        for name in ("save_interval", "async_save", "keep_last"):
+            if getattr(config.checkpoint, name) and not config.checkpoint.save:
+                raise UserError(f"{flag(name)}: needs --save, the folder to save to; or leave it out")
+        if config.data.tokenizer and not any(map(is_pair, config.data.train_data + config.data.valid_data)):
+            raise UserError(f"--tokenizer {config.data.tokenizer}: is for .bin/.idx pairs; shards carry their own")
         tokenizer, tokenizer_folder = tokenizer_of(config.data.train_data, config.data.tokenizer)
         origin = open_origin(config.training.init_from) if config.training.init_from else None
         reserved = reserved_ids(load_tokenizer(tokenizer_folder).get_vocab())
