@@ -138,10 +138,6 @@ SMOLLM2 = Study(
             "what it was: one step, of nothing", {"lr": 0.0, "min_lr": 0.0, "lr_warmup_iters": 0}, steps=0.0
         ),
         "mask row normal": Variant("how the mask token's row starts", {"init_mask_token": "normal"}),
-        "mask row of a special token": Variant(
-            "how the mask token's row starts",
-            {"init_mask_token": "keep", "mask_token_id": 3},  # <repo_name>, of no text here
-        ),
         "lr = 1e-4": Variant("learning rate", {"lr": 1e-4, "min_lr": 1e-5}),
         "lr = 1e-3": Variant("learning rate", {"lr": 1e-3, "min_lr": 1e-4}),
         "alpha = 0.5": Variant("weight of the AR loss", {"ar_loss_weight": 0.5}),
