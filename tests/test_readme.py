@@ -140,7 +140,10 @@ def test_the_studies_are_what_was_measured():
     shown = MEASURED.split("<!-- table: study -->\n")[1].split("\n<!-- end of table -->")[0]
     assert shown == f"{study.table(found)}\n\n{study.trust_table(found)}"
     assert len(found["runs"]) == 66
-    assert all(run["command"].endswith(f"--seed {run['seed']}") for run in found["runs"])
+    smollm2 = json.loads((ROOT / "benchmarks/smollm2_study.json").read_text())
+    shown = MEASURED.split("<!-- table: smollm2_study -->\n")[1].split("\n<!-- end of table -->")[0]
+    assert shown == study.table(smollm2)
+    assert all(run["command"].endswith(f"--seed {run['seed']}") for run in found["runs"] + smollm2["runs"])
 
 
 def test_what_a_save_blocks_is_what_was_measured():
