@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import sys
 
 import pytest
@@ -144,6 +145,14 @@ def test_the_studies_are_what_was_measured():
     shown = MEASURED.split("<!-- table: smollm2_study -->\n")[1].split("\n<!-- end of table -->")[0]
     assert shown == study.table(smollm2)
     assert all(run["command"].endswith(f"--seed {run['seed']}") for run in found["runs"] + smollm2["runs"])
+
+
+def test_what_smollm2_learned_is_what_was_measured():
+    found = json.loads((ROOT / "benchmarks/smollm2.json").read_text())
+    program = runpy.run_path(str(ROOT / "examples/smollm2/measure.py"))
+    shown = MEASURED.split("<!-- table: smollm2 -->\n")[1].split("\n<!-- end of table -->")[0]
+    assert shown == program["table"](found)
+    assert all(one["identical_to_ar"] for one in found["plans"].values())
 
 
 def test_what_a_save_blocks_is_what_was_measured():
