@@ -16,6 +16,7 @@ class Shard:
     """One rank, built."""
 
     parameters: int
+    tensors: int  # that hold them
     weight_bytes: int
     gradient_bytes: int  # float32 buffers, with the distributed optimizer's padding
     optimizer_bytes: int  # moments and float32 main weights; without the step counters
@@ -45,6 +46,7 @@ def build_shard(sizes: Sizes, stage: int) -> Shard:
         trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     return Shard(
         parameters=sum(p.numel() for p in parameters),
+        tensors=len(parameters),
         weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
         gradient_bytes=sum(b.grad_data.numel() * b.grad_data.element_size() for b in buffers),
         optimizer_bytes=trained * (12 if config.training.bf16 else 8),
