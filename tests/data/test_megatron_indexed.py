@@ -52,6 +52,18 @@ def test_an_eos_beyond_the_dtype(tmp_path: Path, tokenizer: str) -> None:
     assert [documents[n][:].tolist() for n in range(2)] == [[65, 66, 256], [67, 256]]
 
 
+def test_a_document_of_more_tokens_than_an_index_counts(tmp_path: Path, tokenizer: str) -> None:
+    """Of three sequences, in a file that is a hole."""
+    lengths = np.full(3, 2**31 - 1, np.int32)
+    pointers, edges = np.arange(3, dtype=np.int64) * (2**31 - 1), np.array([0, 3], np.int64)
+    header = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 1, 3, 2)
+    (tmp_path / "pair.idx").write_bytes(header + lengths.tobytes() + pointers.tobytes() + edges.tobytes())
+    with (tmp_path / "pair.bin").open("wb") as stream:
+        stream.truncate(3 * (2**31 - 1))
+    with pytest.raises(UserError, match=r"pair\.idx: holds a document of 2\*\*32 tokens or more"):
+        open_documents(str(tmp_path / "pair"), tokenizer)
+
+
 def test_documents_without_eos_get_one(tmp_path: Path, tokenizer: str) -> None:
     """Whole and in parts, the empty one too; those that have it get no second."""
     written = [*ids(20, eos=False), [], [65, 256], [256], []]

@@ -134,14 +134,15 @@ def _read_idx(bin_path: Path, idx_path: Path) -> tuple[np.dtype, NDArray[np.int6
     sequence_ends = np.cumsum(lengths)
     if (lengths < 0).any() or not np.array_equal(pointers, (sequence_ends - lengths) * dtype.itemsize):
         raise wrong(idx_path, "does not describe one sequence after the other")
-    if (np.diff(edges) > 0).any() and np.add.reduceat(lengths, edges[:-1][np.diff(edges) > 0]).max() >= 2**32 - 1:
-        raise wrong(idx_path, "holds a document of 2**32 tokens or more")
     if edges[0] != 0 or (np.diff(edges) < 0).any() or edges[-1] != len(lengths):
         raise wrong(idx_path, "its documents are not made of its sequences")
     wanted = int(lengths.sum()) * dtype.itemsize
     if bin_path.stat().st_size != wanted:
         raise wrong(bin_path, f"has {bin_path.stat().st_size} bytes, {idx_path.name} says {wanted}")
-    return dtype, np.concatenate([[0], sequence_ends])[edges[1:]]
+    ends = np.concatenate([[0], sequence_ends])[edges[1:]]
+    if np.diff(ends, prepend=0).max(initial=0) >= 2**32 - 1:  # with an EOS more than a record's 32 bits count
+        raise wrong(idx_path, "holds a document of 2**32 tokens or more, of which nothing can be made")
+    return dtype, ends
 
 
 def _documents_of(bin_path: Path, dtype: np.dtype, ends: NDArray[np.int64]) -> Iterator[tuple[int, int, NDArray[Any]]]:
