@@ -78,11 +78,11 @@ class _Loader(yaml.SafeLoader):
         Raises:
             yaml.YAMLError: names the key.
         """
-        keys = [key.value for key, _ in node.value]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.YAMLError(
-                f"{twice[0]!r} stands twice, the second time at{node.value[keys.index(twice[0])][0].start_mark}"
-            )
+        seen = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.YAMLError(f"{key.value!r} stands twice, the second time in line {key.start_mark.line + 1}")
+            seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
 

@@ -133,8 +133,6 @@ class TidarLM(TemplateLM):
                 stop=tuple(text for text in until if text),
                 sampling=_sampling(asked),
             )
-            if not options.sampling.greedy:
-                self.sampled |= {requests[number].task_name or "" for number in numbers}
             room = self.max_length - options.max_new_tokens
             if room < 1:
                 raise UserError(
@@ -142,9 +140,11 @@ class TidarLM(TemplateLM):
                     "that the model's context holds for the prompt: ask for fewer"
                 )
             prompts = [self.tok_encode(requests[number].args[0])[-room:] for number in numbers]
-            # lm-eval seeds torch; each text draws from a source of its own
-            seeds = [dataclasses.replace(options.sampling, seed=int(torch.randint(2**31, ()))) for _ in prompts]
-            each = [dataclasses.replace(options, sampling=sampling) for sampling in seeds]
+            each = [options] * len(prompts)
+            if not options.sampling.greedy:  # lm-eval seeds torch; each text draws from a source of its own
+                self.sampled |= {requests[number].task_name or "" for number in numbers}
+                drawn = [dataclasses.replace(options.sampling, seed=int(torch.randint(2**31, ()))) for _ in prompts]
+                each = [dataclasses.replace(options, sampling=sampling) for sampling in drawn]
             made = generate_batch(self.model, prompts, each, self._batch_size)
             for number, generation in zip(numbers, made, strict=True):
                 self.generations.setdefault(requests[number].task_name or "", []).append(generation)
