@@ -9,9 +9,11 @@ BIN := $(VENV)/bin
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 STAMP := $(VENV)/.installed-$(VERSION)
 RUN := . $(BIN)/activate &&
-# further arguments: of pip in setup, of tools/pretrain.py in the quickstart, of pytest in the tests
+# further arguments: of pip in setup, of tools/pretrain.py in the quickstart and in SmolLM2's study, of what measures the
+# latter, of pytest in the tests
 PIP_ARGS ?=
 TRAIN_ARGS ?=
+MEASURE_ARGS ?=
 TEST_ARGS ?=
 
 .PHONY: setup eval quickstart smollm2 study study-smollm2 test test-faults test-kill test-slow test-gpu test-slurm check masks clean
@@ -62,7 +64,7 @@ study: setup
 
 # SmolLM2-135M learns to draft: over an hour of two cores with bfloat16 instructions; goes on where it stopped
 study-smollm2: smollm2
-	$(RUN) examples/smollm2/study.sh $(TRAIN_ARGS)
+	$(RUN) MEASURE_ARGS="$(MEASURE_ARGS)" examples/smollm2/study.sh $(TRAIN_ARGS)
 
 # hundreds of random cases of every property instead of dozens
 test-slow: setup eval smollm2

@@ -14,14 +14,16 @@ import study
 
 sys.path.pop(0)
 README = (ROOT / "README.md").read_text()
-PACKAGE, MEASURED = ((ROOT / name / "README.md").read_text() for name in ("tidar_megatron", "benchmarks"))
+PACKAGE, MEASURED, EXAMPLES = (
+    (ROOT / name / "README.md").read_text() for name in ("tidar_megatron", "benchmarks", "examples")
+)
 
 
 def test_every_command_is_run_by_ci():
     texts = [(ROOT / name).read_text() for name in (".ci/run", "Makefile", "examples/quickstart/run.sh")]
     lines = [line for text in texts for line in text.splitlines() if not line.lstrip().startswith("#")]
     ran = "\n".join(lines)
-    blocks = [block for text in (README, MEASURED) for block in re.findall(r"```bash\n(.*?)```", text, re.S)]
+    blocks = [block for text in (README, MEASURED, EXAMPLES) for block in re.findall(r"```bash\n(.*?)```", text, re.S)]
     commands = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
     assert len(commands) >= 4
     for command in commands:
@@ -39,7 +41,7 @@ def test_the_tree_names_every_file():
 
 
 def test_links_lead_somewhere():
-    for folder in (ROOT, ROOT / "tidar_megatron", ROOT / "benchmarks"):
+    for folder in (ROOT, *(ROOT / name for name in ("tidar_megatron", "benchmarks", "examples", "examples/slurm"))):
         for target in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", (folder / "README.md").read_text()):
             assert (folder / target).exists(), target
 
@@ -159,7 +161,7 @@ def test_what_a_save_blocks_is_what_was_measured():
     (row,) = json.loads((ROOT / "benchmarks/checkpoint.json").read_text())["rows"]
     assert row["parameters"] == pytest.approx(100e6, rel=0.01)
     said = f"of 100M parameters a save then blocks {row['blocked_over_sync']:.1%} of the time it takes otherwise"
-    assert said in " ".join(README.split())
+    assert said in " ".join(EXAMPLES.split())
 
 
 def test_the_table_is_what_was_measured():

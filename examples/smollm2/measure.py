@@ -11,8 +11,7 @@ from typing import Any
 
 from tidar_megatron.errors import OneLineParser, run_tool
 
-WINDOWS, WINDOW = 48, 512  # of held-out text, for the AR loss
-PROMPTS, PROMPT, NEW_TOKENS = 24, 128, 64
+WINDOW, PROMPT = 512, 128  # tokens of a held-out window, for the AR loss; of a prompt, for the speed
 
 
 def main() -> None:
@@ -20,6 +19,9 @@ def main() -> None:
     parser = OneLineParser(description=(__doc__ or "").split("\n")[0])
     for name in ("before", "after", "valid-data", "output"):
         parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--windows", type=int, default=48, help=f"of {WINDOW} held-out tokens, for the AR loss [48]")
+    parser.add_argument("--prompts", type=int, default=24, help=f"of {PROMPT} held-out tokens, for the speed [24]")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="after every prompt [64]")
     args = parser.parse_args()
     from tidar_megatron.benchmark.measuring import machine
     from tidar_megatron.data.shards import ShardedDocuments
@@ -32,7 +34,7 @@ def main() -> None:
     from tidar_megatron.inference.text import continuation
 
     run, documents = Path(args.after), ShardedDocuments(args.valid_data)
-    windows = spread_pieces(documents, WINDOWS, WINDOW)
+    windows = spread_pieces(documents, args.windows, WINDOW)
     questions = read_prompts(Path(__file__).parent / "prompts.jsonl")
     models = {"before": load_model(args.before, dtype="float32"), "after": load_model(run / "hf", dtype="float32")}
     losses, said = {}, {}
@@ -44,8 +46,8 @@ def main() -> None:
         said[side] = [continuation(model.tokenizer, ids, generate(model, ids, ar).token_ids) for ids in asked]
     after = models["after"]
     plans = {name: parse_plan(name) for name in ("auto", "all:8", "2:8", "1:8", "1:4", "linear:8", "lookup:8")}
-    prompts = spread_pieces(documents, PROMPTS, PROMPT)
-    figures = compare_plans(after, prompts, plans, NEW_TOKENS, transformers_folder=str(run / "hf"))
+    prompts = spread_pieces(documents, args.prompts, PROMPT)
+    figures = compare_plans(after, prompts, plans, args.max_new_tokens, transformers_folder=str(run / "hf"))
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in metrics if "loss" in line]
     result = {
@@ -59,13 +61,14 @@ def main() -> None:
         "ar_loss": losses,
         "evaluations": [{"iteration": line["iteration"], **line["eval"]} for line in metrics if "eval" in line],
         "prompts": len(prompts),
-        "new_tokens": NEW_TOKENS,
+        "new_tokens": args.max_new_tokens,
         "plans": {name: one.as_dict() for name, one in figures.items()},
         "generations": [
             {"prompt": prompt, "before": before, "after": after}
             for prompt, before, after in zip(questions, said["before"], said["after"], strict=True)
         ],
     }
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     Path(args.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(table(result))
 

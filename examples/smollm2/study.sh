@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # SmolLM2-135M learns to draft: continued with the joint objective on Python's standard library, hours on two CPU cores.
-# Started by `make study-smollm2`; stopped and started again it goes on. Flags given here go to tools/pretrain.py.
+# Started by `make study-smollm2`; stopped and started again it goes on. Flags given here go to tools/pretrain.py,
+# those in MEASURE_ARGS to measure.py; SMOLLM2_RUN is another folder for the run.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export CUDA_VISIBLE_DEVICES=
-DATA=data/study/smollm2 HF=runs/smollm2/hf RUN=runs/smollm2/tidar
+DATA=data/study/smollm2 HF=runs/smollm2/hf RUN=${SMOLLM2_RUN:-runs/smollm2/tidar}
 
 # one source file a document, in the model's own tokens; 5% held out
 python examples/study/corpora.py data/study smollm2
@@ -14,4 +15,5 @@ python tools/pretrain.py --config examples/smollm2/config.yaml --init-from $HF \
 
 rm -rf $RUN/hf
 python tools/convert_checkpoint.py export --checkpoint $RUN --hf $RUN/hf
-python examples/smollm2/measure.py --before $HF --after $RUN --valid-data $DATA/valid --output benchmarks/smollm2.json
+python examples/smollm2/measure.py --before $HF --after $RUN --valid-data $DATA/valid --output benchmarks/smollm2.json \
+  ${MEASURE_ARGS:-}
