@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -154,7 +155,7 @@ def collect(args: argparse.Namespace, study: Study, wanted: list[tuple[str, str,
             rows.append(row)
     return {
         "benchmark": args.study,
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "machine": machine(),
         "steps": steps,
         "rows": rows,

@@ -134,7 +134,7 @@ def test_what_was_imported_is_no_run_to_go_on_with(imported, shards):
         Trainer.build(config)
 
 
-@pytest.mark.parametrize("kind", ["mean", "normal", "keep"])
+@pytest.mark.parametrize("kind", ["mean", "normal", None, "keep"])
 def test_the_mask_row(imported, shards, kind):
     """260 ids, the tokenizer's are 257: the mask token is row 257 of the folder."""
     source = load_file(imported / "llama-untied-llama3" / "hf" / "model.safetensors")

@@ -50,7 +50,7 @@ class TiDARConfig(Section):
         None,
     )
     init_mask_token: Literal["mean", "normal", "keep"] | None = described(
-        "with --init-from: its embedding is the others' mean, or normal like them, or what is there; default: mean, "
+        "with --init-from: its embedding is normal like the others, or their mean, or what is there; default: normal, "
         "of a TiDAR model keep",
         None,
     )

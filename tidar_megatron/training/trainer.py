@@ -302,4 +302,4 @@ def _mask_row(config: Config, origin: Origin) -> MaskRow:
     mask, now, before = config.tidar.mask_token_id, config.model.vocab_size, origin.model(ModelConfig()).vocab_size
     assert mask is not None and now is not None and before is not None
     learned = origin.mask_token_id == mask
-    return MaskRow(config.tidar.init_mask_token or ("keep" if learned else "mean"), mask, before, now)
+    return MaskRow(config.tidar.init_mask_token or ("keep" if learned else "normal"), mask, before, now)
