@@ -146,7 +146,13 @@ def test_the_studies_are_what_was_measured():
     smollm2 = json.loads((ROOT / "benchmarks/smollm2_study.json").read_text())
     shown = MEASURED.split("<!-- table: smollm2_study -->\n")[1].split("\n<!-- end of table -->")[0]
     assert shown == study.table(smollm2)
-    assert all(run["command"].endswith(f"--seed {run['seed']}") for run in found["runs"] + smollm2["runs"])
+    mask_row = json.loads((ROOT / "benchmarks/smollm2_mask_row.json").read_text())
+    shown = MEASURED.split("<!-- table: smollm2_mask_row -->\n")[1].split("\n<!-- end of table -->")[0]
+    assert shown == study.table(mask_row)
+    over = mask_row["rows"][1]["diffusion_loss, over base"]
+    assert f"the diffusion loss is {-over['mean']:.3f} ± {over['half']:.3f} lower" in MEASURED
+    runs = found["runs"] + smollm2["runs"] + mask_row["runs"]
+    assert all(run["command"].endswith(f"--seed {run['seed']}") for run in runs)
 
 
 def test_what_smollm2_learned_is_what_was_measured():
