@@ -89,5 +89,6 @@ check: setup
 masks: setup
 	$(RUN) python examples/draw_masks.py examples/masks.png
 
+# also what you trained and prepared there
 clean:
 	rm -rf $(VENV) runs data build *.egg-info

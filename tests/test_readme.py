@@ -107,6 +107,8 @@ def gains(decode, planner, step):
     for context, batch in dict.fromkeys((row["context"], row["batch"]) for row in decode["rows"]):
         cells = [f"{found[context, batch, 'ar ar']['tokens_per_second']:.0f}"]
         cells += [f"{found[context, batch, name]['over_ar']:.2f}" for name in names]
+        spread = found[context, batch, "auto auto"]["spread"]
+        cells[1] += f" ({spread['low']:.2f} to {spread['high']:.2f})"
         cells.append(f"{found[context, batch, 'ar ar']['distinct_4grams']:.2f}")
         rows.append(f"| {context} | {batch} | {' | '.join(cells)} |")
     best = []
@@ -118,7 +120,8 @@ def gains(decode, planner, step):
         )
     over_bare = [row["over_bare"]["median"] for row in step["rows"]]
     rows.append("")
-    rows.append(f"`auto` over the best of all fixed plans, and over AR: {'; '.join(best)}.")
+    padded = "(11M, 88M: this model, padded with parts that write zeros)"
+    rows.append(f"`auto` over the best of all fixed plans but copying, and over AR: {'; '.join(best)} {padded}.")
     rows.append(f"A decode step over a bare forward of its shape: {min(over_bare):.2f} to {max(over_bare):.2f}.")
     machine = decode["machine"]
     rows.append(f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}.")

@@ -24,9 +24,9 @@ LOOKUP_DRAFT_LENGTH = 8  # for a model without a block size
 class DecodeOptions:
     """How to generate.
 
-    ``mode`` ``auto`` lets the planner choose among all plans as it goes (``planner.py``); without a ``tidar`` section
-    that is plain autoregression. The others are fixed: ``tidar`` (one forward drafts and verifies), ``linear`` (two in
-    turn), ``lookup`` (drafts copied from the text), ``ar``.
+    ``mode`` ``auto`` lets the planner choose among ``ar``, ``linear`` and ``tidar`` as it goes (``planner.py``);
+    without a ``tidar`` section that is plain autoregression. The others are fixed: ``tidar`` (one forward drafts and
+    verifies), ``linear`` (two in turn), ``lookup`` (drafts copied from the text), ``ar``.
     ``draft_length`` K counts the certain token (None: the model's block size); ``branches`` is ``"all"`` or how many
     of the likeliest outcomes get a branch (mode ``tidar`` only). Generation ends with the first end-of-sequence token
     (unless ``ignore_eos``), with the token that completes a ``stop`` string, after ``max_new_tokens``, or when prompt
