@@ -9,6 +9,7 @@ python tools/convert_checkpoint.py verify --hf runs/quickstart/hf --checkpoint r
 import argparse
 import json
 import os
+from pathlib import Path
 
 from tidar_megatron.config import Config, ParallelConfig, flag
 from tidar_megatron.errors import OneLineParser, UserError, run_tool
@@ -77,7 +78,9 @@ def _export(args: argparse.Namespace) -> None:
     if not args.max_shard_size_gb > 0:
         raise UserError(f"--max-shard-size-gb {args.max_shard_size_gb}: must be above 0")
     iteration = export_run(args.checkpoint, args.hf, args.iteration, int(args.max_shard_size_gb * 10**9))
-    print(f"{args.hf}: the model of iteration {iteration}; any Hugging Face program loads it, tools/generate.py drafts")
+    drafts = "tidar" in json.loads((Path(args.hf) / "config.json").read_text(encoding="utf-8"))
+    ours = "tools/generate.py drafts" if drafts else "it has no mask token, so tools/generate.py decodes it plainly"
+    print(f"{args.hf}: the model of iteration {iteration}; any Hugging Face program loads it, {ours}")
 
 
 def _verify(args: argparse.Namespace) -> None:

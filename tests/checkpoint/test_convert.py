@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -125,6 +126,15 @@ def test_a_used_id_is_no_mask_token(tmp_path):
     assert import_run(hf, tmp_path / "run", None, "mean", 258).tidar.mask_token_id == 258
 
 
+@pytest.mark.parametrize("tie", [True, False])
+def test_a_mask_row_of_its_own_is_no_other_model(tmp_path, tie):
+    hf = write_random_model(tmp_path / "hf", "llama", tie=tie)
+    import_run(hf, tmp_path / "run", None, "normal", 258)
+    assert verify(hf, tmp_path / "run")["max_logit_difference"] <= 1e-4
+    export_run(tmp_path / "run", tmp_path / "out")
+    assert verify(tmp_path / "out", tmp_path / "run")["max_logit_difference"] <= 1e-4
+
+
 def test_tensors_of_more_digits_than_the_folder_says_keep_them(tmp_path):
     hf = write_random_model(tmp_path / "hf", "llama")
     config = json.loads((hf / "config.json").read_text())
@@ -145,6 +155,8 @@ def test_an_export_touches_nothing_else(imported, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "hf.partial"]
     with pytest.raises(UserError, match="exists and is not empty"):
         export_run(imported / "llama-tied" / "run", beside / "mine")
+    with pytest.raises(UserError, match=r"--hf .*mine/hf: Not a directory; nothing was written"):
+        export_run(imported / "llama-tied" / "run", beside / "mine" / "hf")
 
 
 def test_what_transformers_shall_not_say_grows_by_the_mask_token(tmp_path):
@@ -166,6 +178,7 @@ def test_the_tool(tmp_path):
     assert json.loads(done.stdout)["max_logit_difference"] <= 1e-4
     done = tool("export", "--checkpoint", run, "--hf", tmp_path / "out")
     assert done.returncode == 0
+    assert "no mask token, so tools/generate.py decodes it plainly" in done.stdout
     same_folder(hf, tmp_path / "out")
     weights = load_file(hf / "model.safetensors")
     weights["model.norm.weight"] *= 2
@@ -201,7 +214,18 @@ def test_what_cannot_be_imported_leaves_nothing(tmp_path):
     refuse(r"model.embed_tokens.weight does not fit")
     save_file({**whole, "model.layers.0.self_attn.q_proj.bias": torch.ones(64)}, weights)
     refuse(r"q_proj.bias is no part of the model")
+    for value in (math.nan, math.inf):
+        save_file({**whole, "model.norm.weight": torch.full((64,), value)}, weights)
+        refuse("model.norm.weight has values that are NaN or infinite")
+    save_file({**whole, "model.norm.weight": torch.ones(64, dtype=torch.int32)}, weights)
+    refuse("model.norm.weight is of I32, not of BF16")
     save_file(whole, weights)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([f"<extra {n}>" for n in range(4)])
+    tokenizer.save_pretrained(str(hf))
+    refuse("its tokenizer has 261 ids, the model 260: they do not belong together")
+    for file in hf.glob("*token*"):
+        file.unlink()
     (hf / "config.json").write_text(json.dumps(config | {"dtype": "float8_e4m3fn"}))
     refuse("dtype 'float8_e4m3fn' is not supported")
     (hf / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))

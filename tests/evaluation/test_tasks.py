@@ -17,6 +17,7 @@ from tidar_megatron.evaluation import tasks
 from tidar_megatron.evaluation.tasks import gained, local_task, run_tasks
 from tidar_megatron.inference.engine import generate_batch
 from tidar_megatron.inference.model import load_model
+from tidar_megatron.inference.planner import planner_of
 from tidar_megatron.inference.request import parse_plan
 
 TEXTS = ["alpha beta gamma", " delta", "epsilon, zeta! " * 12, "x"]
@@ -202,7 +203,8 @@ def test_the_tool(folder, files):
         ('{"context": "a"}\n', "one of these sets of keys"),
         ("", "one of these sets of keys"),
         ("[1]\n", "one of these sets of keys"),
-        ("no json\n", "not JSON lines"),
+        ('{"text": "a"}\nno json\n', "line 2 is not JSON"),
+        ('{"context": "a", "choices": ["b", "c"], "answer": 2}\n', "line 1: answer 2 is no place in its choices"),
         ('{"prompt": "a", "target": "b"}\n{"prompt": "a", "target": "b", "until": ["."]}\n', "differ in 'until'"),
     ],
 )
@@ -212,6 +214,28 @@ def test_files_that_are_no_task(tmp_path, content, said):
         local_task(tmp_path / "task.jsonl")
     with pytest.raises(UserError, match="No such file"):
         local_task(tmp_path / "none.jsonl")
+
+
+def test_lm_evals_own_command_line(folder, tmp_path):
+    """As the README has it: no device is named, and none is a GPU."""
+    (tmp_path / "texts.jsonl").write_text('{"text": "alpha beta"}\n')
+    task = {key: value for key, value in local_task(tmp_path / "texts.jsonl").items() if key != "metric_list"}
+    (tmp_path / "texts.yaml").write_text(json.dumps(task))
+    command = [sys.executable, "-m", "tidar_megatron.evaluation", "--model", "tidar", "--limit", "1"]
+    command += ["--model_args", f"pretrained={folder}", "--tasks", tmp_path / "texts.yaml"]
+    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "word_perplexity" in done.stdout
+    command[command.index("--model_args") + 1] = f"pretrained={tmp_path}"
+    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.splitlines()[-1][:7]) == (2, "error: ")
+
+
+def test_the_warm_up_teaches_the_planner_nothing(folder):
+    model = load_model(folder)
+    before = planner_of(model)
+    tasks.warm_up(model, "auto")
+    assert planner_of(model) is not before
 
 
 def test_names_that_are_no_task(folder):

@@ -33,6 +33,7 @@ from tidar_megatron.errors import UserError
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 INDEX = "model.safetensors.index.json"
+FLOATS = ("BF16", "F16", "F32", "F64")
 SHARD_BYTES = 5 * 10**9  # of one file of an export, as transformers has it
 
 
@@ -66,10 +67,10 @@ class Safetensors:
             self._where |= dict.fromkeys(handle.keys(), handle)
 
     def check(self, model: ModelConfig) -> None:
-        """Refuse a folder that has not exactly the tensors of this model.
+        """Refuse a folder that has not exactly the tensors of this model, or tensors that are no weights.
 
         Raises:
-            UserError: names one that is missing, or one too many.
+            UserError: names one that is missing, one too many, or one of integers or of quantized values.
         """
         expected = expected_names(model)
         missing = sorted(expected - self._where.keys())
@@ -83,6 +84,10 @@ class Safetensors:
         if extra:
             more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
             raise UserError(f"{self.folder}: tensor {extra[0]}{more} is no part of the model that {CONFIG} describes")
+        for name in sorted(expected):
+            if (kind := self._where[name].get_slice(name).get_dtype()) not in FLOATS:
+                wanted = ", ".join(FLOATS)
+                raise UserError(f"{self.folder}: tensor {name} is of {kind}, not of {wanted}; save it de-quantised")
         if tied & self._where.keys() and not self._same("model.embed_tokens.weight", "lm_head.weight"):
             raise UserError(
                 f"{self.folder}: lm_head.weight is not embed_tokens.weight, though {CONFIG} ties them; "
@@ -105,11 +110,15 @@ class Safetensors:
         """One tensor.
 
         Raises:
-            UserError: there is none of this name.
+            UserError: there is none of this name, or it has values that are no numbers.
         """
         if name not in self._where:
             raise UserError(f"{self.folder}: tensor {name} is missing from the safetensors")
-        return self._where[name].get_tensor(name)
+        tensor = self._where[name].get_tensor(name)
+        # the extremes are NaN where any value is, and cost no memory
+        if tensor.numel() and not all(extreme.isfinite() for extreme in tensor.aminmax()):
+            raise UserError(f"{self.folder}: tensor {name} has values that are NaN or infinite; save the model again")
+        return tensor
 
     def check_shapes(self, whole: WholeModel, model: ModelConfig) -> None:
         """Refuse tensors that do not fit, without reading one.
@@ -254,6 +263,8 @@ def export_huggingface(
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)
+    except OSError as error:
+        raise UserError(f"--hf {folder}: {error.strerror}; nothing was written") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

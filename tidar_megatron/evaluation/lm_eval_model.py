@@ -1,9 +1,9 @@
 """lm-eval's (EleutherAI's harness) model ``tidar``: likelihoods as an AR model's, text by the planned draft/verify.
 
-lm-eval knows the models in its own table alone, so ``python -m tidar_megatron.evaluation.lm_eval_model`` is its command
-line with this one added:
+lm-eval knows the models in its own table alone, so ``python -m tidar_megatron.evaluation`` is its command line with
+this one added:
 
-    python -m tidar_megatron.evaluation.lm_eval_model --model tidar --model_args pretrained=FOLDER --tasks ...
+    python -m tidar_megatron.evaluation --model tidar --model_args pretrained=FOLDER --tasks ...
 
 ``model_args``: ``pretrained``, ``plan`` (``auto``; or ``ar``, ``2:8``, ..), ``batch_size``, ``device``, ``dtype``,
 ``mask_token_id``, ``max_length``. Texts are cut, windows laid and continuations told from contexts exactly as by
@@ -20,6 +20,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
+from tidar_megatron.distributed.platform import has_gpu
 from tidar_megatron.errors import UserError
 from tidar_megatron.inference.engine import generate_batch
 from tidar_megatron.inference.model import DecodeModel, load_model
@@ -57,6 +58,8 @@ class TidarLM(TemplateLM):
         if isinstance(pretrained, DecodeModel):
             self.model = pretrained
         else:
+            # lm-eval says cuda:0 where nothing was said; its own model then takes what there is, too
+            device = None if device == "cuda:0" and not has_gpu() else device
             self.model = load_model(pretrained, device, None if dtype == "auto" else dtype, mask_token_id)
         self.tokenizer = self.model.tokenizer
         self._options = parse_plan(plan)
@@ -179,17 +182,3 @@ def _sampling(asked: dict[str, Any]) -> SamplingOptions:
         top_p=float(asked.get("top_p") or 1.0),
         min_p=float(asked.get("min_p") or 0.0),
     )
-
-
-def main() -> None:
-    """lm-eval's own command line."""
-    from lm_eval.__main__ import cli_evaluate
-
-    cli_evaluate()
-
-
-if __name__ == "__main__":
-    # register the class of the importable module, not of __main__
-    from tidar_megatron.evaluation import lm_eval_model
-
-    lm_eval_model.main()

@@ -19,6 +19,7 @@ from typing import Any
 from tidar_megatron.errors import UserError
 from tidar_megatron.inference.engine import generate
 from tidar_megatron.inference.model import DecodeModel
+from tidar_megatron.inference.planner import forget_planner
 from tidar_megatron.inference.request import Generation, parse_plan
 
 KINDS: dict[tuple[str, ...], dict[str, Any]] = {
@@ -53,15 +54,29 @@ def local_task(path: str | Path, max_new_tokens: int = 64) -> dict[str, Any]:
     """lm-eval's description of a task in a local file.
 
     Raises:
-        UserError: no such file, not JSON lines, lines of none of the kinds, or that end by different ``until``.
+        UserError: no such file, not JSON lines, lines of none of the kinds, an answer beyond the choices, or lines
+            that end by different ``until``.
     """
     path = Path(path)
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"--tasks {path}: {error.strerror}") from None
     except ValueError as error:
-        raise UserError(f"--tasks {path}: not JSON lines: {error}") from None
+        raise UserError(f"--tasks {path}: not UTF-8: {error}") from None
+    lines = []
+    for number, written in enumerate(text.split("\n"), start=1):
+        if not written.strip():
+            continue
+        try:
+            line = json.loads(written)
+        except ValueError as error:
+            raise UserError(f"--tasks {path}: line {number} is not JSON: {error}") from None
+        lines.append(line)
+        if isinstance(line, dict) and {"choices", "answer"} <= {*line}:
+            choices, answer = line["choices"], line["answer"]
+            if not isinstance(choices, list) or not isinstance(answer, int) or not 0 <= answer < len(choices):
+                raise UserError(f"--tasks {path}: line {number}: answer {answer!r} is no place in its choices, from 0")
     kind = next((keys for keys in KINDS if lines and all(isinstance(x, dict) and {*keys} <= {*x} for x in lines)), None)
     if kind is None:
         kinds = "; ".join(" ".join(keys) for keys in KINDS)
@@ -156,6 +171,7 @@ def warm_up(model: DecodeModel, plan: str) -> None:
     for how in (plan, "ar"):
         room = max(1, min(32, model.context_limit - 1))
         generate(model, [token], replace(parse_plan(how), max_new_tokens=room, ignore_eos=True))
+    forget_planner(model)  # what it learned is of no text
 
 
 def _row(

@@ -332,3 +332,8 @@ def planner_of(model: DecodeModel) -> Planner:
         vars(model)["_planner"] = known
     planner: Planner = known[1]
     return planner
+
+
+def forget_planner(model: DecodeModel) -> None:
+    """The next request begins with a planner that has learned nothing."""
+    vars(model).pop("_planner", None)
