@@ -229,6 +229,19 @@ def test_drafts_are_tried_again_after_plain_steps():
     assert policy.plan(Drafts([0, 1, 2])) == Plan(3)
 
 
+@pytest.mark.parametrize(("failed", "every"), [(4, Planner.CHECK), (40, Planner.PROBE)])
+def test_drafts_are_tried_again_soon_where_few_have_failed(failed, every):
+    """A warm-up on no text, say, and then a text where nearly all would stand."""
+    planner = Planner(DEAR, 8)
+    for _ in range(failed):
+        planner.acceptance.observe(1, True, 0, True)
+    planner.begin(1, 100)
+    assert planner.choice.name == "ar"
+    policy = Planned(planner)
+    plans = [policy.plan(Drafts([0])) for _ in range(Planner.PROBE)]
+    assert plans.count(Plan(1, (1,), 8)) == Planner.PROBE // every
+
+
 def test_costs_are_timed_once_and_kept(trained, tmp_path, monkeypatch):
     monkeypatch.setenv("TIDAR_CACHE", str(tmp_path))
     first = load_costs(trained)

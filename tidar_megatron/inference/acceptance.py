@@ -45,6 +45,11 @@ class Acceptance:
             seen[0] = good * self.FADE + stayed
             seen[1] = count * self.FADE + 1
 
+    @property
+    def knows_little(self) -> bool:
+        """Whether fewer drafts were seen than make others a surprise."""
+        return self.counts.get((True, 1), (0.0, 0.0))[1] < self.ENOUGH
+
     def forget(self) -> None:
         """Most of it: what comes next decides."""
         self.better = self.worse = 0.0

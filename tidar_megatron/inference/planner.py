@@ -146,10 +146,10 @@ class Planner:
     """
 
     BRANCHES = (None, 0, 1, 2, 3)
-    PROBE = 256  # plain steps after which drafts are tried again
+    PROBE = 256  # plain steps after which drafts that are known to be useless are tried again
     SELDOM = 1024  # steps between two looks, where little is new
     SURPRISE = 12.0  # nats of each sequence after which most of what was learned is forgotten
-    SUSPICION, CHECK = 0.5, 16  # nats from which on drafts are tried again after fewer plain steps
+    SUSPICION, CHECK = 0.5, 16  # nats from which on, as where little is known, drafts are tried again sooner
     AT_ONCE = 16  # what is learned from together: two of a sequence's step
     TRIAL = 12  # steps that try what is not known: offsets beyond the blocks chosen, the time of plain steps
 
@@ -229,7 +229,8 @@ class Planner:
     def wants_a_probe(self) -> bool:
         """Whether a plain step shall draft, to see whether that is worth it by now."""
         self._plain += 1
-        steps = self.PROBE if self.acceptance.better < self.SUSPICION else self.CHECK
+        is_sure = self.acceptance.better < self.SUSPICION and not self.acceptance.knows_little
+        steps = self.PROBE if is_sure else self.CHECK
         return self._plain % (steps * self._batch) == 0
 
     def end(self, tokens: int, seconds: float | None) -> None:
