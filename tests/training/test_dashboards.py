@@ -144,8 +144,9 @@ def test_samples_arrive_and_what_failed_is_said(shards, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(chatty), os.environ["PYTHONPATH"]]))
     samples = Samples(run, Documents(3), 3)
     samples.start(8)
-    samples.start(8)  # it is under way: passed over
-    (said,) = samples.poll(wait=True)
+    samples.start(8)  # it is under way: passed over, and made at the end
+    (said, last) = samples.poll(wait=True)
+    assert said == last
     assert (said.iteration, said.problem) == (8, None)
     assert [row["prompt"] for row in said.rows] == ["abcdefghijklmnopqrstuvwx"] * 3
     samples.start(99)

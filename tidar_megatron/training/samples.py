@@ -1,7 +1,7 @@
 """What the model says as it learns: a process beside training exports each checkpoint and continues held-out prompts.
 
 It works from the checkpoint, so it knows no layout, runs on the CPU of rank 0's machine, and can neither disturb the
-training nor end it. While one checkpoint is still being sampled from, newer ones are passed over.
+training nor end it. While one checkpoint is still being sampled from, newer ones are passed over, but for a run's last.
 """
 
 import json
@@ -44,11 +44,13 @@ class Samples:
         self._prompts = [prompt[: max(1, len(prompt) - 1)] for prompt in self._prompts]
         self._process: subprocess.Popen[bytes] | None = None
         self._iteration = 0
+        self._passed_over: int | None = None  # the newest checkpoint, if nothing says anything from it
         self._said: list[Said] = []
 
     def start(self, iteration: int) -> None:
         """Begin with the checkpoint of ``iteration``, unless another is still under way."""
         self._take()
+        self._passed_over = iteration if self._process is not None else None
         if self._process is not None:
             return
         command = [sys.executable, "-m", "tidar_megatron.training.samples", str(self._run), str(iteration)]
@@ -73,8 +75,11 @@ class Samples:
             self._said.append(Said(iteration, [], f"their process did not start: {error}"))
 
     def poll(self, wait: bool = False) -> list[Said]:
-        """What has come since the last time; with ``wait`` also of the checkpoint that is under way."""
+        """What has come since the last time; with ``wait`` also of the checkpoint under way, and of the newest."""
         self._take(LAST if wait else 0.0)
+        if wait and self._process is None and self._passed_over is not None:
+            self.start(self._passed_over)
+            self._take(LAST)
         if wait and self._process is not None:
             self.close()
             self._said.append(Said(self._iteration, [], f"not made within {LAST:.0f} seconds"))
