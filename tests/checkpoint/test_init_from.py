@@ -69,11 +69,12 @@ def test_layouts_are_checked_against_the_folders_model(imported, shards):
             resolve(config, tokenizer, origin)
 
 
-def test_what_the_folder_said_outlives_moves(imported, shards, tmp_path):
+def test_what_the_folder_said_outlives_moves(imported, shards, tmp_path, capsys):
     """A run continued in another folder still exports the architecture that it was imported from."""
     one, two = (str(tmp_path / name) for name in ("one", "two"))
     tree = starting_from(imported / "mistral-untied" / "hf", shards, checkpoint={"save": one})
     pretrain(build_config(tree))
+    assert f"starting from the weights of {imported / 'mistral-untied' / 'hf'}" in capsys.readouterr().out
     goes_on = {"training": {"init_from": None, "train_iters": 3}, "checkpoint": {"load": one, "save": two}}
     pretrain(load_config(Path(one) / CONFIG_FILE, goes_on))
     # the same folder by another spelling

@@ -61,6 +61,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     """
     if not Path(folder).is_dir():
         raise UserError(f"tokenizer {folder}: expected byte, bpe:N, or the path of a Hugging Face tokenizer folder")
+    if not any(Path(folder).glob("*token*")) and not any(Path(folder).glob("vocab.*")):
+        raise UserError(f"tokenizer {folder}: the folder has no tokenizer.json; copy the model's tokenizer into it")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for a file it cannot parse

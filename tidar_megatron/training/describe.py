@@ -45,3 +45,5 @@ def describe(config: Config, ranks: Ranks, model: list[GPTModel], data: Training
     if iteration:
         done = "; nothing is left to do" if iteration >= config.training.train_iters else ""
         yield f"continuing {config.checkpoint.load} from iteration {iteration}{done}"
+    elif config.training.init_from:
+        yield f"starting from the weights of {config.training.init_from}"
