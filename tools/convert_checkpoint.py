@@ -90,10 +90,12 @@ def _verify(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(found, indent=1))
     else:
+        left_out = found["left_out"]
+        but = "" if left_out is None else f"; left out: the mask token {left_out}, which only the run has"
         print(
             f"iteration {found['iteration']}: logits differ by {found['max_logit_difference']:.1e} at most "
             f"(the largest is {found['largest_logit']:.1f}); {found['same_choice']:.1%} of {found['positions']} "
-            "positions prefer the same id"
+            f"positions prefer the same id{but}"
         )
     if not found["max_logit_difference"] <= TOLERANCE:  # nor NaN
         raise UserError(f"--hf {args.hf}: is not the model in {args.checkpoint}; export or import it again")

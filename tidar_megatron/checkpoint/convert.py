@@ -80,9 +80,9 @@ def import_run(
     tensors.check(model)
     tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
     assert model.vocab_size is not None
-    if tokenizer is not None and len(tokenizer) > model.vocab_size:
+    if tokenizer is not None and (used := vocabulary_size(tokenizer)) > model.vocab_size:
         raise UserError(
-            f"--hf {source}: its tokenizer has {len(tokenizer)} ids, the model {model.vocab_size}: they do not belong "
+            f"--hf {source}: its tokenizer has {used} ids, the model {model.vocab_size}: they do not belong "
             "together; copy the model's own tokenizer, or import the folder without one"
         )
     config = Config(model=model, parallel=parallel or ParallelConfig())
@@ -224,7 +224,8 @@ def verify(hf: str | Path, run: str | Path, iteration: int | None = None, length
 
     Returns:
         ``hf``, ``checkpoint``, ``iteration``, ``max_logit_difference``, ``largest_logit``, ``same_choice`` (the share
-        of positions whose largest logit is of the same id), ``positions``, ``vocabulary``.
+        of positions whose largest logit is of the same id), ``positions``, ``vocabulary``, ``left_out`` (the mask
+        token, or None).
 
     Raises:
         UserError: one of the two cannot be read, or they are models of different shapes.
@@ -269,6 +270,7 @@ def verify(hf: str | Path, run: str | Path, iteration: int | None = None, length
         "same_choice": (found.argmax(-1) == expected.argmax(-1)).float().mean().item(),
         "positions": tokens.numel(),
         "vocabulary": theirs.vocab_size,
+        "left_out": mask if own_row else None,
     }
 
 

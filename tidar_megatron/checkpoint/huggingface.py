@@ -252,6 +252,9 @@ def export_huggingface(
     partial = folder.with_name(f".{folder.name}.partial-{secrets.token_hex(4)}")
     try:
         partial.mkdir(parents=True)
+    except OSError as error:  # what fails later is the disk, of which every program speaks alike
+        raise UserError(f"--hf {folder}: {error.strerror}; nothing was written") from None
+    try:
         _write_weights(whole, read, hf_config["vocab_size"], partial, shard_bytes)
         _write_json(partial / CONFIG, hf_config)
         _write_json(partial / GENERATION_CONFIG, _generation_config(hf_config, config, source))
@@ -263,8 +266,6 @@ def export_huggingface(
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)
-    except OSError as error:
-        raise UserError(f"--hf {folder}: {error.strerror}; nothing was written") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -61,12 +61,12 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     """
     if not Path(folder).is_dir():
         raise UserError(f"tokenizer {folder}: expected byte, bpe:N, or the path of a Hugging Face tokenizer folder")
-    if not any(Path(folder).glob("*token*")) and not any(Path(folder).glob("vocab.*")):
-        raise UserError(f"tokenizer {folder}: the folder has no tokenizer.json; copy the model's tokenizer into it")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for a file it cannot parse
-        raise UserError(f"tokenizer {folder}: cannot be loaded: {_first_line(error)}") from error
+        there = (Path(folder) / "tokenizer.json").exists()
+        why = _first_line(error) if there else "the folder has no tokenizer.json; copy the model's tokenizer into it"
+        raise UserError(f"tokenizer {folder}: cannot be loaded: {why}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"tokenizer {folder}: {type(tokenizer).__name__} is not a fast tokenizer (tokenizer.json)")
     if tokenizer.eos_token_id is None:

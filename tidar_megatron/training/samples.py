@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from tidar_megatron.data.loader import TrainingData
 
 PROMPT_TOKENS, NEW_TOKENS = 64, 64
-LAST = 300.0  # seconds that the end of a run waits for its last samples
+LAST = 300.0  # seconds that the end of a run waits for samples under way, and as many for those of its last checkpoint
 
 
 class Said(NamedTuple):
@@ -50,9 +50,10 @@ class Samples:
     def start(self, iteration: int) -> None:
         """Begin with the checkpoint of ``iteration``, unless another is still under way."""
         self._take()
-        self._passed_over = iteration if self._process is not None else None
         if self._process is not None:
+            self._passed_over = iteration
             return
+        self._passed_over = None
         command = [sys.executable, "-m", "tidar_megatron.training.samples", str(self._run), str(iteration)]
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
