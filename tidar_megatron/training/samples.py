@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from tidar_megatron.data.loader import TrainingData
 
 PROMPT_TOKENS, NEW_TOKENS = 64, 64
-LAST = 300.0  # seconds that the end of a run waits for samples under way, and as many for those of its last checkpoint
+LAST = 300.0  # seconds that the end of a run waits for samples under way, then for those of its last checkpoint
 
 
 class Said(NamedTuple):
