@@ -26,7 +26,9 @@ def main() -> None:
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--dtype", help="default: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--json", action="store_true", help="print one JSON object, as the last line")
-    parser.epilog = "HumanEval runs what the model wrote: without network and environment, with limits, but no wall."
+    parser.epilog = """A local file holds JSON lines of one kind, with the keys context, choices, answer (its place,
+    from 0); or prompt, target, until (optional, a list of strings); or text (perplexity).
+    HumanEval runs what the model wrote: without network and environment, with limits, but no wall."""
     args = parser.parse_args()
     if not args.tasks and not args.human_eval:
         raise UserError("nothing to evaluate: give --tasks or --human-eval")

@@ -33,7 +33,7 @@ def parse_branches(text: str) -> int | str:
 def parse_args() -> argparse.Namespace:
     parser = OneLineParser(description="Continue a prompt, drafting and verifying in one forward (TiDAR).")
     parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder of an exported checkpoint")
-    parser.add_argument("--prompt", required=True, metavar="TEXT")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="-: what standard input holds")
     parser.add_argument(
         "--plan", metavar="NAME", help="auto (default), ar, linear:K, lookup:K, all:K, or 2:K, 2 branches"
     )
@@ -83,6 +83,20 @@ def plan_of(args: argparse.Namespace) -> "DecodeOptions":
     return DecodeOptions(mode, args.draft_length, "all" if args.branches is None else args.branches)
 
 
+def read_standard_input() -> str:
+    """All of it, as it is: the end of its last line too."""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompt -: standard input is not UTF-8: {error}") from None
+
+
+def of_a_draw(args: argparse.Namespace) -> dict[str, bool]:
+    """The settings that act on what is drawn alone, and whether they were given."""
+    given = {"--top-k": args.top_k is not None, "--top-p": args.top_p != 1, "--min-p": args.min_p != 0}
+    return given | {"--seed": args.seed is not None}
+
+
 def main() -> None:
     args = parse_args()
     # After parsing, so that --help does not wait for torch.
@@ -97,7 +111,7 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     model = load_model(args.model, args.device, args.dtype)
-    prompt = encode_prompt(model, args.prompt)
+    prompt = encode_prompt(model, read_standard_input() if args.prompt == "-" else args.prompt)
     trained = (getattr(model.causal_lm.config, "tidar", None) or {}).get("seq_length")
     if trained and len(prompt) + args.max_new_tokens > trained:
         total = len(prompt) + args.max_new_tokens
@@ -119,6 +133,8 @@ def main() -> None:
         trust_ratio=args.trust_ratio,
         logprobs=args.logprobs,
     )
+    if idle := [name for name, value in of_a_draw(args).items() if value and not args.temperature]:
+        print(f"note: {', '.join(idle)}: of no effect at temperature 0, which is greedy", file=sys.stderr)
     if options.mode == "auto" and model.mask_token_id is None:
         print("note: the model's config.json has no tidar section: plain autoregression", file=sys.stderr)
     if args.explain_plan and (options.mode != "auto" or model.mask_token_id is None):

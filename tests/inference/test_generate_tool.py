@@ -104,6 +104,22 @@ def test_colours_in_a_terminal(checkpoint):
     assert b"tokens per forward" in out
 
 
+def test_the_prompt_of_standard_input(checkpoint, tool):
+    arguments = ["--model", checkpoint, "--max-new-tokens", 8, "--json", "--prompt"]
+    command = [sys.executable, PROGRAM, *map(str, arguments), "-"]
+    piped = subprocess.run(command, input=b"he\xc3\xa9\n", capture_output=True, env=ENVIRONMENT, timeout=300)
+    assert json.loads(piped.stdout)["token_ids"] == json.loads(tool(*arguments, "heé\n")[1])["token_ids"]
+    bad = subprocess.run(command, input=b"\xff", capture_output=True, env=ENVIRONMENT, timeout=300)
+    assert bad.returncode == 2 and bad.stderr.startswith(b"error: --prompt -: standard input is not UTF-8")
+
+
+def test_what_only_a_draw_knows_is_said_to_be_idle(checkpoint, tool):
+    arguments = ["--model", checkpoint, "--prompt", "a", "--max-new-tokens", 2, "--top-p", 0.5, "--seed", 3]
+    status, _, err = tool(*arguments)
+    assert status == 0 and "note: --top-p, --seed: of no effect at temperature 0" in err
+    assert "of no effect" not in tool(*arguments, "--temperature", 1)[2]
+
+
 def test_stops_where_the_context_ends_and_says_so(checkpoint, tool):
     status, _, err = tool("--model", checkpoint, "--prompt", "x" * 120, "--max-new-tokens", 50, "--ignore-eos")
     assert status == 0

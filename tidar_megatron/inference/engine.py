@@ -83,10 +83,10 @@ class Engine:
 
     def cancel(self, sequence: Sequence) -> None:
         """Forget a request; of one that has ended nothing is left to forget."""
-        if sequence in self._waiting:
-            self._waiting.remove(sequence)
         if sequence in self._active:
             self._leave(sequence)
+        elif sequence in self._waiting:
+            self._waiting.remove(sequence)
         sequence.stop = sequence.stop or "cancelled"
 
     @torch.inference_mode()
