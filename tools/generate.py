@@ -135,6 +135,9 @@ def main() -> None:
     )
     if idle := [name for name, value in of_a_draw(args).items() if value and not args.temperature]:
         print(f"note: {', '.join(idle)}: of no effect at temperature 0, which is greedy", file=sys.stderr)
+    K, B = options.draft_length or 1, model.block_size
+    if options.mode in ("tidar", "linear") and B and model.is_tidar and K > B:
+        print(f"note: {K} drafts at once; the model has learned blocks of {B}", file=sys.stderr)
     if options.mode == "auto" and model.mask_token_id is None:
         print("note: the model's config.json has no tidar section: plain autoregression", file=sys.stderr)
     if args.explain_plan and (options.mode != "auto" or model.mask_token_id is None):

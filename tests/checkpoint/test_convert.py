@@ -112,6 +112,44 @@ def test_a_tokenizer_comes_along(tmp_path):
     assert tokenizer.encode("<|mask|>a", add_special_tokens=False) == [257, 97]
 
 
+def test_the_file_that_transformers_reads_is_imported(tmp_path):
+    """Whatever lies beside it: the shards and the index of an older save, a copy."""
+    hf = write_random_model(tmp_path / "hf", "qwen3")
+    weights = load_file(hf / "model.safetensors")
+    other = {name: tensor + 1 for name, tensor in weights.items()}
+    save_file(other, hf / "model_old.safetensors", metadata={"format": "pt"})
+    index = {"weight_map": dict.fromkeys(other, "model_old.safetensors")}
+    (hf / "model.safetensors.index.json").write_text(json.dumps(index))
+    import_run(hf, tmp_path / "run")
+    assert verify(hf, tmp_path / "run")["max_logit_difference"] <= 1e-4
+    shutil.copy(hf / "model.safetensors", hf / "a.safetensors")
+    (hf / "model.safetensors").rename(hf / "b.safetensors")
+    (hf / "model.safetensors.index.json").unlink()
+    with pytest.raises(UserError, match=r"is in another file too; leave one of both files there"):
+        import_run(hf, tmp_path / "other")
+    (hf / "model.safetensors.index.json").write_text('{"weight_map": null}')
+    with pytest.raises(UserError, match=r"has no weight_map from tensors to files"):
+        import_run(hf, tmp_path / "other")
+
+
+def test_what_a_model_learned_of_drafting_comes_along(tmp_path):
+    hf = write_random_model(tmp_path / "hf", "qwen3")
+    config = json.loads((hf / "config.json").read_text())
+    config["tidar"] = {"mask_token_id": 259, "block_size": 12, "ar_loss_weight": 0.5, "seq_length": 36}
+    (hf / "config.json").write_text(json.dumps(config))
+    import_run(hf, tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tidar"] == config["tidar"]
+    for wrong, said in (
+        ({"block_size": "large"}, r"tidar\.block_size 'large' is not a positive integer"),
+        ({"mask_token_id": 260}, r"tidar\.mask_token_id 260 is not an id below 260"),
+        ({"mask_token_id": -1}, r"tidar\.mask_token_id -1 is not an id"),
+    ):
+        (hf / "config.json").write_text(json.dumps(config | {"tidar": config["tidar"] | wrong}))
+        with pytest.raises(UserError, match=said):
+            import_run(hf, tmp_path / "other")
+
+
 def tool(*arguments):
     command = [sys.executable, "tools/convert_checkpoint.py", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -131,8 +169,9 @@ def test_a_mask_row_of_its_own_is_no_other_model(tmp_path, tie):
     hf = write_random_model(tmp_path / "hf", "llama", tie=tie)
     import_run(hf, tmp_path / "run", None, "normal", 258)
     export_run(tmp_path / "run", tmp_path / "out")
-    for folder, left_out in ((hf, 258), (tmp_path / "out", None)):
-        found = verify(folder, tmp_path / "run")
+    import_run(hf, tmp_path / "grown", None, "normal", 260)
+    for folder, run, left_out in ((hf, "run", 258), (tmp_path / "out", "run", None), (hf, "grown", 260)):
+        found = verify(folder, tmp_path / run)
         assert found["max_logit_difference"] <= 1e-4
         assert found["left_out"] == left_out
 

@@ -201,9 +201,14 @@ def test_the_tool(folder, files):
     ("content", "said"),
     [
         ('{"context": "a"}\n', "one of these sets of keys"),
-        ("", "one of these sets of keys"),
-        ("[1]\n", "one of these sets of keys"),
+        ("", "is empty"),
+        ("[1]\n", "the first line is none"),
+        ('{"text": "a"}\n{"context": "a"}\n', "the first line has text, others have not"),
         ('{"text": "a"}\nno json\n', "line 2 is not JSON"),
+        ('{"text": "a"}\n{"text": ""}\n', "line 2: text is empty"),
+        ('{"prompt": 7, "target": "b"}\n', "line 1: prompt 7 is no text"),
+        ('{"prompt": "a", "target": "b", "until": null}\n', "line 1: until None is no list of texts"),
+        ('{"context": "a", "choices": ["b", ""], "answer": 0}\n', "line 1: choices .* is no list of texts"),
         ('{"context": "a", "choices": ["b", "c"], "answer": 2}\n', "line 1: answer 2 is no place in its choices"),
         ('{"prompt": "a", "target": "b"}\n{"prompt": "a", "target": "b", "until": ["."]}\n', "differ in 'until'"),
     ],
@@ -214,6 +219,41 @@ def test_files_that_are_no_task(tmp_path, content, said):
         local_task(tmp_path / "task.jsonl")
     with pytest.raises(UserError, match="No such file"):
         local_task(tmp_path / "none.jsonl")
+
+
+def test_texts_that_look_like_python_are_texts(folder, tmp_path):
+    """lm-eval reads what a template gives as numbers and lists where it can."""
+    from lm_eval.tasks import TaskManager, get_task_dict
+
+    def made(*lines):
+        (tmp_path / "task.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (task,) = get_task_dict([local_task(tmp_path / "task.jsonl")], TaskManager()).values()
+        return task, [*task.test_docs()]
+
+    odd = ["[1, 2]", " 7", "['a']", "2018-01-22 12:12:53"]
+    task, docs = made(*({"prompt": text, "target": text} for text in odd))
+    assert [task.doc_to_text(doc) for doc in docs] == odd
+    assert [task.doc_to_target(doc) for doc in docs] == [text.strip() for text in odd]
+    task, docs = made(*({"text": text} for text in odd))
+    assert [task.doc_to_target(doc) for doc in docs] == odd
+    task, docs = made({"context": "12", "choices": ["3", "[4]"], "answer": 1})
+    asked = [instance.args for instance in task.construct_requests(docs[0], "12", metadata=(None, 0, 1))]
+    assert asked == [("12", "3"), ("12", "[4]")] and task.doc_to_text(docs[0]) == "12"
+
+
+def test_a_task_that_is_no_yaml(folder, tmp_path):
+    (tmp_path / "task.yaml").write_text("task: [broken")
+    with pytest.raises(UserError, match=r"task\.yaml: is no YAML"):
+        run_tasks(load_model(folder), [str(tmp_path / "task.yaml")])
+    with pytest.raises(UserError, match=r"none\.yaml: No such file"):
+        run_tasks(load_model(folder), [str(tmp_path / "none.yaml")])
+
+
+def test_what_the_model_does_not_take_is_refused(folder):
+    from tidar_megatron.evaluation import lm_eval_model
+
+    with pytest.raises(UserError, match="model_args paln: there is pretrained, plan"):
+        lm_eval_model.TidarLM(str(folder), paln="ar")
 
 
 def test_lm_evals_own_command_line(folder, tmp_path):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from tidar_megatron.errors import UserError
 from tidar_megatron.inference.attention import PackedForward, Part, Plan
@@ -285,6 +286,14 @@ def test_broken_folder(checkpoint, tmp_path):
         load_model(tmp_path)
     (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
     with pytest.raises(UserError, match="cannot load it"):  # no weights
+        load_model(tmp_path)
+    weights = load_file(checkpoint / "model.safetensors")
+    del weights["model.layers.1.mlp.down_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.down_proj\.weight is missing from its weights"):
+        load_model(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes()[:20000])
+    with pytest.raises(UserError, match="cannot load it"):
         load_model(tmp_path)
 
 

@@ -104,6 +104,13 @@ def test_colours_in_a_terminal(checkpoint):
     assert b"tokens per forward" in out
 
 
+def test_more_drafts_than_were_learned_are_remarked_upon(checkpoint, tool):
+    arguments = ["--model", checkpoint, "--prompt", "a", "--max-new-tokens", 2, "--plan"]
+    status, _, err = tool(*arguments, "2:6")
+    assert status == 0 and "note: 6 drafts at once; the model has learned blocks of 4" in err
+    assert "drafts at once" not in tool(*arguments, "2:4")[2]
+
+
 def test_the_prompt_of_standard_input(checkpoint, tool):
     arguments = ["--model", checkpoint, "--max-new-tokens", 8, "--json", "--prompt"]
     command = [sys.executable, PROGRAM, *map(str, arguments), "-"]

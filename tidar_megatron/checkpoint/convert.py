@@ -90,8 +90,11 @@ def import_run(
         config,
         # tensors that have more digits than the folder says keep them
         training=dataclasses.replace(config.training, bf16=name == "bfloat16" and tensors.dtypes() == {"BF16"}),
-        tidar=dataclasses.replace(config.tidar, mask_token_id=(hf.get("tidar") or {}).get("mask_token_id")),
     )
+    section = hf.get("tidar") or {}
+    if not isinstance(section, dict):
+        raise UserError(f"{source / CONFIG}: tidar {section!r} is no section; correct it")
+    config = _with_tidar_section(config, section, source / CONFIG)
     if init_mask_token is not None:
         config = _with_mask_token(config, tokenizer, mask_token_id)
     check_config(config)
@@ -117,6 +120,23 @@ def import_run(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return config
+
+
+def _with_tidar_section(config: Config, section: dict[str, Any], path: Path) -> Config:
+    """What a model that has learned to draft says of it; export writes it back."""
+    tidar = {name: section[name] for name in ("mask_token_id", "block_size", "ar_loss_weight") if name in section}
+    block_size = tidar.get("block_size", config.tidar.block_size)
+    if not isinstance(block_size, int) or block_size < 1:
+        raise UserError(f"{path}: tidar.block_size {block_size!r} is not a positive integer; correct it")
+    mask, size = tidar.get("mask_token_id"), config.model.vocab_size or 0
+    if mask is not None and not (isinstance(mask, int) and 0 <= mask < size):
+        raise UserError(f"{path}: tidar.mask_token_id {mask!r} is not an id below {size}; correct it")
+    whole_blocks = max(1, config.data.seq_length // block_size) * block_size
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, seq_length=section.get("seq_length", whole_blocks)),
+        tidar=dataclasses.replace(config.tidar, **tidar),
+    )
 
 
 def _with_mask_token(config: Config, tokenizer: Any, mask_token_id: int | None) -> Config:
@@ -234,13 +254,15 @@ def verify(hf: str | Path, run: str | Path, iteration: int | None = None, length
 
     ours, iteration, checkpoint = _whole_checkpoint(Path(run), iteration)
     theirs = model_from_huggingface(hf, ours.model)
-    one, other = (dataclasses.asdict(_settled(model)) for model in (theirs, ours.model))
+    assert theirs.vocab_size is not None
+    mask = ours.tidar.mask_token_id
+    grown = mask == theirs.vocab_size and ours.model.vocab_size == mask + 1  # by a row for the mask token alone
+    shape = dataclasses.replace(ours.model, vocab_size=theirs.vocab_size) if grown else ours.model
+    one, other = (dataclasses.asdict(_settled(model)) for model in (theirs, shape))
     if differing := [name for name in one if one[name] != other[name]]:
         raise UserError(f"--checkpoint {run}: is another model than --hf {hf}: {', '.join(differing)} differ")
     Safetensors(hf).check(theirs)
-    assert theirs.vocab_size is not None
     tokens = torch.randint(theirs.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
-    mask = ours.tidar.mask_token_id
     own_row = mask is not None and (read_json(Path(hf) / CONFIG).get("tidar") or {}).get("mask_token_id") != mask
     if own_row:
         tokens[tokens == mask] = 0 if mask else 1
@@ -250,12 +272,13 @@ def verify(hf: str | Path, run: str | Path, iteration: int | None = None, length
     ours = dataclasses.replace(ours, training=dataclasses.replace(ours.training, bf16=False))
     ranks = initialize(ours.parallel, 0)
     try:
-        (model,) = build_model(ours, theirs.vocab_size, ranks)
+        assert ours.model.vocab_size is not None
+        (model,) = build_model(ours, ours.model.vocab_size, ranks)
         load_weights(checkpoint, [model])
         batch = make_batch([_one_document(row.numpy()) for row in tokens], 1, 0, doubled=False)
         states = run_model(model, batch)
         found = (states @ output_weight(model).t()).transpose(0, 1)[..., : theirs.vocab_size]
-        if own_row:
+        if own_row and not grown:
             found[..., mask] = expected[..., mask]
     except Damaged as damage:
         raise UserError(f"--checkpoint {run}: {damage}") from None

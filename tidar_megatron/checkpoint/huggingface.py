@@ -47,9 +47,14 @@ class Safetensors:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        index = self.folder / INDEX
-        if index.exists():
-            files = sorted({self.folder / Path(name).name for name in read_json(index).get("weight_map", {}).values()})
+        single, index = self.folder / "model.safetensors", self.folder / INDEX
+        if single.exists():  # as transformers, whatever lies beside it
+            files = [single]
+        elif index.exists():
+            where = read_json(index).get("weight_map")
+            if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+                raise UserError(f"{index}: has no weight_map from tensors to files; copy it again")
+            files = sorted({self.folder / Path(name).name for name in where.values()})
         else:
             files = sorted(self.folder.glob("*.safetensors"))
         if not files:
@@ -62,8 +67,10 @@ class Safetensors:
                 raise UserError(f"{file}: named in {INDEX} but missing; copy the whole folder again")
             try:
                 handle = safe_open(str(file), framework="pt")
-            except SafetensorError as error:
+            except (SafetensorError, OSError) as error:
                 raise UserError(f"{file}: no whole safetensors file ({error}); copy it again") from None
+            if twice := sorted(self._where.keys() & handle.keys()):
+                raise UserError(f"{file}: tensor {twice[0]} is in another file too; leave one of both files there")
             self._where |= dict.fromkeys(handle.keys(), handle)
 
     def check(self, model: ModelConfig) -> None:

@@ -52,9 +52,14 @@ class TidarLM(TemplateLM):
         dtype: str | None = None,
         mask_token_id: int | None = None,
         max_length: int | None = None,
-        **unused: Any,
+        max_batch_size: int | None = None,
+        **unknown: Any,
     ) -> None:
         super().__init__()
+        if unknown:
+            raise UserError(
+                f"model_args {next(iter(unknown))}: there is pretrained, plan, dtype, mask_token_id and max_length"
+            )
         if isinstance(pretrained, DecodeModel):
             self.model = pretrained
         else:

@@ -16,25 +16,33 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from tidar_megatron.errors import UserError
 from tidar_megatron.inference.engine import generate
 from tidar_megatron.inference.model import DecodeModel
 from tidar_megatron.inference.planner import forget_planner
 from tidar_megatron.inference.request import Generation, parse_plan
 
+
+def _target(doc: dict[str, Any]) -> str:
+    return str(doc["target"]).strip()
+
+
+# fields by their names: what a template gives, lm-eval would read as Python where it looks like a number or a list
 KINDS: dict[tuple[str, ...], dict[str, Any]] = {
     ("context", "choices", "answer"): {
         "output_type": "multiple_choice",
-        "doc_to_text": "{{context}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{answer}}",
+        "doc_to_text": "context",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
         "target_delimiter": "",
         "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
     },
     ("prompt", "target"): {
         "output_type": "generate_until",
-        "doc_to_text": "{{prompt}}",
-        "doc_to_target": "{{target | trim}}",
+        "doc_to_text": "prompt",
+        "doc_to_target": _target,
         "target_delimiter": "",
         "metric_list": [{"metric": "exact_match"}],
         "filter_list": [
@@ -44,7 +52,7 @@ KINDS: dict[tuple[str, ...], dict[str, Any]] = {
     ("text",): {
         "output_type": "loglikelihood_rolling",
         "doc_to_text": "",
-        "doc_to_target": "{{text}}",
+        "doc_to_target": "text",
         "metric_list": [{"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
     },
 }
@@ -73,14 +81,16 @@ def local_task(path: str | Path, max_new_tokens: int = 64) -> dict[str, Any]:
         except ValueError as error:
             raise UserError(f"--tasks {path}: line {number} is not JSON: {error}") from None
         lines.append(line)
-        if isinstance(line, dict) and {"choices", "answer"} <= {*line}:
-            choices, answer = line["choices"], line["answer"]
-            if not isinstance(choices, list) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-                raise UserError(f"--tasks {path}: line {number}: answer {answer!r} is no place in its choices, from 0")
-    kind = next((keys for keys in KINDS if lines and all(isinstance(x, dict) and {*keys} <= {*x} for x in lines)), None)
+        if isinstance(line, dict) and (why := _what_is_wrong(line)):
+            raise UserError(f"--tasks {path}: line {number}: {why}")
+    kinds = "; ".join(" ".join(keys) for keys in KINDS)
+    if not lines:
+        raise UserError(f"--tasks {path}: is empty; its lines are objects with one of these sets of keys: {kinds}")
+    first = next((keys for keys in KINDS if isinstance(lines[0], dict) and {*keys} <= {*lines[0]}), None)
+    kind = next((keys for keys in KINDS if all(isinstance(x, dict) and {*keys} <= {*x} for x in lines)), None)
     if kind is None:
-        kinds = "; ".join(" ".join(keys) for keys in KINDS)
-        raise UserError(f"--tasks {path}: every line must be an object with one of these sets of keys: {kinds}")
+        what = "the first line is none" if first is None else f"the first line has {' '.join(first)}, others have not"
+        raise UserError(f"--tasks {path}: all lines must be objects with one of these sets of keys: {kinds}; {what}")
     task = {
         "task": path.stem,
         "dataset_path": "json",
@@ -91,9 +101,26 @@ def local_task(path: str | Path, max_new_tokens: int = 64) -> dict[str, Any]:
     if kind == ("prompt", "target"):
         until = lines[0].get("until", ["\n"])
         if any(line.get("until", ["\n"]) != until for line in lines):
-            raise UserError(f"--tasks {path}: its lines differ in 'until': a file each")
+            raise UserError(f"--tasks {path}: its lines differ in 'until': give each a file of its own")
         task["generation_kwargs"] = {"until": until, "do_sample": False, "max_gen_toks": max_new_tokens}
     return task
+
+
+def _what_is_wrong(line: dict[str, Any]) -> str | None:
+    for name in ("context", "prompt", "target", "text"):
+        if name in line and not isinstance(line[name], str):
+            return f"{name} {line[name]!r} is no text"
+    if line.get("text") == "":
+        return "text is empty"
+    for name in ("choices", "until"):
+        values = line.get(name, ["some"])
+        if not (isinstance(values, list) and values and all(isinstance(value, str) and value for value in values)):
+            return f"{name} {values!r} is no list of texts"
+    if {"choices", "answer"} <= {*line}:
+        answer = line["answer"]
+        if not isinstance(answer, int) or not 0 <= answer < len(line["choices"]):
+            return f"answer {answer!r} is no place in its choices, from 0"
+    return None
 
 
 def run_tasks(
@@ -131,7 +158,7 @@ def run_tasks(
     from tidar_megatron.evaluation.lm_eval_model import TidarLM
 
     if model.tokenizer is None:
-        raise UserError("the model's folder has no tokenizer: export the checkpoint with its tokenizer")
+        raise UserError("the model's folder has no tokenizer: copy its tokenizer.json and tokenizer_config.json there")
     manager = TaskManager()
     wanted: list[Any] = []
     for task in tasks:
@@ -141,6 +168,13 @@ def run_tasks(
             wanted.append(task)
         else:
             raise UserError(f"--tasks {task}: lm-eval has no such task, and it is no .yaml, .json or .jsonl file")
+    for file in (task for task in wanted if isinstance(task, str) and task.endswith((".yaml", ".yml"))):
+        try:
+            list(yaml.parse(Path(file).read_bytes()))
+        except OSError as error:
+            raise UserError(f"--tasks {file}: {error.strerror}") from None
+        except yaml.YAMLError as error:
+            raise UserError(f"--tasks {file}: is no YAML: {' '.join(str(error).split())}") from None
     names = [task["task"] if isinstance(task, dict) else task for task in wanted]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"--tasks: {twice[0]} names two tasks; a file's is its name without the ending, so rename it")

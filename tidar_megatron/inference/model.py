@@ -15,6 +15,7 @@ from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
@@ -95,7 +96,8 @@ def load_model(
         mask_token_id: lets a model without a ``tidar`` section draft with this token, which it has not learned to.
 
     Raises:
-        UserError: no such folder, not a causal LM of transformers, or an architecture detail that is refused.
+        UserError: no such folder, not a causal LM of transformers or not all of one, or an architecture detail that is
+            refused.
     """
     path = Path(path)
     if not (path / "config.json").is_file():
@@ -114,15 +116,23 @@ def load_model(
             )
         if mask_token_id is not None:
             config.tidar = {"mask_token_id": mask_token_id, "block_size": 8, "trained": False}
-        causal_lm = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=torch_dtype, attn_implementation=ATTENTION_NAME, trust_remote_code=False
+        causal_lm, found = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=torch_dtype,
+            attn_implementation=ATTENTION_NAME,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
+        # transformers draws at random what it does not find
+        if missing := sorted(found["missing_keys"]):
+            raise UserError(f"{path}: {missing[0]} is missing from its weights; export it or copy it again")
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, json.JSONDecodeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{path}: transformers cannot load it as a causal LM ({reason}); export the checkpoint again"
+            f"{path}: transformers cannot load it as a causal LM ({reason}); export it or copy it again"
         ) from error
     return wrap_model(causal_lm.to(torch_device).requires_grad_(False), _load_tokenizer(path))
 

@@ -19,7 +19,7 @@ def encode_prompt(model: DecodeModel, text: str) -> list[int]:
         UserError: no tokenizer, or an empty prompt (also where the tokenizer would add a special token).
     """
     if model.tokenizer is None:
-        raise UserError("the model's folder has no tokenizer: export the checkpoint with its tokenizer")
+        raise UserError("the model's folder has no tokenizer: copy its tokenizer.json and tokenizer_config.json there")
     if not text:
         raise UserError("the prompt is empty: give at least one character to continue")
     return list(model.tokenizer(text, add_special_tokens=not model.is_tidar)["input_ids"])
