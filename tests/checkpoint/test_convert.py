@@ -187,6 +187,14 @@ def test_tensors_of_more_digits_than_the_folder_says_keep_them(tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
 
 
+def test_an_old_buffer_does_not_make_a_bfloat16_model_another(tmp_path):
+    hf = write_random_model(tmp_path / "hf", "llama", dtype=torch.bfloat16)
+    weights = load_file(hf / "model.safetensors")
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(weights, hf / "model.safetensors", metadata={"format": "pt"})
+    assert import_run(hf, tmp_path / "run").training.bf16
+
+
 def test_an_export_touches_nothing_else(imported, tmp_path):
     beside = tmp_path / "hf.partial"
     beside.mkdir()

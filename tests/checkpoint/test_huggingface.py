@@ -41,6 +41,14 @@ def test_the_table_names_every_tensor_of_a_family_and_no_other(tmp_path, kind, t
         ("qwen3", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope type 'yarn'"),
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
         ("llama", {"rope_scaling": {"type": "linear"}}, "rope type 'linear' without factor"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": float("nan")}}, "factor nan: must be a number above 0"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": True}}, "without factor"),
+        ("llama", {"rope_scaling": "linear"}, "rope_scaling 'linear' is no section"),
+        (
+            "llama",
+            {"rope_scaling": LLAMA3, "original_max_position_embeddings": 7},
+            "original_max_position_embeddings is 7 and, of the rope, ",
+        ),
         ("qwen3", {"attention_bias": True}, "attention_bias"),
         ("llama", {"mlp_bias": True}, "mlp_bias"),
         ("qwen3", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
@@ -105,3 +113,9 @@ def test_rotary_frequencies_are_those_of_transformers(tmp_path, rope):
     plain = model.rotary_base ** (-torch.arange(0, 16, 2) / 16)
     assert theirs.attention_scaling == 1.0
     torch.testing.assert_close(scaled_frequencies(plain, model), theirs.inv_freq, rtol=1e-6, atol=0)
+    # as it was written before transformers 5, the base beside the scaling or in it
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["rope_parameters"]
+    config.pop("rope_theta", None)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rope_scaling": rope}))
+    assert model_from_huggingface(tmp_path, ModelConfig()) == model

@@ -6,6 +6,7 @@ whatever loads those loads it. What is TiDAR's own stands in the ``tidar`` secti
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,15 +126,23 @@ def _refuse_what_we_do_not_compute(path: Path, hf: dict[str, Any], family: Famil
 def _rope_from_huggingface(path: Path, hf: dict[str, Any]) -> dict[str, Any]:
     rope = hf.get("rope_parameters") or {}  # transformers 5; before it, rope_theta and rope_scaling
     scaling = hf.get("rope_scaling") or rope
+    for name, value in (("rope_parameters", rope), ("rope_scaling", scaling)):
+        if not isinstance(value, dict):
+            raise UserError(f"{path}: {name} {value!r} is no section; is it a whole model folder?")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     kind = "none" if kind == "default" else kind
     if kind not in ROPE_KINDS:
         known = ", ".join(k for k in ROPE_KINDS if k != "none")
         raise UserError(f"{path}: rope type {kind!r} is not supported; start from a model with {known} or without")
     for key in ROPE_KINDS[kind]:
-        if not isinstance(scaling.get(key), int | float):
+        number = scaling.get(key)
+        if isinstance(number, bool) or not isinstance(number, int | float):
             raise UserError(f"{path}: rope type {kind!r} without {key}; is it a whole model folder?")
-    base = rope.get("rope_theta") or hf.get("rope_theta") or 10000.0
+        if not (math.isfinite(number) and number > 0):
+            raise UserError(f"{path}: rope type {kind!r} with {key} {number}: must be a number above 0")
+        if hf.get(key, number) != number:
+            raise UserError(f"{path}: {key} is {hf[key]} and, of the rope, {number}; leave the right one there alone")
+    base = rope.get("rope_theta") or scaling.get("rope_theta") or hf.get("rope_theta") or 10000.0
     return {
         "rotary_base": float(base),
         "rope_scaling_type": kind,

@@ -110,8 +110,9 @@ class Safetensors:
         return all(torch.equal(one[at : at + rows], two[at : at + rows]) for at in starts)
 
     def dtypes(self) -> set[str]:
-        """Of the tensors, as safetensors names them: BF16, F32, .."""
-        return {handle.get_slice(name).get_dtype() for name, handle in self._where.items()}
+        """Of the weights, as safetensors names them: BF16, F32, .."""
+        weights = {name: file for name, file in self._where.items() if not name.endswith("rotary_emb.inv_freq")}
+        return {file.get_slice(name).get_dtype() for name, file in weights.items()}
 
     def read(self, name: str) -> Tensor:
         """One tensor.
