@@ -34,6 +34,7 @@ FAMILIES = {
     "qwen3_moe": Family("Qwen3MoeForCausalLM", qk_layernorm=True, experts=True),
 }
 NEEDED = "num_hidden_layers hidden_size intermediate_size num_attention_heads rms_norm_eps vocab_size".split()
+OPTIONAL = "num_key_value_heads head_dim max_position_embeddings rope_theta tie_word_embeddings".split()
 ROPE_NUMBERS = {  # Hugging Face's -> ours, of the kinds of scaling that have them
     "factor": "rope_scaling_factor",
     "low_freq_factor": "rope_low_freq_factor",
@@ -70,7 +71,7 @@ def model_from_huggingface(folder: str | Path, ours: ModelConfig) -> ModelConfig
     hf = read_json(path)
     hf.setdefault("num_experts", hf.get("num_local_experts"))  # as transformers 5 writes it
     model_type = hf.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(f"{path}: model_type {model_type!r} is not one of {', '.join(FAMILIES)}")
     family = FAMILIES[model_type]
     _refuse_what_we_do_not_compute(path, hf, family)
@@ -78,6 +79,7 @@ def model_from_huggingface(folder: str | Path, ours: ModelConfig) -> ModelConfig
     for key in needed:
         if not hf.get(key):
             raise UserError(f"{path}: has no {key}; is it a whole model folder?")
+    _check_kinds(path, hf, [*needed, *OPTIONAL])
     heads = hf["num_attention_heads"]
     experts = {}
     if family.experts:
@@ -103,6 +105,21 @@ def model_from_huggingface(folder: str | Path, ours: ModelConfig) -> ModelConfig
         **experts,
         **_rope_from_huggingface(path, hf),
     )
+
+
+def _check_kinds(path: Path, hf: dict[str, Any], keys: list[str]) -> None:
+    """Whether each is of the kind that it must be: sizes, but for two numbers and a switch."""
+    for key in keys:
+        value: Any = hf.get(key)
+        wanted = "a positive integer"
+        right = type(value) is int and value > 0
+        if key in ("rms_norm_eps", "rope_theta"):
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            right, wanted = is_number and 0 < value < math.inf, "a number above 0"
+        elif key == "tie_word_embeddings":
+            right, wanted = type(value) is bool, "true or false"
+        if value is not None and not right:
+            raise UserError(f"{path}: {key} {value!r} is not {wanted}; correct it")
 
 
 def _refuse_what_we_do_not_compute(path: Path, hf: dict[str, Any], family: Family) -> None:
