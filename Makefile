@@ -66,9 +66,9 @@ study: setup
 study-smollm2: smollm2
 	$(RUN) MEASURE_ARGS="$(MEASURE_ARGS)" examples/smollm2/study.sh $(TRAIN_ARGS)
 
-# hundreds of random cases of every property instead of dozens, and so many samples of every way to draft: 100000 take an
-# hour of a core
-SAMPLES ?= 20000
+# hundreds of random cases of every property instead of dozens, and so many samples of every way to draft, which take
+# about an hour of a core; SAMPLES=20000 is much quicker
+SAMPLES ?= 100000
 test-slow: setup eval smollm2
 	@$(RUN) HYPOTHESIS_PROFILE=thorough TIDAR_SAMPLES=$(SAMPLES) python -m pytest $(SIDE_BY_SIDE) --timeout=3600 tests/test_attention_mask.py tests/test_config.py tests/models tests/data tests/inference tests/evaluation tests/test_smollm2.py $(TEST_ARGS)
 	$(RUN) python tools/certify.py --model runs/smollm2/hf --prompts examples/smollm2/prompts.jsonl --mask-token-id 3 \

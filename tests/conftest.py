@@ -11,7 +11,7 @@ from hypothesis import settings
 
 # `make test` draws some examples, `make test-slow` many
 settings.register_profile("quick", max_examples=60, deadline=None)
-settings.register_profile("thorough", max_examples=300, deadline=None)
+settings.register_profile("thorough", max_examples=500, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 # the tests are of the CPU everywhere, also where there is a GPU; `make test-gpu` runs the few that are of the GPU

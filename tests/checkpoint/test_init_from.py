@@ -155,6 +155,14 @@ def test_the_mask_row(imported, shards, kind):
         assert 0.6 < away.std() < 1.6
 
 
+def test_a_tidar_section_that_is_none_is_refused(imported, tmp_path):
+    config = json.loads((imported / "qwen3-tied" / "hf" / "config.json").read_text())
+    for section, said in (("yes", "tidar 'yes' is no section"), ({"mask_token_id": 999}, "999 is not an id below 260")):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"tidar": section}))
+        with pytest.raises(UserError, match=said):
+            open_origin(tmp_path)
+
+
 def test_a_damaged_run_is_named_by_every_rank(imported, tmp_path, shards):
     shutil.copytree(imported / "qwen3-tied" / "run", tmp_path / "run")
     file = next((tmp_path / "run").rglob("*.distcp"))

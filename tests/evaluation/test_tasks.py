@@ -236,6 +236,7 @@ def test_texts_that_look_like_python_are_texts(folder, tmp_path):
     assert [task.doc_to_target(doc) for doc in docs] == [text.strip() for text in odd]
     task, docs = made(*({"text": text} for text in odd))
     assert [task.doc_to_target(doc) for doc in docs] == odd
+    made({"text": "a", "context": 5, "until": None})  # what is of another kind is not looked at
     task, docs = made({"context": "12", "choices": ["3", "[4]"], "answer": 1})
     asked = [instance.args for instance in task.construct_requests(docs[0], "12", metadata=(None, 0, 1))]
     assert asked == [("12", "3"), ("12", "[4]")] and task.doc_to_text(docs[0]) == "12"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tidar_megatron.checkpoint import folder
 from tidar_megatron.checkpoint.distributed import STATE_FILE, State, load_weights, read_state
-from tidar_megatron.checkpoint.families import model_from_huggingface, read_json
+from tidar_megatron.checkpoint.families import model_from_huggingface, read_json, tidar_section
 from tidar_megatron.checkpoint.huggingface import (
     CONFIG,
     SHARD_BYTES,
@@ -91,10 +91,7 @@ def import_run(
         # tensors that have more digits than the folder says keep them
         training=dataclasses.replace(config.training, bf16=name == "bfloat16" and tensors.dtypes() == {"BF16"}),
     )
-    section = hf.get("tidar") or {}
-    if not isinstance(section, dict):
-        raise UserError(f"{source / CONFIG}: tidar {section!r} is no section; correct it")
-    config = _with_tidar_section(config, section, source / CONFIG)
+    config = _with_tidar_section(config, tidar_section(source))
     if init_mask_token is not None:
         config = _with_mask_token(config, tokenizer, mask_token_id)
     check_config(config)
@@ -122,21 +119,14 @@ def import_run(
     return config
 
 
-def _with_tidar_section(config: Config, section: dict[str, Any], path: Path) -> Config:
-    """What a model that has learned to draft says of it; export writes it back."""
+def _with_tidar_section(config: Config, section: dict[str, Any]) -> Config:
+    """Export writes it back."""
     tidar = {name: section[name] for name in ("mask_token_id", "block_size", "ar_loss_weight") if name in section}
-    block_size = tidar.get("block_size", config.tidar.block_size)
-    if not isinstance(block_size, int) or block_size < 1:
-        raise UserError(f"{path}: tidar.block_size {block_size!r} is not a positive integer; correct it")
-    mask, size = tidar.get("mask_token_id"), config.model.vocab_size or 0
-    if mask is not None and not (isinstance(mask, int) and 0 <= mask < size):
-        raise UserError(f"{path}: tidar.mask_token_id {mask!r} is not an id below {size}; correct it")
-    whole_blocks = max(1, config.data.seq_length // block_size) * block_size
-    return dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, seq_length=section.get("seq_length", whole_blocks)),
-        tidar=dataclasses.replace(config.tidar, **tidar),
-    )
+    config = dataclasses.replace(config, tidar=dataclasses.replace(config.tidar, **tidar))
+    block_size, length = config.tidar.block_size, config.data.seq_length
+    whole_blocks = max(1, length // block_size) * block_size
+    length = section.get("seq_length", whole_blocks)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, seq_length=length))
 
 
 def _with_mask_token(config: Config, tokenizer: Any, mask_token_id: int | None) -> Config:
@@ -263,7 +253,7 @@ def verify(hf: str | Path, run: str | Path, iteration: int | None = None, length
         raise UserError(f"--checkpoint {run}: is another model than --hf {hf}: {', '.join(differing)} differ")
     Safetensors(hf).check(theirs)
     tokens = torch.randint(theirs.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
-    own_row = mask is not None and (read_json(Path(hf) / CONFIG).get("tidar") or {}).get("mask_token_id") != mask
+    own_row = mask is not None and tidar_section(hf).get("mask_token_id") != mask
     if own_row:
         tokens[tokens == mask] = 0 if mask else 1
     reference = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, trust_remote_code=False)

@@ -9,7 +9,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from tidar_megatron.config import Config, ModelConfig
 from tidar_megatron.errors import UserError
@@ -79,7 +79,7 @@ def model_from_huggingface(folder: str | Path, ours: ModelConfig) -> ModelConfig
     for key in needed:
         if not hf.get(key):
             raise UserError(f"{path}: has no {key}; is it a whole model folder?")
-    _check_kinds(path, hf, [*needed, *OPTIONAL])
+    _check_kinds(f"{path}: ", hf, [*needed, *OPTIONAL])
     heads = hf["num_attention_heads"]
     experts = {}
     if family.experts:
@@ -107,19 +107,44 @@ def model_from_huggingface(folder: str | Path, ours: ModelConfig) -> ModelConfig
     )
 
 
-def _check_kinds(path: Path, hf: dict[str, Any], keys: list[str]) -> None:
+def tidar_section(folder: str | Path) -> dict[str, Any]:
+    """What a model that has learned to draft says of it in its ``config.json``; empty of another.
+
+    Raises:
+        UserError: it is no section, or one of its values cannot be meant.
+    """
+    path = Path(folder) / "config.json"
+    hf = read_json(path)
+    section = hf.get("tidar")
+    if section is None:
+        return {}
+    if not isinstance(section, dict):
+        raise UserError(f"{path}: tidar {section!r} is no section; correct it")
+    _check_kinds(f"{path}: tidar.", section, ["block_size", "seq_length"])
+    mask, size, alpha = section.get("mask_token_id"), hf.get("vocab_size"), section.get("ar_loss_weight", 1.0)
+    if mask is not None and not (type(mask) is int and type(size) is int and 0 <= mask < size):
+        raise UserError(f"{path}: tidar.mask_token_id {mask!r} is not an id below {size}; correct it")
+    if not (_is_number(alpha) and 0 <= alpha < math.inf):
+        raise UserError(f"{path}: tidar.ar_loss_weight {alpha!r} is not a number of 0 or more; correct it")
+    return section
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_kinds(where: str, section: dict[str, Any], keys: list[str]) -> None:
     """Whether each is of the kind that it must be: sizes, but for two numbers and a switch."""
     for key in keys:
-        value: Any = hf.get(key)
+        value: Any = section.get(key)
         wanted = "a positive integer"
         right = type(value) is int and value > 0
         if key in ("rms_norm_eps", "rope_theta"):
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            right, wanted = is_number and 0 < value < math.inf, "a number above 0"
+            right, wanted = _is_number(value) and 0 < value < math.inf, "a number above 0"
         elif key == "tie_word_embeddings":
             right, wanted = type(value) is bool, "true or false"
         if value is not None and not right:
-            raise UserError(f"{path}: {key} {value!r} is not {wanted}; correct it")
+            raise UserError(f"{where}{key} {value!r} is not {wanted}; correct it")
 
 
 def _refuse_what_we_do_not_compute(path: Path, hf: dict[str, Any], family: Family) -> None:
@@ -148,16 +173,16 @@ def _rope_from_huggingface(path: Path, hf: dict[str, Any]) -> dict[str, Any]:
             raise UserError(f"{path}: {name} {value!r} is no section; is it a whole model folder?")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     kind = "none" if kind == "default" else kind
-    if kind not in ROPE_KINDS:
+    if str(kind) not in ROPE_KINDS:
         known = ", ".join(k for k in ROPE_KINDS if k != "none")
         raise UserError(f"{path}: rope type {kind!r} is not supported; start from a model with {known} or without")
     for key in ROPE_KINDS[kind]:
         number = scaling.get(key)
-        if isinstance(number, bool) or not isinstance(number, int | float):
+        if not _is_number(number):
             raise UserError(f"{path}: rope type {kind!r} without {key}; is it a whole model folder?")
         if not (math.isfinite(number) and number > 0):
             raise UserError(f"{path}: rope type {kind!r} with {key} {number}: must be a number above 0")
-        if hf.get(key, number) != number:
+        if hf.get(key) not in (None, number):
             raise UserError(f"{path}: {key} is {hf[key]} and, of the rope, {number}; leave the right one there alone")
     base = rope.get("rope_theta") or scaling.get("rope_theta") or hf.get("rope_theta") or 10000.0
     return {

@@ -32,7 +32,7 @@ from tidar_megatron.data.tokenizer import MASK_TOKEN, load_tokenizer
 from tidar_megatron.errors import UserError
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
-INDEX = "model.safetensors.index.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("BF16", "F16", "F32", "F64")
 SHARD_BYTES = 5 * 10**9  # of one file of an export, as transformers has it
 
@@ -47,7 +47,7 @@ class Safetensors:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        single, index = self.folder / "model.safetensors", self.folder / INDEX
+        single, index = self.folder / WEIGHTS, self.folder / INDEX
         if single.exists():  # as transformers, whatever lies beside it
             files = [single]
         elif index.exists():
@@ -69,9 +69,11 @@ class Safetensors:
                 handle = safe_open(str(file), framework="pt")
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file}: no whole safetensors file ({error}); copy it again") from None
-            if twice := sorted(self._where.keys() & handle.keys()):
+            # old Llama folders hold a buffer that is computed
+            names = {name for name in handle.keys() if not name.endswith("rotary_emb.inv_freq")}  # noqa: SIM118
+            if twice := sorted(self._where.keys() & names):
                 raise UserError(f"{file}: tensor {twice[0]} is in another file too; leave one of both files there")
-            self._where |= dict.fromkeys(handle.keys(), handle)
+            self._where |= dict.fromkeys(names, handle)
 
     def check(self, model: ModelConfig) -> None:
         """Refuse a folder that has not exactly the tensors of this model, or tensors that are no weights.
@@ -85,9 +87,7 @@ class Safetensors:
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
             raise UserError(f"{self.folder}: tensor {missing[0]}{more} is missing from the safetensors")
         tied = set() if model.untie_embeddings_and_output_weights else {"lm_head.weight"}
-        extra = sorted(
-            name for name in self._where.keys() - expected - tied if not name.endswith("rotary_emb.inv_freq")
-        )
+        extra = sorted(self._where.keys() - expected - tied)
         if extra:
             more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
             raise UserError(f"{self.folder}: tensor {extra[0]}{more} is no part of the model that {CONFIG} describes")
@@ -110,9 +110,8 @@ class Safetensors:
         return all(torch.equal(one[at : at + rows], two[at : at + rows]) for at in starts)
 
     def dtypes(self) -> set[str]:
-        """Of the weights, as safetensors names them: BF16, F32, .."""
-        weights = {name: file for name, file in self._where.items() if not name.endswith("rotary_emb.inv_freq")}
-        return {file.get_slice(name).get_dtype() for name, file in weights.items()}
+        """Of the tensors, as safetensors names them: BF16, F32, .."""
+        return {handle.get_slice(name).get_dtype() for name, handle in self._where.items()}
 
     def read(self, name: str) -> Tensor:
         """One tensor.
@@ -303,7 +302,7 @@ def _write_weights(
         held += size
     where: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weights: dict[str, Tensor] = {}
         for name in names:
             entry, numbers = entry_of(name)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 
 from tidar_megatron.checkpoint.distributed import damage, load_weights
-from tidar_megatron.checkpoint.families import model_from_huggingface, read_json
+from tidar_megatron.checkpoint.families import model_from_huggingface, tidar_section
 from tidar_megatron.checkpoint.folder import checkpoint_folder, latest_iteration
 from tidar_megatron.checkpoint.huggingface import (
     CONFIG,
@@ -68,7 +68,7 @@ def open_origin(path: str | Path) -> Origin:
 class _HuggingFace:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self.mask_token_id = (read_json(folder / CONFIG).get("tidar") or {}).get("mask_token_id")
+        self.mask_token_id = tidar_section(folder).get("mask_token_id")
 
     def model(self, ours: ModelConfig) -> ModelConfig:
         return model_from_huggingface(self._folder, ours)

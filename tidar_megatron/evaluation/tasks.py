@@ -72,7 +72,7 @@ def local_task(path: str | Path, max_new_tokens: int = 64) -> dict[str, Any]:
         raise UserError(f"--tasks {path}: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"--tasks {path}: not UTF-8: {error}") from None
-    lines = []
+    lines, numbers = [], []
     for number, written in enumerate(text.split("\n"), start=1):
         if not written.strip():
             continue
@@ -81,8 +81,7 @@ def local_task(path: str | Path, max_new_tokens: int = 64) -> dict[str, Any]:
         except ValueError as error:
             raise UserError(f"--tasks {path}: line {number} is not JSON: {error}") from None
         lines.append(line)
-        if isinstance(line, dict) and (why := _what_is_wrong(line)):
-            raise UserError(f"--tasks {path}: line {number}: {why}")
+        numbers.append(number)
     kinds = "; ".join(" ".join(keys) for keys in KINDS)
     if not lines:
         raise UserError(f"--tasks {path}: is empty; its lines are objects with one of these sets of keys: {kinds}")
@@ -91,6 +90,9 @@ def local_task(path: str | Path, max_new_tokens: int = 64) -> dict[str, Any]:
     if kind is None:
         what = "the first line is none" if first is None else f"the first line has {' '.join(first)}, others have not"
         raise UserError(f"--tasks {path}: all lines must be objects with one of these sets of keys: {kinds}; {what}")
+    for number, line in zip(numbers, lines, strict=True):
+        if why := _what_is_wrong(line, kind):
+            raise UserError(f"--tasks {path}: line {number}: {why}")
     task = {
         "task": path.stem,
         "dataset_path": "json",
@@ -106,21 +108,19 @@ def local_task(path: str | Path, max_new_tokens: int = 64) -> dict[str, Any]:
     return task
 
 
-def _what_is_wrong(line: dict[str, Any]) -> str | None:
-    for name in ("context", "prompt", "target", "text"):
-        if name in line and not isinstance(line[name], str):
-            return f"{name} {line[name]!r} is no text"
-    if line.get("text") == "":
-        return "text is empty"
-    for name in ("choices", "until"):
-        values = line.get(name, ["some"])
-        if not (isinstance(values, list) and values and all(isinstance(value, str) and value for value in values)):
-            return f"{name} {values!r} is no list of texts"
-    if {"choices", "answer"} <= {*line}:
-        answer = line["answer"]
-        if not isinstance(answer, int) or not 0 <= answer < len(line["choices"]):
-            return f"answer {answer!r} is no place in its choices, from 0"
-    return None
+def _what_is_wrong(line: dict[str, Any], kind: tuple[str, ...]) -> str | None:
+    """With the values of its kind's keys; others may be anything."""
+    for name in (*kind, *(["until"] if "prompt" in kind and "until" in line else [])):
+        value = line[name]
+        if name == "answer":
+            if type(value) is not int or not 0 <= value < len(line["choices"]):
+                return f"answer {value!r} is no place in its choices, from 0"
+        elif name in ("choices", "until"):
+            if not (isinstance(value, list) and value and all(isinstance(one, str) and one for one in value)):
+                return f"{name} {value!r} is no list of texts"
+        elif not isinstance(value, str):
+            return f"{name} {value!r} is no text"
+    return "text is empty" if "text" in kind and not line["text"] else None
 
 
 def run_tasks(
@@ -164,17 +164,13 @@ def run_tasks(
     for task in tasks:
         if task.endswith((".json", ".jsonl")):
             wanted.append(local_task(task, max_new_tokens))
-        elif task.endswith((".yaml", ".yml")) or manager.match_tasks([task]):
+        elif task.endswith((".yaml", ".yml")):
+            _check_yaml(Path(task))
+            wanted.append(task)
+        elif manager.match_tasks([task]):
             wanted.append(task)
         else:
             raise UserError(f"--tasks {task}: lm-eval has no such task, and it is no .yaml, .json or .jsonl file")
-    for file in (task for task in wanted if isinstance(task, str) and task.endswith((".yaml", ".yml"))):
-        try:
-            list(yaml.parse(Path(file).read_bytes()))
-        except OSError as error:
-            raise UserError(f"--tasks {file}: {error.strerror}") from None
-        except yaml.YAMLError as error:
-            raise UserError(f"--tasks {file}: is no YAML: {' '.join(str(error).split())}") from None
     names = [task["task"] if isinstance(task, dict) else task for task in wanted]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"--tasks: {twice[0]} names two tasks; a file's is its name without the ending, so rename it")
@@ -197,6 +193,16 @@ def run_tasks(
     (planned, made), (plain, made_by_ar) = runs
     rows = [_row(name, planned[name], plain[name], made.get(name, []), made_by_ar.get(name, [])) for name in planned]
     return [row | {"scores_differ": False} if row["task"] in sampled else row for row in rows]
+
+
+def _check_yaml(path: Path) -> None:
+    """lm-eval's own answer is a traceback; its tags are for it to read."""
+    try:
+        list(yaml.parse(path.read_bytes()))
+    except OSError as error:
+        raise UserError(f"--tasks {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"--tasks {path}: is no YAML: {' '.join(str(error).split())}") from None
 
 
 def warm_up(model: DecodeModel, plan: str) -> None:
