@@ -3,7 +3,10 @@
 import errno
 import json
 import math
+import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -150,9 +153,14 @@ def test_what_a_model_learned_of_drafting_comes_along(tmp_path):
             import_run(hf, tmp_path / "other")
 
 
-def tool(*arguments):
+def tool(*arguments, largest_file=None):
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+
     command = [sys.executable, "tools/convert_checkpoint.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    before = limit if largest_file else None
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=before)
 
 
 def test_a_used_id_is_no_mask_token(tmp_path):
@@ -208,6 +216,29 @@ def test_an_export_touches_nothing_else(imported, tmp_path):
         export_run(imported / "llama-tied" / "run", beside / "mine" / "hf")
 
 
+def test_into_the_folder_where_one_stands(tmp_path, monkeypatch):
+    hf = write_random_model(tmp_path / "hf", "llama")
+    for name in ("run", "out"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    import_run(hf, ".")
+    monkeypatch.chdir(tmp_path / "out")
+    export_run("../run", ".")
+    same_folder(hf, tmp_path / "out")
+    assert not list(tmp_path.glob("*/.*"))
+
+
+def test_a_disk_that_is_full_leaves_nothing(tmp_path):
+    hf = write_random_model(tmp_path / "hf", "llama")
+    import_run(hf, tmp_path / "run")
+    for verb, option in (("import", "--output"), ("export", "--hf")):
+        source = ["--hf", hf] if verb == "import" else ["--checkpoint", tmp_path / "run"]
+        done = tool(verb, *source, option, tmp_path / "to", largest_file=20_000)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert re.fullmatch(rf"error: {option} .*File too large.*; nothing was written\n", done.stderr), done.stderr
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "run"]
+
+
 def test_what_transformers_shall_not_say_grows_by_the_mask_token(tmp_path):
     hf = write_random_model(tmp_path / "hf", "llama")
     (hf / "generation_config.json").write_text(json.dumps({"suppress_tokens": [5, 6]}))
@@ -232,6 +263,8 @@ def test_the_tool(tmp_path):
     weights = load_file(hf / "model.safetensors")
     weights["model.norm.weight"] *= 2
     save_file(weights, hf / "model.safetensors", metadata={"format": "pt"})
+    done = tool("export", "--checkpoint", run, "--hf", tmp_path / "more", "--max-shard-size-gb", "inf")
+    assert (done.returncode, done.stderr) == (2, "error: --max-shard-size-gb inf: must be a number above 0\n")
     done = tool("verify", "--hf", hf, "--checkpoint", run)
     assert done.returncode == 2
     assert "is not the model in" in done.stderr
@@ -266,8 +299,9 @@ def test_what_cannot_be_imported_leaves_nothing(tmp_path):
     for value in (math.nan, math.inf):
         save_file({**whole, "model.norm.weight": torch.full((64,), value)}, weights)
         refuse("model.norm.weight has values that are NaN or infinite")
-    save_file({**whole, "model.norm.weight": torch.ones(64, dtype=torch.int32)}, weights)
-    refuse("model.norm.weight is of I32, not of BF16")
+    for dtype, name in ((torch.int32, "I32"), (torch.float64, "F64")):
+        save_file({**whole, "model.norm.weight": torch.ones(64, dtype=dtype)}, weights)
+        refuse(f"model.norm.weight is of {name}, not of BF16, F16, F32; save it as one of them")
     save_file(whole, weights)
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens([f"<extra {n}>" for n in range(4)])

@@ -5,8 +5,6 @@ checkpoint holds weights alone: ``tools/pretrain.py --init-from`` starts from it
 """
 
 import dataclasses
-import secrets
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +36,7 @@ from tidar_megatron.data.packing import PackedSequence
 from tidar_megatron.data.tokenizer import free_id, load_tokenizer, reserved_ids, vocabulary_size
 from tidar_megatron.distributed.groups import initialize, shut_down
 from tidar_megatron.errors import UserError
+from tidar_megatron.files import check_free, new_folder
 from tidar_megatron.models.gpt import build_model, run_model
 from tidar_megatron.models.output_layer import output_weight
 
@@ -69,8 +68,7 @@ def import_run(
         UserError: not a model of ours, or not whole, or it does not fit the layout; nothing is written then.
     """
     source, target = Path(source), Path(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"--output {target}: exists and is not empty; choose another folder or remove it")
+    check_free("--output", target)
     hf = read_json(source / CONFIG)
     model = model_from_huggingface(source, ModelConfig())
     name = hf.get("dtype") or hf.get("torch_dtype") or "float32"
@@ -101,21 +99,15 @@ def import_run(
     if init_mask_token is not None:
         assert config.tidar.mask_token_id is not None and model.vocab_size and config.model.vocab_size
         row = MaskRow(init_mask_token, config.tidar.mask_token_id, model.vocab_size, config.model.vocab_size)
-    partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
     try:
-        partial.mkdir(parents=True)
-        _write_checkpoint(config, whole, partial, tensors, model, row)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(partial / TOKENIZER_FOLDER))
-        keep_huggingface_files(source, partial)
-        (partial / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
+        with new_folder(target, CONFIG_FILE) as run:
+            _write_checkpoint(config, whole, run, tensors, model, row)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(str(run / TOKENIZER_FOLDER))
+            keep_huggingface_files(source, run)
+            (run / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--output {target}: {error.strerror}; nothing was written") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return config
 
 

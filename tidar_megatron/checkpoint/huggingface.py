@@ -1,8 +1,6 @@
 """Hugging Face folders in and out, tensor by tensor, by the name-mapping table. Safetensors alone; no code runs."""
 
 import json
-import secrets
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,10 +28,11 @@ from tidar_megatron.checkpoint.streaming import WholeModel
 from tidar_megatron.config import Config, ModelConfig
 from tidar_megatron.data.tokenizer import MASK_TOKEN, load_tokenizer
 from tidar_megatron.errors import UserError
+from tidar_megatron.files import check_free, new_folder
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-FLOATS = ("BF16", "F16", "F32", "F64")
+FLOATS = ("BF16", "F16", "F32")  # float32 has all their values
 SHARD_BYTES = 5 * 10**9  # of one file of an export, as transformers has it
 
 
@@ -94,7 +93,9 @@ class Safetensors:
         for name in sorted(expected):
             if (kind := self._where[name].get_slice(name).get_dtype()) not in FLOATS:
                 wanted = ", ".join(FLOATS)
-                raise UserError(f"{self.folder}: tensor {name} is of {kind}, not of {wanted}; save it de-quantised")
+                raise UserError(
+                    f"{self.folder}: tensor {name} is of {kind}, not of {wanted}; save it as one of them, de-quantised"
+                )
         if tied & self._where.keys() and not self._same("model.embed_tokens.weight", "lm_head.weight"):
             raise UserError(
                 f"{self.folder}: lm_head.weight is not embed_tokens.weight, though {CONFIG} ties them; "
@@ -249,32 +250,27 @@ def export_huggingface(
         folder: where to write; must not exist yet, or be empty.
         source: a folder with the ``config.json`` and ``generation_config.json`` that it was once imported from.
         shard_bytes: of one file of weights, about.
+
+    Raises:
+        UserError: ``folder`` cannot be written, or holds something; it is as it was then.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: exists and is not empty; choose another folder or remove it")
+    check_free("--hf", folder)
     eos_token_id = tokenizer.eos_token_id if tokenizer is not None else None
     before = read_json(Path(source) / CONFIG) if source is not None else None
     hf_config = huggingface_config(config, eos_token_id, before)
-    partial = folder.with_name(f".{folder.name}.partial-{secrets.token_hex(4)}")
     try:
-        partial.mkdir(parents=True)
-    except OSError as error:  # what fails later is the disk, of which every program speaks alike
-        raise UserError(f"--hf {folder}: {error.strerror}; nothing was written") from None
-    try:
-        _write_weights(whole, read, hf_config["vocab_size"], partial, shard_bytes)
-        _write_json(partial / CONFIG, hf_config)
-        _write_json(partial / GENERATION_CONFIG, _generation_config(hf_config, config, source))
-        write_custom_generate(partial)
-        if tokenizer is not None:
-            if len(tokenizer) == config.tidar.mask_token_id:  # the next free id: the mask token gets its name
-                tokenizer.add_tokens([MASK_TOKEN], special_tokens=True)
-            tokenizer.save_pretrained(partial)
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with new_folder(folder, CONFIG) as hf:
+            _write_weights(whole, read, hf_config["vocab_size"], hf, shard_bytes)
+            _write_json(hf / CONFIG, hf_config)
+            _write_json(hf / GENERATION_CONFIG, _generation_config(hf_config, config, source))
+            write_custom_generate(hf)
+            if tokenizer is not None:
+                if len(tokenizer) == config.tidar.mask_token_id:  # the next free id: the mask token gets its name
+                    tokenizer.add_tokens([MASK_TOKEN], special_tokens=True)
+                tokenizer.save_pretrained(hf)
+    except (OSError, SafetensorError) as error:  # the latter's words are of a file that could not be written
+        why = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"--hf {folder}: {why}; nothing was written") from None
 
 
 def _generation_config(hf_config: dict, config: Config, source: str | Path | None) -> dict:

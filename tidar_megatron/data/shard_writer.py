@@ -4,8 +4,6 @@ A folder is written under another name and renamed when it is complete, so a fol
 """
 
 import io
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from tidar_megatron.data.manifest import (
 )
 from tidar_megatron.data.tokenizer import fingerprint, vocabulary_size
 from tidar_megatron.errors import UserError
-from tidar_megatron.files import sha256_of, sync
+from tidar_megatron.files import new_folder, sha256_of
 
 
 def check_output(folder: str | Path, overwrite: bool) -> None:
@@ -59,34 +57,29 @@ def write_shards(
         UserError: as :func:`check_output`, or the disk refuses.
     """
     check_output(folder, overwrite)
-    folder = Path(folder).resolve()
     size = vocabulary_size(tokenizer)
     dtype: np.dtype = np.dtype(np.uint16 if size <= 1 << 16 else np.uint32)
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
-        partial.mkdir(parents=True)
-        shards = list(_write_tars(partial, documents, dtype, shard_bytes))
-        tokenizer.save_pretrained(partial / TOKENIZER_FOLDER)
-        manifest = Manifest(
-            format=FORMAT,
-            dtype="uint16" if dtype == np.uint16 else "uint32",
-            documents=sum(shard.documents for shard in shards),
-            tokens=sum(shard.tokens for shard in shards),
-            tokenizer=TokenizerEntry(
-                spec=tokenizer_spec,
-                fingerprint=fingerprint(tokenizer),
-                vocab_size=size,
-                eos_token_id=tokenizer.eos_token_id,
-            ),
-            source=source,
-            shards=shards,
-        )
-        write_manifest(partial, manifest)
-        _publish(partial, folder)
+        with new_folder(folder, FILE_NAME) as partial:
+            shards = list(_write_tars(partial, documents, dtype, shard_bytes))
+            tokenizer.save_pretrained(partial / TOKENIZER_FOLDER)
+            manifest = Manifest(
+                format=FORMAT,
+                dtype="uint16" if dtype == np.uint16 else "uint32",
+                documents=sum(shard.documents for shard in shards),
+                tokens=sum(shard.tokens for shard in shards),
+                tokenizer=TokenizerEntry(
+                    spec=tokenizer_spec,
+                    fingerprint=fingerprint(tokenizer),
+                    vocab_size=size,
+                    eos_token_id=tokenizer.eos_token_id,
+                ),
+                source=source,
+                shards=shards,
+            )
+            write_manifest(partial, manifest)
     except OSError as error:
         raise UserError(f"output {folder}: cannot be written ({error})") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return manifest
 
 
@@ -113,21 +106,3 @@ def _write_tars(
         yield ShardEntry(
             name=path.name, bytes=path.stat().st_size, sha256=sha256_of(path), documents=count, tokens=tokens
         )
-
-
-def _publish(partial: Path, folder: Path) -> None:
-    """Move the complete ``partial`` to ``folder``, everything on the disk before the name is."""
-    for path in [*sorted(partial.rglob("*")), partial]:
-        sync(path)
-    if folder.exists() and any(folder.iterdir()):
-        old = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
-        folder.rename(old)
-        try:
-            partial.rename(folder)
-        except OSError:
-            old.rename(folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)  # of a network's file system somebody may still read it
-    else:
-        partial.rename(folder)  # over an empty folder, too
-    sync(folder.parent)
