@@ -56,6 +56,11 @@ def main() -> None:
         print(json.dumps({"model": args.model, "plan": args.plan, "rows": rows}))
 
 
+def number(value: float) -> str:
+    """Four places, or of a large one four digits: perplexities know no bounds."""
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.3e}"
+
+
 def show(rows, plan) -> None:  # type: ignore[no-untyped-def]
     """A table, and what differs."""
     from rich.console import Console
@@ -66,7 +71,7 @@ def show(rows, plan) -> None:  # type: ignore[no-untyped-def]
         for name, value in row["scores"].items():
             speed = [f"{row[key]:.2f}" if key in row else "" for key in ("tokens_per_forward", "tokens_per_second")]
             over = f"{row['over_ar']:.2f}" if "over_ar" in row else ""
-            table.add_row(row["task"], name, f"{value:.4f}", f"{row['ar_scores'][name]:.4f}", *speed, over)
+            table.add_row(row["task"], name, number(value), number(row["ar_scores"][name]), *speed, over)
     Console(width=120).print(table)
     for row in rows:
         if row["scores_differ"]:

@@ -99,6 +99,8 @@ def of_a_draw(args: argparse.Namespace) -> dict[str, bool]:
 
 def main() -> None:
     args = parse_args()
+    if "" in args.stop:
+        raise UserError("--stop '': give strings of at least one character")
     # After parsing, so that --help does not wait for torch.
     from transformers.utils import logging
 
@@ -135,6 +137,8 @@ def main() -> None:
     )
     if idle := [name for name, value in of_a_draw(args).items() if value and not args.temperature]:
         print(f"note: {', '.join(idle)}: of no effect at temperature 0, which is greedy", file=sys.stderr)
+    if args.logprobs and not args.json:
+        print("note: --logprobs: printed with --json alone", file=sys.stderr)
     K, B = options.draft_length or 1, model.block_size
     if options.mode in ("tidar", "linear") and B and model.is_tidar and K > B:
         print(f"note: {K} drafts at once; the model has learned blocks of {B}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """lm-eval by our engine: the numbers of its own ``hf`` model; drafting changes no score; bad files are refused."""
 
+import copy
 import dataclasses
 import json
 import subprocess
@@ -59,6 +60,9 @@ def test_likelihoods_are_those_of_lm_evals_own_model(folder):
         assert ours_one[0] == pytest.approx(theirs_one[0], abs=1e-4)
         assert ours_one[1] == theirs_one[1]
     rolling = [(text,) for text in (*TEXTS, "word " * 80)]
+    assert ours.loglikelihood(instances("loglikelihood", [("alpha", "x" * 128)]))  # the context is dropped
+    with pytest.raises(UserError, match=r"a continuation of 129 tokens .* context holds 128: shorten 'xx"):
+        ours.loglikelihood(instances("loglikelihood", [("alpha", "x" * 129)]))
     found = ours.loglikelihood_rolling(instances("loglikelihood_rolling", rolling))
     should = theirs.loglikelihood_rolling(instances("loglikelihood_rolling", rolling), disable_tqdm=True)
     assert found == pytest.approx(should, abs=1e-4, rel=1e-6)
@@ -146,6 +150,13 @@ def test_options_of_a_task_are_served_or_refused(folder):
     assert not lm.sampled
     with pytest.raises(UserError, match="num_beams is not served"):
         lm.generate_until(instances("generate_until", [("alpha", plain | {"num_beams": 4})]))
+    for options, said in (
+        ({"temperature": 0.0}, "do_sample at temperature 0"),
+        ({"top_p": 0.0}, "top-p 0.0: must be above 0"),
+        ({"repetition_penalty": 0}, "repetition penalty 0.0: must be"),
+    ):
+        with pytest.raises(UserError, match=said):
+            lm.generate_until(instances("generate_until", [("alpha", plain | {"do_sample": True} | options)]))
     drawn = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
@@ -188,13 +199,19 @@ def test_scores_that_differ_are_told(folder, files, monkeypatch):
 
 
 def test_the_tool(folder, files):
-    command = [sys.executable, "tools/evaluate.py", "--model", folder, "--tasks", files / "answers.jsonl"]
+    named = [files / "answers.jsonl", files / "texts.jsonl"]
+    command = [sys.executable, "tools/evaluate.py", "--model", folder, "--tasks", *named]
     command += ["--plan", "1:4", "--max-new-tokens", "6", "--json"]
     done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (row,) = json.loads(done.stdout.splitlines()[-1])["rows"]
-    assert row["task"] == "answers"
-    assert not row["scores_differ"]
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert [(row["task"], row["scores_differ"]) for row in rows] == [("answers", False), ("texts", False)]
+    bits = rows[1]["scores"]["bits_per_byte"]
+    assert f"{bits:.4f}" in done.stdout
+    perplexity = rows[1]["scores"]["word_perplexity"]  # of a random model: beyond what four places are good for
+    assert perplexity > 1e6
+    assert f" {perplexity:.3e} " in done.stdout
+    assert "[Task:" not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
@@ -255,6 +272,22 @@ def test_what_the_model_does_not_take_is_refused(folder):
 
     with pytest.raises(UserError, match="model_args paln: there is pretrained, plan"):
         lm_eval_model.TidarLM(str(folder), paln="ar")
+
+
+def test_a_tokenizer_without_ends(folder, tmp_path):
+    """Where it has a BOS alone, nothing but the task's own stops end a text; with neither, no text can begin."""
+    from tidar_megatron.evaluation.lm_eval_model import TidarLM
+
+    model = load_model(folder)
+    model = dataclasses.replace(model, tokenizer=copy.deepcopy(model.tokenizer))
+    model.tokenizer.bos_token, model.tokenizer.eos_token = model.tokenizer.eos_token, None
+    asked = instances("generate_until", [("alpha", {"until": [], "max_gen_toks": 5})])
+    assert TidarLM(model).generate_until(asked) == TidarLM(load_model(folder)).generate_until(asked)
+    model.tokenizer.bos_token = None
+    with pytest.raises(UserError, match=r"neither a BOS nor an EOS token.*tokenizer_config.json"):
+        TidarLM(model)
+    with pytest.raises(UserError, match="has no tokenizer: copy"):
+        TidarLM(dataclasses.replace(model, tokenizer=None))
 
 
 def test_lm_evals_own_command_line(folder, tmp_path):

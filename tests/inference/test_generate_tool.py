@@ -125,6 +125,8 @@ def test_what_only_a_draw_knows_is_said_to_be_idle(checkpoint, tool):
     status, _, err = tool(*arguments)
     assert status == 0 and "note: --top-p, --seed: of no effect at temperature 0" in err
     assert "of no effect" not in tool(*arguments, "--temperature", 1)[2]
+    assert "note: --logprobs: printed with --json alone" in tool(*arguments, "--logprobs")[2]
+    assert "--logprobs" not in tool(*arguments, "--logprobs", "--json")[2]
 
 
 def test_stops_where_the_context_ends_and_says_so(checkpoint, tool):
@@ -197,6 +199,7 @@ def test_the_plan_is_named_or_explained(checkpoint, tool):
         (["--mode", "ar", "--draft-length", 4], "--mode ar: has no --draft-length"),
         (["--mode", "ar", "--explain-plan"], "--explain-plan: needs --plan auto"),
         (["--temperature", "nan"], "temperature nan: must be"),
+        (["--stop", "x", ""], "--stop '': give strings of at least one character"),
     ):
         status, _, err = tool(*arguments, *wrong)
         assert status == 2 and message in err and err.count("\n") == 1

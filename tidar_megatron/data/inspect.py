@@ -69,6 +69,8 @@ def _show_shards(folder: str, console: Console) -> bool:
         style = "" if state == "ok" else "bold red"
         table.add_row(shard.name, f"{shard.documents:,}", f"{shard.tokens:,}", f"{shard.bytes:,}", state, style=style)
     console.print(table)
+    if not whole:
+        console.print("not whole: copy the folder again, or prepare the data again with --overwrite")
     strays = sorted(file.name for file in Path(folder).glob("*.tar"))
     if strays := [name for name in strays if name not in {shard.name for shard in manifest.shards}]:
         console.print(

@@ -67,6 +67,15 @@ class TidarLM(TemplateLM):
             device = None if device == "cuda:0" and not has_gpu() else device
             self.model = load_model(pretrained, device, None if dtype == "auto" else dtype, mask_token_id)
         self.tokenizer = self.model.tokenizer
+        if self.tokenizer is None:
+            raise UserError(
+                "the model's folder has no tokenizer: copy its tokenizer.json and tokenizer_config.json there"
+            )
+        if self.tokenizer.bos_token_id is None and self.tokenizer.eos_token_id is None:
+            raise UserError(
+                "the model's tokenizer has neither a BOS nor an EOS token, with which lm-eval begins a text: "
+                "name one in tokenizer_config.json"
+            )
         self._options = parse_plan(plan)
         self._batch_size = int(batch_size) if str(batch_size).isdecimal() else 8
         self.max_length = int(max_length or self.model.context_limit)
@@ -75,13 +84,13 @@ class TidarLM(TemplateLM):
         self.sampled: set[str] = set()
 
     @property
-    def eot_token_id(self) -> int:
+    def eot_token_id(self) -> int | None:
         return self.tokenizer.eos_token_id
 
     @property
     def prefix_token_id(self) -> int:
         bos = self.tokenizer.bos_token_id
-        return self.eot_token_id if bos is None else bos
+        return self.tokenizer.eos_token_id if bos is None else bos
 
     @property
     def tokenizer_name(self) -> str:
@@ -104,6 +113,11 @@ class TidarLM(TemplateLM):
     def _loglikelihood_tokens(self, requests: list[Any], **unused: Any) -> list[tuple[float, bool]]:
         texts = []
         for _, context, continuation in requests:
+            if len(continuation) > self.max_length:
+                raise UserError(
+                    f"a continuation of {len(continuation)} tokens is to be scored, and the model's context holds "
+                    f"{self.max_length}: shorten {self.tokenizer.decode(continuation[:16])!r} .."
+                )
             kept = (context + continuation)[-(self.max_length + 1) :]
             texts.append((kept[: -len(continuation)], kept[-len(continuation) :]))
         answers = [(one.logprob, one.greedy) for one in score(self.model, texts)]
@@ -134,7 +148,8 @@ class TidarLM(TemplateLM):
         texts: list[str] = [""] * len(requests)
         for numbers in groups.values():
             asked = normalize_gen_kwargs(requests[numbers[0]].args[1], MAX_NEW_TOKENS)
-            until = handle_stop_sequences(asked.get("until"), eos=self.tokenizer.decode(self.eot_token_id))
+            eos = None if self.eot_token_id is None else self.tokenizer.decode(self.eot_token_id)
+            until = handle_stop_sequences(asked.get("until"), eos=eos)
             options = dataclasses.replace(
                 self._options,
                 max_new_tokens=asked["max_gen_toks"],
@@ -166,7 +181,7 @@ def _sampling(asked: dict[str, Any]) -> SamplingOptions:
     """Of a task's ``generation_kwargs``, as lm-eval's ``hf`` model hands them to transformers.
 
     Raises:
-        UserError: an option that is not served, by name.
+        UserError: an option that is not served, by name, or a draw at temperature 0.
     """
     wanted = {name: value for name, value in asked.items() if value is not None and value is not False}
     neutral = ("use_cache", *(name for name in ("num_beams", "length_penalty") if asked.get(name) == 1))
@@ -174,16 +189,22 @@ def _sampling(asked: dict[str, Any]) -> SamplingOptions:
     served = ("until", "max_gen_toks", "do_sample", "repetition_penalty", "min_new_tokens", *drawing, *neutral)
     if others := [name for name in wanted if name not in served]:
         raise UserError(f"generation_kwargs: {', '.join(others)} is not served by the engine; leave it out of the task")
+
+    def given(name: str, default: float) -> float:
+        return default if asked.get(name) is None else float(asked[name])
+
     kept = SamplingOptions(
-        repetition_penalty=float(asked.get("repetition_penalty") or 1.0),
-        min_new_tokens=int(asked.get("min_new_tokens") or 0),
+        repetition_penalty=given("repetition_penalty", 1.0), min_new_tokens=int(given("min_new_tokens", 0))
     )
     if not asked.get("do_sample"):
         return kept
+    temperature = given("temperature", 1.0)
+    if not temperature:
+        raise UserError("generation_kwargs: do_sample at temperature 0: leave do_sample out, or raise the temperature")
     return dataclasses.replace(
         kept,
-        temperature=float(asked.get("temperature") or 1.0),
+        temperature=temperature,
         top_k=int(asked.get("top_k", TOP_K) or 0) or None,
-        top_p=float(asked.get("top_p") or 1.0),
-        min_p=float(asked.get("min_p") or 0.0),
+        top_p=given("top_p", 1.0),
+        min_p=given("min_p", 0.0),
     )

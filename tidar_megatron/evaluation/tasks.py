@@ -29,6 +29,11 @@ def _target(doc: dict[str, Any]) -> str:
     return str(doc["target"]).strip()
 
 
+def _metric(name: str, aggregation: str = "mean", higher_is_better: bool = True) -> dict[str, Any]:
+    """As lm-eval would take it from its own table, which it does not do without a warning for each."""
+    return {"metric": name, "aggregation": aggregation, "higher_is_better": higher_is_better}
+
+
 # fields by their names: what a template gives, lm-eval would read as Python where it looks like a number or a list
 KINDS: dict[tuple[str, ...], dict[str, Any]] = {
     ("context", "choices", "answer"): {
@@ -37,14 +42,14 @@ KINDS: dict[tuple[str, ...], dict[str, Any]] = {
         "doc_to_choice": "choices",
         "doc_to_target": "answer",
         "target_delimiter": "",
-        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+        "metric_list": [_metric("acc"), _metric("acc_norm")],
     },
     ("prompt", "target"): {
         "output_type": "generate_until",
         "doc_to_text": "prompt",
         "doc_to_target": _target,
         "target_delimiter": "",
-        "metric_list": [{"metric": "exact_match"}],
+        "metric_list": [_metric("exact_match")],
         "filter_list": [
             {"name": "none", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]},
         ],
@@ -53,7 +58,10 @@ KINDS: dict[tuple[str, ...], dict[str, Any]] = {
         "output_type": "loglikelihood_rolling",
         "doc_to_text": "",
         "doc_to_target": "text",
-        "metric_list": [{"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
+        "metric_list": [
+            *(_metric(name, "weighted_perplexity", False) for name in ("word_perplexity", "byte_perplexity")),
+            _metric("bits_per_byte", "bits_per_byte", False),
+        ],
     },
 }
 
@@ -157,8 +165,6 @@ def run_tasks(
         raise UserError("tasks need lm-eval: make eval, or pip install lm-eval") from None
     from tidar_megatron.evaluation.lm_eval_model import TidarLM
 
-    if model.tokenizer is None:
-        raise UserError("the model's folder has no tokenizer: copy its tokenizer.json and tokenizer_config.json there")
     manager = TaskManager()
     wanted: list[Any] = []
     for task in tasks:
