@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "tidar_megatron"
 FLOORS = {
     "errors": -1,  # the ground
     "files": -1,
+    "new_folder": 0,
     "attention_mask": 0,
     "attention_kernels": 0,
     "config": 0,

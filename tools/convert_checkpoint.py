@@ -75,9 +75,10 @@ def _shape(config: Config) -> str:
 def _export(args: argparse.Namespace) -> None:
     from tidar_megatron.checkpoint.convert import export_run
 
-    if not 0 < args.max_shard_size_gb < float("inf"):
+    shard_bytes = args.max_shard_size_gb * 10**9
+    if not 1 <= shard_bytes < float("inf"):
         raise UserError(f"--max-shard-size-gb {args.max_shard_size_gb}: must be a number above 0")
-    iteration = export_run(args.checkpoint, args.hf, args.iteration, int(args.max_shard_size_gb * 10**9))
+    iteration = export_run(args.checkpoint, args.hf, args.iteration, int(shard_bytes))
     drafts = "tidar" in json.loads((Path(args.hf) / "config.json").read_text(encoding="utf-8"))
     ours = "tools/generate.py drafts" if drafts else "it has no mask token, so tools/generate.py decodes it plainly"
     print(f"{args.hf}: the model of iteration {iteration}; any Hugging Face program loads it, {ours}")

@@ -196,7 +196,7 @@ def test_the_program_says_what_is_wrong_in_one_line(corpus: Path, tmp_path: Path
     broken = write_lines(tmp_path / "broken.jsonl", "fine", b"{")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "something").write_text("")
-    for source, output, words in [(broken, "out", "broken.jsonl, line 2"), (corpus, "full", "not a folder of shards")]:
+    for source, output, words in [(broken, "out", "broken.jsonl, line 2"), (corpus, "full", "exists and is not empty")]:
         done = run_tool("--input", source, "--output", tmp_path / output, "--tokenizer", "byte")
         assert done.returncode == 2
         assert done.stdout == ""

@@ -353,7 +353,7 @@ def test_overwriting(make_shards: Callable[..., Path], tmp_path: Path) -> None:
     make_shards(["into an empty folder"], name="precious")
     (precious / "manifest.json").unlink()
     for overwrite in (False, True):
-        with pytest.raises(UserError, match="is not a folder of shards"):
+        with pytest.raises(UserError, match="exists and is not empty"):
             make_shards(["x"], name="precious", overwrite=overwrite)
     assert any(precious.iterdir())
 
@@ -370,5 +370,5 @@ def test_a_failure_on_the_way_leaves_the_old_folder(make_shards: Callable[..., P
     assert ShardedDocuments(folder)[0][:].tolist() == [*b"old", 256]
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match=r"nothing was written .*Not a directory"):
         make_shards(["x"], name="file/below")

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 
 import numpy as np
 import pytest
@@ -55,25 +56,38 @@ def test_wandb_is_kept_offline_and_never_stops_a_run(shards, tmp_path, monkeypat
     wandb.finish()  # one that is open would be what the next init returns
 
 
-def history(file):
-    """The rows that an offline run recorded: LevelDB's log format, a header of 7 bytes before its first block."""
+def records(file):
+    """Kind and content of what an offline run's file holds by now, laid out as a LevelDB log is."""
     from wandb.proto import wandb_internal_pb2
 
-    data, at, whole, rows = file.read_bytes(), 7, b"", []
-    while at < len(data):
+    data, at, whole, found = file.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
         if (left := 32768 - at % 32768) < 7:  # nothing begins in the end of a block
             at += left
             continue
         length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        if at + 7 + length > len(data):
+            break
         whole += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # whole, or the last of several pieces
-            record = wandb_internal_pb2.Record.FromString(whole)
-            whole = b""
-            if record.WhichOneof("record_type") == "history":
-                items = record.history.item
-                rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
-    return rows
+            record, whole = wandb_internal_pb2.Record.FromString(whole), b""
+            kind = record.WhichOneof("record_type")
+            found.append((kind, getattr(record, kind)))
+    return found
+
+
+def history(file):
+    """The rows of a run that has finished; W&B's own process may write on when finish() has returned."""
+    deadline = time.monotonic() + 60
+    while "exit" not in dict(records(file)):
+        assert time.monotonic() < deadline, "the run's file has no end"
+        time.sleep(0.05)
+    return [
+        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row.item}
+        for kind, row in records(file)
+        if kind == "history"
+    ]
 
 
 def test_wandb_goes_on_as_the_same_run_and_shows_what_was_asked_for(shards, tmp_path):
@@ -93,7 +107,9 @@ def test_wandb_goes_on_as_the_same_run_and_shows_what_was_asked_for(shards, tmp_
     folders = list(run.glob("wandb/offline-run-*"))
     assert len(folders) == 2
     assert all(folder.name.endswith(identity) for folder in folders)
-    record = b"".join(file.read_bytes() for folder in folders for file in folder.rglob("*.wandb"))
+    files = [file for folder in folders for file in folder.rglob("*.wandb")]
+    assert all(history(file) for file in files)
+    record = b"".join(file.read_bytes() for file in files)
     for said in (b"draft acceptance by offset in the block", b"the-run-checkpoint", b"memory_gib"):
         assert said in record, said
     tables = [

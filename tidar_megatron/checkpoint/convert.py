@@ -33,12 +33,12 @@ from tidar_megatron.config import CONFIG_FILE, Config, ModelConfig, ParallelConf
 from tidar_megatron.data.doubled import make_batch
 from tidar_megatron.data.manifest import TOKENIZER_FOLDER
 from tidar_megatron.data.packing import PackedSequence
-from tidar_megatron.data.tokenizer import free_id, load_tokenizer, reserved_ids, vocabulary_size
+from tidar_megatron.data.tokenizer import free_id, load_tokenizer, reserved_ids, save_tokenizer, vocabulary_size
 from tidar_megatron.distributed.groups import initialize, shut_down
 from tidar_megatron.errors import UserError
-from tidar_megatron.files import check_free, new_folder
 from tidar_megatron.models.gpt import build_model, run_model
 from tidar_megatron.models.output_layer import output_weight
+from tidar_megatron.new_folder import check_free, new_folder
 
 TOLERANCE = 1e-4  # of logits, in float32
 DTYPES = ("bfloat16", "float32", "float16")  # the last becomes float32, which has all its values
@@ -99,15 +99,12 @@ def import_run(
     if init_mask_token is not None:
         assert config.tidar.mask_token_id is not None and model.vocab_size and config.model.vocab_size
         row = MaskRow(init_mask_token, config.tidar.mask_token_id, model.vocab_size, config.model.vocab_size)
-    try:
-        with new_folder(target, CONFIG_FILE) as run:
-            _write_checkpoint(config, whole, run, tensors, model, row)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(str(run / TOKENIZER_FOLDER))
-            keep_huggingface_files(source, run)
-            (run / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--output {target}: {error.strerror}; nothing was written") from None
+    with new_folder("--output", target, CONFIG_FILE) as run:
+        _write_checkpoint(config, whole, run, tensors, model, row)
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, run / TOKENIZER_FOLDER)
+        keep_huggingface_files(source, run)
+        (run / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
     return config
 
 

@@ -26,9 +26,9 @@ from tidar_megatron.checkpoint.mapping import (
 )
 from tidar_megatron.checkpoint.streaming import WholeModel
 from tidar_megatron.config import Config, ModelConfig
-from tidar_megatron.data.tokenizer import MASK_TOKEN, load_tokenizer
+from tidar_megatron.data.tokenizer import MASK_TOKEN, load_tokenizer, save_tokenizer
 from tidar_megatron.errors import UserError
-from tidar_megatron.files import check_free, new_folder
+from tidar_megatron.new_folder import check_free, new_folder, os_error
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -258,19 +258,15 @@ def export_huggingface(
     eos_token_id = tokenizer.eos_token_id if tokenizer is not None else None
     before = read_json(Path(source) / CONFIG) if source is not None else None
     hf_config = huggingface_config(config, eos_token_id, before)
-    try:
-        with new_folder(folder, CONFIG) as hf:
-            _write_weights(whole, read, hf_config["vocab_size"], hf, shard_bytes)
-            _write_json(hf / CONFIG, hf_config)
-            _write_json(hf / GENERATION_CONFIG, _generation_config(hf_config, config, source))
-            write_custom_generate(hf)
-            if tokenizer is not None:
-                if len(tokenizer) == config.tidar.mask_token_id:  # the next free id: the mask token gets its name
-                    tokenizer.add_tokens([MASK_TOKEN], special_tokens=True)
-                tokenizer.save_pretrained(hf)
-    except (OSError, SafetensorError) as error:  # the latter's words are of a file that could not be written
-        why = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"--hf {folder}: {why}; nothing was written") from None
+    with new_folder("--hf", folder, CONFIG) as hf:
+        _write_weights(whole, read, hf_config["vocab_size"], hf, shard_bytes)
+        _write_json(hf / CONFIG, hf_config)
+        _write_json(hf / GENERATION_CONFIG, _generation_config(hf_config, config, source))
+        write_custom_generate(hf)
+        if tokenizer is not None:
+            if len(tokenizer) == config.tidar.mask_token_id:  # the next free id: the mask token gets its name
+                tokenizer.add_tokens([MASK_TOKEN], special_tokens=True)
+            save_tokenizer(tokenizer, hf)
 
 
 def _generation_config(hf_config: dict, config: Config, source: str | Path | None) -> dict:
@@ -307,7 +303,10 @@ def _write_weights(
             for hf, part in zip(huggingface_names(entry, numbers), parts, strict=True):
                 weights[hf] = part.contiguous()
                 total += part.nbytes
-        save_file(weights, folder / file, metadata={"format": "pt"})
+        try:
+            save_file(weights, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise os_error(error) from error
         where |= dict.fromkeys(weights, file)
     if len(shards) > 1:
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})

@@ -145,7 +145,9 @@ def write_weights(folder: Path, whole: WholeModel, read: Callable[[str], Tensor]
             torch_checkpoint.save({}, storage_writer=writer, planner=_Writing(whole, read), no_dist=True)
         except CheckpointException as error:  # torch's wrapper around what went wrong
             raise next(iter(error.failures.values()))[0] from None
-    torch.save({}, folder / "common.pt")  # what is no tensor: nothing
+    nothing = io.BytesIO()  # what is no tensor
+    torch.save({}, nothing)
+    (folder / "common.pt").write_bytes(nothing.getvalue())  # of a full disk torch.save tells in its own way
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
 

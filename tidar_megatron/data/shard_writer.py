@@ -1,6 +1,6 @@
 """Writes documents as webdataset shards: tars with one ``<key>.npy`` of token ids per document, and a manifest.
 
-A folder is written under another name and renamed when it is complete, so a folder with a manifest is whole.
+A folder is written under another name, and its manifest appears when it is complete: a folder that has one is whole.
 """
 
 import io
@@ -22,9 +22,10 @@ from tidar_megatron.data.manifest import (
     local_folder,
     write_manifest,
 )
-from tidar_megatron.data.tokenizer import fingerprint, vocabulary_size
+from tidar_megatron.data.tokenizer import fingerprint, save_tokenizer, vocabulary_size
 from tidar_megatron.errors import UserError
-from tidar_megatron.files import new_folder, sha256_of
+from tidar_megatron.files import sha256_of
+from tidar_megatron.new_folder import check_free, new_folder
 
 
 def check_output(folder: str | Path, overwrite: bool) -> None:
@@ -33,12 +34,9 @@ def check_output(folder: str | Path, overwrite: bool) -> None:
     Raises:
         UserError: it holds something and ``overwrite`` is not given, or holds something other than shards.
     """
-    path = local_folder(folder)
-    if path.is_dir() and not any(path.iterdir()):
-        return
-    if path.exists() and not (path / FILE_NAME).is_file():
-        raise UserError(f"output {folder}: exists and is not a folder of shards; choose another or remove it yourself")
-    if path.exists() and not overwrite:
+    if not (local_folder(folder) / FILE_NAME).is_file():
+        check_free("output", folder)
+    elif not overwrite:
         raise UserError(f"output {folder}: already holds shards; choose another folder or pass --overwrite")
 
 
@@ -59,27 +57,24 @@ def write_shards(
     check_output(folder, overwrite)
     size = vocabulary_size(tokenizer)
     dtype: np.dtype = np.dtype(np.uint16 if size <= 1 << 16 else np.uint32)
-    try:
-        with new_folder(folder, FILE_NAME) as partial:
-            shards = list(_write_tars(partial, documents, dtype, shard_bytes))
-            tokenizer.save_pretrained(partial / TOKENIZER_FOLDER)
-            manifest = Manifest(
-                format=FORMAT,
-                dtype="uint16" if dtype == np.uint16 else "uint32",
-                documents=sum(shard.documents for shard in shards),
-                tokens=sum(shard.tokens for shard in shards),
-                tokenizer=TokenizerEntry(
-                    spec=tokenizer_spec,
-                    fingerprint=fingerprint(tokenizer),
-                    vocab_size=size,
-                    eos_token_id=tokenizer.eos_token_id,
-                ),
-                source=source,
-                shards=shards,
-            )
-            write_manifest(partial, manifest)
-    except OSError as error:
-        raise UserError(f"output {folder}: cannot be written ({error})") from error
+    with new_folder("output", folder, FILE_NAME, replace=overwrite) as partial:
+        shards = list(_write_tars(partial, documents, dtype, shard_bytes))
+        save_tokenizer(tokenizer, partial / TOKENIZER_FOLDER)
+        manifest = Manifest(
+            format=FORMAT,
+            dtype="uint16" if dtype == np.uint16 else "uint32",
+            documents=sum(shard.documents for shard in shards),
+            tokens=sum(shard.tokens for shard in shards),
+            tokenizer=TokenizerEntry(
+                spec=tokenizer_spec,
+                fingerprint=fingerprint(tokenizer),
+                vocab_size=size,
+                eos_token_id=tokenizer.eos_token_id,
+            ),
+            source=source,
+            shards=shards,
+        )
+        write_manifest(partial, manifest)
     return manifest
 
 

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tidar_megatron.errors import UserError
+from tidar_megatron.new_folder import os_error
 
 END_OF_TEXT = "<|endoftext|>"
 _BATCH_CHARACTERS = 1 << 20  # a tokenizer's call costs about 100 bytes of memory per token
@@ -72,6 +73,20 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer {folder}: has no EOS token; set eos_token in its tokenizer_config.json")
     return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> None:
+    """Write the tokenizer's files into a folder.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except OSError:
+        raise
+    except Exception as error:  # as above, and for one that it cannot write
+        raise os_error(error) from error
 
 
 def make_tokenizer(spec: str, training_texts: Iterable[str]) -> PreTrainedTokenizerFast:

@@ -191,7 +191,7 @@ def _sampling(asked: dict[str, Any]) -> SamplingOptions:
         raise UserError(f"generation_kwargs: {', '.join(others)} is not served by the engine; leave it out of the task")
 
     def given(name: str, default: float) -> float:
-        return default if asked.get(name) is None else float(asked[name])
+        return float(wanted.get(name, default))
 
     kept = SamplingOptions(
         repetition_penalty=given("repetition_penalty", 1.0), min_new_tokens=int(given("min_new_tokens", 0))

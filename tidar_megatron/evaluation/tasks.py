@@ -181,9 +181,9 @@ def run_tasks(
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"--tasks: {twice[0]} names two tasks; a file's is its name without the ending, so rename it")
     runs, sampled = [], set()
+    by_plan, by_ar = (TidarLM(model, how, batch_size) for how in (plan, "ar"))
     warm_up(model, plan)
-    for how in (plan, "ar"):
-        lm = TidarLM(model, how, batch_size)
+    for lm in (by_plan, by_ar):
         found = lm_eval.simple_evaluate(
             lm,
             tasks=wanted,

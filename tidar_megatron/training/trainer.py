@@ -23,7 +23,7 @@ from tidar_megatron.data.loader import TrainingData
 from tidar_megatron.data.manifest import TOKENIZER_FOLDER
 from tidar_megatron.data.prefetch import Overdue, Prefetcher
 from tidar_megatron.data.sources import is_pair, tokenizer_of
-from tidar_megatron.data.tokenizer import load_tokenizer, reserved_ids
+from tidar_megatron.data.tokenizer import load_tokenizer, reserved_ids, save_tokenizer
 from tidar_megatron.distributed.groups import Ranks, initialize, world_size_from_environment
 from tidar_megatron.distributed.heartbeat import Heartbeat
 from tidar_megatron.distributed.platform import check_backend
@@ -268,7 +268,7 @@ class Trainer:
                 folder.mkdir(parents=True, exist_ok=True)
                 signals.clear_run_state(folder)
                 (folder / CONFIG_FILE).write_text(self.config.to_yaml(), encoding="utf-8")
-                tokenizer.save_pretrained(str(folder / TOKENIZER_FOLDER))
+                save_tokenizer(tokenizer, folder / TOKENIZER_FOLDER)
                 if (files := self._huggingface_files()) is not None and files.parent.resolve() != folder.resolve():
                     keep_huggingface_files(files, folder)
                 sample_ids.cut(folder, self.iteration)
