@@ -26,7 +26,7 @@ def main():
             peak = max(peak, anonymous())
             time.sleep(0.002)
 
-    watching = threading.Thread(target=watch)
+    watching = threading.Thread(target=watch, daemon=True)
     watching.start()
     import_run(sys.argv[1], sys.argv[2], None, *sys.argv[3:4], *map(int, sys.argv[4:]))
     done.set()
