@@ -27,6 +27,7 @@ from tidar_megatron.inference.model import DecodeModel, load_model
 from tidar_megatron.inference.request import Generation, parse_plan
 from tidar_megatron.inference.sampling import SamplingOptions
 from tidar_megatron.inference.scoring import score
+from tidar_megatron.inference.text import NO_TOKENIZER
 
 MAX_NEW_TOKENS = 256  # where a task does not say, as lm-eval has it
 TOP_K = 50  # as transformers has it
@@ -68,9 +69,7 @@ class TidarLM(TemplateLM):
             self.model = load_model(pretrained, device, None if dtype == "auto" else dtype, mask_token_id)
         self.tokenizer = self.model.tokenizer
         if self.tokenizer is None:
-            raise UserError(
-                "the model's folder has no tokenizer: copy its tokenizer.json and tokenizer_config.json there"
-            )
+            raise UserError(NO_TOKENIZER)
         if self.tokenizer.bos_token_id is None and self.tokenizer.eos_token_id is None:
             raise UserError(
                 "the model's tokenizer has neither a BOS nor an EOS token, with which lm-eval begins a text: "

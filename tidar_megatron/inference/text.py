@@ -8,6 +8,8 @@ from tidar_megatron.inference.model import DecodeModel
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for bytes that are no character (yet)
 
+NO_TOKENIZER = "the model's folder has no tokenizer: copy its tokenizer.json and tokenizer_config.json there"
+
 
 def encode_prompt(model: DecodeModel, text: str) -> list[int]:
     """The prompt's token ids, with the special tokens that the tokenizer adds by default, or without.
@@ -19,7 +21,7 @@ def encode_prompt(model: DecodeModel, text: str) -> list[int]:
         UserError: no tokenizer, or an empty prompt (also where the tokenizer would add a special token).
     """
     if model.tokenizer is None:
-        raise UserError("the model's folder has no tokenizer: copy its tokenizer.json and tokenizer_config.json there")
+        raise UserError(NO_TOKENIZER)
     if not text:
         raise UserError("the prompt is empty: give at least one character to continue")
     return list(model.tokenizer(text, add_special_tokens=not model.is_tidar)["input_ids"])

@@ -273,7 +273,9 @@ class Trainer:
                     keep_huggingface_files(files, folder)
                 sample_ids.cut(folder, self.iteration)
             except OSError as error:
-                raise UserError(f"--save {folder}: {error.strerror}; choose a folder that can be written") from None
+                raise UserError(
+                    f"--save {folder}: {error.strerror or error}; choose a folder that can be written"
+                ) from None
 
     def _huggingface_files(self) -> Path | None:
         """What an export goes back to: of where the weights came from, or of the run that is continued."""
