@@ -13,7 +13,7 @@ from tests.training.small_runs import losses, small
 from tidar_megatron.attention_mask import training_layout
 from tidar_megatron.distributed.groups import shut_down
 from tidar_megatron.inference.engine import generate
-from tidar_megatron.inference.model import load_model
+from tidar_megatron.inference.loading import load_model
 from tidar_megatron.inference.request import DecodeOptions
 from tidar_megatron.models.attention import choose_backend, hybrid_attention, make_plan
 from tidar_megatron.training.loop import pretrain

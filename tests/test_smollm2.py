@@ -13,7 +13,7 @@ from tidar_megatron.checkpoint.convert import export_run, import_run, verify
 from tidar_megatron.data.prepare import prepare
 from tidar_megatron.evaluation.tasks import run_tasks
 from tidar_megatron.inference.engine import generate
-from tidar_megatron.inference.model import load_model
+from tidar_megatron.inference.loading import load_model
 from tidar_megatron.inference.request import parse_plan
 
 PROMPT = "The capital of France is"

@@ -52,7 +52,7 @@ def run_model(arguments: argparse.Namespace, repeats: int) -> dict[str, Any]:
     from tidar_megatron.benchmark.planner import planner
     from tidar_megatron.benchmark.step import step
     from tidar_megatron.evaluation.certificate import read_prompts
-    from tidar_megatron.inference.model import load_model
+    from tidar_megatron.inference.loading import load_model
     from tidar_megatron.inference.text import encode_prompt
 
     settings = []

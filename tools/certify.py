@@ -35,7 +35,7 @@ def main() -> None:
         if value is not None and value < least:
             raise UserError(f"{name} {value}: must be at least {least}")
     from tidar_megatron.evaluation import certificate  # heavy: after the command line is known to be sound
-    from tidar_megatron.inference.model import load_model
+    from tidar_megatron.inference.loading import load_model
     from tidar_megatron.inference.text import encode_prompt
 
     texts = certificate.read_prompts(args.prompts)[: args.limit]

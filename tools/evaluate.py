@@ -35,7 +35,7 @@ def main() -> None:
     for name in ("batch_size", "limit", "max_new_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    from tidar_megatron.inference.model import load_model
+    from tidar_megatron.inference.loading import load_model
     from tidar_megatron.inference.request import parse_plan
 
     parse_plan(args.plan)

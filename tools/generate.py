@@ -105,7 +105,7 @@ def main() -> None:
     from transformers.utils import logging
 
     from tidar_megatron.inference.engine import generate
-    from tidar_megatron.inference.model import load_model
+    from tidar_megatron.inference.loading import load_model
     from tidar_megatron.inference.planner import planner_of
     from tidar_megatron.inference.sampling import SamplingOptions
     from tidar_megatron.inference.text import TextStream, continuation, encode_prompt

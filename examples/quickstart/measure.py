@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--valid-data", required=True, help="folder of held-out shards")
     args = parser.parse_args()
     from tidar_megatron.evaluation.decoding import compare_plans
-    from tidar_megatron.inference.model import load_model
+    from tidar_megatron.inference.loading import load_model
     from tidar_megatron.inference.text import encode_prompt
 
     run, folder = Path(args.run), str(Path(args.run) / "hf")

@@ -28,7 +28,7 @@ def main() -> None:
     from tidar_megatron.evaluation.certificate import read_prompts
     from tidar_megatron.evaluation.decoding import compare_plans, spread_pieces
     from tidar_megatron.inference.engine import generate
-    from tidar_megatron.inference.model import load_model
+    from tidar_megatron.inference.loading import load_model
     from tidar_megatron.inference.request import DecodeOptions, parse_plan
     from tidar_megatron.inference.scoring import score
     from tidar_megatron.inference.text import continuation

@@ -17,7 +17,7 @@ def main(run: Path, valid: str, study: Study, block_size: int) -> None:
     from tidar_megatron.data.shards import ShardedDocuments
     from tidar_megatron.evaluation.decoding import spread_pieces
     from tidar_megatron.inference.engine import generate
-    from tidar_megatron.inference.model import load_model
+    from tidar_megatron.inference.loading import load_model
     from tidar_megatron.inference.request import DecodeOptions
     from tidar_megatron.inference.scoring import score
 

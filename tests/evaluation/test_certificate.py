@@ -12,7 +12,7 @@ from tidar_megatron.evaluation import certificate
 from tidar_megatron.evaluation.certificate import certify, plans, read_prompts
 from tidar_megatron.evaluation.statistics import chi_square
 from tidar_megatron.inference import sampling
-from tidar_megatron.inference.model import load_model
+from tidar_megatron.inference.loading import load_model
 from tidar_megatron.inference.sequence import Sequence
 
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"

@@ -9,7 +9,7 @@ from tests.random_models import write_random_model
 from tidar_megatron.data.tokenizer import byte_tokenizer
 from tidar_megatron.evaluation import code
 from tidar_megatron.evaluation.code import human_eval, passes
-from tidar_megatron.inference.model import load_model
+from tidar_megatron.inference.loading import load_model
 
 PROBLEM = {
     "prompt": "def double(n):\n",

@@ -8,7 +8,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from tidar_megatron.evaluation import decoding
 from tidar_megatron.evaluation.decoding import compare_plans, spread_pieces
 from tidar_megatron.inference.engine import generate
-from tidar_megatron.inference.model import load_model
+from tidar_megatron.inference.loading import load_model
 from tidar_megatron.inference.request import DecodeOptions
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7], [9]]

@@ -17,7 +17,7 @@ from tidar_megatron.errors import UserError
 from tidar_megatron.evaluation import tasks
 from tidar_megatron.evaluation.tasks import gained, local_task, run_tasks
 from tidar_megatron.inference.engine import generate_batch
-from tidar_megatron.inference.model import load_model
+from tidar_megatron.inference.loading import load_model
 from tidar_megatron.inference.planner import planner_of
 from tidar_megatron.inference.request import parse_plan
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tidar_megatron.benchmark.decode import decode, text_of
-from tidar_megatron.inference.model import load_model
+from tidar_megatron.inference.loading import load_model
 
 
 def test_contexts_are_the_prompts_end_to_end():

@@ -1,19 +1,17 @@
-"""A draft/verify forward against slow references, what is kept in the cache, and what is refused by name."""
+"""A draft/verify forward against slow references, what is kept in the cache, and broken folders."""
 
 import json
 import shutil
-from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
 from tidar_megatron.errors import UserError
 from tidar_megatron.inference.attention import PackedForward, Part, Plan
 from tidar_megatron.inference.cache import KVPool
 from tidar_megatron.inference.engine import Engine
-from tidar_megatron.inference.model import load_model, wrap_model
+from tidar_megatron.inference.loading import load_model, wrap_model
 from tidar_megatron.inference.request import DecodeOptions
 from tidar_megatron.inference.sequence import Sequence
 
@@ -184,79 +182,10 @@ def test_eos_may_be_several(causal_lm):
     assert wrap_model(lm).eos_token_ids == {3, 5}
 
 
-@pytest.mark.parametrize(
-    ("family", "changes", "message"),
-    [
-        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8}, "'sliding_attention'"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 9}, "sliding_window=8"),
-        ("mistral", {"sliding_window": 8}, "sliding_window=8"),
-        ("llama", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
-        ("llama", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
-        ("llama", {"logits_scaling": 8.0}, "logits_scaling"),
-        (
-            "llama",
-            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
-            "rope type 'dynamic'",
-        ),
-        (
-            "llama",
-            {
-                "rope_parameters": {
-                    "rope_type": "longrope",
-                    "rope_theta": 1e4,
-                    "short_factor": [1.0] * 4,
-                    "long_factor": [2.0] * 4,
-                    "original_max_position_embeddings": 64,
-                }
-            },
-            "rope type 'longrope'",
-        ),
-    ],
-)
-def test_refused_by_name(causal_lm, tmp_path, family, changes: dict[str, Any], message):
-    lm = causal_lm(family, torch.float32, **changes)
-    with pytest.raises(UserError, match=message):
-        wrap_model(lm)
-    lm.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=message) as error:
-        load_model(tmp_path)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("family", "changes"),
-    [
-        ("DiffLlama", {}),
-        ("Doge", {}),
-        ("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}),
-        ("StableLm", {}),
-        ("Nemotron", {}),
-    ],
-)
-def test_attention_of_another_kind_is_found_out(tmp_path, family, changes):
-    """Sinks, differences, masks of their own: nothing in their configurations tells."""
-    values = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    values |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
-    values |= {"layer_types": ["full_attention"] * 2} if family == "GptOss" else {}
-    config = getattr(transformers, f"{family}Config")(**values, **changes, bos_token_id=None, eos_token_id=None)
-    torch.manual_seed(0)
-    lm = getattr(transformers, f"{family}ForCausalLM")(config)
-    for name, weight in lm.named_parameters():
-        if "norm" not in name:
-            torch.nn.init.normal_(weight, std=0.2)
-    lm.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=f"{family}ForCausalLM computes attention in a way of its own"):
-        load_model(tmp_path, dtype="float32")
-
-
 def test_a_mask_token_that_was_learned_is_not_replaced(causal_lm, tmp_path):
     causal_lm("llama", torch.float32).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=f"has learned to draft with its own, {MASK}"):
         load_model(tmp_path, mask_token_id=3)
-
-
-def test_qwen2_with_a_window_it_does_not_use_is_welcome(causal_lm):
-    wrap_model(causal_lm("qwen2", sliding_window=8, use_sliding_window=False))
 
 
 @pytest.mark.parametrize(

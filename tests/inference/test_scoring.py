@@ -8,7 +8,7 @@ import torch
 from tests.inference.conftest import FAMILIES, make_causal_lm
 from tidar_megatron.errors import UserError
 from tidar_megatron.inference import scoring
-from tidar_megatron.inference.model import wrap_model
+from tidar_megatron.inference.loading import wrap_model
 from tidar_megatron.inference.scoring import score
 
 

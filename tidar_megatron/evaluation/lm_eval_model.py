@@ -23,7 +23,8 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from tidar_megatron.distributed.platform import has_gpu
 from tidar_megatron.errors import UserError
 from tidar_megatron.inference.engine import generate_batch
-from tidar_megatron.inference.model import DecodeModel, load_model
+from tidar_megatron.inference.loading import load_model
+from tidar_megatron.inference.model import DecodeModel
 from tidar_megatron.inference.request import Generation, parse_plan
 from tidar_megatron.inference.sampling import SamplingOptions
 from tidar_megatron.inference.scoring import score

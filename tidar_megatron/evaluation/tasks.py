@@ -143,7 +143,7 @@ def run_tasks(
     """Every task by ``plan`` and by AR, one after the other: where the machine's speed drifts, so does ``over_ar``.
 
     Args:
-        model: what :func:`~tidar_megatron.inference.model.load_model` returned, with its tokenizer.
+        model: what :func:`~tidar_megatron.inference.loading.load_model` returned, with its tokenizer.
         tasks: names of lm-eval's, files of its own YAML, or files of JSON lines (``.json``, ``.jsonl``).
         plan: as ``--plan`` of ``tools/generate.py``.
         batch_size: texts that are generated together.

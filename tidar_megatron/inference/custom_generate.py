@@ -17,7 +17,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from tidar_megatron.errors import UserError
 from tidar_megatron.inference.engine import Engine
-from tidar_megatron.inference.model import DecodeModel, restore_norms, wrap_model
+from tidar_megatron.inference.loading import wrap_model
+from tidar_megatron.inference.model import DecodeModel, restore_norms
 from tidar_megatron.inference.request import DecodeOptions, parse_plan
 from tidar_megatron.inference.sampling import SamplingOptions
 from tidar_megatron.inference.sequence import Sequence

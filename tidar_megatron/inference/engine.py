@@ -28,7 +28,7 @@ class Engine:
     """A continuous batch.
 
     Args:
-        model: what :func:`~tidar_megatron.inference.model.load_model` returned.
+        model: what :func:`~tidar_megatron.inference.loading.load_model` returned.
         batch_size: sequences in a forward at most.
         capacity: places of each one's slot, :attr:`Sequence.room` of the longest request.
         queue_size: requests that may wait, those aside for which a slot is free.
@@ -185,7 +185,7 @@ def stream(model: DecodeModel, prompt: Tokens[int], options: DecodeOptions | Non
     """Generate for one prompt, one :class:`Step` a forward, those of the prompt first.
 
     Args:
-        model: what :func:`~tidar_megatron.inference.model.load_model` returned.
+        model: what :func:`~tidar_megatron.inference.loading.load_model` returned.
         prompt: token ids; prompt and output together never exceed ``model.context_limit`` tokens.
 
     Raises:

@@ -26,7 +26,7 @@ def score(model: DecodeModel, texts: Sequence[tuple[Sequence[int], Sequence[int]
     """Score continuations.
 
     Args:
-        model: what :func:`~tidar_megatron.inference.model.load_model` returned.
+        model: what :func:`~tidar_megatron.inference.loading.load_model` returned.
         texts: (context, continuation) token ids, one at least each; together at most ``model.context_limit + 1``, for
             the last one is only looked up.
 

@@ -123,7 +123,7 @@ def main(run: str, iteration: int, folder: Path) -> list[dict[str, Any]]:
     """In the process beside, which has a folder to work in: its rows."""
     from tidar_megatron.checkpoint.convert import export_run
     from tidar_megatron.inference.engine import generate
-    from tidar_megatron.inference.model import load_model
+    from tidar_megatron.inference.loading import load_model
     from tidar_megatron.inference.request import DecodeOptions
     from tidar_megatron.inference.text import continuation
 

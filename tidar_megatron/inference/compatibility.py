@@ -1,0 +1,267 @@
+"""Does the engine compute what a class of transformers computes? The class is asked, not its configuration's keys.
+
+Windows, chunks, dynamic rotary frequencies, sinks, soft caps: what a key of ``config.json`` means differs from class to
+class. So a model is compared with itself under transformers' own attention, before it decodes anything: in pieces, in
+a batch of different lengths, beside mask tokens.
+
+Many lengths (a window of 4096) lie beyond what can be compared in a moment. They are found by what they are, numbers of
+the configuration that shape no weight, and the comparison is made on a twin: the same class with the same weights in
+memory, those lengths set to :data:`SHORTENED`. A length that the context limit never reaches stays as it is.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from tidar_megatron.errors import UserError
+from tidar_megatron.inference.attention import ATTENTION_NAME, PackedForward, Part, Plan, UnknownAttentionError
+from tidar_megatron.inference.cache import KVPool
+from tidar_megatron.inference.model import DecodeModel
+
+LENGTHS = (48, 24, 9, 3)  # tokens of the sequences that are compared
+SHORTENED = 16  # every length of a twin's configuration: it bites in two of these sequences and not in the others
+COMPARABLE = 32  # a length up to here bites in the longest sequence as it is
+MASKS = 4  # mask tokens beside each sequence
+LARGE_LOGIT = 1000.0  # where soft caps, scales and biases of an output layer show
+
+# Settings that often explain a refusal. They are named in its message and decide nothing.
+SUSPECTS = (
+    *("sliding_window", "attention_chunk_size", "keep_window_size", "index_topk", "final_logit_softcapping"),
+    *("attn_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"),
+)
+
+
+@torch.inference_mode()
+def check_compatible(model: DecodeModel) -> None:
+    """Compare the engine with transformers' own attention on ``model``'s weights, up to rounding.
+
+    Raises:
+        UserError: the engine computes something else, or the class cannot be compared. The message names the class
+            and the settings that probably explain it.
+    """
+    causal_lm = model.causal_lm
+    lengths = _lengths(causal_lm, model.context_limit)
+    try:
+        twin = _twin(causal_lm, lengths) if lengths else causal_lm
+        reason = _difference(replace(model, causal_lm=twin))
+    except (torch.OutOfMemoryError, UserError):
+        raise
+    except UnknownAttentionError as error:
+        reason = str(error)
+    except Exception as error:  # a class of transformers under attention that it was not written for may raise anything
+        reason = f"{_line(error)} under the engine's attention"
+    if reason is not None:
+        suspects = ", ".join(_suspects(causal_lm.config))
+        raise UserError(
+            f"{type(causal_lm).__name__} computes more than the engine does: {reason}"
+            f"{f' (its configuration has {suspects})' if suspects else ''}; "
+            "use a Llama, Qwen or Mistral checkpoint that attends to the whole prefix in every layer"
+        )
+
+
+def _difference(model: DecodeModel) -> str | None:
+    """What differs between the engine and the class; None where nothing does."""
+    if model.causal_lm.base_model is model.causal_lm:
+        return "it has no base model below its output layer that transformers knows of"
+    masks = MASKS if model.mask_token_id is not None and model.context_limit > 2 * MASKS else 0
+    longest = min(LENGTHS[0], model.context_limit - masks)
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.vocab_size, (longest,), generator=draw).tolist()
+    prompts = [ids[:length] for length in dict.fromkeys(min(length, longest) for length in LENGTHS)]
+    wanted = [_stock_logits(model, prompt) for prompt in prompts]
+    if not all(bool(logits.isfinite().all()) for logits in wanted):
+        return None  # weights that are no numbers: whoever decodes is told
+    factor = LARGE_LOGIT / float(wanted[0].abs().max().clamp(min=1e-6))
+    with _scaled_hidden_states(model.causal_lm, factor) as hidden:
+        large = _stock_logits(model, prompts[-1])
+    if not _same(model.logits(torch.cat(hidden), emitted=False), large, model.dtype):
+        return "its logits are not its output layer's"
+    if not _same(torch.cat(_engine_logits(model, prompts, masks)), torch.cat(wanted), model.dtype):
+        return "the logits differ from its own attention's"
+    return None
+
+
+def _same(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
+    """Whether each row of logits ``[rows, vocabulary]`` is the same but for rounding: half of the dtype's digits."""
+    epsilon = max(torch.finfo(kind).eps for kind in (dtype, torch.float32))  # eager's softmax is in float32
+    apart = (found - wanted).double().norm(dim=-1)
+    return bool((apart <= epsilon**0.5 * wanted.double().norm(dim=-1).clamp(min=1e-6)).all())
+
+
+def _stock_logits(model: DecodeModel, prompt: list[int]) -> Tensor:
+    """Logits ``[tokens, vocabulary]`` of transformers' own eager attention, the last token read through its own cache.
+
+    The cache has windows of its own: it follows the configuration where the class may not.
+    """
+    causal_lm = model.causal_lm
+    ids = torch.tensor([prompt], device=model.device)
+    causal_lm.set_attn_implementation("eager")
+    try:
+        before = causal_lm(input_ids=ids[:, :-1], use_cache=True)
+        last = causal_lm(input_ids=ids[:, -1:], past_key_values=before.past_key_values, use_cache=True)
+        return torch.cat([before.logits[0], last.logits[0]])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # third-party code on a configuration that may be anything
+        raise UserError(
+            f"{type(causal_lm).__name__}: transformers itself cannot run this model ({_line(error)}); "
+            "check its config.json"
+        ) from error
+    finally:
+        causal_lm.set_attn_implementation(ATTENTION_NAME)
+
+
+def _engine_logits(model: DecodeModel, prompts: list[list[int]], masks: int) -> list[Tensor]:
+    """Logits ``[tokens, vocabulary]`` of each prompt, read by the engine in three forwards of all of them.
+
+    The first reads half of each prompt, the second goes on to the last token but one with masks beside it, the third
+    reads the last token.
+    """
+    pool = KVPool(len(prompts), len(prompts[0]) + masks)
+    rows: list[list[Tensor]] = [[] for _ in prompts]
+    done = [0] * len(prompts)
+    for until in (lambda n: (n + 1) // 2, lambda n: n - 1, lambda n: n):
+        served = [number for number, prompt in enumerate(prompts) if until(len(prompt)) > done[number]]
+        parts = []
+        for number in served:
+            tokens = prompts[number][done[number] : until(len(prompts[number]))]
+            drafting = masks and done[number] > 0 and len(tokens) > 1
+            plan = Plan(len(tokens), (len(tokens),), masks) if drafting else Plan(len(tokens))
+            parts.append(Part(number, done[number], tokens, plan))
+        packed = PackedForward(pool, parts)
+        hidden = model.forward(packed)
+        for number, part, start in zip(served, parts, packed.starts, strict=True):
+            rows[number].append(hidden[start : start + len(part.tokens)])
+            done[number] += len(part.tokens)
+    return [model.logits(torch.cat(own), emitted=False) for own in rows]
+
+
+@contextmanager
+def _scaled_hidden_states(causal_lm: PreTrainedModel, factor: float) -> Iterator[list[Tensor]]:
+    """Multiply the final hidden states that the output layer is given; they are added to the list, ``[tokens, H]``."""
+    seen: list[Tensor] = []
+
+    def scale(module: object, inputs: object, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state * factor
+        seen.append(output.last_hidden_state[0])
+        return output
+
+    handle = causal_lm.base_model.register_forward_hook(scale)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def _lengths(causal_lm: PreTrainedModel, context_limit: int) -> list[tuple[Any, ...]]:
+    """The paths of those numbers of a configuration that shape no weight, and that the context can reach.
+
+    Only numbers beyond :data:`COMPARABLE` are looked for. A path is the keys from the top of ``config.to_dict()``.
+    """
+    shapes = _shapes(causal_lm)
+    found = []
+    for path in _paths(causal_lm.config.to_dict(), context_limit):
+        try:
+            with torch.device("meta"):
+                shorter = type(causal_lm)(_shortened(causal_lm.config, [path]))
+        except Exception:  # a class refuses sizes that do not fit each other
+            continue
+        if _shapes(shorter) == shapes:
+            found.append(path)
+    return found
+
+
+def _paths(settings: Any, context_limit: int, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    if isinstance(settings, dict):
+        for key, value in settings.items():
+            if path or key != "tidar":
+                yield from _paths(value, context_limit, (*path, key))
+    elif isinstance(settings, list | tuple):
+        if any(_is_long(value, context_limit) for value in settings):
+            yield path
+        for place, value in enumerate(settings):
+            if isinstance(value, dict | list | tuple):
+                yield from _paths(value, context_limit, (*path, place))
+    elif _is_long(settings, context_limit):
+        yield path
+
+
+def _is_long(value: object, context_limit: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and COMPARABLE < value < context_limit
+
+
+def _shortened(config: PretrainedConfig, paths: list[tuple[Any, ...]]) -> PretrainedConfig:
+    """The same configuration with the numbers at ``paths`` set to :data:`SHORTENED`."""
+    shorter: Any = deepcopy(config)
+    for *parents, last in paths:
+        at = shorter
+        for key in parents:
+            at = _item(at, key)
+        if isinstance(at, dict | list):
+            at[last] = _short(at[last])
+        else:
+            setattr(at, last, _short(getattr(at, last)))
+    return shorter
+
+
+def _item(settings: Any, key: Any) -> Any:
+    return settings[key] if isinstance(settings, dict | list | tuple) else getattr(settings, key)
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)(_short(item) for item in value)
+    return SHORTENED if isinstance(value, int) and value > COMPARABLE else value
+
+
+def _shapes(causal_lm: PreTrainedModel) -> dict[str, torch.Size]:
+    return {name: weight.shape for name, weight in causal_lm.named_parameters()}
+
+
+def _twin(causal_lm: PreTrainedModel, lengths: list[tuple[Any, ...]]) -> PreTrainedModel:
+    """The same class with shorter lengths; its weights are the tensors of ``causal_lm``, not copies."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        twin = type(causal_lm).from_pretrained(
+            None,
+            config=_shortened(causal_lm.config, lengths),
+            state_dict=causal_lm.state_dict(),
+            dtype=causal_lm.dtype,
+            attn_implementation=ATTENTION_NAME,
+        )
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    return twin.to(causal_lm.device).eval()
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def _suspects(config: PretrainedConfig) -> Iterator[str]:
+    """``name=value`` for each setting that often explains a refusal."""
+    settings = config.to_dict()
+    for name in SUSPECTS:
+        if settings.get(name) not in (None, 0, 1, False):
+            yield f"{name}={settings[name]}"
+    for kind in sorted(set(settings.get("layer_types") or ()) - {"full_attention"}):
+        yield f"layer type {kind!r}"
+    for kind in sorted(set(_rope_types(settings)) & {"dynamic", "longrope"}):
+        yield f"rope type {kind!r}"
+
+
+def _rope_types(settings: Any) -> Iterator[str]:
+    if isinstance(settings, dict):
+        for key, value in settings.items():
+            if key in ("rope_type", "type") and isinstance(value, str):
+                yield value
+            yield from _rope_types(value)
