@@ -10,7 +10,7 @@ from data_helpers import some_texts
 
 from tidar_megatron.data.loader import TrainingData
 from tidar_megatron.data.megatron_indexed import IndexedDocuments
-from tidar_megatron.data.sources import open_documents, tokenizer_of
+from tidar_megatron.data.sources import any_pair, open_documents, tokenizer_of
 from tidar_megatron.data.tokenizer import byte_tokenizer
 from tidar_megatron.errors import UserError
 
@@ -158,7 +158,47 @@ def test_ids_of_another_tokenizer(tmp_path: Path, tokenizer: str) -> None:
     refused(write_pair(tmp_path / "below", [[65, -3, 256]], np.int32), tokenizer, r"below\.bin: holds the id -3")
     refused(write_pair(tmp_path / "none", [[65, 256]]), None, r"none: .*name it with --tokenizer")
     refused(str(tmp_path / "none.bin"), tokenizer, r"name both files of the pair at once, without \.bin")
-    refused(str(tmp_path / "nowhere"), tokenizer, r"nowhere: has no manifest\.json")
+
+
+def test_a_mistyped_prefix_is_told_what_is_there(tmp_path: Path, tokenizer: str) -> None:
+    neither = "there is neither a folder of shards nor a pair "
+    refused(str(tmp_path / "new" / "x"), tokenizer, rf"x: {neither}x\.bin and x\.idx; there is no folder .*new$")
+    refused(
+        str(tmp_path / "x"), tokenizer, rf"x: {neither}x\.bin and x\.idx; .* holds no pair; name a pair, or a folder"
+    )
+    (tmp_path / "pairs").mkdir()
+    for name in ["wiki_text_document", "code_text_document", "books", "other"]:
+        write_pair(tmp_path / "pairs" / name, [[65, 256]])
+    (tmp_path / "pairs" / "alone.idx").write_bytes(b"")
+    for given in ("wiki", "wiki_text_documents"):
+        for named in (tokenizer, None):
+            refused(
+                str(tmp_path / "pairs" / given),
+                named,
+                rf"{given}: {neither}.*without \.bin and \.idx; there are \S*/pairs/wiki_text_document, .* and 1 more$",
+            )
+    folder = r"pairs: is a folder of \.bin/\.idx pairs; name a pair by its prefix.*: \S*pairs/books, .* and 1 more$"
+    refused(str(tmp_path / "pairs"), tokenizer, folder)
+    (tmp_path / "x.jsonl").write_text('"text"')
+    refused(
+        str(tmp_path / "x.jsonl"),
+        tokenizer,
+        r"x\.jsonl: is a file; make shards .*prepare_data\.py --input \S*x\.jsonl$",
+    )
+    with pytest.raises(UserError, match=r"wiki: there is neither .*wiki_text_document"):  # also where weights are given
+        any_pair({"--train-data": ["0.5", str(tmp_path), "0.5", f"{tmp_path}/pairs/wiki"], "--valid-data": []})
+    assert any_pair({"--train-data": ["0.5", f"{tmp_path}/pairs/books", "0.5", f"{tmp_path}"]})
+    assert not any_pair({"--train-data": [str(tmp_path)], "--valid-data": []})
+
+
+def test_a_multimodal_index_is_called_one(pair: str, tokenizer: str) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{pair}.bin", dtype=np.uint16, multimodal=True)
+    for document in ids(3):
+        builder.add_document(np.array(document), [len(document)], [0])
+    builder.finalize(f"{pair}.idx")
+    refused(pair, tokenizer, r"pair\.idx: is a multimodal index .*, which is not read here; prepare the text alone")
 
 
 def test_a_changed_pair_is_looked_at_again(tmp_path: Path, tokenizer: str) -> None:

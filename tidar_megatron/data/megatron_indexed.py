@@ -116,6 +116,11 @@ def _read_idx(bin_path: Path, idx_path: Path) -> tuple[np.dtype, NDArray[np.int6
     magic, version, code, sequences, edges_count = _HEADER.unpack(header)
     if (magic, version) != (b"MMIDIDX\0\0", 1) or not 1 <= code <= 8:
         raise wrong(idx_path, "is no index of Megatron's")
+    if size == _HEADER.size + 13 * sequences + 8 * edges_count and sequences:
+        raise UserError(
+            f"{idx_path}: is a multimodal index (each sequence has a mode), which is not read here; "
+            "prepare the text alone, as Megatron's tools/preprocess_data.py or tools/prepare_data.py do"
+        )
     if edges_count < 1 or size != _HEADER.size + 12 * sequences + 8 * edges_count:
         raise wrong(idx_path, f"has {size} bytes, which do not fit its {sequences} sequences; was it cut?")
     try:

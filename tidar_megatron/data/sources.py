@@ -1,14 +1,17 @@
 """Opens data, whatever kind it is: a folder of shards, or the prefix of a Megatron ``.bin/.idx`` pair."""
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tidar_megatron.data.blend import parse_blend
 from tidar_megatron.data.documents import StoredDocuments
-from tidar_megatron.data.manifest import TOKENIZER_FOLDER, TokenizerEntry, read_manifest
+from tidar_megatron.data.manifest import FILE_NAME, TOKENIZER_FOLDER, TokenizerEntry, local_folder, read_manifest
 from tidar_megatron.data.megatron_indexed import IndexedDocuments, tokenizer_entry
 from tidar_megatron.data.shards import ShardedDocuments
 from tidar_megatron.errors import UserError
+
+_SHOWN = 3  # prefixes named where another was meant
 
 
 def open_documents(path: str, tokenizer: str | None = None, verify: bool = False) -> StoredDocuments:
@@ -17,7 +20,9 @@ def open_documents(path: str, tokenizer: str | None = None, verify: bool = False
     Raises:
         UserError: anything wrong with them.
     """
-    return IndexedDocuments(path, tokenizer, verify) if is_pair(path) else ShardedDocuments(path, verify)
+    if is_pair(path):
+        return IndexedDocuments(path, tokenizer, verify)
+    return ShardedDocuments(path, verify)
 
 
 def tokenizer_of(given: Sequence[str], tokenizer: str | None = None) -> tuple[TokenizerEntry, Path]:
@@ -29,8 +34,57 @@ def tokenizer_of(given: Sequence[str], tokenizer: str | None = None) -> tuple[To
 
 
 def is_pair(path: str) -> bool:
-    """Whether ``path`` is the prefix of a ``.bin/.idx`` pair, or of what is left of one."""
+    """Return whether ``path`` is the prefix of a ``.bin/.idx`` pair, or of what is left of one; else it is a folder.
+
+    Raises:
+        UserError: neither, with what is there instead.
+    """
     for suffix in (".bin", ".idx"):
         if path.endswith(suffix) and Path(path).is_file():
             raise UserError(f"data {path}: name both files of the pair at once, without {suffix}")
-    return not Path(path).is_dir() and any(Path(path + suffix).is_file() for suffix in (".bin", ".idx"))
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / FILE_NAME).exists() and (pairs := _prefixes(folder)):
+            raise UserError(
+                f"data {path}: is a folder of .bin/.idx pairs; name a pair by its prefix, which is its path without "
+                f".bin and .idx: {_some(pairs[:_SHOWN], len(pairs))}"
+            )
+        return False
+    if any(Path(path + suffix).is_file() for suffix in (".bin", ".idx")):
+        return True
+    if local_folder(path).exists():
+        raise UserError(f"data {path}: is a file; make shards of its text with tools/prepare_data.py --input {path}")
+    raise UserError(
+        f"data {path}: there is neither a folder of shards nor a pair {folder.name}.bin and {folder.name}.idx; "
+        f"{_instead(folder)}"
+    )
+
+
+def any_pair(given: Mapping[str, Sequence[str]]) -> bool:
+    """Return whether a pair is among the sources that were given; the keys are the flags that gave them.
+
+    Raises:
+        UserError: as :func:`is_pair` and :func:`~tidar_megatron.data.blend.parse_blend`.
+    """
+    return any(is_pair(path) for flag, sources in given.items() if sources for _, path in parse_blend(sources, flag))
+
+
+def _instead(folder: Path) -> str:
+    if pairs := _prefixes(folder.parent):
+        near = sorted(pairs, key=lambda pair: -difflib.SequenceMatcher(None, Path(pair).name, folder.name).ratio())
+        return f"the prefix of a pair is its path without .bin and .idx; there are {_some(near[:_SHOWN], len(pairs))}"
+    if folder.parent.is_dir():
+        return f"{folder.parent} holds no pair; name a pair, or a folder that tools/prepare_data.py wrote"
+    return f"there is no folder {folder.parent}"
+
+
+def _prefixes(folder: Path) -> list[str]:
+    """The prefixes of the pairs in a folder."""
+    try:
+        return sorted(str(path.with_suffix("")) for path in folder.glob("*.idx") if path.with_suffix(".bin").is_file())
+    except OSError:
+        return []
+
+
+def _some(names: Sequence[str], count: int) -> str:
+    return ", ".join(names) + (f" and {count - len(names)} more" if count > len(names) else "")

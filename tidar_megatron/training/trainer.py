@@ -22,7 +22,7 @@ from tidar_megatron.data.doubled import Batch
 from tidar_megatron.data.loader import TrainingData
 from tidar_megatron.data.manifest import TOKENIZER_FOLDER
 from tidar_megatron.data.prefetch import Overdue, Prefetcher
-from tidar_megatron.data.sources import is_pair, tokenizer_of
+from tidar_megatron.data.sources import any_pair, tokenizer_of
 from tidar_megatron.data.tokenizer import load_tokenizer, reserved_ids, save_tokenizer
 from tidar_megatron.distributed.groups import Ranks, initialize, world_size_from_environment
 from tidar_megatron.distributed.heartbeat import Heartbeat
@@ -84,7 +84,8 @@ class Trainer:
         for name in ("save_interval", "async_save", "keep_last"):
             if getattr(config.checkpoint, name) and not config.checkpoint.save:
                 raise UserError(f"{flag(name)}: needs --save, the folder to save to; or leave it out")
-        if config.data.tokenizer and not any(map(is_pair, config.data.train_data + config.data.valid_data)):
+        sources = {"--train-data": config.data.train_data, "--valid-data": config.data.valid_data}
+        if config.data.tokenizer and not any_pair(sources):
             raise UserError(f"--tokenizer {config.data.tokenizer}: is for .bin/.idx pairs; shards carry their own")
         tokenizer, tokenizer_folder = tokenizer_of(config.data.train_data, config.data.tokenizer)
         origin = open_origin(config.training.init_from) if config.training.init_from else None
