@@ -2,8 +2,17 @@
 
     python tools/prepare_data.py --input PATH [PATH ...] --output DIR --tokenizer byte|bpe:N|FOLDER
 
-Inputs are text files (one document each), ``.jsonl`` files (one document a line: an object with --text-key, or a
-string), and folders of such files. The output holds webdataset shards of token ids, a manifest and the tokenizer.
+Inputs are files and folders:
+- .jsonl, .ndjson: JSON lines, one document a line: an object with --text-key, or a string.
+- .json: JSON lines, or one JSON array of such objects or strings. Other JSON is refused. But
+  within a folder such a file (package.json), or an array without --text-key, is read as plain text like other source
+  files, and named at the end.
+- Any other file is plain text, one document. One that holds only JSON objects with --text-key is refused; name such a
+  file .json.
+Files compressed by gzip, bzip2 or xz are read as they are. A file that is named must be UTF-8; within a folder, what is
+not (pictures, archives) is skipped, and named at the end.
+
+The output holds webdataset shards of token ids, a manifest and the tokenizer.
 """
 
 import argparse
@@ -23,6 +32,9 @@ def main() -> None:
         "--tokenizer", required=True, metavar="SPEC", help="byte, bpe:N (trained, N ids), or a Hugging Face folder"
     )
     parser.add_argument("--text-key", default="text", metavar="KEY", help="key of the text in a JSON object [text]")
+    parser.add_argument(
+        "--skip-bad-rows", type=int, default=0, metavar="N", help="skip up to N rows of JSON that hold no text [0]"
+    )
     parser.add_argument("--held-out-fraction", type=float, default=0.0, metavar="F", help="documents kept apart [0]")
     parser.add_argument("--held-out-output", metavar="DIR", help="folder of the held-out shards")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="chooses the held-out documents [0]")
@@ -39,6 +51,7 @@ def main() -> None:
         seed=args.seed,
         shard_size_mb=args.shard_size_mb,
         overwrite=args.overwrite,
+        skip_bad_rows=args.skip_bad_rows,
     )
     print(summary([args.output, args.held_out_output][: len(manifests)], manifests))
 

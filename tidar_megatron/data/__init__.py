@@ -3,6 +3,8 @@
 ====================  ===============================================================================
 ``tokenizer``         one kind of tokenizer: bytes, a trained byte-level BPE, a Hugging Face folder
 ``texts``             documents of text from files, folders and JSON lines
+``text_streams``      opens a file of text, also a compressed one
+``json_rows``         rows of text in JSON lines and JSON arrays
 ``prepare``           text -> shards, training and held-out (``tools/prepare_data.py``)
 ``manifest``          what a folder of shards promises: counts, sizes, hashes, the tokenizer
 ``shard_writer``      documents -> token arrays in webdataset tars, written whole or not at all

@@ -26,11 +26,12 @@ def prepare(
     seed: int = 0,
     shard_size_mb: float = 64.0,
     overwrite: bool = False,
+    skip_bad_rows: int = 0,
 ) -> list[Manifest]:
     """Write the documents of ``inputs`` as shards in ``output``, some of them in ``held_out_output`` instead.
 
     Held-out documents are ``held_out_fraction`` of all (at least one), chosen by ``seed``. A BPE is trained on the
-    others alone; both folders carry the same tokenizer.
+    others alone; both folders carry the same tokenizer. Up to ``skip_bad_rows`` rows of JSON may hold no text.
 
     Returns:
         The manifest of the training shards, and that of the held-out ones if there are any.
@@ -38,11 +39,11 @@ def prepare(
     Raises:
         UserError: anything wrong with the inputs, the outputs or the options. A folder is written whole or not at all.
     """
-    _check_options(inputs, output, held_out_fraction, held_out_output, seed, shard_size_mb)
+    _check_options(inputs, output, held_out_fraction, held_out_output, seed, shard_size_mb, skip_bad_rows)
     outputs = [output] if held_out_output is None else [output, held_out_output]
     for folder in outputs:
         check_output(folder, overwrite)
-    texts = find_texts(inputs, text_key)
+    texts = find_texts(inputs, text_key, skip_bad_rows)
     count = sum(1 for _ in texts)  # reads everything once: a broken line is found before the work is done
     held_out = _choose(count, held_out_fraction, seed)
     if count <= len(held_out):
@@ -74,10 +75,16 @@ def summary(outputs: Sequence[str | Path], manifests: Sequence[Manifest]) -> str
     if empty := source["empty_documents_skipped"]:
         lines.append(f"skipped, no text in them: {empty:,} documents")
     if undecodable := source["undecodable_files_skipped"]:
-        names = source["undecodable_files"][:_NAMES_SHOWN]
-        more = ", ..." if undecodable > len(names) else ""
-        lines.append(f"skipped, not UTF-8: {undecodable:,} files: {', '.join(names)}{more}")
+        lines.append(f"skipped, not UTF-8: {undecodable:,} files: {_some(source['undecodable_files'], undecodable)}")
+    if bad := source["bad_rows_skipped"]:
+        lines.append(f"skipped, bad rows: {bad:,}: {_some(source['bad_rows'], bad, '; ')}")
+    if plain := source["json_files_read_as_text"]:
+        lines.append(f"read as plain text, no rows of JSON: {plain:,} files: {_some(source['json_as_text'], plain)}")
     return "\n".join(lines)
+
+
+def _some(names: Sequence[str], count: int, separator: str = ", ") -> str:
+    return separator.join([*names[:_NAMES_SHOWN], *(["..."] if count > _NAMES_SHOWN else [])])
 
 
 def _check_options(
@@ -87,6 +94,7 @@ def _check_options(
     held_out_output: str | Path | None,
     seed: int,
     shard_size_mb: float,
+    skip_bad_rows: int,
 ) -> None:
     if not 0 <= held_out_fraction < 1:
         raise UserError(f"--held-out-fraction {held_out_fraction}: must be at least 0 and less than 1")
@@ -96,6 +104,8 @@ def _check_options(
         raise UserError(f"--seed {seed}: must not be negative")
     if not 0 < shard_size_mb < math.inf:
         raise UserError(f"--shard-size-mb {shard_size_mb}: must be more than 0")
+    if skip_bad_rows < 0:
+        raise UserError(f"--skip-bad-rows {skip_bad_rows}: must not be negative")
     folders = [Path(folder).resolve() for folder in (output, held_out_output) if folder is not None]
     if len(set(folders)) < len(folders):
         raise UserError(f"--held-out-output {held_out_output}: is the same folder as --output; choose another")
@@ -137,4 +147,8 @@ def _describe(
         "empty_documents_skipped": texts.empty,
         "undecodable_files_skipped": len(texts.undecodable),
         "undecodable_files": texts.undecodable[:_NAMES_KEPT],
+        "bad_rows_skipped": texts.bad_rows,
+        "bad_rows": texts.bad_row_names,
+        "json_files_read_as_text": len(texts.json_as_text),
+        "json_as_text": texts.json_as_text[:_NAMES_KEPT],
     }
