@@ -12,7 +12,9 @@ Inputs are files and folders:
 Files compressed by gzip, bzip2 or xz are read as they are. A file that is named must be UTF-8; within a folder, what is
 not (pictures, archives) is skipped, and named at the end.
 
-The output holds webdataset shards of token ids, a manifest and the tokenizer.
+The output holds webdataset shards of token ids, a manifest and the tokenizer. A special token's name in a text ("</s>")
+is encoded as ordinary pieces. Only characters that the tokenizer does not know become its unknown token; they are
+counted.
 """
 
 import argparse

@@ -5,6 +5,7 @@
 ``texts``             documents of text from files, folders and JSON lines
 ``text_streams``      opens a file of text, also a compressed one
 ``json_rows``         rows of text in JSON lines and JSON arrays
+``plain_text``        text -> ids, none of them special
 ``prepare``           text -> shards, training and held-out (``tools/prepare_data.py``)
 ``manifest``          what a folder of shards promises: counts, sizes, hashes, the tokenizer
 ``shard_writer``      documents -> token arrays in webdataset tars, written whole or not at all

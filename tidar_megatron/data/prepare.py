@@ -1,18 +1,23 @@
 """Text -> shards, training and held-out (launched by ``tools/prepare_data.py``)."""
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from transformers import PreTrainedTokenizerFast
 
 from tidar_megatron.data.manifest import Manifest
 from tidar_megatron.data.order import permutation
+from tidar_megatron.data.plain_text import unknown_id
 from tidar_megatron.data.shard_writer import check_output, write_shards
 from tidar_megatron.data.shards import ShardedDocuments
 from tidar_megatron.data.texts import Texts, find_texts, printable
 from tidar_megatron.data.tokenizer import encode_documents, make_tokenizer
 from tidar_megatron.errors import UserError
 
+T = TypeVar("T")
 _NAMES_KEPT, _NAMES_SHOWN = 20, 3  # of the files skipped: in the manifest, on the console
 
 
@@ -54,8 +59,8 @@ def prepare(
     shard_bytes = math.ceil(shard_size_mb * 2**20)
     manifests = []
     for folder, chosen in zip(outputs, (False, True), strict=False):
-        documents = encode_documents(tokenizer, _part(texts, held_out, chosen))
-        part = source | {"part": "held-out" if chosen else "training"}
+        part = source | {"part": "held-out" if chosen else "training", "unknown_tokens": 0}
+        documents = _count_unknown(_encode(tokenizer, texts, held_out, chosen), unknown_id(tokenizer), part)
         manifests.append(write_shards(folder, documents, tokenizer, spec, part, shard_bytes, overwrite))
         ShardedDocuments(folder)  # reads all of it back, and leaves the index that training needs
     return manifests
@@ -80,6 +85,9 @@ def summary(outputs: Sequence[str | Path], manifests: Sequence[Manifest]) -> str
         lines.append(f"skipped, bad rows: {bad:,}: {_some(source['bad_rows'], bad, '; ')}")
     if plain := source["json_files_read_as_text"]:
         lines.append(f"read as plain text, no rows of JSON: {plain:,} files: {_some(source['json_as_text'], plain)}")
+    if unknown := sum(manifest.source["unknown_tokens"] for manifest in manifests):
+        tokens = sum(manifest.tokens for manifest in manifests)
+        lines.append(f"unknown to the tokenizer: {unknown:,} of {tokens:,} tokens are its unknown token")
     return "\n".join(lines)
 
 
@@ -130,8 +138,24 @@ def _choose(count: int, fraction: float, seed: int) -> frozenset[int]:
     return frozenset(chosen.tolist())
 
 
-def _part(texts: Texts, held_out: frozenset[int], chosen: bool) -> Iterator[str]:
+def _part(texts: Iterable[T], held_out: frozenset[int], chosen: bool) -> Iterator[T]:
     return (text for number, text in enumerate(texts) if (number in held_out) == chosen)
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerFast, texts: Texts, held_out: frozenset[int], chosen: bool
+) -> Iterator[list[int]]:
+    def place(number: int) -> str:  # asked at most once, so all is read again rather than remembered
+        return next(itertools.islice(_part(texts.documents(), held_out, chosen), number, None)).place
+
+    return encode_documents(tokenizer, _part(texts, held_out, chosen), place)
+
+
+def _count_unknown(documents: Iterable[list[int]], unknown: int | None, source: dict[str, Any]) -> Iterator[list[int]]:
+    """The same documents; their unknown tokens are counted in ``source``, which the manifest takes at the end."""
+    for document in documents:
+        source["unknown_tokens"] += 0 if unknown is None else document.count(unknown)
+        yield document
 
 
 def _describe(

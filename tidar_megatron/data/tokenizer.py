@@ -10,12 +10,13 @@ FOLDER     a Hugging Face tokenizer on this disk; nothing is downloaded, no code
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from tidar_megatron.data.plain_text import PlainTextEncoder
 from tidar_megatron.errors import UserError
 from tidar_megatron.new_folder import os_error
 
@@ -139,22 +140,32 @@ def free_id(used: int, reserved: Sequence[int], model_vocab_size: int) -> int:
     return reserved[0] if used >= model_vocab_size and reserved else used
 
 
-def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> Iterator[list[int]]:
-    """The ids of each text in order, end of text appended.
+def encode_documents(
+    tokenizer: PreTrainedTokenizerFast,
+    texts: Iterable[str],
+    place: Callable[[int], str] = "document {}".format,
+) -> Iterator[list[int]]:
+    """Yield the ids of each text in order, end of text appended.
 
     A text is only text: neither a special token's name in it ("<|endoftext|>") nor the tokenizer's own template
-    (a leading BOS) gives a special id, so the one EOS of a document is its last token.
+    (a leading BOS) gives a special id, so the one EOS of a document is its last token. Only the unknown token may
+    stand for characters that the tokenizer does not know.
+
+    Args:
+        tokenizer: encodes.
+        texts: the documents.
+        place: says where the n-th text, from 0, comes from; asked when something is wrong with it.
+
+    Raises:
+        UserError: the tokenizer gives a special id for a text, which is named.
     """
-    batch: list[str] = []
-    characters = 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
-        if characters >= _BATCH_CHARACTERS:
-            yield from _encode_batch(tokenizer, batch)
-            batch, characters = [], 0
-    if batch:
-        yield from _encode_batch(tokenizer, batch)
+    encoder, number = PlainTextEncoder(tokenizer), 0
+    for batch in _batches(texts):
+        for text, ids in zip(batch, encoder.encode(batch), strict=True):
+            if fault := encoder.fault(text, ids):
+                raise UserError(f"{place(number)}: {fault}")
+            yield [*ids, tokenizer.eos_token_id]
+            number += 1
 
 
 def encode_document(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
@@ -162,19 +173,17 @@ def encode_document(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     return next(encode_documents(tokenizer, [text]))
 
 
-def _encode_batch(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Iterator[list[int]]:
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
-    for ids in encoded["input_ids"]:
-        if tokenizer.eos_token_id in ids:
-            raise UserError("this tokenizer gives its EOS id for plain text; use one whose EOS is a special token")
-        yield [*ids, tokenizer.eos_token_id]
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
