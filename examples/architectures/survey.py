@@ -60,7 +60,7 @@ def variants(model_type: str) -> dict[str, dict[str, object]]:
         found["a window that the context never fills"] = {"sliding_window": 4 * tiny.CONTEXT}
         found["use_sliding_window false beside a window"] = {"use_sliding_window": False}
     if tiny.takes_rope(model_type):
-        base = {} if "sliding_window" not in settings else {"sliding_window": None}
+        base = {"sliding_window": 4 * tiny.CONTEXT} if "sliding_window" in settings else {}
         for rope_type, rope in tiny.ROPES.items():
             parameters = {"rope_type": rope_type, "rope_theta": 1e4, **rope}
             found[f"rope {rope_type}"] = {**base, "rope_parameters": parameters}

@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 from tidar_megatron import attention_kernels
 from tidar_megatron.attention_mask import CLEAN, INDEX, MASK_BLOCK, decode_layout, may_attend, prefix_layout
 from tidar_megatron.inference import attention
-from tidar_megatron.inference.attention import PackedForward, Part, Plan, local_mask, position_offsets
+from tidar_megatron.inference.attention import (
+    PackedForward,
+    Part,
+    Plan,
+    UnknownAttentionError,
+    local_mask,
+    position_offsets,
+)
 from tidar_megatron.inference.cache import KVPool
 
 
@@ -168,5 +175,5 @@ def test_what_is_not_uniform():
 
 def test_a_wrapped_model_refuses_to_look_ahead(tiny):
     """Outside the engine nobody makes our mask, and none at all would let every token see its future."""
-    with pytest.raises(AssertionError, match="set_attn_implementation"):
+    with pytest.raises(UnknownAttentionError, match="set_attn_implementation"):
         tiny("llama").causal_lm(torch.tensor([[1, 2, 3]]))
