@@ -7,10 +7,13 @@ this one added:
 
 ``model_args``: ``pretrained``, ``plan`` (``auto``; or ``ar``, ``2:8``, ..), ``batch_size``, ``device``, ``dtype``,
 ``mask_token_id``, ``max_length``. Texts are cut, windows laid and continuations told from contexts exactly as by
-lm-eval's ``hf`` model, so likelihoods are the same numbers.
+lm-eval's ``hf`` model, so likelihoods are the same numbers. Where ``hf`` fails because a continuation merges into its
+context, the continuation is encoded alone.
 """
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,20 +21,17 @@ from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import postprocess_generated_text
 
 from tidar_megatron.distributed.platform import has_gpu
 from tidar_megatron.errors import UserError
+from tidar_megatron.evaluation.generation_kwargs import task_options
 from tidar_megatron.inference.engine import generate_batch
 from tidar_megatron.inference.loading import load_model
 from tidar_megatron.inference.model import DecodeModel
-from tidar_megatron.inference.request import Generation, parse_plan
-from tidar_megatron.inference.sampling import SamplingOptions
+from tidar_megatron.inference.request import DecodeOptions, Generation, check_prompt, check_token_ids, parse_plan
 from tidar_megatron.inference.scoring import score
 from tidar_megatron.inference.text import NO_TOKENIZER
-
-MAX_NEW_TOKENS = 256  # where a task does not say, as lm-eval has it
-TOP_K = 50  # as transformers has it
 
 
 @register_model("tidar")
@@ -110,14 +110,47 @@ class TidarLM(TemplateLM):
             continue_final_message=not add_generation_prompt,
         )
 
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        encoded = []
+        for request in requests:
+            with _named(request):
+                encoded.append((request.args, *self._to_score(*request.args)))
+        return self._loglikelihood_tokens(encoded)
+
+    def _to_score(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Return the token ids of a context and of the continuation to score, at least one each.
+
+        Raises:
+            UserError: no token is left to score, too many are, or an id that the model does not have.
+        """
+        if context:
+            before, scored = self._encode_pair(context, continuation)
+        else:
+            before, scored = [], self.tok_encode(continuation, add_special_tokens=False)
+            if scored[:1] == [self.prefix_token_id]:
+                before, scored = scored[:1], scored[1:]
+        before = before or [self.prefix_token_id]
+        if not scored:
+            raise UserError("there is no token to score: the continuation is empty")
+        if len(scored) > self.max_length:
+            raise UserError(
+                f"a continuation of {len(scored)} tokens is to be scored, and the model's context holds "
+                f"{self.max_length}: shorten {self.tokenizer.decode(scored[:16])!r} .."
+            )
+        check_token_ids(self.model, [*{*before, *scored}])
+        return before, scored
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """As lm-eval's, which gives no token for a continuation that merges into the context: it is encoded alone."""
+        before, scored = super()._encode_pair(context, continuation)
+        if not scored:
+            spaces = context[len(context.rstrip()) :]
+            scored = self.tok_encode(spaces + continuation, add_special_tokens=False)
+        return before, scored
+
     def _loglikelihood_tokens(self, requests: list[Any], **unused: Any) -> list[tuple[float, bool]]:
         texts = []
         for _, context, continuation in requests:
-            if len(continuation) > self.max_length:
-                raise UserError(
-                    f"a continuation of {len(continuation)} tokens is to be scored, and the model's context holds "
-                    f"{self.max_length}: shorten {self.tokenizer.decode(continuation[:16])!r} .."
-                )
             kept = (context + continuation)[-(self.max_length + 1) :]
             texts.append((kept[: -len(continuation)], kept[-len(continuation) :]))
         answers = [(one.logprob, one.greedy) for one in score(self.model, texts)]
@@ -128,10 +161,11 @@ class TidarLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         windows, owners = [], []
-        for number, (string,) in enumerate(request.args for request in requests):
-            for window in utils.get_rolling_token_windows(
-                self.tok_encode(string), self.prefix_token_id, self.max_length, context_len=1
-            ):
+        for number, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            with _named(request):
+                check_token_ids(self.model, [*{*tokens}])
+            for window in utils.get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1):
                 windows.append((None, *utils.make_disjoint_window(window)))
                 owners.append(number)
         totals = [0.0] * len(requests)
@@ -146,23 +180,18 @@ class TidarLM(TemplateLM):
         for number, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items(), key=str)), []).append(number)
         texts: list[str] = [""] * len(requests)
+        prepared = []  # all of them before anything is generated, so that no work is lost to a bad one
         for numbers in groups.values():
-            asked = normalize_gen_kwargs(requests[numbers[0]].args[1], MAX_NEW_TOKENS)
-            eos = None if self.eot_token_id is None else self.tokenizer.decode(self.eot_token_id)
-            until = handle_stop_sequences(asked.get("until"), eos=eos)
-            options = dataclasses.replace(
-                self._options,
-                max_new_tokens=asked["max_gen_toks"],
-                stop=tuple(text for text in until if text),
-                sampling=_sampling(asked),
-            )
-            room = self.max_length - options.max_new_tokens
-            if room < 1:
-                raise UserError(
-                    f"{options.max_new_tokens} tokens to generate (max_gen_toks) leave none of the {self.max_length} "
-                    "that the model's context holds for the prompt: ask for fewer"
-                )
-            prompts = [self.tok_encode(requests[number].args[0])[-room:] for number in numbers]
+            with _named(requests[numbers[0]]):
+                options, until = self._task_options(requests[numbers[0]].args[1])
+            prompts = []
+            for number in numbers:
+                with _named(requests[number]):
+                    prompt = self.tok_encode(requests[number].args[0])[-(self.max_length - options.max_new_tokens) :]
+                    check_prompt(self.model, prompt)
+                prompts.append(prompt)
+            prepared.append((numbers, options, until, prompts))
+        for numbers, options, until, prompts in prepared:
             each = [options] * len(prompts)
             if not options.sampling.greedy:  # lm-eval seeds torch; each text draws from a source of its own
                 self.sampled |= {requests[number].task_name or "" for number in numbers}
@@ -176,35 +205,25 @@ class TidarLM(TemplateLM):
                 self.cache_hook.add_partial("generate_until", requests[number].args, texts[number])
         return texts
 
+    def _task_options(self, generation_kwargs: dict[str, Any]) -> tuple[DecodeOptions, list[str]]:
+        eos = None if self.eot_token_id is None else self.tokenizer.decode(self.eot_token_id)
+        options, until = task_options(self._options, generation_kwargs, self.model.causal_lm.generation_config, eos)
+        options.check(self.model)
+        if options.max_new_tokens >= self.max_length:
+            raise UserError(
+                f"{options.max_new_tokens} tokens to generate (max_gen_toks) leave none of the {self.max_length} "
+                "that the model's context holds for the prompt: ask for fewer"
+            )
+        return options, until
 
-def _sampling(asked: dict[str, Any]) -> SamplingOptions:
-    """Of a task's ``generation_kwargs``, as lm-eval's ``hf`` model hands them to transformers.
 
-    Raises:
-        UserError: an option that is not served, by name, or a draw at temperature 0.
-    """
-    wanted = {name: value for name, value in asked.items() if value is not None and value is not False}
-    neutral = ("use_cache", *(name for name in ("num_beams", "length_penalty") if asked.get(name) == 1))
-    drawing = ("temperature", "top_k", "top_p", "min_p")
-    served = ("until", "max_gen_toks", "do_sample", "repetition_penalty", "min_new_tokens", *drawing, *neutral)
-    if others := [name for name in wanted if name not in served]:
-        raise UserError(f"generation_kwargs: {', '.join(others)} is not served by the engine; leave it out of the task")
-
-    def given(name: str, default: float) -> float:
-        return float(wanted.get(name, default))
-
-    kept = SamplingOptions(
-        repetition_penalty=given("repetition_penalty", 1.0), min_new_tokens=int(given("min_new_tokens", 0))
-    )
-    if not asked.get("do_sample"):
-        return kept
-    temperature = given("temperature", 1.0)
-    if not temperature:
-        raise UserError("generation_kwargs: do_sample at temperature 0: leave do_sample out, or raise the temperature")
-    return dataclasses.replace(
-        kept,
-        temperature=temperature,
-        top_k=int(asked.get("top_k", TOP_K) or 0) or None,
-        top_p=given("top_p", 1.0),
-        min_p=given("min_p", 0.0),
-    )
+@contextmanager
+def _named(request: Instance) -> Iterator[None]:
+    """Put the task and the document before the message of a UserError, and of a choice its number and text."""
+    try:
+        yield
+    except UserError as error:
+        where = f"task {request.task_name}, document {request.doc_id}"
+        if request.request_type == "loglikelihood":
+            where += f", continuation {request.idx} {request.args[1][:40]!r}"
+        raise UserError(f"{where}: {error}") from None
