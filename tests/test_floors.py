@@ -7,6 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "tidar_megatron"
 FLOORS = {
+    "streams": -2,
     "errors": -1,  # the ground
     "files": -1,
     "new_folder": 0,

@@ -15,6 +15,8 @@ import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
+from tidar_megatron.streams import standard_streams
+
 
 class UserError(ValueError):
     """Bad input. The message is one line, names what is wrong, and says how to mend it."""
@@ -40,7 +42,7 @@ def run_tool(main: Callable[[], None], rank: int = 0) -> None:
     """Run a program's ``main``; a :class:`UserError` becomes one line on standard error and exit status 2.
 
     Under torchrun every rank fails alike, so only ``rank`` 0 speaks. Any other exception is a defect of ours and
-    keeps its traceback.
+    keeps its traceback. ``streams.py`` says what becomes of a program whose output is no longer read.
     """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers': they garble what a program prints
     # megatron-core says at import, once per module and process, which optional packages it does without
@@ -52,7 +54,9 @@ def run_tool(main: Callable[[], None], rank: int = 0) -> None:
     for name in (*hints, "dist_checkpointing.strategies.torch"):
         logging.getLogger(f"megatron.core.{name}").setLevel(logging.ERROR)  # hints to megatron-core's own developers
     try:
-        main()
+        with standard_streams():
+            _check_arguments()
+            main()
     except (UserError, Diverged) as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -75,6 +79,12 @@ def run_tool(main: Callable[[], None], rank: int = 0) -> None:
         if rank == 0:
             print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
+
+
+def _check_arguments() -> None:
+    for argument in sys.argv[1:]:
+        if not argument.isascii() and any("\ud800" <= character <= "\udfff" for character in argument):
+            raise UserError(f"argument {argument!r}: is not UTF-8; give it in UTF-8, or rename the file")
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -19,7 +19,6 @@ counted.
 
 import argparse
 
-from tidar_megatron.data.prepare import prepare, summary
 from tidar_megatron.errors import OneLineParser, run_tool
 
 
@@ -43,6 +42,8 @@ def main() -> None:
     parser.add_argument("--shard-size-mb", type=float, default=64.0, metavar="X", help="MiB a shard, about [64]")
     parser.add_argument("--overwrite", action="store_true", help="replace shards that are already there")
     args = parser.parse_args()
+    from tidar_megatron.data.prepare import prepare, summary  # heavy: after the command line is known to be sound
+
     manifests = prepare(
         inputs=args.input,
         output=args.output,

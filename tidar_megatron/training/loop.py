@@ -11,6 +11,7 @@ from tidar_megatron.config import Config
 from tidar_megatron.distributed.groups import shut_down
 from tidar_megatron.distributed.platform import peak_memory
 from tidar_megatron.errors import Diverged, Interrupted, UserError
+from tidar_megatron.streams import outliving_output
 from tidar_megatron.training import signals
 from tidar_megatron.training.describe import describe
 from tidar_megatron.training.metrics import MetricsLogger
@@ -31,6 +32,7 @@ def pretrain(config: Config, build: Callable[[Config], Trainer] = Trainer.build)
         Stalled: another rank, or the data, does not answer.
     """
     with contextlib.ExitStack() as ending:
+        ending.enter_context(outliving_output())  # a run is worth more than what it prints
         ending.push(lambda kind, error, trace: shut_down(orderly=kind in (None, Interrupted, Diverged)))
         trainer = build(config)
         ending.callback(trainer.close)
