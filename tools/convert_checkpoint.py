@@ -63,13 +63,18 @@ def _import(args: argparse.Namespace) -> None:
     config = import_run(args.hf, args.output, ParallelConfig(**layout), args.init_mask_token, args.mask_token_id)
     mask = "no mask token" if config.tidar.mask_token_id is None else f"mask token {config.tidar.mask_token_id}"
     print(
-        f"{args.output}: {_shape(config)}, {mask}; start a run from it with tools/pretrain.py --init-from {args.output}"
+        f"{args.output}: {_shape(config, args.hf)}, {mask}; "
+        f"start a run from it with tools/pretrain.py --init-from {args.output}"
     )
 
 
-def _shape(config: Config) -> str:
+def _shape(config: Config, hf: str) -> str:
+    from tidar_megatron.checkpoint.families import read_json
+
     model = config.model
-    return f"{model.num_layers} layers, hidden size {model.hidden_size}, {model.vocab_size} ids"
+    new = (model.vocab_size or 0) - read_json(Path(hf) / "config.json")["vocab_size"]
+    grown = f" ({new} of them new)" if new else ""
+    return f"{model.num_layers} layers, hidden size {model.hidden_size}, {model.vocab_size} ids{grown}"
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -93,6 +98,7 @@ def _verify(args: argparse.Namespace) -> None:
     else:
         left_out = found["left_out"]
         but = "" if left_out is None else f"; left out: the mask token {left_out}, which only the run has"
+        but += f"; rows of the vocabulary that are new in the run: {found['new_rows']}" if found["new_rows"] else ""
         print(
             f"iteration {found['iteration']}: logits differ by {found['max_logit_difference']:.1e} at most "
             f"(the largest is {found['largest_logit']:.1f}); {found['same_choice']:.1%} of {found['positions']} "

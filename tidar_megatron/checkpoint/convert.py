@@ -33,7 +33,14 @@ from tidar_megatron.config import CONFIG_FILE, Config, ModelConfig, ParallelConf
 from tidar_megatron.data.doubled import make_batch
 from tidar_megatron.data.manifest import TOKENIZER_FOLDER
 from tidar_megatron.data.packing import PackedSequence
-from tidar_megatron.data.tokenizer import free_id, load_tokenizer, reserved_ids, save_tokenizer, vocabulary_size
+from tidar_megatron.data.tokenizer import (
+    free_id,
+    load_tokenizer,
+    reserved_ids,
+    rows_needed,
+    save_tokenizer,
+    vocabulary_size,
+)
 from tidar_megatron.distributed.groups import initialize, shut_down
 from tidar_megatron.errors import UserError
 from tidar_megatron.models.gpt import build_model, run_model
@@ -78,12 +85,8 @@ def import_run(
     tensors.check(model)
     tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
     assert model.vocab_size is not None
-    if tokenizer is not None and (used := vocabulary_size(tokenizer)) > model.vocab_size:
-        raise UserError(
-            f"--hf {source}: its tokenizer has {used} ids, the model {model.vocab_size}: they do not belong "
-            "together; copy the model's own tokenizer, or import the folder without one"
-        )
-    config = Config(model=model, parallel=parallel or ParallelConfig())
+    rows = model.vocab_size if tokenizer is None else rows_needed(source, model.vocab_size)
+    config = Config(model=dataclasses.replace(model, vocab_size=rows), parallel=parallel or ParallelConfig())
     config = dataclasses.replace(
         config,
         # tensors that have more digits than the folder says keep them
@@ -95,10 +98,9 @@ def import_run(
     check_config(config)
     whole = whole_model(config)
     tensors.check_shapes(whole, model)
-    row = None
-    if init_mask_token is not None:
-        assert config.tidar.mask_token_id is not None and model.vocab_size and config.model.vocab_size
-        row = MaskRow(init_mask_token, config.tidar.mask_token_id, model.vocab_size, config.model.vocab_size)
+    assert config.model.vocab_size is not None
+    mask = config.tidar.mask_token_id if init_mask_token is not None else None
+    row = MaskRow(init_mask_token or "keep", mask, model.vocab_size, config.model.vocab_size)
     with new_folder("--output", target, CONFIG_FILE) as run:
         _write_checkpoint(config, whole, run, tensors, model, row)
         if tokenizer is not None:
@@ -142,14 +144,14 @@ def _with_mask_token(config: Config, tokenizer: Any, mask_token_id: int | None) 
 
 
 def _write_checkpoint(
-    config: Config, whole: WholeModel, run: Path, tensors: Safetensors, model: ModelConfig, row: MaskRow | None
+    config: Config, whole: WholeModel, run: Path, tensors: Safetensors, model: ModelConfig, row: MaskRow
 ) -> None:
     partial = folder.new_partial(run, 0)
     dtype = torch.bfloat16 if config.training.bf16 else torch.float32
 
     def read(name: str) -> Tensor:
         tensor = tensors.parameter(name, model, whole.shapes[name]).to(dtype)
-        if row is not None and name in VOCABULARY:
+        if name in VOCABULARY:
             row.fill(tensor, name)
         return tensor
 
@@ -219,12 +221,13 @@ def export_run(
 def verify(hf: str | Path, run: str | Path, iteration: int | None = None, length: int = 64, rows: int = 4) -> dict:
     """Compare the logits of both sides in float32, for random token ids.
 
-    A mask token that the run has and the folder has not is left out: its row is the run's own.
+    A mask token that the run has and the folder has not is left out, as are the rows by which the run's vocabulary has
+    grown: they are the run's own.
 
     Returns:
         ``hf``, ``checkpoint``, ``iteration``, ``max_logit_difference``, ``largest_logit``, ``same_choice`` (the share
         of positions whose largest logit is of the same id), ``positions``, ``vocabulary``, ``left_out`` (the mask
-        token, or None).
+        token, or None), ``new_rows`` (of the run).
 
     Raises:
         UserError: one of the two cannot be read, or they are models of different shapes.
@@ -233,10 +236,12 @@ def verify(hf: str | Path, run: str | Path, iteration: int | None = None, length
 
     ours, iteration, checkpoint = _whole_checkpoint(Path(run), iteration)
     theirs = model_from_huggingface(hf, ours.model)
-    assert theirs.vocab_size is not None
+    assert theirs.vocab_size is not None and ours.model.vocab_size is not None
     mask = ours.tidar.mask_token_id
-    grown = mask == theirs.vocab_size and ours.model.vocab_size == mask + 1  # by a row for the mask token alone
-    shape = dataclasses.replace(ours.model, vocab_size=theirs.vocab_size) if grown else ours.model
+    rows = rows_needed(hf, theirs.vocab_size) if has_tokenizer(hf) else theirs.vocab_size
+    grown = {rows, rows + 1} if mask == rows else {rows}  # by tokens of the tokenizer, and by the mask token
+    fits = ours.model.vocab_size in grown
+    shape = dataclasses.replace(ours.model, vocab_size=theirs.vocab_size) if fits else ours.model
     one, other = (dataclasses.asdict(_settled(model)) for model in (theirs, shape))
     if differing := [name for name in one if one[name] != other[name]]:
         raise UserError(f"--checkpoint {run}: is another model than --hf {hf}: {', '.join(differing)} differ")
@@ -257,7 +262,7 @@ def verify(hf: str | Path, run: str | Path, iteration: int | None = None, length
         batch = make_batch([_one_document(row.numpy()) for row in tokens], 1, 0, doubled=False)
         states = run_model(model, batch)
         found = (states @ output_weight(model).t()).transpose(0, 1)[..., : theirs.vocab_size]
-        if own_row and not grown:
+        if own_row and mask is not None and mask < theirs.vocab_size:
             found[..., mask] = expected[..., mask]
     except Damaged as damage:
         raise UserError(f"--checkpoint {run}: {damage}") from None
@@ -273,6 +278,7 @@ def verify(hf: str | Path, run: str | Path, iteration: int | None = None, length
         "positions": tokens.numel(),
         "vocabulary": theirs.vocab_size,
         "left_out": mask if own_row else None,
+        "new_rows": ours.model.vocab_size - theirs.vocab_size,
     }
 
 

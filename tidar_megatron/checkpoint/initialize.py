@@ -50,13 +50,13 @@ class MaskRow:
     Attributes:
         kind: ``mean`` of the embeddings; ``normal``: with their standard deviation around it, by channel; ``keep``
             what is there, unless that is nothing.
-        mask_token_id: the row.
+        mask_token_id: the row; None: rows are only added.
         source_rows: ids that the model had.
         vocab_size: ids that it has now; the output layer's new rows are the mean of the others too.
     """
 
     kind: str
-    mask_token_id: int
+    mask_token_id: int | None
     source_rows: int
     vocab_size: int
 
@@ -72,19 +72,18 @@ class MaskRow:
         Raises:
             UserError: the row that is to be kept is zeros, as a new one is.
         """
-        embedding = name == VOCABULARY[0]
-        new = [*range(self.source_rows, self.vocab_size), *([self.mask_token_id] if embedding else [])]
+        mask = self.mask_token_id if name == VOCABULARY[0] else None
+        new = {*range(self.source_rows, self.vocab_size)}
         first = group.rank() * len(rows) if group is not None else 0
-        if self.kind == "keep":
-            here = embedding and first <= self.mask_token_id < first + len(rows)
-            if here and not rows[self.mask_token_id - first].any():
-                # the masks of a document's first block see each other alone: their states would be zero in every
-                # layer, and each RMSNorm multiply their gradient by 1 / sqrt(epsilon), until it is no number
-                raise UserError(
-                    f"--init-mask-token keep: row {self.mask_token_id} is zeros, from which nothing can be learned; "
-                    "use mean or normal"
-                )
-        if self.kind == "keep" or not new:
+        if mask is not None and self.kind != "keep":
+            new.add(mask)
+        elif mask is not None and first <= mask < first + len(rows) and not rows[mask - first].any():
+            # the masks of a document's first block see each other alone: their states would be zero in every
+            # layer, and each RMSNorm multiply their gradient by 1 / sqrt(epsilon), until it is no number
+            raise UserError(
+                f"--init-mask-token keep: row {mask} is zeros, from which nothing can be learned; use mean or normal"
+            )
+        if not new:
             return
         sums = rows.new_zeros(2, rows.shape[1], dtype=torch.float64)
         for some in rows[: max(0, self.source_rows - first)].split(ROWS_AT_ONCE):  # a vocabulary in float64 is large
@@ -93,13 +92,12 @@ class MaskRow:
             dist.all_reduce(sums, group=group)
         mean, square = sums / self.source_rows
         row = mean
-        if self.kind == "normal":
-            noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(self.mask_token_id))
+        if mask is not None and self.kind == "normal":
+            noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(mask))
             row = mean + (square - mean.square()).clamp(min=0).sqrt() * noise.to(mean)
-        for number in new:
+        for number in sorted(new):
             if first <= number < first + len(rows):
-                is_mask = embedding and number == self.mask_token_id
-                rows[number - first] = (row if is_mask else mean).to(rows.dtype)
+                rows[number - first] = (row if number == mask else mean).to(rows.dtype)
 
 
 def start_mask_row(chunks: list[GPTModel], row: MaskRow) -> None:

@@ -15,11 +15,13 @@ from tidar_megatron.checkpoint.huggingface import (
     CONFIG,
     GENERATION_CONFIG,
     check_huggingface_tokenizer,
+    has_tokenizer,
     load_huggingface_weights,
 )
 from tidar_megatron.checkpoint.manifest import Damaged
 from tidar_megatron.config import CONFIG_FILE, Config, ModelConfig, load_config
 from tidar_megatron.data.manifest import TOKENIZER_FOLDER
+from tidar_megatron.data.tokenizer import rows_needed
 from tidar_megatron.errors import UserError
 
 HUGGINGFACE_FOLDER = "huggingface"  # in a run's folder: the small files of the folder that its model came from
@@ -41,6 +43,10 @@ class Origin(Protocol):
 
     def model(self, ours: ModelConfig) -> ModelConfig:
         """``ours`` with everything that the origin decides, its vocabulary included."""
+        ...
+
+    def rows_needed(self) -> int:
+        """Return how many rows the model has once it has one for each id of the origin's own tokenizer."""
         ...
 
     def check_tokenizer(self, data_tokenizer: str | Path) -> None:
@@ -73,6 +79,11 @@ class _HuggingFace:
     def model(self, ours: ModelConfig) -> ModelConfig:
         return model_from_huggingface(self._folder, ours)
 
+    def rows_needed(self) -> int:
+        rows = self.model(ModelConfig()).vocab_size
+        assert rows is not None
+        return rows_needed(self._folder, rows) if has_tokenizer(self._folder) else rows
+
     def check_tokenizer(self, data_tokenizer: str | Path) -> None:
         check_huggingface_tokenizer(self._folder, data_tokenizer)
 
@@ -96,6 +107,10 @@ class _Run:
     def model(self, ours: ModelConfig) -> ModelConfig:
         kept = {name: getattr(ours, name) for name in OURS if getattr(ours, name) is not None}
         return dataclasses.replace(self._config.model, **kept)
+
+    def rows_needed(self) -> int:
+        assert self._config.model.vocab_size is not None, "a run's configuration is resolved"
+        return self._config.model.vocab_size
 
     def check_tokenizer(self, data_tokenizer: str | Path) -> None:
         check_huggingface_tokenizer(self._folder / TOKENIZER_FOLDER, data_tokenizer)

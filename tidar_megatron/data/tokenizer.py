@@ -116,6 +116,26 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
     return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
 
 
+def rows_needed(folder: str | Path, model_vocab_size: int) -> int:
+    """Return how many rows a model needs for the tokenizer in its folder; at least those that it has.
+
+    Tokens are often added to a tokenizer without a row of the model for each ("[PAD]"): the model grows by these rows,
+    as by transformers' ``resize_token_embeddings``.
+
+    Raises:
+        UserError: tokens that were not added lie beyond the model's rows, so it is another model's tokenizer.
+    """
+    tokenizer = load_tokenizer(folder)
+    added = tokenizer.get_added_vocab()
+    learned = 1 + max((number for name, number in tokenizer.get_vocab().items() if name not in added), default=-1)
+    if learned > model_vocab_size:
+        raise UserError(
+            f"{folder}: its tokenizer has {learned} ids (added tokens aside) and its model {model_vocab_size}: they do "
+            "not belong together; copy the model's own tokenizer, or leave the tokenizer out"
+        )
+    return max(vocabulary_size(tokenizer), model_vocab_size)
+
+
 # ids that tokenizers hold for later: Llama 3's, Gemma's, Mistral's, BERT's and the like
 MASK_TOKEN = "<|mask|>"  # the mask token's name in an exported folder: a text has it as little
 RESERVED = re.compile(

@@ -130,10 +130,14 @@ def check_token_ids(model: DecodeModel, token_ids: Sequence[int]) -> None:
         except TypeError:
             raise UserError(f"token id {token!r}: must be an integer") from None
         if not 0 <= token < model.vocab_size:
-            raise UserError(
-                f"token id {token} is outside the model's vocabulary of {model.vocab_size}: "
-                "use the tokenizer of the same folder"
-            )
+            remedy = "use the tokenizer of the same folder"
+            if model.tokenizer is not None and 0 <= token < len(model.tokenizer):
+                name = model.tokenizer.convert_ids_to_tokens(int(token))
+                remedy = (
+                    f"the folder's tokenizer has {len(model.tokenizer)} ids, {name!r} among them; grow the model by "
+                    "the missing rows (transformers' resize_token_embeddings), or leave the token out"
+                )
+            raise UserError(f"token id {token} is outside the model's vocabulary of {model.vocab_size}: {remedy}")
 
 
 @dataclass(slots=True)

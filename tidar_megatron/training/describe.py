@@ -9,8 +9,10 @@ from tidar_megatron.data.loader import TrainingData
 from tidar_megatron.distributed.groups import Ranks
 
 
-def describe(config: Config, ranks: Ranks, model: list[GPTModel], data: TrainingData, iteration: int) -> Iterator[str]:
-    """The run in a few lines, beginning after ``iteration``."""
+def describe(
+    config: Config, ranks: Ranks, model: list[GPTModel], data: TrainingData, iteration: int, new_rows: int = 0
+) -> Iterator[str]:
+    """The run in a few lines, beginning after ``iteration``; ``new_rows`` of its vocabulary are not the origin's."""
     tidar, groups = config.tidar, ranks.groups
     parameters = sum(p.numel() for chunk in model for p in chunk.parameters())
     sizes = {"TP": groups.tp, "PP": groups.pp, "CP": groups.cp, "EP": groups.ep, "DP": groups.dp}
@@ -46,4 +48,6 @@ def describe(config: Config, ranks: Ranks, model: list[GPTModel], data: Training
         done = "; nothing is left to do" if iteration >= config.training.train_iters else ""
         yield f"continuing {config.checkpoint.load} from iteration {iteration}{done}"
     elif config.training.init_from:
-        yield f"starting from the weights of {config.training.init_from}"
+        rows = "1 new row" if new_rows == 1 else f"{new_rows} new rows"
+        grown = f", with {rows} in its vocabulary of {config.model.vocab_size} ids" if new_rows else ""
+        yield f"starting from the weights of {config.training.init_from}{grown}"

@@ -43,7 +43,9 @@ def pretrain(config: Config, build: Callable[[Config], Trainer] = Trainer.build)
             logger = MetricsLogger(trainer.config, trainer.ranks.is_main, trainer.iteration)
         samples = None
         try:
-            for line in describe(trainer.config, trainer.ranks, trainer.model, trainer.train_data, trainer.iteration):
+            for line in describe(
+                trainer.config, trainer.ranks, trainer.model, trainer.train_data, trainer.iteration, trainer.new_rows
+            ):
                 logger.say(line)
             trainer.health.on_trouble = logger.say
             samples = trainer.samples()

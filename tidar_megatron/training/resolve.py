@@ -40,6 +40,7 @@ def resolve(
                 what = f"{flag(field.name)} {ours}: --init-from {config.training.init_from} has {theirs}"
                 raise UserError(f"{what}; leave the flag out, the folder sets the model")
         mask = mask if mask is not None else origin.mask_token_id
+        model = dataclasses.replace(model, vocab_size=origin.rows_needed())
     if model.vocab_size is not None and tokenizer.vocab_size > model.vocab_size:
         where = f"--init-from {config.training.init_from}" if config.training.init_from else "--vocab-size"
         raise UserError(

@@ -285,6 +285,13 @@ class Trainer:
         load = self.config.checkpoint.load
         return kept_huggingface_files(Path(load)) if load else None
 
+    @property
+    def new_rows(self) -> int:
+        """Rows by which the vocabulary has grown since ``--init-from``."""
+        if self.origin is None:
+            return 0
+        return (self.config.model.vocab_size or 0) - (self.origin.model(ModelConfig()).vocab_size or 0)
+
     def samples(self) -> Samples | None:
         """Generations from each checkpoint, on the main rank of a run that asks for them."""
         count, save = self.config.logging.log_samples, self.config.checkpoint.save
