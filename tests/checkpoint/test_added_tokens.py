@@ -113,7 +113,7 @@ def test_data_of_a_larger_tokenizer_are_still_refused(source, tmp_path):
 
 def test_decoding_says_that_the_model_lacks_the_row(source):
     from tidar_megatron.inference.engine import generate
-    from tidar_megatron.inference.model import load_model
+    from tidar_megatron.inference.loading import load_model
 
     model = load_model(source / "hf")
     with pytest.raises(UserError, match=r"token id 260 .* tokenizer has 261 ids, '<extra 3>' among them; grow"):
