@@ -15,6 +15,7 @@ FLOORS = {
     "attention_kernels": 0,
     "config": 0,
     "context_parallel": 0,
+    "text_stream": 0,
     "distributed": 1,
     "data": 1,
     "inference": 1,

@@ -8,7 +8,9 @@ import pytest
 from data_helpers import some_texts
 from rich.console import Console
 
+from tests.tokenizer_kinds import KINDS
 from tidar_megatron.data.inspect import inspect_data
+from tidar_megatron.data.prepare import prepare
 from tidar_megatron.data.shards import ShardedDocuments
 from tidar_megatron.errors import UserError
 
@@ -47,6 +49,15 @@ def test_a_packed_sequence_in_colour(make_shards) -> None:
         colours[letter] = codes[0]
     assert colours["a"] != colours["x"]
     assert "\x1b[4;" in clean and "\x1b[2;4;" in masks  # EOS has no next token; fill is nothing's label
+
+
+def test_tokens_of_a_packed_sequence_are_shown_with_their_spaces(tmp_path: Path) -> None:
+    """Also of a tokenizer that drops the space of a text's first token, and with what clean-up would remove."""
+    KINDS["unigram, clean-up"].save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "texts.txt").write_text("the fox jump . é")
+    prepare([tmp_path / "texts.txt"], tmp_path / "data", str(tmp_path / "tokenizer"))
+    _, text = told(tmp_path / "data", samples=0)
+    assert "clean: the fox jump .| é</s>" in text and "masks give: the fox jump .| é</s>" in text
 
 
 def test_broken_shards_are_named_and_nothing_is_decoded(shards: Path) -> None:

@@ -4,11 +4,15 @@ import random
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from tests.tokenizer_kinds import KINDS
 from tidar_megatron.errors import UserError
-from tidar_megatron.inference.text import REPLACEMENT, TextStream, continuation, encode_prompt
+from tidar_megatron.inference.text import encode_prompt
+from tidar_megatron.text_stream import REPLACEMENT, StopStrings, TextStream, continuation
 
 TEXTS = ["plain", "naïve café", "日本語 テキスト", "🙂🙃 and 🏳️‍🌈", "  spaces  \n\ttabs", ""]
 
@@ -77,3 +81,73 @@ def test_encode_prompt(byte_tokenizer):
         encode_prompt(model, "")
     with pytest.raises(UserError, match="no tokenizer"):
         encode_prompt(SimpleNamespace(tokenizer=None, is_tidar=True), "text")
+
+
+def drawn(kind, rng, count):
+    """Token ids as they may come: many at once or one in a row, special ones, some that the tokenizer lacks."""
+    tokenizer, ids = KINDS[kind], []
+    while len(ids) < count:
+        first = max(0, len(tokenizer) - 50) if rng.random() < 0.5 else 0  # more words than bytes
+        few = [rng.randrange(first, len(tokenizer) + 2) for _ in range(rng.choice([1, 2, 5, 40]))]
+        if rng.random() < 0.3:  # a special token, or one that is added and none
+            few = [len(tokenizer) - 1 - rng.randrange(4)]
+        ids += rng.choices(few, k=rng.choice([1, 1, 3, 8, 150]))
+    return ids[:count]
+
+
+@given(
+    kind=st.sampled_from(sorted(KINDS)),
+    seed=st.integers(0, 2**32),
+    lengths=st.tuples(st.sampled_from([0, 1, 2, 5, 40, 700]), st.sampled_from([1, 2, 3, 6, 40, 700])),
+    skip_special_tokens=st.booleans(),
+    at_once=st.sampled_from([1, 4, 60]),
+)
+def test_pieces_are_the_text(kind, seed, lengths, skip_special_tokens, at_once):
+    """However the tokens are divided into steps, empty ones too."""
+    tokenizer, rng = KINDS[kind], random.Random(seed)
+    prompt, tokens = (drawn(kind, rng, length) for length in lengths)
+    before = tokenizer.decode(prompt, skip_special_tokens=skip_special_tokens)
+    whole = tokenizer.decode(prompt + tokens, skip_special_tokens=skip_special_tokens)
+    stream, text, start = TextStream(tokenizer, prompt, skip_special_tokens), "", 0
+    while start < len(tokens):
+        end = start + rng.randrange(at_once + 1)
+        text += stream.push(tokens[start:end])
+        start = end
+    text += stream.flush()
+    if whole.startswith(before):
+        assert text == whole[len(before) :]
+    else:  # the tokens have changed the end of the prompt's text
+        assert whole.endswith(text) and before.startswith(whole[: len(whole) - len(text)])
+        assert not text or not before.startswith(whole[: len(whole) - len(text) + 1])
+    assert text == continuation(tokenizer, prompt, tokens, skip_special_tokens)
+    assert stream.flush() == ""
+
+
+@given(
+    kind=st.sampled_from(sorted(KINDS)),
+    seed=st.integers(0, 2**32),
+    string=st.text("thequickfox .'s日\n", min_size=1, max_size=4),
+)
+def test_a_stop_string_is_found_with_the_token_that_completes_it(kind, seed, string):
+    tokenizer, rng = KINDS[kind], random.Random(seed)
+    prompt, tokens = drawn(kind, rng, rng.choice([1, 5, 200])), drawn(kind, rng, 100)
+    stop = StopStrings(tokenizer, prompt, [string, "never said"])
+    found = next((n for n, token in enumerate(tokens) if stop.ends_with(token)), None)
+    texts = (continuation(tokenizer, prompt, tokens[: n + 1], skip_special_tokens=False) for n in range(len(tokens)))
+    assert found == next((n for n, text in enumerate(texts) if string in text), None)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("same", [False, True])
+def test_a_step_costs_the_same_late_as_early(kind, same, monkeypatch):
+    tokenizer, rng = KINDS[kind], random.Random(1)
+    decoded, decode = [], tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, **options: decoded.append(len(ids)) or decode(ids, **options))
+    words = [n for n in range(len(tokenizer)) if not 1 <= n <= 256] or [0]
+    one = [[token] * 2000 for token in (1, 200, len(tokenizer) - 2, 300)]
+    for ids in one if same else [rng.choices(words, k=2000)]:
+        stream = TextStream(tokenizer, ids[:3])
+        for token in ids:
+            del decoded[:]
+            stream.push([token])
+            assert sum(decoded) < 1500

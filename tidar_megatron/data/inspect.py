@@ -1,5 +1,6 @@
 """Looks into training data: what there is, whether it is whole, and what a model will see of it, in colour."""
 
+import copy
 from pathlib import Path
 
 from rich.console import Console
@@ -13,6 +14,7 @@ from tidar_megatron.data.manifest import read_manifest
 from tidar_megatron.data.packing import PackedSequences, pack
 from tidar_megatron.data.sources import is_pair, open_documents
 from tidar_megatron.files import sha256_of
+from tidar_megatron.text_stream import continuation
 
 COLOURS = ("green", "yellow", "blue", "magenta", "cyan", "red")  # of the documents of a row, in turn
 FILL, UNSUPERVISED = "dim", "underline"
@@ -94,15 +96,19 @@ def _show_row(batch: Batch, block_size: int, tokenizer: PreTrainedTokenizerFast,
     legend = Text("a colour for each document; ")
     legend.append("fill", FILL).append("; ").append("not supervised", UNSUPERVISED).append("; | ends a block")
     console.print(legend)
+    plain = copy.copy(tokenizer)
+    plain.clean_up_tokenization_spaces = False  # what it removes would be shown with another token
     for name, half, shown in (("clean", range(S), tokens), ("masks give", range(S, len(tokens)), labels)):
         line = Text().append(f"{name}: ", "bold")
+        before: list[int] = []  # a token's text depends on the tokens before it: its space, half a character
         for place in half:
             token = shown[place] if not padding[place] else tokens[place % S]
             styles = [COLOURS[document[place] % len(COLOURS)]]
             styles += [FILL] * padding[place] + [UNSUPERVISED] * (not supervised[place])
-            line.append(_printable(tokenizer.decode([token])), " ".join(styles))
+            line.append(_printable(continuation(plain, before, [token], skip_special_tokens=False)), " ".join(styles))
             if (place + 1) % block_size == 0:
                 line.append("|", "bold")
+            before = [*before[-3:], token]
         console.print(line, soft_wrap=True)
 
 

@@ -17,7 +17,7 @@ from tidar_megatron.inference.model import DecodeModel
 from tidar_megatron.inference.planner import Planned, Planner, planner_of
 from tidar_megatron.inference.request import DecodeOptions, StopReason, check_prompt
 from tidar_megatron.inference.sampling import Sampler
-from tidar_megatron.inference.text import TextStream
+from tidar_megatron.inference.text import StopStrings
 
 
 class Sequence:
@@ -185,22 +185,6 @@ class Sequence:
         if self.length + 1 >= self._end:
             self.stop = self._full
         return tokens
-
-
-class StopStrings:
-    """Watches the text of a sequence for strings that end it, special tokens such as ``<|im_end|>`` among them."""
-
-    def __init__(self, tokenizer: object, prompt: Tokens[int], strings: Tokens[str]) -> None:
-        self._stream, self._strings = TextStream(tokenizer, prompt, skip_special_tokens=False), tuple(strings)
-        self._longest = max(map(len, strings))
-        self._tail = ""
-
-    def ends_with(self, token: int) -> bool:
-        """Whether a string is complete with this token."""
-        piece = self._stream.push([token])
-        text = self._tail + piece
-        self._tail = text[-self._longest + 1 :] if self._longest > 1 else ""
-        return any(string in text for string in self._strings)
 
 
 def make_policy(model: DecodeModel, options: DecodeOptions, prompt: Tokens[int]) -> Policy:
