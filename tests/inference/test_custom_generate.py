@@ -35,6 +35,8 @@ assert torch.equal(model.generate(ids[2:], max_length=30, do_sample=False, **rem
 first = int(stock[0, width])
 eos = dict(options, eos_token_id=first)
 assert torch.equal(model.generate(**eos, **remote), model.generate(**eos))
+for form in (torch.tensor(first), torch.tensor([first]), [torch.tensor(first)]):
+    assert torch.equal(model.generate(**dict(eos, eos_token_id=form), **remote), model.generate(**eos))
 drawn = []
 for seed in (1, 1, 2):
     torch.manual_seed(seed)
@@ -44,6 +46,8 @@ assert drawn[0].shape == (6, width + 40) and torch.equal(drawn[0], drawn[1]) and
 assert not any(name.startswith("tidar_megatron") for name in sys.modules)
 loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 assert torch.equal(loaded.generate(ids[2:], max_length=30, do_sample=False), one)
+for plan in ("auto", "2:8"):  # the README's call on a model that has this generate already
+    assert torch.equal(loaded.generate(ids[2:], max_length=30, do_sample=False, plan=plan, **remote), one)
 print("alone:", sum(name.startswith("transformers_modules") for name in sys.modules))
 """
 
@@ -135,7 +139,7 @@ def test_minimum_and_penalty_as_in_transformers(stock):
     ],
 )
 def test_what_is_not_served_is_named(stock, options, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValueError, match=message):  # transformers' own, where it refuses as well
         generate(torch.tensor([[1, 2]]), model=stock, **options)
 
 

@@ -4,41 +4,42 @@
 ``model.generate(**inputs)`` gives, in fewer forwards. ``checkpoint/custom_generate.py`` writes the copies.
 """
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation import (
+    EosTokenCriteria,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    SuppressTokensLogitsProcessor,
+)
 
 from tidar_megatron.errors import UserError
 from tidar_megatron.inference.engine import Engine
 from tidar_megatron.inference.loading import wrap_model
 from tidar_megatron.inference.model import DecodeModel, restore_norms
+from tidar_megatron.inference.prepared import (
+    check_penalized,
+    check_prepared,
+    ends_of_text,
+    refuse,
+    sampling_of,
+    texts_of,
+)
 from tidar_megatron.inference.request import DecodeOptions, parse_plan
-from tidar_megatron.inference.sampling import SamplingOptions
-from tidar_megatron.inference.sequence import Sequence
+from tidar_megatron.inference.sequence import Sequence as Request
 
 MOST_AT_ONCE = 8
-NEW_TOKENS = 20
-OF_NO_EFFECT = ("use_cache", "synced_gpus", "cache_implementation", "disable_compile", "compile_config")
-SERVED = {  # options of a GenerationConfig that are served, or mean nothing here
-    *("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "max_length"),
-    *("min_new_tokens", "min_length", "eos_token_id", "pad_token_id", "bos_token_id", "num_return_sequences"),
-    *("suppress_tokens", "stop_strings", "transformers_version", "prefill_chunk_size", "renormalize_logits"),
-    *OF_NO_EFFECT,
-}
-# options that ask for nothing at these values, as transformers before 5 writes them
-NEUTRAL = {
-    **dict.fromkeys(("num_beams", "num_beam_groups", "length_penalty", "typical_p", "guidance_scale"), 1),
-    "encoder_repetition_penalty": 1,
-    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "diversity_penalty"), 0),
-    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "penalty_alpha"), 0),
-}
 
 
 def generate(
@@ -51,91 +52,181 @@ def generate(
     tokenizer: Any = None,
     **others: Any,
 ) -> Tensor:
-    """As transformers' ``generate``, of a decoder-only model: greedy or sampled, ragged batches with an attention mask.
+    """Generate as transformers' ``generate`` does, for a decoder-only model: greedy or sampled, batches with a mask.
+
+    transformers itself reads the arguments: its own ``generate`` prepares the inputs, the logits processors and the
+    stopping criteria, and calls :func:`_decode` in place of its own loop. What the engine cannot do is then refused.
 
     Args:
-        inputs: token ids, int64 ``[rows, tokens]`` (also as ``input_ids``); with ``attention_mask`` where padded.
+        inputs: token ids, int32 or int64 ``[rows, tokens]`` (also as ``input_ids``), padded on the left where
+            ``attention_mask`` is 0.
         generation_config: as there; its fields may be given by name instead.
         plan: how to draft: ``auto``, ``ar``, ``linear:K``, ``lookup:K``, ``all:K``, or ``N:K`` with N branches.
-        tokenizer: for ``stop_strings``, which are looked for in the output alone.
+        tokenizer: for ``stop_strings``.
 
     Returns:
         Token ids, int64 ``[rows * num_return_sequences, tokens]``, the inputs before the output, padded on the right.
+        The mask token is never among the output.
 
     Raises:
         UserError: an option that is not served, by name.
+        ValueError: an option that transformers refuses.
     """
-    ids, mask = others.pop("input_ids", inputs), others.pop("attention_mask", None)
-    config = deepcopy(generation_config or model.generation_config)
-    if generation_config is not None:  # as transformers does: what it leaves open is the model's
-        config.update(**model.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
-    unknown = config.update(**others)
-    unknown = {name: value for name, value in unknown.items() if value is not None}
-    given = {name: value for name, value in config.to_dict().items() if name[0] != "_" and not _is_neutral(name, value)}
-    if asked := [name for name in given | unknown if name not in SERVED]:
-        raise UserError(f"{', '.join(asked)}: not served by this generate; leave it out, or leave custom_generate out")
-    if ids is None or ids.dim() != 2:
-        raise UserError("input_ids: must be token ids of shape [rows, tokens]")
-    copies = config.num_return_sequences or 1
-    ids = ids.repeat_interleave(copies, dim=0)
-    mask = _mask(ids, config) if mask is None else mask.repeat_interleave(copies, dim=0)
+    stock = type(model).generate  # a model loaded with trust_remote_code=True has this function as its own generate
+    given = {"inputs": inputs, "generation_config": generation_config, **others}
+    given = {
+        name: value for name, value in given.items() if value is not None or hasattr(model.generation_config, name)
+    }
+    if given.get("custom_generate") is not None:  # another one, or this one by its folder's name
+        more = {"streamer": streamer, "tokenizer": tokenizer, "plan": None if plan == "auto" else plan}
+        return stock(model, **given, **{name: value for name, value in more.items() if value is not None})
+    given.pop("trust_remote_code", None)
+    _check_arguments(model, given)
+    chosen = parse_plan(plan)
+    strings = _stop_strings(model, given)
+    if strings is not None:
+        if tokenizer is None:
+            raise UserError("stop_strings: need a tokenizer: pass it as tokenizer=")
+        given["stop_strings"] = None
+        given["stopping_criteria"] = StoppingCriteriaList([StopStringCriteria(tokenizer, strings)])
+
+    def decode(model: PreTrainedModel, input_ids: Tensor, **prepared: Any) -> Tensor:
+        return _decode(model, input_ids, chosen, streamer, **prepared)
+
+    return stock(model, custom_generate=decode, **given)
+
+
+def _check_arguments(model: PreTrainedModel, given: dict[str, Any]) -> None:
+    """Refuse arguments that transformers would use in its own loop; drop lists of processors or criteria without any.
+
+    Raises:
+        UserError: an argument that is not served, by name.
+    """
+    for name in ("logits_processor", "stopping_criteria"):
+        if name in given and not len(given[name]):
+            del given[name]
+    read = {"inputs", "input_ids", "attention_mask", "generation_config", "synced_gpus"}
+    refuse([name for name in given if name not in read and not hasattr(model.generation_config, name)])
+    if given.get("cache_implementation") == "paged":  # transformers would leave for another loop of its own
+        refuse(["cache_implementation"])
+    ids, mask = given.get("inputs", given.get("input_ids")), given.get("attention_mask")
+    if ids is not None and not (
+        isinstance(ids, Tensor) and ids.dim() == 2 and ids.numel() and ids.dtype in (torch.int32, torch.int64)
+    ):
+        raise UserError("input_ids: must be token ids, an integer tensor of shape [rows, tokens], not empty")
+    if mask is not None and not (
+        isinstance(mask, Tensor) and mask.shape == ((*mask.shape[:1], 1) if ids is None else ids.shape)
+    ):
+        raise UserError("attention_mask: must be a tensor of the shape of input_ids, [rows, tokens]")
+
+
+def _stop_strings(model: PreTrainedModel, given: dict[str, Any]) -> Any:
+    """Return the strings that end a text, in transformers' order of precedence.
+
+    transformers gives the loop of somebody else no tokenizer, so these do not go through its hands.
+    """
+    if "stop_strings" in given:
+        return given["stop_strings"]
+    strings = getattr(given.get("generation_config"), "stop_strings", None)
+    return getattr(model.generation_config, "stop_strings", None) if strings is None else strings
+
+
+@torch.no_grad()
+def _decode(
+    model: PreTrainedModel,
+    ids: Tensor,
+    plan: DecodeOptions,
+    streamer: Any,
+    *,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    attention_mask: Tensor | None = None,
+    **unused: Any,
+) -> Tensor:
+    """Decode what transformers has prepared; in place of its ``_sample``.
+
+    Args:
+        ids: token ids ``[rows * num_return_sequences, tokens]``.
+        plan: with the mode, draft length and branches alone.
+        attention_mask: of the shape of ``ids``; None: all of them are text.
+    """
+    config, width = generation_config, ids.shape[1]
+    check_prepared(config, logits_processor, stopping_criteria)
     if streamer is not None and len(ids) > 1:
         raise UserError("streamer: takes one row; leave it out for a batch")
-    with _wrapped(model, tokenizer) as decoding:
-        if set(config.suppress_tokens or ()) - {decoding.mask_token_id}:
+    mask = torch.ones_like(ids) if attention_mask is None else attention_mask
+    prompts = texts_of(ids, mask)
+    processors = {type(processor): processor for processor in logits_processor}
+    criteria = {type(criterion): criterion for criterion in stopping_criteria}
+    if penalty := processors.get(RepetitionPenaltyLogitsProcessor):
+        check_penalized(penalty, ids, prompts)
+    end_of_text = ends_of_text(criteria.get(EosTokenCriteria))
+    stop = criteria.get(StopStringCriteria)
+    if stop is not None and not end_of_text and len(ids) > 1:
+        # transformers then goes on with the rows that have ended until all have
+        raise UserError("stop_strings: a batch needs an eos_token_id as well, or pass one row at a time")
+    with _wrapped(model) as decoding:
+        suppressed = processors.get(SuppressTokensLogitsProcessor)
+        if suppressed is not None and set(suppressed.suppress_tokens.tolist()) - {decoding.mask_token_id}:
             raise UserError("suppress_tokens: not served but for the mask token; leave it or custom_generate out")
-        eos = config.eos_token_id
-        decoding.eos_token_ids = frozenset([eos] if isinstance(eos, int) else eos or ())
-        prompts = [row[seen.bool()].tolist() for row, seen in zip(ids, mask, strict=True)]
-        options = [_options(config, plan, ids.shape[1], len(prompt)) for prompt in prompts]
-        sequences = [Sequence(decoding, *request) for request in zip(prompts, options, strict=True)]
+        decoding.eos_token_ids = end_of_text
+        length = math.ceil(criteria[MaxLengthCriteria].max_length - width)
+        requests = []
+        for row, prompt in zip(ids, prompts, strict=True):
+            options = DecodeOptions(
+                mode=plan.mode,
+                draft_length=plan.draft_length,
+                branches=plan.branches,
+                max_new_tokens=length,
+                sampling=sampling_of(processors, bool(config.do_sample), width),
+            )
+            requests.append(Request(decoding, prompt, options, None if stop is None else _Stop(stop, row.tolist())))
         if streamer is not None:
             streamer.put(ids.cpu())
-        room = max(sequence.room for sequence in sequences)
-        engine = Engine(decoding, min(len(sequences), MOST_AT_ONCE), room, queue_size=len(sequences))
-        for sequence in sequences:
-            engine.enqueue(sequence)
+        room = max(request.room for request in requests)
+        engine = Engine(decoding, min(len(requests), MOST_AT_ONCE), room, queue_size=len(requests))
+        for request in requests:
+            engine.enqueue(request)
         while not engine.is_idle:
-            for sequence, step in engine.step():
-                if sequence.error is not None:
-                    raise sequence.error
-                if streamer is not None and step.tokens:
-                    streamer.put(torch.tensor(step.tokens))
+            for request, step in engine.step():
+                if request.error is not None:
+                    raise request.error
+                for token in step.tokens if streamer is not None else ():
+                    streamer.put(torch.tensor([token]))
         if streamer is not None:
             streamer.end()
-        padding = config.pad_token_id
-        if padding is None:
-            padding = eos if isinstance(eos, int) else eos[0] if eos else 0
-    if any(sequence.stop == "context" for sequence in sequences):
+    if any(request.stop == "context" for request in requests):
         warnings.warn(f"the model's context of {decoding.context_limit} tokens is full, so the text ends", stacklevel=2)
-    longest = max(len(sequence.tokens) for sequence in sequences)
-    made = [sequence.tokens + [padding] * (longest - len(sequence.tokens)) for sequence in sequences]
-    return torch.cat([ids, torch.tensor(made, dtype=ids.dtype, device=ids.device)], dim=1)
+    padding = config._pad_token_tensor
+    filler = 0 if padding is None else padding.flatten()[0].item()
+    longest = max(len(request.tokens) for request in requests)
+    made = [request.tokens + [filler] * (longest - len(request.tokens)) for request in requests]
+    return torch.cat([ids, torch.tensor(made, device=ids.device)], dim=1)
 
 
-def _mask(ids: Tensor, config: GenerationConfig) -> Tensor:
-    """Which tokens are text where nobody says: as transformers has it, padding is not, unless it also ends texts."""
-    eos = config.eos_token_id
-    if config.pad_token_id is None or config.pad_token_id in ([eos] if isinstance(eos, int) else eos or ()):
-        return torch.ones_like(ids)
-    return ids.ne(config.pad_token_id)
+class _Stop:
+    """transformers' own rule for stop strings, token by token; see :class:`~tidar_megatron.text_stream.StopStrings`."""
 
+    def __init__(self, criterion: StopStringCriteria, ids: list[int]) -> None:
+        self._criterion, self._ids = criterion, ids
 
-def _is_neutral(name: str, value: object) -> bool:
-    """Whether an option that has this value asks for nothing."""
-    return value is None or value is False or (value is not True and value == NEUTRAL.get(name))
+    def ends_with(self, token: int) -> bool:
+        """Add a token; return whether the text has ended."""
+        self._ids = [*self._ids, token][-self._criterion.maximum_token_len :]  # more it does not read
+        return bool(self._criterion(torch.tensor([self._ids]), None))
 
 
 _PLANNERS: WeakKeyDictionary[PreTrainedModel, dict[Any, Any]] = WeakKeyDictionary()  # by device and dtype
 
 
 @contextmanager
-def _wrapped(model: PreTrainedModel, tokenizer: Any) -> Iterator[DecodeModel]:
+def _wrapped(model: PreTrainedModel) -> Iterator[DecodeModel]:
     """The model with our attention and norms, while it decodes; what was learned of it is kept as long as it is."""
     attention, training = model.config._attn_implementation, [module.training for module in model.modules()]
     kept = _PLANNERS.setdefault(model, {})
     try:
-        decoding = wrap_model(model, tokenizer)
+        decoding = wrap_model(model)
         vars(decoding)["_planner"] = kept.get((decoding.device, decoding.dtype))
         yield decoding
         kept[decoding.device, decoding.dtype] = vars(decoding)["_planner"]
@@ -144,33 +235,3 @@ def _wrapped(model: PreTrainedModel, tokenizer: Any) -> Iterator[DecodeModel]:
         model.set_attn_implementation(attention)
         for module, was in zip(model.modules(), training, strict=True):
             module.training = was
-
-
-def _options(config: GenerationConfig, plan: str, width: int, tokens: int) -> DecodeOptions:
-    """Of a row of ``tokens`` tokens, padded to ``width``; defaults are transformers'."""
-    sampling = SamplingOptions(
-        repetition_penalty=config.repetition_penalty or 1.0,
-        min_new_tokens=config.min_new_tokens or max(0, (config.min_length or 0) - width),
-    )
-    if config.do_sample:
-        sampling = SamplingOptions(
-            temperature=1.0 if config.temperature is None else config.temperature,
-            top_k=50 if config.top_k is None else config.top_k or None,
-            top_p=1.0 if config.top_p is None else config.top_p,
-            min_p=config.min_p or 0.0,
-            repetition_penalty=sampling.repetition_penalty,
-            min_new_tokens=sampling.min_new_tokens,
-            seed=int(torch.randint(2**31, ())),
-        )
-    stop = config.stop_strings or ()
-    asked = parse_plan(plan)
-    # transformers makes 20 new tokens where nobody says how many
-    count = config.max_new_tokens or (NEW_TOKENS if config.max_length is None else config.max_length - width)
-    return DecodeOptions(
-        mode=asked.mode,
-        draft_length=asked.draft_length,
-        branches=asked.branches,
-        max_new_tokens=count,
-        stop=(stop,) if isinstance(stop, str) else tuple(stop),
-        sampling=sampling,
-    )

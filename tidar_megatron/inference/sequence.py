@@ -7,6 +7,7 @@ next certain token. Every emitted token is therefore chosen from autoregressive 
 """
 
 from collections.abc import Sequence as Tokens
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,15 +21,25 @@ from tidar_megatron.inference.sampling import Sampler
 from tidar_megatron.inference.text import StopStrings
 
 
+class Ending(Protocol):
+    """Decides by its tokens whether a text has ended."""
+
+    def ends_with(self, token: int) -> bool:
+        """Add a token; return whether it is the last."""
+        ...
+
+
 class Sequence:
     """A forward asks for :meth:`part`, gives :meth:`accept` the logits of :attr:`rows`, :meth:`draft` those of
-    :attr:`draft_rows`.
+    :attr:`draft_rows`. ``ending`` ends the text as ``options.stop`` does, where that is empty.
 
     Raises:
         UserError: for options or a prompt that cannot be served.
     """
 
-    def __init__(self, model: DecodeModel, prompt: Tokens[int], options: DecodeOptions) -> None:
+    def __init__(
+        self, model: DecodeModel, prompt: Tokens[int], options: DecodeOptions, ending: Ending | None = None
+    ) -> None:
         options.check(model)
         prompt = list(prompt)
         check_prompt(model, prompt)
@@ -46,7 +57,7 @@ class Sequence:
         end_of_text = frozenset() if options.ignore_eos else model.eos_token_ids
         self._end_of_text = end_of_text
         self._sampler = Sampler(options.sampling, prompt, end_of_text, model.vocab_size, model.device)
-        self._text = StopStrings(model.tokenizer, prompt, options.stop) if options.stop else None
+        self._ending = StopStrings(model.tokenizer, prompt, options.stop) if options.stop else ending
         wanted = len(prompt) + options.max_new_tokens
         self._end = min(wanted, model.context_limit)  # tokens of prompt and output together
         self._full: StopReason = "length" if wanted <= model.context_limit else "context"
@@ -178,7 +189,7 @@ class Sequence:
         for count, token in enumerate(tokens, 1):
             if token in self._end_of_text:
                 self.stop = "eos"
-            elif self._text is not None and self._text.ends_with(token):
+            elif self._ending is not None and self._ending.ends_with(token):
                 self.stop = "stop"
             if self.stop is not None:
                 return tokens[:count]

@@ -1,0 +1,142 @@
+"""What transformers' ``generate`` has prepared for its own loop, read as the engine's options, or refused by name.
+
+transformers turns options into logits processors and stopping criteria. Those are read here, and not the options: what
+an option means, by default or as a tensor, is then transformers' to say.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerationMode,
+    LogitNormalization,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from tidar_megatron.errors import UserError
+from tidar_megatron.inference.sampling import SamplingOptions
+
+PROCESSORS = (  # of transformers, that the engine computes itself
+    *(RepetitionPenaltyLogitsProcessor, MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor),
+    *(SuppressTokensLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper),
+    LogitNormalization,
+)
+CRITERIA = (MaxLengthCriteria, EosTokenCriteria, StopStringCriteria)
+OUTPUTS = ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states")
+SERVED = {  # options that cause no refusal, so that no message names them
+    *("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "max_length"),
+    *("min_new_tokens", "min_length", "eos_token_id", "pad_token_id", "bos_token_id", "num_return_sequences"),
+    *("suppress_tokens", "stop_strings", "transformers_version", "prefill_chunk_size", "renormalize_logits"),
+    *("use_cache", "cache_implementation", "disable_compile", "compile_config"),
+}
+
+
+def refuse(names: Sequence[str]) -> None:
+    """Raise a UserError with these names, if there are any."""
+    if names:
+        raise UserError(f"{', '.join(names)}: not served by this generate; leave it out, or leave custom_generate out")
+
+
+def check_prepared(
+    config: GenerationConfig, logits_processor: LogitsProcessorList, stopping_criteria: StoppingCriteriaList
+) -> None:
+    """Refuse what the options have become, where the engine does not do it.
+
+    Raises:
+        UserError: an option that is not served, by name.
+    """
+    refuse([name for name in OUTPUTS if getattr(config, name, None)])
+    unknown = [type(one).__name__ for one in logits_processor if type(one) not in PROCESSORS]
+    unknown += [type(one).__name__ for one in stopping_criteria if type(one) not in CRITERIA]
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        unknown.append(mode.value)
+    if unknown:
+        usual = GenerationConfig._get_default_generation_params()
+        given = {name: value for name, value in config.to_dict().items() if value is not None and value is not False}
+        asked = [name for name in given if name[0] != "_" and name not in SERVED and given[name] != usual.get(name)]
+        refuse(asked or unknown)
+
+
+def texts_of(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """Return the tokens of each row that are text.
+
+    Raises:
+        UserError: a mask that transformers would not read as text and padding before it.
+    """
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise UserError("attention_mask: must be 1 for text and 0 for padding")
+    ends = (mask[:, -1] == 0).nonzero().flatten().tolist()
+    if ends:
+        raise UserError(
+            f"attention_mask: row {ends[0]} ends with padding, and transformers would continue that; pad on the left "
+            "(without an attention_mask, pad_token_id is padding)"
+        )
+    return [row[seen].tolist() for row, seen in zip(ids, mask.bool(), strict=True)]
+
+
+def check_penalized(penalty: RepetitionPenaltyLogitsProcessor, ids: Tensor, prompts: list[list[int]]) -> None:
+    """Refuse a penalty where transformers would also count padding.
+
+    Raises:
+        UserError: as said.
+    """
+    ignored = getattr(penalty, "prompt_ignore_length", None)
+    starts = torch.as_tensor(0 if ignored is None else ignored).expand(len(ids)).tolist()
+    for row, start, prompt in zip(ids.tolist(), starts, prompts, strict=True):
+        if set(row[start:]) != set(prompt):
+            raise UserError("repetition_penalty: transformers would count padding within a row; pad on the left")
+
+
+def ends_of_text(criterion: EosTokenCriteria | None) -> frozenset[int]:
+    """Return the tokens that end a text.
+
+    Raises:
+        UserError: they are no integers.
+    """
+    tokens = torch.empty(0, dtype=torch.int64) if criterion is None else criterion.eos_token_id
+    if tokens.is_floating_point():
+        raise UserError(f"eos_token_id: must be integers, but is {tokens.dtype}")
+    return frozenset(tokens.flatten().tolist())
+
+
+def sampling_of(processors: dict[type, Any], drawn: bool, width: int) -> SamplingOptions:
+    """Return what transformers' processors do, as options of one row of ``width`` tokens."""
+
+    def of(kind: type, name: str, default: Any) -> Any:
+        return getattr(processors[kind], name) if kind in processors else default
+
+    longest = max(
+        of(MinLengthLogitsProcessor, "min_length", 0) - width,
+        of(MinNewTokensLengthLogitsProcessor, "min_new_tokens", 0),
+    )
+    kept = {
+        "repetition_penalty": float(of(RepetitionPenaltyLogitsProcessor, "penalty", 1.0)),
+        "min_new_tokens": max(0, math.ceil(longest)),
+    }
+    if not drawn:
+        return SamplingOptions(**kept)
+    return SamplingOptions(
+        temperature=float(of(TemperatureLogitsWarper, "temperature", 1.0)),
+        top_k=of(TopKLogitsWarper, "top_k", None),
+        top_p=float(of(TopPLogitsWarper, "top_p", 1.0)),
+        min_p=float(of(MinPLogitsWarper, "min_p", 0.0)),
+        seed=int(torch.randint(2**31, ())),
+        **kept,
+    )
