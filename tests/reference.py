@@ -42,7 +42,10 @@ def rms_norm(x, weight, eps):
 
 
 def token_losses(weights, shape, tokens, labels, mask, positions):
-    """Cross-entropy of each token, ``tokens``/``labels`` [b, t], ``mask`` [b, t, t] -> [b, t]."""
+    """Cross-entropy of each token, ``tokens``/``labels`` [b, t], ``mask`` [b, t, t] -> [b, t].
+
+    Of a padded vocabulary the ids alone: its logits are cut off before the softmax.
+    """
     h, g, d, eps = shape.num_attention_heads, shape.num_query_groups, shape.kv_channels, shape.norm_epsilon
     batch, length = tokens.shape
     x = weights["embedding.word_embeddings.weight"][tokens]
@@ -70,6 +73,7 @@ def token_losses(weights, shape, tokens, labels, mask, positions):
         x = x + (F.silu(gate) * up) @ w("mlp.linear_fc2.weight").T
     x = rms_norm(x, weights["decoder.final_layernorm.weight"], eps)
     logits = x @ weights.get("output_layer.weight", weights["embedding.word_embeddings.weight"]).T
+    logits = logits[..., : shape.vocab_size]
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(batch, length)
 
 

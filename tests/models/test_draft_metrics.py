@@ -1,25 +1,17 @@
-"""Draft acceptance against its definition, one token at a time; over vocabulary-parallel ranks in test_parity."""
+"""Draft acceptance against its definition, one token at a time, on one and on several vocabulary-parallel ranks."""
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from tidar_megatron.config import ParallelConfig
 from tidar_megatron.data.loader import TrainingData
-from tidar_megatron.distributed.groups import initialize, shut_down
 from tidar_megatron.models.draft_metrics import EvaluationSums, evaluation_sums
 
 LENGTH, VOCAB = 24, 258
 
 
-@pytest.fixture(scope="module")
-def group():
-    yield initialize(ParallelConfig(), 0).groups.tp
-    shut_down()
-
-
-@pytest.mark.parametrize("block", [1, 2, 4, 8])
-def test_equals_the_definition(shards, group, block):
+@pytest.mark.parametrize(("block", "size", "padded"), [(1, 1, 258), (2, 1, 264), (4, 2, 264), (8, 3, 768)])
+def test_equals_the_definition(shards, ranks, block, size, padded):
+    """The padding of the vocabulary would always be the best id; of three ranks the last holds nothing else."""
     data = TrainingData(shards[0], LENGTH, block, VOCAB - 1, seed=0)
     batches = data.step_batches(0, 6, 3, 0, 1)
     draw = torch.Generator().manual_seed(block)
@@ -27,8 +19,17 @@ def test_equals_the_definition(shards, group, block):
     losses, accepted, agreed, tokens, greedy = {"ar": [], "diffusion": []}, {}, {}, [], []
     for batch in batches:
         logits = 3 * torch.randn(3, 2 * LENGTH, VOCAB, generator=draw)
-        states, weight = logits.transpose(0, 1), torch.eye(VOCAB)
-        total = total + evaluation_sums(states, weight, batch, block, group, chunk=10).values
+        states = torch.nn.functional.pad(logits, (0, 1), value=100.0).transpose(0, 1)
+        weight = torch.zeros(padded, VOCAB + 1)
+        weight[:VOCAB, :VOCAB], weight[VOCAB:, VOCAB] = torch.eye(VOCAB), 1.0
+
+        def measure(group, states=states, weight=weight, batch=batch):
+            own = weight.chunk(size)[group.rank()]
+            return evaluation_sums(states, own, batch, block, group, VOCAB, chunk=10).values
+
+        first, *others = ranks(size, measure)
+        assert all(torch.equal(first, other) for other in others)
+        total = total + first
         p = logits.double().softmax(-1)
         for row in range(3):
             for i in range(2 * LENGTH):
@@ -56,4 +57,3 @@ def test_equals_the_definition(shards, group, block):
     assert ours["greedy_tokens_per_forward"] == pytest.approx(mean(greedy), rel=1e-5)
     assert ours["acceptance_by_offset"] == pytest.approx([mean(accepted[k]) for k in range(1, block)], rel=1e-5)
     assert ours["agreement_by_offset"] == pytest.approx([mean(agreed[k]) for k in range(1, block)], rel=1e-5)
-    assert dist.get_world_size(group) == 1

@@ -28,7 +28,7 @@ def loss(repeats: int) -> dict[str, Any]:
         weights = torch.rand(TOKENS, generator=generator).to(ranks.device)
 
         def fused(hidden: Tensor, weight: Tensor) -> Tensor:
-            return linear_cross_entropy(hidden, weight, labels, weights, ranks.groups.tp)[0]
+            return linear_cross_entropy(hidden, weight, labels, weights, ranks.groups.tp, VOCABULARY)[0]
 
         def unfused(hidden: Tensor, weight: Tensor) -> Tensor:
             logits = (hidden @ weight.t()).float().unsqueeze(1)

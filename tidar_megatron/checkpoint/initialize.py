@@ -23,7 +23,8 @@ ROWS_AT_ONCE = 1024
 def initialize_weights(chunks: list[GPTModel], seed: int) -> None:
     """Fill this rank's part of the model: norms 1, biases 0, weights normal with ``init_method_std``.
 
-    The projections back into the residual stream are smaller by sqrt(2 * layers), as in Megatron-LM.
+    The padding of the vocabulary is zeros, and no number is drawn for it: the others do not depend on how much there
+    is. The projections back into the residual stream are smaller by sqrt(2 * layers), as in Megatron-LM.
     """
     for name, parameter, model in own_parameters(chunks):
         transformer, group = model.config, shard_group(model, name)
@@ -39,7 +40,9 @@ def initialize_weights(chunks: list[GPTModel], seed: int) -> None:
             shape[0 if entry.shard == "rows" else 1] *= group.size()
         key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
         generator = torch.Generator(parameter.device).manual_seed(key)
-        whole = torch.empty(shape, dtype=torch.float32, device=parameter.device).normal_(0.0, std, generator=generator)
+        whole = torch.zeros(shape, dtype=torch.float32, device=parameter.device)
+        ids = model.unpadded_vocab_size if name in VOCABULARY else shape[0]
+        whole[:ids].normal_(0.0, std, generator=generator)
         parameter.copy_(cut(entry, whole, group.rank(), group.size()))
 
 

@@ -6,6 +6,10 @@ in backward. What is kept until the backward is the two gradients themselves, as
 
 The vocabulary may be shared by the ranks of a group (tensor parallelism): each has the rows of the weight, and so the
 columns of the logits, that are its own.
+
+The weight has more rows than there are ids: the vocabulary is padded. The products take the padding rows along, because
+a matrix product is fast at the padded width. The softmax does not: their logits are set to minus infinity, so their
+probabilities and their gradients are exactly zero. The last ranks may hold padding alone.
 """
 
 from typing import Any
@@ -32,6 +36,7 @@ def linear_cross_entropy(
     labels: Tensor,
     loss_weights: Tensor,
     group: dist.ProcessGroup,
+    vocab_size: int,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``-log softmax(hidden @ weight.T)[label]`` of each token, and the weighted sum over the tokens.
@@ -42,9 +47,11 @@ def linear_cross_entropy(
         hidden: ``[n, h]``, contiguous, the same on all ranks of the group. Its gradient is only this rank's part of a
             sum over the group; the caller takes the sum.
         weight: ``[V / TP, h]`` in the dtype of ``hidden``.
-        labels: int64 ``[n]``, from 0 to V - 1.
+        labels: int64 ``[n]``, from 0 to ``vocab_size`` - 1.
         loss_weights: float32 ``[n]``.
         group: the ranks that share the vocabulary, in the order of their parts.
+        vocab_size: rows of the whole weight that are ids; the rows from there to V are padding, which has no part in
+            the softmax and gets a gradient of zeros.
         chunk: tokens whose logits exist at a time; by default :func:`chunk_tokens`.
 
     Returns:
@@ -53,7 +60,9 @@ def linear_cross_entropy(
         float32 (or float64), the same on all ranks of the group.
     """
     chunk = chunk or chunk_tokens(hidden.shape[1])
-    return _LinearCrossEntropy.apply(hidden, weight, labels, loss_weights, group, chunk, torch.is_grad_enabled())
+    return _LinearCrossEntropy.apply(
+        hidden, weight, labels, loss_weights, group, vocab_size, chunk, torch.is_grad_enabled()
+    )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -65,6 +74,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         loss_weights: Tensor,
         group: dist.ProcessGroup,
+        vocab_size: int,
         chunk: int,
         grad_enabled: bool,  # inside of a Function it never is
     ) -> tuple[Tensor, Tensor]:
@@ -79,6 +89,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = slice(first, first + chunk)
             states = hidden[rows]
             logits = torch.mm(states, weight.t(), out=buffer[: len(states)])
+            mask_padding(logits, vocab_size, group)
             column, mine = own_columns(labels[rows], len(weight), group)
             exponentials, losses[rows], total = exponentiate(logits, column, mine, group)
             if hidden_needs or weight_needs:
@@ -99,7 +110,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_sum: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         # In place: a copy of the weight's gradient would be large. Torch sees it, and refuses a second backward.
         grad_hidden, grad_weight = (None if grad is None else grad.mul_(grad_sum) for grad in ctx.saved_tensors)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -108,6 +119,18 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         torch.addmm(total, left, right, out=total)
     else:
         total += left @ right
+
+
+def mask_padding(logits: Tensor, vocab_size: int, group: dist.ProcessGroup) -> None:
+    """Set the logits of the vocabulary's padding to minus infinity, in place.
+
+    Args:
+        logits: ``[..., V / TP]``, of this rank's rows of the padded vocabulary.
+        vocab_size: ids that the model has; what comes after them is padding.
+        group: the ranks that share the vocabulary.
+    """
+    own = max(vocab_size - group.rank() * logits.shape[-1], 0)
+    logits[..., own:].fill_(-torch.inf)  # a slice, so neither a mask nor a wait for the device
 
 
 def own_columns(labels: Tensor, part: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
@@ -123,7 +146,7 @@ def exponentiate(
     """Numerators and denominators of the softmax, and the cross-entropies.
 
     Args:
-        logits: ``[n, V / TP]``; overwritten, unless they are bfloat16.
+        logits: ``[n, V / TP]``, of padding minus infinity; overwritten, unless they are bfloat16.
         column, mine: of the labels, from :func:`own_columns`.
         group: the ranks that share the vocabulary.
 
@@ -138,7 +161,7 @@ def exponentiate(
         dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
     shifted = logits if logits.dtype == exact else torch.empty_like(logits, dtype=exact)
     torch.sub(logits, top.unsqueeze(-1), out=shifted)
-    target = shifted.gather(-1, column.unsqueeze(-1)).squeeze(-1) * mine
+    target = shifted.gather(-1, column.unsqueeze(-1)).squeeze(-1).masked_fill(~mine, 0.0)
     exponentials = shifted.exp_()
     sums = torch.stack([exponentials.sum(-1), target])
     if group.size() > 1:

@@ -3,7 +3,8 @@
 For offset k = 1 .. B-1 of a block (offset 0 is certain at decode), the verifier's distribution p_AR comes from the
 clean token before the position, the drafter's q_diffusion from the mask token at it. Speculative sampling accepts such
 a draft with probability ``a_k = sum_v min(p_AR(v), q_diffusion(v))``; greedy decoding when the two argmaxes agree. The
-expected tokens per forward is the mean over blocks of ``1 + sum_k a_1 * .. * a_k`` (not the product of means).
+expected tokens per forward is the mean over blocks of ``1 + sum_k a_1 * .. * a_k`` (not the product of means). All
+of them are over the ids that the exported model has: the padding of the vocabulary is masked out.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tidar_megatron.data.doubled import Batch
-from tidar_megatron.models.cross_entropy import chunk_tokens, exponentiate, own_columns
+from tidar_megatron.models.cross_entropy import chunk_tokens, exponentiate, mask_padding, own_columns
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,13 @@ class EvaluationSums:
 
 @torch.no_grad()
 def evaluation_sums(
-    states: Tensor, weight: Tensor, batch: Batch, block_size: int, tp_group: dist.ProcessGroup, chunk: int | None = None
+    states: Tensor,
+    weight: Tensor,
+    batch: Batch,
+    block_size: int,
+    tp_group: dist.ProcessGroup,
+    vocab_size: int,
+    chunk: int | None = None,
 ) -> EvaluationSums:
     """Both losses and the draft metrics of one micro-batch.
 
@@ -60,6 +67,7 @@ def evaluation_sums(
         batch: the doubled micro-batch they belong to, with masks of every block.
         block_size: B.
         tp_group: the ranks that share the vocabulary.
+        vocab_size: ids that the model has; the weight's rows after them are padding.
         chunk: by default :func:`~tidar_megatron.models.cross_entropy.chunk_tokens`.
     """
     S = batch.seq_length
@@ -74,6 +82,7 @@ def evaluation_sums(
     for first in range(0, len(clean), pairs):
         rows = slice(first, first + pairs)
         logits = torch.cat([clean[rows], masks[rows]]) @ weight.t()
+        mask_padding(logits, vocab_size, tp_group)
         labels = torch.cat([clean_labels[rows], mask_labels[rows]])
         parts.append(_pair_figures(logits, labels, tp_group))
     ar_loss, diffusion_loss, overlap, agree = torch.cat(parts, dim=1).view(4, S, -1).transpose(1, 2)
@@ -111,7 +120,7 @@ def _pair_figures(logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> T
 
 
 def vocab_parallel_argmax(logits: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """``[..., V / TP]`` -> the best id over the whole vocabulary, the smallest among equals."""
+    """``[..., V / TP]``, padding masked -> the best id over the whole vocabulary, the smallest among equals."""
     value, index = logits.max(-1)
     top = value.clone()
     dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)

@@ -137,8 +137,12 @@ def layer_spec(
 def padded_vocab_size(vocab_size: int, config: Config) -> int:
     """The vocabulary as the model holds it: a multiple of ``make_vocab_size_divisible_by``.
 
-    Unlike Megatron-LM's it does not depend on TP: the padding's logits take part in the softmax, so a padding that
-    did would make the loss depend on the layout.
+    The rows from ``vocab_size`` on are padding. What an export writes takes part in every softmax, and nothing else
+    does: so a row that a Hugging Face folder has and its tokenizer does not is a row of the model, while padding is
+    masked out of the losses and the draft metrics (``models/cross_entropy.py``). Padding rows start as zeros and get
+    zero gradients; whatever weight decay makes of them, nobody sees it.
+
+    Unlike Megatron-LM's it does not depend on TP, because a checkpoint's shapes do not.
     """
     multiple = config.model.make_vocab_size_divisible_by
     return math.ceil(vocab_size / multiple) * multiple
@@ -151,7 +155,7 @@ def build_model(config: Config, vocab_size: int, ranks: Ranks) -> list[GPTModel]
 
     Args:
         config: the resolved configuration.
-        vocab_size: ids in use, the mask token included.
+        vocab_size: ids in use, the mask token included; each chunk keeps it as ``unpadded_vocab_size``.
         ranks: where this process stands.
     """
     transformer = transformer_config(config)
@@ -176,6 +180,7 @@ def build_model(config: Config, vocab_size: int, ranks: Ranks) -> list[GPTModel]
             vp_stage=vp_stage,
         )
         model.attention_plans = plans
+        model.unpadded_vocab_size = vocab_size  # GPTModel's own vocab_size is the padded one
         model.rotary_pos_emb = PositionRotaryEmbedding(transformer, config.model)
         if model.post_process:
             model.output_layer = OutputLayer(model.output_layer)

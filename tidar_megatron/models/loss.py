@@ -31,6 +31,7 @@ def token_losses(chunk: GPTModel, batch: Batch, hidden: Tensor) -> tuple[Tensor,
         batch.labels.t().flatten(),
         batch.loss_weights.t().flatten(),
         chunk.pg_collection.tp,
+        chunk.unpadded_vocab_size,
     )
     return total, losses.view(states.shape[:2]).t()
 

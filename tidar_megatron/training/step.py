@@ -156,7 +156,8 @@ def evaluate(model: Model, batches: list[Batch], block_size: int, ranks: Ranks) 
 
         def report(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             states = whole_states(chunk, hidden)
-            sums = evaluation_sums(states, output_weight(chunk), batch, block_size, ranks.groups.tp)
+            weight, vocab_size = output_weight(chunk), chunk.unpadded_vocab_size
+            sums = evaluation_sums(states, weight, batch, block_size, ranks.groups.tp, vocab_size)
             return hidden.new_zeros(()), hidden.new_zeros((), dtype=torch.int32), sums.values
 
         return run_model(model, batch), report

@@ -1,0 +1,68 @@
+"""Neither figures nor training depend on how far the vocabulary is padded, in any layout."""
+
+import pytest
+import torch
+
+from tests.conftest import torchrun
+from tests.models.padded_vocabulary import CASES, MULTIPLES, measure
+from tidar_megatron.checkpoint.mapping import VOCABULARY, entry_of
+from tidar_megatron.distributed.groups import shut_down
+from tidar_megatron.training.layout_check import MASK_TOKEN_ID
+
+IDS = MASK_TOKEN_ID + 1
+TOLERANCE = 1e-6  # of a loss or a metric, absolute; of a gradient, relative to the gradient of all parameters
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """{(layout, untied, multiple): what each rank measured}; one launch of two ranks for all but one rank's own."""
+    folder = tmp_path_factory.mktemp("padded")
+    torchrun(2, "-m", "tests.models.padded_vocabulary", folder)
+    ranks = [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+    found = {case: [rank[case] for rank in ranks] for case in ranks[0]}
+    for untied in (False, True):
+        for multiple in MULTIPLES:
+            found["one", untied, multiple] = [measure("one", multiple, untied)]
+    shut_down()
+    return found
+
+
+def whole(ranks, key):
+    """{parameter: the whole tensor} of what tensor-parallel or pipeline ranks have, vocabularies with their padding."""
+    joined = {}
+    for name in {name for rank in ranks for name in rank[key]}:
+        entry, _ = entry_of(name)
+        parts = {rank["tp_rank"]: rank[key][name] for rank in ranks if name in rank[key]}
+        parts = [parts[rank] for rank in sorted(parts)]
+        if entry.shard == "replicated" or len(parts) == 1:
+            joined[name] = parts[0]
+        elif entry.join == "glu":
+            joined[name] = torch.cat([part.chunk(2)[half] for half in (0, 1) for part in parts])
+        else:
+            joined[name] = torch.cat(parts, dim=0 if entry.shard == "rows" else 1)
+    return joined
+
+
+@pytest.mark.parametrize(("layout", "untied"), [("one", False), ("one", True), *CASES])
+def test_figures_and_gradients_do_not_depend_on_the_padding(results, layout, untied):
+    (one,) = results["one", untied, MULTIPLES[0]]
+    for multiple in MULTIPLES:
+        ranks, largest = results[layout, untied, multiple], TOLERANCE * one["grad_norm"]
+        for rank in ranks:
+            assert rank["losses"] == pytest.approx(one["losses"], abs=TOLERANCE)
+            assert rank["evaluation"].keys() == one["evaluation"].keys()
+            for name, value in rank["evaluation"].items():
+                assert value == pytest.approx(one["evaluation"][name], abs=TOLERANCE), name
+            assert rank["later"] == pytest.approx(one["later"], rel=1e-5)  # Adam's first steps magnify rounding
+        for name, grad in whole(ranks, "grads").items():
+            ids = IDS if name in VOCABULARY else len(grad)
+            assert (grad[:ids].double() - one["grads"][name][:ids].double()).norm() <= largest, name
+            assert not grad[ids:].any(), name
+        for name, rows in whole(ranks, "rows").items():
+            assert len(rows) % multiple == 0
+            assert not rows[IDS:].any(), name  # zeros when the run starts, and after two steps
+
+
+def test_two_ranks_hold_padding_in_part_and_alone():
+    """What the cases above are for: the second of two ranks has 48, 33 and no ids."""
+    assert [max(IDS - -(-IDS // m) * m // 2, 0) for m in MULTIPLES] == [48, 33, 0]
