@@ -201,12 +201,12 @@ def huggingface_config(config: Config, eos_token_id: int | None, source: dict[st
         source: the ``config.json`` that the model was once imported from: what we do not decide stays as it is there.
 
     Raises:
-        UserError: no Hugging Face class computes this model.
+        UserError: no Hugging Face class computes this model. ``training/resolve.py`` asks before a run starts.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING
 
     model = config.model
-    kind = _model_type(model, source)
+    kind = model_type(model, source)
     rope = {"rope_type": "default" if model.rope_scaling_type == "none" else model.rope_scaling_type}
     rope |= {key: getattr(model, ROPE_NUMBERS[key]) for key in ROPE_KINDS[model.rope_scaling_type]}
     decided: dict[str, Any] = {
@@ -227,10 +227,8 @@ def huggingface_config(config: Config, eos_token_id: int | None, source: dict[st
     }
     if kind != "qwen2":
         decided["head_dim"] = model.head_channels
-    elif model.head_channels * model.num_attention_heads != model.hidden_size:
-        raise UserError(
-            "Qwen2's heads are hidden-size / num-attention-heads wide: other --kv-channels cannot be exported"
-        )
+    if kind == "mistral":
+        decided["sliding_window"] = None  # the class's default is a window of 4096
     if FAMILIES[kind].experts:
         decided |= {
             "num_experts": model.num_experts,
@@ -251,28 +249,54 @@ def huggingface_config(config: Config, eos_token_id: int | None, source: dict[st
         decided = source | decided
         decided.pop("torch_dtype", None)  # dtype's older name
         decided.setdefault("eos_token_id", eos_token_id)
+    else:
+        decided |= {"bos_token_id": None, "eos_token_id": eos_token_id, "initializer_range": model.init_method_std}
+    try:
+        complete = CONFIG_MAPPING[kind].from_dict(dict(decided))
+    except Exception as error:  # each class has checks of its own
+        why = " ".join(str(error).split())
+        raise UserError(f"transformers' {FAMILIES[kind].architecture} refuses this model: {why}") from None
+    if source is not None:
         return decided
-    plain = AutoConfig.for_model(
-        kind,
-        num_hidden_layers=model.num_layers,  # of which others follow
-        bos_token_id=None,
-        eos_token_id=eos_token_id,
-        initializer_range=model.init_method_std,
-    )
-    return json.loads(plain.to_json_string()) | decided
+    # the class also writes what it derives, and under its own names (num_local_experts)
+    return json.loads(complete.to_json_string()) | decided
 
 
-def _model_type(model: ModelConfig, source: dict[str, Any] | None) -> str:
-    def fits(family: Family) -> bool:
-        ours = (model.qk_layernorm, model.add_qkv_bias, model.num_experts is not None)
+def model_type(model: ModelConfig, source: dict[str, Any] | None = None) -> str:
+    """Return the ``model_type`` of the Hugging Face class that computes ``model``.
+
+    Args:
+        model: resolved.
+        source: the ``config.json`` that it was once imported from, whose class is kept where it still fits.
+
+    Raises:
+        UserError: there is none; names the flags, and what to change.
+    """
+    experts, heads = model.num_experts is not None, model.num_attention_heads
+
+    def fits(kind: str) -> bool:
+        family = FAMILIES[kind]
+        if kind == "llama" and model.hidden_size % heads:  # transformers refuses it, whatever head_dim says
+            return False
+        ours = (model.qk_layernorm, model.add_qkv_bias, experts)
         return ours == (family.qk_layernorm, family.qkv_bias, family.experts)
 
     named = (source or {}).get("model_type")
-    if named in FAMILIES and fits(FAMILIES[named]):
-        return named
-    for kind, family in FAMILIES.items():
-        if fits(family):
-            return kind
-    has = ["--qk-layernorm" if model.qk_layernorm else "--no-qk-layernorm"]
-    has += ["--add-qkv-bias"] * model.add_qkv_bias + ["--num-experts"] * (model.num_experts is not None)
-    raise UserError(f"no Hugging Face class has {', '.join(has)}: the model cannot be exported")
+    kind = next((kind for kind in (named, *FAMILIES) if kind in FAMILIES and fits(kind)), None)
+    if kind is None:
+        remedy = "leave --add-qkv-bias out (Qwen3), or add --no-qk-layernorm (Qwen2)"
+        if experts:
+            needed = [] if model.qk_layernorm else ["add --qk-layernorm"]
+            needed += ["leave --add-qkv-bias out"] if model.add_qkv_bias else []
+            remedy = f"{' and '.join(needed)} (Qwen3-MoE)"
+        has = ["--num-experts"] if experts else []
+        has += ["--qk-layernorm" if model.qk_layernorm else "--no-qk-layernorm"]
+        has += ["--add-qkv-bias"] if model.add_qkv_bias else []
+        raise UserError(f"no Hugging Face class has {' with '.join(has)}, so the model cannot be exported; {remedy}")
+    if kind == "qwen2" and model.head_channels * heads != model.hidden_size:
+        raise UserError(
+            f"--kv-channels {model.head_channels}: with --add-qkv-bias the model cannot be exported, because the heads "
+            f"of Qwen2 are --hidden-size {model.hidden_size} / --num-attention-heads {heads} wide; leave --kv-channels "
+            "or --add-qkv-bias out"
+        )
+    return kind

@@ -8,6 +8,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from tidar_megatron.checkpoint.families import model_type
 from tidar_megatron.config import Config
 from tidar_megatron.errors import UserError
 from tidar_megatron.planning.estimate import Estimate, recompute_name
@@ -56,6 +57,7 @@ def make_plan(config: Config, gpus: int, hardware: Hardware, memory_gib: float |
         UserError: no layout fits, or the configuration lacks something.
     """
     require_vocabulary(config)
+    model_type(config.model)  # training refuses a model that cannot be exported
     memory_gib = hardware.memory_gib if memory_gib is None else memory_gib
     own, refusal = None, ""
     try:

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tidar_megatron.checkpoint.distributed import read_state
+from tidar_megatron.checkpoint.families import huggingface_config, read_json
 from tidar_megatron.checkpoint.fingerprint import Fingerprint, check_fingerprint
 from tidar_megatron.checkpoint.folder import checkpoint_folder, latest_iteration, saved_iterations
+from tidar_megatron.checkpoint.huggingface import CONFIG
 from tidar_megatron.checkpoint.manifest import Damaged
 from tidar_megatron.checkpoint.origin import Origin
 from tidar_megatron.config import Config, ModelConfig, check_config, flag
@@ -28,8 +30,8 @@ def resolve(
         reserved: ids of the tokenizer that no text has.
 
     Raises:
-        UserError: a mask token that the tokenizer uses, flags that contradict ``--init-from``, or a vocabulary too
-            small for the data.
+        UserError: a mask token that the tokenizer uses, flags that contradict ``--init-from``, a vocabulary too
+            small for the data, or a model that could not be exported.
     """
     given, model, mask = config.model, config.model, config.tidar.mask_token_id
     if origin is not None:
@@ -62,6 +64,8 @@ def resolve(
         tidar=dataclasses.replace(config.tidar, mask_token_id=mask),
     )
     check_config(resolved, resolved=True)
+    files = origin.huggingface_files() if origin is not None else None
+    huggingface_config(resolved, tokenizer.eos_token_id, read_json(files / CONFIG) if files is not None else None)
     return resolved
 
 
