@@ -22,7 +22,6 @@ def main():
         parser.add_argument(name, type=Path)
     parser.add_argument("names", nargs="+")
     parser.add_argument("--parallel", type=json.loads, default=TP2_PP2)
-    parser.add_argument("--model", type=json.loads, default={})
     parser.add_argument("--init-mask-token", default="keep")
     args = parser.parse_args()
     for name in args.names:
@@ -31,7 +30,6 @@ def main():
         config = build_config(
             {
                 "tidar": {"block_size": 4, "init_mask_token": args.init_mask_token},
-                "model": args.model,
                 "data": {"train_data": str(args.shards), "seq_length": 32},
                 "training": {"init_from": str(run), "bf16": bf16, "global_batch_size": 4},
                 "parallel": args.parallel,

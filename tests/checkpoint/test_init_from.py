@@ -56,9 +56,8 @@ def test_a_run_starts_alike_from_the_folder_and_from_what_was_imported(imported,
 
 
 def test_layouts_are_checked_against_the_folders_model(imported, shards):
-    """With a model's flag given too: 4 layers and 4 heads are the folder's, the flags' defaults divide by 3."""
-    model = {"make_vocab_size_divisible_by": 384}
-    tree = starting_from(imported / "qwen3-tied" / "hf", shards, model=model)
+    """4 layers and 4 heads are the folder's; the flags' defaults divide by 3."""
+    tree = starting_from(imported / "qwen3-tied" / "hf", shards)
     fits = build_config({**tree, "parallel": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}})
     tokenizer, _ = tokenizer_of(fits.data.train_data, None)
     origin = open_origin(fits.training.init_from)

@@ -2,14 +2,22 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.conftest import torchrun
 from tests.models.padded_vocabulary import CASES, MULTIPLES, measure
+from tests.training.small_runs import small
+from tidar_megatron.checkpoint.convert import export_run
 from tidar_megatron.checkpoint.mapping import VOCABULARY, entry_of
+from tidar_megatron.distributed.fake import play_rank
 from tidar_megatron.distributed.groups import shut_down
-from tidar_megatron.training.layout_check import MASK_TOKEN_ID
+from tidar_megatron.models.gpt import build_model, padded_vocab_size
+from tidar_megatron.planning.sizes import Sizes
+from tidar_megatron.training.layout_check import MASK_TOKEN_ID, variant_config
+from tidar_megatron.training.trainer import Trainer
 
 IDS = MASK_TOKEN_ID + 1
+THREE = {"num_attention_heads": 6, "num_query_groups": 3, "hidden_size": 48, "make_vocab_size_divisible_by": 128}
 TOLERANCE = 1e-6  # of a loss or a metric, absolute; of a gradient, relative to the gradient of all parameters
 
 
@@ -66,3 +74,42 @@ def test_figures_and_gradients_do_not_depend_on_the_padding(results, layout, unt
 def test_two_ranks_hold_padding_in_part_and_alone():
     """What the cases above are for: the second of two ranks has 48, 33 and no ids."""
     assert [max(IDS - -(-IDS // m) * m // 2, 0) for m in MULTIPLES] == [48, 33, 0]
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_a_checkpoint_goes_on_under_more_padding_and_under_less(shards, tmp_path, distributed):
+    """As one of another TP may have: weights, Adam's state, and an export of a checkpoint with other padding."""
+    save = str(tmp_path / "run")
+    other = {"override_fingerprint": ["make_vocab_size_divisible_by"]}
+
+    def go_on(multiple, steps, **checkpoint):
+        model = {"make_vocab_size_divisible_by": multiple, "untie_embeddings_and_output_weights": True}
+        parallel = {"use_distributed_optimizer": distributed}
+        trainer = Trainer.build(small(shards, model=model, parallel=parallel, checkpoint={"save": save, **checkpoint}))
+        figures = [trainer.step() for _ in range(steps)]
+        trainer.write_run_folder()
+        trainer.save()
+        trainer.close()
+        shut_down()
+        return [figure[key] for figure in figures for key in ("ar_loss", "grad_norm")]
+
+    whole = go_on(8, 6, save=str(tmp_path / "whole"))
+    parts = go_on(8, 2) + go_on(4096, 2, load=save, **other) + go_on(2, 2, load=save, **other)
+    assert parts == pytest.approx(whole, rel=1e-4)
+    export_run(tmp_path / "whole", tmp_path / "hf")
+    for iteration in (2, 4, 6):  # of which the run's configuration is that of the last
+        export_run(save, tmp_path / str(iteration), iteration)
+    ours, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("6", "hf"))
+    assert ours.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-4)
+    assert len(load_file(tmp_path / "4" / "model.safetensors")["lm_head.weight"]) == 258
+
+
+def test_three_ranks_share_any_vocabulary():
+    """TP 3 does not divide the default multiple, 128, so its padding is larger."""
+    config = variant_config("packed", 3, {"tensor_model_parallel_size": 3}, THREE)
+    with play_rank(config.parallel, 1, 3) as ranks:
+        (model,) = build_model(config, IDS, ranks)
+    assert model.embedding.word_embeddings.weight.shape[0] == Sizes(config, 3).vocabulary == 128
+    assert padded_vocab_size(130, config) == 384

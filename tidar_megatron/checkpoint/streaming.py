@@ -38,6 +38,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from tidar_megatron.checkpoint.manifest import Damaged
+from tidar_megatron.checkpoint.mapping import VOCABULARY
 from tidar_megatron.checkpoint.pickles import read_metadata, weights_only
 from tidar_megatron.config import Config, ParallelConfig
 from tidar_megatron.distributed.fake import play_rank
@@ -48,9 +49,11 @@ from tidar_megatron.models.gpt import build_model
 class WholeModel:
     """Where each parameter of a model lies in its checkpoints, by its name: one piece, or gate and up as two.
 
-    ``shapes`` of the parameters, the vocabulary padded; ``objects``: what else is stored.
+    ``vocab_size`` without padding; ``shapes`` of the parameters, the vocabulary padded; ``objects``: what else is
+    stored.
     """
 
+    vocab_size: int
     shapes: dict[str, torch.Size]
     pieces: dict[str, list[ShardedTensor]]
     objects: list[ShardedObject]
@@ -75,7 +78,9 @@ def whole_model(config: Config) -> WholeModel:
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         transformer = model.config
     assert shapes.keys() == pieces.keys()
-    return WholeModel(shapes, pieces, objects, transformer.num_query_groups, transformer.num_attention_heads)
+    return WholeModel(
+        config.model.vocab_size, shapes, pieces, objects, transformer.num_query_groups, transformer.num_attention_heads
+    )
 
 
 def _chunk(piece: ShardedTensor) -> ChunkStorageMetadata:
@@ -176,6 +181,8 @@ class _Reading(LoadPlanner):
 class WeightReader:
     """A checkpoint's weights by their names in the model, each read when it is asked for.
 
+    Of a vocabulary the ids are read, without the padding, which depends on the TP that the checkpoint was trained in.
+
     Args:
         folder: of one checkpoint.
         whole: of :func:`whole_model`.
@@ -186,14 +193,17 @@ class WeightReader:
 
     def __init__(self, folder: Path, whole: WholeModel) -> None:
         self._metadata = read_metadata(folder)
-        self._stored = whole.pieces
+        self._stored, self._vocab_size = whole.pieces, whole.vocab_size
         self._reader = torch_checkpoint.FileSystemReader(folder)
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         for name, pieces in self._stored.items():
             for piece in pieces:
                 found = getattr(self._metadata.state_dict_metadata.get(piece.key), "size", None)
-                if found is None or tuple(found) != tuple(piece.global_shape):
-                    holds = "not" if found is None else f"as {tuple(found)}, not {tuple(piece.global_shape)}"
+                wanted = tuple(piece.global_shape)
+                if name in VOCABULARY and found and found[0] >= whole.vocab_size:
+                    wanted = (found[0], *wanted[1:])
+                if found is None or tuple(found) != wanted:
+                    holds = "not" if found is None else f"as {tuple(found)}, not {wanted}"
                     raise Damaged(f"{folder}: holds {name} {holds}")
 
     def read(self, name: str) -> Tensor:
@@ -201,10 +211,13 @@ class WeightReader:
         parts = []
         with weights_only():
             for piece in self._stored[name]:
-                chunk = _chunk(piece)
+                chunk, shape = _chunk(piece), torch.Size(piece.local_shape)
+                if name in VOCABULARY:
+                    shape = torch.Size((self._vocab_size, *shape[1:]))
+                    chunk = ChunkStorageMetadata(chunk.offsets, shape)
                 entry = self._metadata.state_dict_metadata[piece.key]
                 target = torch.empty(chunk.sizes, dtype=entry.properties.dtype)
                 plan = LoadPlan(create_read_items_for_chunk_list(piece.key, entry, [chunk]))
                 self._reader.read_data(plan, _Reading(target)).wait()
-                parts.append(target.reshape(piece.local_shape))
+                parts.append(target.reshape(shape))
         return torch.cat(parts) if len(parts) > 1 else parts[0]

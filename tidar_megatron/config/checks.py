@@ -159,7 +159,6 @@ def check_layout(config: Config) -> None:
     shared = {
         "--num-attention-heads": model.num_attention_heads,
         "--num-query-groups": model.num_query_groups or model.num_attention_heads,
-        "--make-vocab-size-divisible-by": model.make_vocab_size_divisible_by,
     }
     if model.num_experts is None:
         shared["--ffn-hidden-size"] = model.ffn_hidden_size

@@ -90,9 +90,7 @@ class ModelConfig(Section):
     rope_original_max_position_embeddings: Count = described("llama3: the length before scaling", 8192)
     init_method_std: Positive = described("standard deviation of the initial weights", 0.02)
     vocab_size: Count | None = described("ids in use, mask token included; default: from the tokenizer", None)
-    make_vocab_size_divisible_by: Count = described(
-        "pad the vocabulary to a multiple of this, itself a multiple of TP", 128
-    )
+    make_vocab_size_divisible_by: Count = described("pad the vocabulary to a multiple of this and of TP", 128)
     max_position_embeddings: Count | None = described("context limit written on export; default: seq-length", None)
     transformer_impl: Literal["local", "transformer_engine"] = described("megatron-core's layers to build on", "local")
     num_experts: Count | None = described("experts of each layer (Qwen3-MoE); default: a dense feed-forward", None)

@@ -135,16 +135,17 @@ def layer_spec(
 
 
 def padded_vocab_size(vocab_size: int, config: Config) -> int:
-    """The vocabulary as the model holds it: a multiple of ``make_vocab_size_divisible_by``.
+    """The vocabulary as the model holds it: a multiple of ``make_vocab_size_divisible_by`` and of TP.
 
     The rows from ``vocab_size`` on are padding. What an export writes takes part in every softmax, and nothing else
     does: so a row that a Hugging Face folder has and its tokenizer does not is a row of the model, while padding is
     masked out of the losses and the draft metrics (``models/cross_entropy.py``). Padding rows start as zeros and get
     zero gradients; whatever weight decay makes of them, nobody sees it.
 
-    Unlike Megatron-LM's it does not depend on TP, because a checkpoint's shapes do not.
+    A checkpoint of one TP may have other padding than a run of another TP that loads it: megatron-core cuts its rows
+    or fills them up with zeros, and ``checkpoint/streaming.py`` reads the ids alone.
     """
-    multiple = config.model.make_vocab_size_divisible_by
+    multiple = math.lcm(config.model.make_vocab_size_divisible_by, config.parallel.tensor_model_parallel_size)
     return math.ceil(vocab_size / multiple) * multiple
 
 
