@@ -210,6 +210,7 @@ def huggingface_config(config: Config, eos_token_id: int | None, source: dict[st
     rope = {"rope_type": "default" if model.rope_scaling_type == "none" else model.rope_scaling_type}
     rope |= {key: getattr(model, ROPE_NUMBERS[key]) for key in ROPE_KINDS[model.rope_scaling_type]}
     decided: dict[str, Any] = {
+        "model_type": kind,
         "architectures": [FAMILIES[kind].architecture],
         "dtype": "bfloat16" if config.training.bf16 else "float32",
         "num_hidden_layers": model.num_layers,
@@ -254,8 +255,10 @@ def huggingface_config(config: Config, eos_token_id: int | None, source: dict[st
     try:
         complete = CONFIG_MAPPING[kind].from_dict(dict(decided))
     except Exception as error:  # each class has checks of its own
-        why = " ".join(str(error).split())
-        raise UserError(f"transformers' {FAMILIES[kind].architecture} refuses this model: {why}") from None
+        named, why = FAMILIES[kind].architecture, " ".join(str(error).split())
+        raise UserError(
+            f"transformers' {named} refuses this model, so it cannot be exported: {why}; change what that names"
+        ) from None
     if source is not None:
         return decided
     # the class also writes what it derives, and under its own names (num_local_experts)
