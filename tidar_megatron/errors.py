@@ -9,6 +9,7 @@ import difflib
 import errno
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
@@ -20,6 +21,10 @@ from tidar_megatron.streams import standard_streams
 
 class UserError(ValueError):
     """Bad input. The message is one line, names what is wrong, and says how to mend it."""
+
+
+class LocalError(UserError):
+    """Bad input that not every rank met; the message names the rank."""
 
 
 class Interrupted(Exception):  # noqa: N818 - nothing went wrong
@@ -41,8 +46,9 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what a disk can refuse at an
 def run_tool(main: Callable[[], None], rank: int = 0) -> None:
     """Run a program's ``main``; a :class:`UserError` becomes one line on standard error and exit status 2.
 
-    Under torchrun every rank fails alike, so only ``rank`` 0 speaks. Any other exception is a defect of ours and
-    keeps its traceback. ``streams.py`` says what becomes of a program whose output is no longer read.
+    Under torchrun every rank fails alike, so only ``rank`` 0 speaks; a rank that fails alone speaks too. Any other
+    exception is a defect of ours and keeps its traceback. ``streams.py`` says what becomes of a program whose output
+    is no longer read.
     """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers': they garble what a program prints
     # megatron-core says at import, once per module and process, which optional packages it does without
@@ -58,10 +64,13 @@ def run_tool(main: Callable[[], None], rank: int = 0) -> None:
             _check_arguments()
             main()
     except (UserError, Diverged) as error:
-        if rank == 0:
+        alone = isinstance(error, LocalError)
+        if rank != 0 and not alone:  # the launcher ends all ranks once one has left: let the one that speaks be first
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(10)
+            alone = os.environ.get("LOCAL_RANK") == "0"  # nobody has ended this node: it may have failed alone
+        if rank == 0 or alone:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(10)  # the launcher ends all ranks once one has left: let the one that speaks be first
         sys.exit(2 if isinstance(error, UserError) else DIVERGED_STATUS)
     except OSError as error:
         if error.errno not in DISK:

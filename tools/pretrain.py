@@ -23,5 +23,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of a rank that is gone have forty lines
     signals.install()  # before anything heavy is imported: a signal that comes meanwhile must not end the process
     run_tool(main, rank=int(os.environ.get("RANK", "0")))

@@ -146,6 +146,7 @@ def test_waiting_for_ranks_that_do_not_come_can_be_ended(shards, tmp_path, numbe
     alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     command = [sys.executable, "tools/pretrain.py", *program(shards, tmp_path / "run")]
     with started(command, tmp_path / "log", **alone) as run:
-        wait_for(listens, 120, "rank 0 waits for rank 1", tmp_path / "log")
+        wait_for(listens, 120, "rank 0 keeps the store", tmp_path / "log")
+        wait_for(lambda: not catches(run.pid, signal.SIGTERM), 120, "rank 0 waits for rank 1", tmp_path / "log")
         run.send_signal(number)
         assert run.wait(20) == -number

@@ -12,7 +12,6 @@ import functools
 import inspect
 import os
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -63,14 +62,18 @@ class Checkpoints:
         config: resolved.
         ranks: of this process.
         fingerprint: what the run is.
+        check_lock: called on rank 0 before a checkpoint is published; a :class:`UserError` of it is the save's.
 
     Attributes:
         on_published: called on every rank with each iteration that is published.
     """
 
-    def __init__(self, config: Config, ranks: Ranks, fingerprint: Fingerprint) -> None:
+    def __init__(
+        self, config: Config, ranks: Ranks, fingerprint: Fingerprint, check_lock: Callable[[], None] = lambda: None
+    ) -> None:
         self.on_published: Callable[[int], None] = lambda iteration: None
         self._config, self._ranks, self._fingerprint = config, ranks, plain(fingerprint)
+        self._check_lock = check_lock
         self._pending: _Pending | None = None
         self._deleting: threading.Thread | None = None
         self._planned = False
@@ -197,6 +200,7 @@ class Checkpoints:
         for path in save.partial.iterdir():
             if path.name not in files:  # megatron-core's small files
                 files[path.name] = seal(path)
+        self._check_lock()
         removed = folder.publish(save.partial, save.iteration, files, self._config.checkpoint.keep_last)
         self._deleting = threading.Thread(target=folder.delete, args=(removed,), daemon=True)
         self._deleting.start()
@@ -207,7 +211,7 @@ class Checkpoints:
         if self._ranks.is_main:
             try:
                 do()
-            except OSError as error:
+            except (OSError, UserError) as error:
                 problem = [self._reason(error)]
         dist.broadcast_object_list(problem, src=0)
         return problem[0]
@@ -215,6 +219,8 @@ class Checkpoints:
     def _reason(self, error: Exception) -> str:
         if isinstance(error, OSError) and error.errno:
             return os.strerror(error.errno)
+        if isinstance(error, UserError):
+            return str(error)
         partial = self._pending.partial if self._pending is not None else None
         if partial is not None and partial.exists() and shutil.disk_usage(partial).free < NO_SPACE:
             return os.strerror(errno.ENOSPC)
@@ -248,23 +254,8 @@ class Checkpoints:
         """
         source, settings = self._config.checkpoint.load, self._config.checkpoint
         assert source is not None
-        found: list[Any] = [None]
-        if self._ranks.is_main:
-            found = [folder.restart_points(source)]
-        dist.broadcast_object_list(found, src=0)
-        points, passed_over = found[0]
-        for iteration in points:
-            checkpoint = folder.checkpoint_folder(source, iteration)
-            if (damage := distributed.damage(checkpoint, settings.verify_checkpoint)) is None:
-                break
-            passed_over.append(damage)
-        else:
-            raise folder.no_whole_checkpoint(source, passed_over)
-        if passed_over and self._ranks.is_main:
-            print(
-                f"warning: {'; '.join(passed_over)}; going on from iteration {iteration}", file=sys.stderr, flush=True
-            )
-        state = distributed.read_state(checkpoint)
+        checkpoint = distributed.whole_checkpoint(source, settings.verify_checkpoint)
+        state = distributed.read_state(checkpoint, verify=False)  # that was done
         check_fingerprint(source, state.fingerprint, self._fingerprint, settings.override_fingerprint)
         try:
             distributed.load(checkpoint, run, same_layout=state.layout == self._layout())

@@ -15,6 +15,8 @@ The data has no state beyond the number of packed sequences consumed, because pa
 
 import json
 import pickle
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +30,12 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from tidar_megatron.checkpoint.manifest import Damaged, check_hashes
+from tidar_megatron.checkpoint.folder import checkpoint_folder, no_whole_checkpoint, restart_points
+from tidar_megatron.checkpoint.manifest import Damaged, check_hash, check_hashes
 from tidar_megatron.checkpoint.optimizer_state import fill, state_to_fill, state_to_save
 from tidar_megatron.checkpoint.pickles import read_metadata, weights_only
 from tidar_megatron.checkpoint.random_states import random_states, restore_random_states
+from tidar_megatron.errors import UserError
 
 STATE_FILE = "state.json"
 
@@ -78,12 +82,14 @@ def texts_to_save(state: State) -> dict[str, str]:
     return texts
 
 
-def read_state(checkpoint: Path) -> State:
-    """``state.json`` of a checkpoint.
+def read_state(checkpoint: Path, verify: bool = True) -> State:
+    """``state.json`` of a checkpoint; with ``verify`` its hash is compared first.
 
     Raises:
-        Damaged: it is missing or garbled.
+        Damaged: it is missing, garbled, or not what was written.
     """
+    if verify:
+        check_hash(checkpoint, STATE_FILE)
     try:
         return State.model_validate(_read_json(checkpoint / STATE_FILE))
     except ValidationError as error:
@@ -92,20 +98,65 @@ def read_state(checkpoint: Path) -> State:
 
 
 def damage(checkpoint: Path, verify: bool = True) -> str | None:
-    """What is wrong with a checkpoint, the same on every rank; with ``verify`` each hashes its share of the files."""
+    """What is wrong with a checkpoint, the same on every rank; with ``verify`` each hashes its share of the files.
+
+    Nothing in a file is believed before the hashes of all have been compared.
+    """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    problem: str | None = None
-    try:
+
+    def hashes() -> None:
         if verify:
             check_hashes(checkpoint, rank, world_size)
+
+    def contents() -> None:
         if rank == 0:
             read_metadata(checkpoint)
-            read_state(checkpoint)
+            read_state(checkpoint, verify=False)
+
+    return _first_damage(hashes) or _first_damage(contents)
+
+
+def _first_damage(check: Callable[[], None]) -> str | None:
+    """What the first rank that finds something finds; collective."""
+    problems: list[str | None] = [None] * dist.get_world_size()
+    try:
+        check()
     except Damaged as error:
-        problem = str(error)
-    problems: list[str | None] = [None] * world_size
-    dist.all_gather_object(problems, problem)
+        dist.all_gather_object(problems, str(error))
+    else:
+        dist.all_gather_object(problems, None)
     return next((said for said in problems if said), None)
+
+
+def whole_checkpoint(folder: str | Path, verify: bool = True) -> Path:
+    """The best checkpoint of a run's folder that is whole; which were passed over is said. Collective.
+
+    Args:
+        folder: the run's.
+        verify: whether hashes are compared, or sizes alone.
+
+    Raises:
+        UserError: none is whole, or there is none.
+    """
+    found: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            found = [restart_points(folder)]
+        except UserError as error:  # the others wait to be told
+            found = [error]
+    dist.broadcast_object_list(found, src=0)
+    if isinstance(found[0], UserError):
+        raise found[0]
+    points, passed_over = found[0]
+    for iteration in points:
+        checkpoint = checkpoint_folder(folder, iteration)
+        if (problem := damage(checkpoint, verify)) is None:
+            if passed_over and dist.get_rank() == 0:
+                said = "; ".join(passed_over)
+                print(f"warning: {said}; going on from iteration {iteration}", file=sys.stderr, flush=True)
+            return checkpoint
+        passed_over.append(problem)
+    raise no_whole_checkpoint(folder, passed_over)
 
 
 def load(checkpoint: Path, run: Trained, same_layout: bool) -> None:

@@ -8,8 +8,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tidar_megatron.checkpoint.distributed import read_state
 from tidar_megatron.checkpoint.folder import TRACKER, checkpoint_folder, restart_points, saved_iterations
-from tidar_megatron.checkpoint.manifest import Damaged, check_hashes, check_sizes
-from tidar_megatron.checkpoint.pickles import read_metadata
+from tidar_megatron.checkpoint.manifest import Damaged, check_hash, check_hashes, check_sizes
+from tidar_megatron.checkpoint.pickles import METADATA, read_metadata
 from tidar_megatron.errors import UserError
 
 OPTIMIZER = "optimizer."
@@ -57,6 +57,7 @@ def summary(checkpoint: Path, verify: bool) -> dict[str, Any]:
         row |= {"bytes": sum(entry.bytes for entry in manifest.files.values()), "files": len(manifest.files)}
         if verify:
             check_hashes(checkpoint)
+        check_hash(checkpoint, METADATA)
         tensors = _tensors(checkpoint)
         row["parameters"] = sum(t["elements"] for t in tensors if not t["name"].startswith(OPTIMIZER))
         row["optimizer"] = any(t["name"].startswith(OPTIMIZER) for t in tensors)
@@ -69,6 +70,7 @@ def _contents(checkpoint: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     try:
         found["state"] = read_state(checkpoint).model_dump()
+        check_hash(checkpoint, METADATA)
         found["tensors"] = _tensors(checkpoint)
         found["files"] = {name: entry.model_dump() for name, entry in check_sizes(checkpoint).files.items()}
     except Damaged as damage:

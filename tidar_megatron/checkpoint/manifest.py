@@ -105,6 +105,18 @@ def check_sizes(folder: Path) -> Manifest:
     return manifest
 
 
+def check_hash(folder: Path, name: str) -> None:
+    """Compare one file of a checkpoint with its manifest, before anything in it is believed.
+
+    Raises:
+        Damaged: it is missing, or differs from what was written.
+    """
+    files = read_manifest(folder).files
+    if name not in files:
+        raise Damaged(f"{folder / FILE_NAME} does not name {name}")
+    _check_hash(folder / name, files[name])
+
+
 def check_hashes(folder: Path, share: int = 0, shares: int = 1) -> None:
     """Read the files of a checkpoint, or those of the ``share`` of so many readers, and compare their hashes.
 
@@ -114,9 +126,15 @@ def check_hashes(folder: Path, share: int = 0, shares: int = 1) -> None:
     manifest = check_sizes(folder)
     by_size = sorted(manifest.files, key=lambda name: -manifest.files[name].bytes)
     for name in by_size[share::shares]:
-        try:
-            found = sha256_of(folder / name)
-        except OSError as error:
-            raise Damaged(f"{folder / name} cannot be read ({error.strerror})") from None
-        if found != manifest.files[name].sha256:
-            raise Damaged(f"{folder / name} was changed: its SHA-256 is not its manifest's")
+        _check_hash(folder / name, manifest.files[name])
+
+
+def _check_hash(path: Path, entry: FileEntry) -> None:
+    try:
+        found = sha256_of(path)
+    except FileNotFoundError:
+        raise Damaged(f"{path} is missing") from None
+    except OSError as error:
+        raise Damaged(f"{path} cannot be read ({error.strerror})") from None
+    if found != entry.sha256:
+        raise Damaged(f"{path} was changed: its SHA-256 is not its manifest's")

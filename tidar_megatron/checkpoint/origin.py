@@ -5,12 +5,11 @@ import shutil
 from pathlib import Path
 from typing import Protocol
 
-import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 
-from tidar_megatron.checkpoint.distributed import damage, load_weights
+from tidar_megatron.checkpoint.distributed import load_weights, whole_checkpoint
 from tidar_megatron.checkpoint.families import model_from_huggingface, tidar_section
-from tidar_megatron.checkpoint.folder import checkpoint_folder, latest_iteration
+from tidar_megatron.checkpoint.folder import latest_iteration
 from tidar_megatron.checkpoint.huggingface import (
     CONFIG,
     GENERATION_CONFIG,
@@ -98,10 +97,8 @@ class _Run:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._config: Config = load_config(folder / CONFIG_FILE)
-        iteration = latest_iteration(folder)
-        if iteration is None:
+        if latest_iteration(folder) is None:
             raise UserError(f"--init-from {folder}: holds no checkpoint yet")
-        self._checkpoint = checkpoint_folder(folder, iteration)
         self.mask_token_id = self._config.tidar.mask_token_id
 
     def model(self, ours: ModelConfig) -> ModelConfig:
@@ -116,13 +113,12 @@ class _Run:
         check_huggingface_tokenizer(self._folder / TOKENIZER_FOLDER, data_tokenizer)
 
     def load(self, chunks: list[GPTModel]) -> None:
-        newest = [self._checkpoint]
-        dist.broadcast_object_list(newest)  # a run that goes on may have saved between two ranks' looks
-        self._checkpoint = newest[0]
-        if problem := damage(self._checkpoint):
-            raise UserError(f"--init-from {self._folder}: {problem}")
         try:
-            load_weights(self._checkpoint, chunks)
+            checkpoint = whole_checkpoint(self._folder)
+        except UserError as error:
+            raise UserError(f"--init-from {error}") from None
+        try:
+            load_weights(checkpoint, chunks)
         except Damaged as error:
             raise UserError(f"--init-from {self._folder}: {error}") from None
 

@@ -15,7 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from tidar_megatron.config import ParallelConfig
-from tidar_megatron.distributed import platform
+from tidar_megatron.distributed import platform, startup
 from tidar_megatron.errors import UserError
 
 
@@ -84,6 +84,11 @@ def world_size_from_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank_from_environment() -> int:
+    """Which of them this one is; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def initialize(parallel: ParallelConfig, seed: int) -> Ranks:
     """Join the job that torchrun describes in the environment (one process without it), and lay out the groups.
 
@@ -101,10 +106,20 @@ def initialize(parallel: ParallelConfig, seed: int) -> Ranks:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         if "RANK" in os.environ:
-            dist.init_process_group(platform.backend(), timeout=timeout)
+            _join_process_group(timeout)
         else:  # no launcher: a job of one, without a port that could be taken
             dist.init_process_group(platform.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return lay_out(parallel, seed, device)
+
+
+def _join_process_group(timeout: timedelta) -> None:
+    store = startup.store()
+    if store is None:
+        dist.init_process_group(platform.backend(), timeout=timeout)
+    else:  # all ranks have met there
+        rank, world_size = rank_from_environment(), world_size_from_environment()
+        store.set_timeout(timeout)
+        dist.init_process_group(platform.backend(), store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def lay_out(parallel: ParallelConfig, seed: int, device: torch.device) -> Ranks:

@@ -14,9 +14,20 @@ import time
 
 import torch.distributed as dist
 
-from tidar_megatron.errors import Stalled
+from tidar_megatron.errors import Stalled, UserError
 
 GRACE = 5.0  # seconds that the others may sign later, beyond the time of a step
+
+
+def failed_collective(error: BaseException) -> BaseException | None:
+    """The failure of a collective that ``error`` is or comes from; None for other errors."""
+    failed: BaseException | None = error
+    while failed is not None:
+        said = str(failed).strip().split("\n")[0].lower()
+        if isinstance(failed, dist.DistError) or ("gloo" in said and not isinstance(failed, UserError)):
+            return failed
+        failed = failed.__cause__ or failed.__context__
+    return None
 
 
 class Heartbeat:
@@ -41,10 +52,10 @@ class Heartbeat:
 
     def blame(self, error: BaseException) -> Stalled | None:
         """The error to end with after ``error``: it names who does not answer. None if no collective has failed."""
-        failed = error.__cause__ or error
-        said = str(failed).strip().split("\n")[0]
-        if self._store is None or not (isinstance(failed, dist.DistError) or "gloo" in said.lower()):
+        failed = failed_collective(error)
+        if self._store is None or failed is None:
             return None
+        said = str(failed).strip().split("\n")[0]
         silent: list[str] = []
         asking = threading.Thread(target=self._ask, args=(silent,), daemon=True)
         asking.start()  # beside, because the store itself may be what hangs

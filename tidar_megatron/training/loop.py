@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from tidar_megatron.checkpoint.folder import checkpoint_folder
 from tidar_megatron.config import Config
+from tidar_megatron.distributed import startup
 from tidar_megatron.distributed.groups import shut_down
 from tidar_megatron.distributed.platform import peak_memory
 from tidar_megatron.errors import Diverged, Interrupted, UserError
@@ -18,6 +19,8 @@ from tidar_megatron.training.metrics import MetricsLogger
 from tidar_megatron.training.samples import Samples
 from tidar_megatron.training.trainer import Trainer
 
+LOST = 1 + max(signals.REASONS)  # the lock on the run's folder is another run's: leave, and save nothing
+
 
 def pretrain(config: Config, build: Callable[[Config], Trainer] = Trainer.build) -> None:
     """Train to ``train_iters``, or to the first iteration that ``exit_interval`` divides.
@@ -27,6 +30,7 @@ def pretrain(config: Config, build: Callable[[Config], Trainer] = Trainer.build)
         build: of the trainer; an experiment gives its own.
 
     Raises:
+        UserError: what can be mended; also that another run holds ``--save``.
         Interrupted: a signal asked a rank to leave, or its time was over; all ranks have saved.
         Diverged: too many steps in a row had to be skipped; what was saved before stays.
         Stalled: another rank, or the data, does not answer.
@@ -34,10 +38,14 @@ def pretrain(config: Config, build: Callable[[Config], Trainer] = Trainer.build)
     with contextlib.ExitStack() as ending:
         ending.enter_context(outliving_output())  # a run is worth more than what it prints
         ending.push(lambda kind, error, trace: shut_down(orderly=kind in (None, Interrupted, Diverged)))
-        trainer = build(config)
-        ending.callback(trainer.close)
-        trainer.write_run_folder()
-        dist.barrier()  # the run's folder exists before anyone writes into it
+        with signals.mortal():
+            start = startup.join(config.parallel.distributed_timeout_minutes)
+        with start:
+            trainer = build(config)
+            ending.callback(trainer.close)
+            start.phase = "making the run's folder"
+            trainer.write_run_folder()
+            dist.barrier()  # the run's folder exists before anyone writes into it
         trainer.log_sample_ids()
         with signals.shielded():  # W&B has a process of its own
             logger = MetricsLogger(trainer.config, trainer.ranks.is_main, trainer.iteration)
@@ -112,7 +120,13 @@ def _loop(trainer: Trainer, logger: MetricsLogger, samples: Samples | None) -> s
             logger.evaluation(iteration, evaluation)
         trainer.checkpoints.maybe_finalize()
         leaving = due(training.exit_interval)
-        asked = trainer.ranks.largest(signals.reason_to_leave(training.exit_duration_in_mins))
+        reason = LOST if trainer.lock_lost else signals.reason_to_leave(training.exit_duration_in_mins)
+        asked = trainer.ranks.largest(reason)
+        if asked == LOST:
+            raise UserError(
+                f"--save {config.checkpoint.save}: another run has taken this folder over, or its lock was removed, "
+                f"so iteration {iteration} is not saved; look which run to go on with"
+            )
         if last or leaving or asked or due(config.checkpoint.save_interval):
             trainer.save()
         if last or leaving or asked:

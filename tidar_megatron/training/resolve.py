@@ -7,7 +7,7 @@ from pathlib import Path
 from tidar_megatron.checkpoint.distributed import read_state
 from tidar_megatron.checkpoint.families import huggingface_config, read_json
 from tidar_megatron.checkpoint.fingerprint import Fingerprint, check_fingerprint
-from tidar_megatron.checkpoint.folder import checkpoint_folder, latest_iteration, saved_iterations
+from tidar_megatron.checkpoint.folder import checkpoint_folder, restart_points, saved_iterations
 from tidar_megatron.checkpoint.huggingface import CONFIG
 from tidar_megatron.checkpoint.manifest import Damaged
 from tidar_megatron.checkpoint.origin import Origin
@@ -99,15 +99,16 @@ def starting_point(config: Config, fingerprint: Fingerprint) -> int | None:
         raise UserError(f"--save {save}: holds a run already; continue it with --load {save}, or choose another folder")
     if not load:
         return None
-    iteration = latest_iteration(load)
-    if iteration is None and not same:
+    points, _ = restart_points(load)
+    if not points and not same:
         raise UserError(f"--load {load}: holds no checkpoint; leave the flag out to start anew")
-    if iteration is not None:
+    for iteration in points:
         try:
-            state = read_state(checkpoint_folder(load, iteration))
+            state = read_state(checkpoint_folder(load, iteration), config.checkpoint.verify_checkpoint)
         except Damaged:
-            return iteration  # an older one may be whole: loading looks for it
+            continue  # loading says so
         if state.weights_only:
             raise UserError(f"--load {load}: holds a model's weights, no run; start from them with --init-from {load}")
         check_fingerprint(load, state.fingerprint, fingerprint, config.checkpoint.override_fingerprint)
-    return iteration
+        return iteration
+    return points[0] if points else None

@@ -24,7 +24,8 @@ from tidar_megatron.data.manifest import TOKENIZER_FOLDER
 from tidar_megatron.data.prefetch import Overdue, Prefetcher
 from tidar_megatron.data.sources import any_pair, tokenizer_of
 from tidar_megatron.data.tokenizer import load_tokenizer, reserved_ids, save_tokenizer
-from tidar_megatron.distributed.groups import Ranks, initialize, world_size_from_environment
+from tidar_megatron.distributed import startup
+from tidar_megatron.distributed.groups import Ranks, initialize, rank_from_environment, world_size_from_environment
 from tidar_megatron.distributed.heartbeat import Heartbeat
 from tidar_megatron.distributed.platform import check_backend
 from tidar_megatron.errors import Stalled, UserError
@@ -33,6 +34,7 @@ from tidar_megatron.training import sample_ids, signals
 from tidar_megatron.training.health import Health
 from tidar_megatron.training.optimizer import build_optimizer, whole_weights, wrap_model
 from tidar_megatron.training.resolve import resolve, run_fingerprint, starting_point
+from tidar_megatron.training.run_lock import RunLock, take_lock
 from tidar_megatron.training.samples import Samples
 from tidar_megatron.training.step import evaluate, train_step
 from tidar_megatron.training.straggler import OwnTime
@@ -59,6 +61,7 @@ class Trainer:
     scheduler: OptimizerParamScheduler
     checkpoints: Checkpoints
     origin: Origin | None = None
+    lock: RunLock | None = None  # on --save, of the main rank
     iteration: int = 0
     consumed_sequences: int = 0
 
@@ -75,7 +78,7 @@ class Trainer:
 
     @classmethod
     def build(cls, config: Config) -> "Trainer":
-        """Everything up to the first step; bad input is refused before any process group exists."""
+        """Everything up to the first step; what can be refused is refused before there are process groups."""
         if not config.data.train_data:
             raise UserError("--train-data is missing: give a folder made by tools/prepare_data.py")
         world_size = world_size_from_environment()
@@ -90,6 +93,7 @@ class Trainer:
         tokenizer, tokenizer_folder = tokenizer_of(config.data.train_data, config.data.tokenizer)
         origin = open_origin(config.training.init_from) if config.training.init_from else None
         reserved = reserved_ids(load_tokenizer(tokenizer_folder).get_vocab())
+        startup.current.phase = "reading the data"
         config = resolve(config, tokenizer, origin, reserved)
         assert config.tidar.mask_token_id is not None and config.model.vocab_size is not None
 
@@ -116,24 +120,40 @@ class Trainer:
         if valid_data is not None:
             train_data.check_same_tokenizer(valid_data)
         fingerprint = run_fingerprint(config, train_data)
-        start = starting_point(config, fingerprint)
-        if start is None and origin is not None:
-            origin.check_tokenizer(tokenizer_folder)
-        with signals.mortal():
-            ranks = initialize(config.parallel, config.training.seed)
-        model = build_model(config, config.model.vocab_size, ranks)
-        if start is None and origin is not None:
-            origin.load(model)
-            start_mask_row(model, _mask_row(config, origin))
-        elif start is None:
-            initialize_weights(model, config.training.seed)
-        ddp = wrap_model(model, config)
-        optimizer, scheduler = build_optimizer(ddp, config)
-        checkpoints = Checkpoints(config, ranks, fingerprint)
-        trainer = cls(config, ranks, train_data, valid_data, model, ddp, optimizer, scheduler, checkpoints, origin)
-        if start is not None:
-            trainer.load()
+        with contextlib.ExitStack() as failing:
+            lock = _take_lock(config)
+            failing.callback(lock.release if lock is not None else lambda: None)
+            with signals.mortal():
+                startup.current.meet()  # now the folder is this run's, and stays as it is
+            start = starting_point(config, fingerprint)
+            if start is None and origin is not None:
+                origin.check_tokenizer(tokenizer_folder)
+            startup.current.phase = "making the process groups"
+            with signals.mortal():
+                ranks = initialize(config.parallel, config.training.seed)
+            startup.current.phase = "building the model"
+            model = build_model(config, config.model.vocab_size, ranks)
+            if start is None and origin is not None:
+                startup.current.phase = f"loading --init-from {config.training.init_from}"
+                origin.load(model)
+                start_mask_row(model, _mask_row(config, origin))
+            elif start is None:
+                initialize_weights(model, config.training.seed)
+            ddp = wrap_model(model, config)
+            optimizer, scheduler = build_optimizer(ddp, config)
+            checkpoints = Checkpoints(config, ranks, fingerprint, lock.check if lock is not None else lambda: None)
+            data_of_run = (train_data, valid_data)
+            trainer = cls(config, ranks, *data_of_run, model, ddp, optimizer, scheduler, checkpoints, origin, lock)
+            if start is not None:
+                startup.current.phase = f"loading --load {config.checkpoint.load}"
+                trainer.load()
+            failing.pop_all()
         return trainer
+
+    @property
+    def lock_lost(self) -> bool:
+        """Whether another run saves into this run's folder by now, as far as this rank knows."""
+        return self.lock is not None and self.lock.lost
 
     @property
     def doubled(self) -> bool:
@@ -259,6 +279,8 @@ class Trainer:
         self.checkpoints.close()
         if self.sample_ids is not None:
             self.sample_ids.close()
+        if self.lock is not None:
+            self.lock.release()
 
     def write_run_folder(self) -> None:
         """What makes the run's folder complete in itself: the resolved configuration and the tokenizer."""
@@ -306,6 +328,16 @@ class Trainer:
         first_of_its_data = groups.tp.rank() == groups.pp.rank() == groups.cp.rank() == 0
         if config.logging.log_sample_ids and config.checkpoint.save and first_of_its_data:
             self.sample_ids = sample_ids.SampleIds(config.checkpoint.save, groups.dp.rank())
+
+
+def _take_lock(config: Config) -> RunLock | None:
+    """The lock on ``--save``, on the main rank of a run that has it."""
+    if not config.checkpoint.save or rank_from_environment() != 0:
+        return None
+    startup.current.phase = "taking the lock on --save"
+    lock = take_lock(config.checkpoint.save)
+    startup.current.at_end = lock.release
+    return lock
 
 
 def _mask_row(config: Config, origin: Origin) -> MaskRow:

@@ -1,0 +1,136 @@
+"""Jobs of a few ranks that meet trouble as they start: ``starting_jobs.py DATA FOLDER``.
+
+Each is the real program on forked ranks (tests/faults/forked_ranks.py), so that the imports are paid once. Prints one
+JSON object: job -> [the ranks' exit statuses, negative for signals; their logs].
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+
+from tests.faults.data_runs import SMALL
+from tests.faults.forked_ranks import ended, start_ranks
+from tests.launch.launching import CONFIG, TINY, steps, wait_for
+from tidar_megatron.checkpoint.checkpoints import Checkpoints
+from tidar_megatron.distributed import startup
+from tidar_megatron.errors import UserError
+from tidar_megatron.training import trainer
+
+
+def flags(data, run, until):
+    given = ["--config", CONFIG, *TINY, *SMALL, "--train-data", data, "--train-iters", until, "--save", run]
+    return [*given, "--load", run, "--distributed-timeout-minutes", 0.2]
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail():
+    raise RuntimeError("a defect")
+
+
+def refuse():
+    raise UserError("--train-data /node/disk: there is no such folder")
+
+
+def hang():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+# name -> (ranks that meet the trouble, where, what)
+TROUBLES = {
+    "killed before it joins": ([2], (startup, "join"), kill),
+    "killed while it waits": ([1], (startup.Startup, "meet"), kill),
+    "killed while groups are made": ([1], (parallel_state, "initialize_model_parallel"), kill),
+    "rank 0 killed while groups are made": ([0], (parallel_state, "initialize_model_parallel"), kill),
+    "stopped while groups are made": ([2], (parallel_state, "initialize_model_parallel"), hang),
+    "killed while loading": ([1], (Checkpoints, "load"), kill),
+    "fails while loading": ([2], (Checkpoints, "load"), fail),
+    "fails as it reads the data": ([1], (trainer, "load_tokenizer"), fail),
+    "refuses alone": ([2], (trainer, "load_tokenizer"), refuse),
+    "all refuse": ([0, 1, 2], (trainer, "load_tokenizer"), refuse),
+}
+
+
+def troubled(name):
+    """What rank r does before it begins."""
+    whose, (place, function), what = TROUBLES[name]
+
+    def prepare(rank):
+        startup.BEAT, startup.SILENT, startup.GRACE, startup.ALIKE = 0.2, 20.0, 3.0, 3.0
+        if rank in whose:
+            setattr(place, function, lambda *arguments, **named: what())
+
+    return prepare
+
+
+def ends(processes, stopped=()):
+    """The exit statuses; None for ranks that are killed here: stopped ones, and such as do not end within a minute."""
+    statuses, end = {}, time.monotonic() + 60
+    while len(statuses) < len(processes) - len(stopped) and time.monotonic() < end:
+        for rank, process in enumerate(processes):
+            if rank not in statuses:
+                pid, status = os.waitpid(process, os.WNOHANG)
+                if pid:
+                    statuses[rank] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    for rank, process in enumerate(processes):
+        if rank not in statuses:
+            os.kill(process, signal.SIGKILL)
+            ended(process)
+    return [statuses.get(rank) for rank in range(len(processes))]
+
+
+def main():
+    torch.set_num_threads(1)
+    data, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    found = {}
+
+    def logs(name):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        return folder / name
+
+    def said(name):
+        return [path.read_text() for path in sorted((folder / name).glob("rank-*.log"))]
+
+    def start(name, run, until, *extra, **more):
+        return start_ranks([*flags(data, run, until), *extra], logs(name), **more)
+
+    # two runs into one folder
+    run = folder / "run"
+    living = start("living", run, 1_000_000)
+    wait_for(lambda: len(steps(run)) >= 2, 60, "steps", folder / "living" / "rank-0.log", every=0.05)
+    found["second"] = [ends(start("second", run, 10)), said("second")]
+    after = len(steps(run))
+    wait_for(lambda: len(steps(run)) > after, 60, "the first goes on", folder / "living" / "rank-0.log", every=0.05)
+    for process in living:
+        os.kill(process, signal.SIGTERM)
+    found["living"] = [ends(living), said("living")]
+    killed = start("killed", run, 1_000_000)
+    before = len(steps(run))
+    wait_for(lambda: len(steps(run)) > before, 60, "steps", folder / "killed" / "rank-0.log", every=0.05)
+    for process in killed:
+        os.kill(process, signal.SIGKILL)
+    found["killed"] = [ends(killed), said("killed")]
+    until = before + 20
+    both = [start(name, run, until) for name in ("one", "other")]
+    found["one"], found["other"] = (
+        [ends(processes), said(name)] for name, processes in zip(("one", "other"), both, strict=True)
+    )
+    # ranks that go missing
+    for name in TROUBLES:
+        processes = start(name, run, until + 1, "--global-batch-size", 6, count=3, prepare=troubled(name))
+        statuses = ends(processes, TROUBLES[name][0] if TROUBLES[name][2] is hang else ())
+        found[name] = [statuses, said(name)]
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

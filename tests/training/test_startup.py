@@ -1,0 +1,145 @@
+"""Which rank is named as a job starts, with threads for ranks; real ones are in tests/faults/."""
+
+import contextlib
+import threading
+import time
+
+import pytest
+import torch.distributed as dist
+
+from tidar_megatron.distributed import startup
+from tidar_megatron.distributed.startup import Startup
+from tidar_megatron.errors import LocalError, Stalled, UserError
+
+GLOO = "[gloo/transport/tcp/pair.cc:1] Connection closed by peer"
+
+
+class Job:
+    """Ranks over one store, and how each was ended."""
+
+    def __init__(self):
+        self.store, self.ended = dist.HashStore(), {}
+
+    def rank(self, number, world_size=3, patience=100.0):
+        return Startup(self.store, number, world_size, patience, end=lambda *how: self.ended.update({number: how}))
+
+    def wait(self, *ranks):
+        end = time.monotonic() + 5
+        while time.monotonic() < end and not set(ranks) <= set(self.ended):
+            time.sleep(0.01)
+        return [self.ended.get(rank) for rank in ranks]
+
+
+@pytest.fixture
+def job(monkeypatch):
+    for name, seconds in {"BEAT": 0.02, "SILENT": 1.0, "GRACE": 0.2, "ALIKE": 0.3}.items():
+        monkeypatch.setattr(startup, name, seconds)
+    return Job()
+
+
+def leave(start, error=None):
+    start.__exit__(type(error) if error else None, error, None)
+
+
+def leave_quietly(start, error):
+    with contextlib.suppress(Stalled, UserError):
+        leave(start, error)
+
+
+def stop(start):
+    """As SIGKILL does."""
+    start._leaving.set()
+    start._over.set()
+    start._thread.join()
+
+
+def test_they_meet_and_go_on(job):
+    ranks = [job.rank(number) for number in range(3)]
+    for start in ranks:
+        start.meet()
+    leave(ranks[1])
+    time.sleep(1.2)  # a rank that has begun to train is not silent
+    leave(ranks[0])
+    leave(ranks[2])
+    assert not job.ended
+
+
+@pytest.mark.parametrize(("gone", "others"), [(1, (0, 2)), (0, (1, 2))])
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_silent_rank_is_named(job, gone, others, broken):
+    ranks = [job.rank(number) for number in range(3)]
+    for start in ranks:
+        start.meet()
+        start.phase = "loading"
+    time.sleep(0.1)
+    stop(ranks[gone])
+    began = time.monotonic()
+    if broken:  # a collective of one of the others has failed: the time is shorter
+        threading.Thread(target=leave_quietly, args=(ranks[others[0]], RuntimeError(GLOO)), daemon=True).start()
+    for rank, how in zip(others, job.wait(*others), strict=True):
+        said = f"rank {rank}, loading: rank {gone}: no sign of life, it hangs or is gone (while loading)"
+        assert how == (said, 1)
+    assert (time.monotonic() - began < 0.9) == broken
+
+
+def test_a_rank_that_never_comes(job):
+    ranks = [job.rank(number, 12, patience=0.3) for number in (0, 2)]
+    said, status = job.wait(0, 2)[0]
+    assert said.startswith("rank 0, starting: ranks 1, 3, 4, 5, 6, 7, 8, 9, ..: has not come (within 0.005 minutes; ")
+    assert status == 1
+    del ranks
+
+
+def test_a_failure_is_told(job):
+    ranks = [job.rank(number) for number in range(3)]
+    ranks[2].phase = "reading the data"
+    leave(ranks[2], KeyError("x"))
+    (first, second) = job.wait(0, 1)
+    assert first[1] == second[1] == 1
+    assert first[0].startswith("rank 0, starting: rank 2 (")
+    assert first[0].endswith("), reading the data: KeyError: 'x'")
+    assert 2 not in job.ended
+
+
+def test_a_refusal_of_one_rank(job):
+    ranks = [job.rank(number) for number in range(3)]
+    with pytest.raises(LocalError, match=r"rank 1 \(.*\), starting: --train-data x: gone"):
+        leave(ranks[1], UserError("--train-data x: gone"))
+    (main, other) = job.wait(0, 2)
+    assert main[1] == 2 and main[0].endswith("--train-data x: gone")
+    assert other == (None, 2)
+
+
+def test_a_refusal_of_all_is_rank_0s_to_say(job):
+    ranks = [job.rank(number) for number in range(2)]
+    threading.Thread(target=leave_quietly, args=(ranks[1], UserError("x")), daemon=True).start()
+    leave(ranks[0], UserError("x"))
+    assert job.wait(1) == [(None, 2)]
+    assert 0 not in job.ended
+
+
+def test_what_gloo_cannot_do_is_no_failed_collective(job):
+    start = job.rank(0, 1)
+    began = time.monotonic()
+    leave(start, UserError("parts of unequal size, which gloo cannot"))
+    assert time.monotonic() - began < 0.5
+
+
+def test_nobody_is_to_blame(job):
+    ranks = [job.rank(number, 2) for number in range(2)]
+    with pytest.raises(Stalled, match=r"rank 0, starting: a collective failed: no rank is silent by now .*closed by"):
+        leave(ranks[0], RuntimeError(GLOO))
+    stop(ranks[1])
+    stop(ranks[0])
+
+
+def test_a_store_that_is_gone(job):
+    class Gone:
+        def set(self, *arguments):
+            raise dist.DistNetworkError("Broken pipe")
+
+    job.store = Gone()
+    job.rank(1)
+    assert job.wait(1) == [
+        ("rank 1, starting: rank 0, or the agent that keeps the job's store, is gone (Broken pipe)", 1)
+    ]
