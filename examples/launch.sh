@@ -12,7 +12,9 @@
 #
 # SIGUSR1 or SIGTERM to this script: the ranks save, and leave. SIGINT (Ctrl-C): they leave at once.
 set -euo pipefail
-trap '' USR1 # so it is ignored in torchrun too, and in each rank until it has its own handler (training/signals.py)
+# so they are ignored in torchrun too, and in each rank until it has its own handlers (training/signals.py)
+trap '' USR1 TERM
+export PET_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT # torchrun's, where it knows that
 NNODES=${NNODES:-1}
 if [[ $NNODES == 1 ]]; then
   NODE_RANK=0 where=(--standalone) # takes any free port
@@ -26,7 +28,7 @@ logs=()
 
 export PYTHONUNBUFFERED=1
 set -m # job control: otherwise what is started with & would not hear SIGINT
-torchrun "${where[@]}" --nproc-per-node "${GPUS_PER_NODE:-gpu}" "${logs[@]}" \
+torchrun "${where[@]}" --nproc-per-node "${GPUS_PER_NODE:-gpu}" ${logs[@]+"${logs[@]}"} \
   "$(dirname "$0")/../tools/pretrain.py" "$@" &
 agent=$!
 
@@ -36,7 +38,7 @@ ask_ranks() { # fails while there are none
   ranks=$(cat "/proc/$agent/task/"*/children 2>/dev/null) && [[ -n $ranks ]] && kill -USR1 $ranks
 }
 trap 'ask_ranks || true' USR1
-trap 'ask_ranks || kill -TERM "$agent"' TERM
+trap 'ask_ranks || kill -INT "$agent"' TERM
 trap 'kill -INT "$agent"' INT
 while kill -0 "$agent" 2>/dev/null; do # a signal ends the wait, not the agent
   wait "$agent" && status=0 || status=$?

@@ -7,11 +7,12 @@ import pytest
 from hypothesis import settings
 
 from tests.training.small_runs import small
-from tidar_megatron.checkpoint.distributed import STATE_FILE
+from tidar_megatron.checkpoint.distributed import STATE_FILE, whole_checkpoint
 from tidar_megatron.checkpoint.folder import checkpoint_folder, saved_iterations
 from tidar_megatron.checkpoint.inspect import inspect
 from tidar_megatron.checkpoint.manifest import FILE_NAME
-from tidar_megatron.distributed.groups import shut_down
+from tidar_megatron.config import ParallelConfig
+from tidar_megatron.distributed.groups import initialize, shut_down
 from tidar_megatron.training.loop import pretrain
 from tidar_megatron.training.resolve import run_fingerprint, starting_point
 from tidar_megatron.training.trainer import Trainer
@@ -60,6 +61,9 @@ def test_any_byte_that_is_read_before_there_are_process_groups(shards, copy, nam
 
 
 def test_a_bit_of_every_file(shards, copy, capsys):
+    trainer = build(shards, checkpoint={"load": str(copy)})
+    fingerprint = run_fingerprint(trainer.config, trainer.train_data)
+    initialize(ParallelConfig(), 0)
     draw = random.Random(0)
     for path in sorted(checkpoint_folder(copy, NEW).iterdir()):
         content = path.read_bytes()
@@ -67,14 +71,17 @@ def test_a_bit_of_every_file(shards, copy, capsys):
         (old, new) = inspect(copy, verify=True)["checkpoints"]
         assert old["whole"] and new["damage"].startswith(f"{path} "), path.name
         capsys.readouterr()
-        assert build(shards, checkpoint={"load": str(copy)}).iteration == OLD, path.name
+        starting_point(trainer.config, fingerprint)
+        assert whole_checkpoint(copy) == checkpoint_folder(copy, OLD), path.name
         said = capsys.readouterr().err
         assert said.startswith(f"warning: {path} ") and said.endswith(f"; going on from iteration {OLD}\n")
         path.write_bytes(content)
+    shut_down()
 
 
-def test_init_from_passes_over_it_too(shards, copy, capsys):
+def test_a_run_and_init_from_pass_over_it(shards, copy, capsys):
     flip(checkpoint_folder(copy, NEW) / STATE_FILE, 300, 0)
+    assert build(shards, checkpoint={"load": str(copy)}).iteration == OLD
     build(shards, training={"init_from": str(copy)})
     assert f"going on from iteration {OLD}" in capsys.readouterr().err
 
