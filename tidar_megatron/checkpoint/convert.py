@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tidar_megatron.checkpoint import folder
 from tidar_megatron.checkpoint.distributed import STATE_FILE, State, load_weights, read_state
-from tidar_megatron.checkpoint.families import model_from_huggingface, read_json, tidar_section
+from tidar_megatron.checkpoint.families import model_from_huggingface, read_config, tidar_section
 from tidar_megatron.checkpoint.huggingface import (
     CONFIG,
     SHARD_BYTES,
@@ -48,7 +48,8 @@ from tidar_megatron.models.output_layer import output_weight
 from tidar_megatron.new_folder import check_free, new_folder
 
 TOLERANCE = 1e-4  # of logits, in float32
-DTYPES = ("bfloat16", "float32", "float16")  # the last becomes float32, which has all its values
+# None: as the tensors are; float16 becomes float32, which has all its values
+DTYPES = (None, torch.bfloat16, torch.float32, torch.float16)
 
 
 # --- in ----------------------------------------------------------------------------------------------------------
@@ -76,11 +77,10 @@ def import_run(
     """
     source, target = Path(source), Path(target)
     check_free("--output", target)
-    hf = read_json(source / CONFIG)
     model = model_from_huggingface(source, ModelConfig())
-    name = hf.get("dtype") or hf.get("torch_dtype") or "float32"
-    if name not in DTYPES:
-        raise UserError(f"{source / CONFIG}: dtype {name!r} is not supported; save the model in bfloat16 or float32")
+    dtype = read_config(source).dtype
+    if dtype not in DTYPES:
+        raise UserError(f"{source / CONFIG}: dtype {dtype} is not supported; save the model in bfloat16 or float32")
     tensors = Safetensors(source)
     tensors.check(model)
     tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
@@ -90,7 +90,7 @@ def import_run(
     config = dataclasses.replace(
         config,
         # tensors that have more digits than the folder says keep them
-        training=dataclasses.replace(config.training, bf16=name == "bfloat16" and tensors.dtypes() == {"BF16"}),
+        training=dataclasses.replace(config.training, bf16=dtype != torch.float32 and tensors.dtypes() == {"BF16"}),
     )
     config = _with_tidar_section(config, tidar_section(source))
     if init_mask_token is not None:

@@ -9,8 +9,18 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+
+from tidar_megatron.checkpoint.rope import (
+    ROPE_KINDS,
+    ROPE_NUMBERS,
+    check_frequencies,
+    is_number,
+    is_positive,
+    rope_from_huggingface,
+)
 from tidar_megatron.config import Config, ModelConfig
 from tidar_megatron.errors import UserError
 
@@ -33,15 +43,12 @@ FAMILIES = {
     "qwen3": Family("Qwen3ForCausalLM", qk_layernorm=True),
     "qwen3_moe": Family("Qwen3MoeForCausalLM", qk_layernorm=True, experts=True),
 }
-NEEDED = "num_hidden_layers hidden_size intermediate_size num_attention_heads rms_norm_eps vocab_size".split()
-OPTIONAL = "num_key_value_heads head_dim max_position_embeddings rope_theta tie_word_embeddings".split()
-ROPE_NUMBERS = {  # Hugging Face's -> ours, of the kinds of scaling that have them
-    "factor": "rope_scaling_factor",
-    "low_freq_factor": "rope_low_freq_factor",
-    "high_freq_factor": "rope_high_freq_factor",
-    "original_max_position_embeddings": "rope_original_max_position_embeddings",
-}
-ROPE_KINDS = {"none": (), "linear": ("factor",), "llama3": tuple(ROPE_NUMBERS)}
+# what a configuration must have as positive integers, where its class has it at all
+SIZES = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings".split()
+SIZES += "num_key_value_heads num_experts num_experts_per_tok moe_intermediate_size decoder_sparse_step".split()
+# what transformers counts up to while it reads a configuration, or we do
+COUNTED = ("num_hidden_layers", "num_experts", "num_local_experts", "num_labels")
+LARGEST_COUNT = 100_000
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -61,6 +68,33 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_config(folder: str | Path) -> PretrainedConfig:
+    """Return a folder's configuration as transformers understands it, with the defaults of its class.
+
+    What an older or a newer key means, and which of two counts, is for transformers to say.
+
+    Raises:
+        UserError: there is no ``config.json``, it is of another family, or transformers refuses it.
+    """
+    path = Path(folder) / "config.json"
+    keys = read_json(path)
+    model_type = keys.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise UserError(f"{path}: model_type {model_type!r} is not one of {', '.join(FAMILIES)}")
+    for name in COUNTED:
+        if type(keys.get(name)) is int and keys[name] > LARGEST_COUNT:
+            raise UserError(f"{path}: {name} {keys[name]} is too large to be meant; correct it")
+    try:
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # a configuration raises whatever its code runs into
+        text = str(error.args[0] if error.args else error).strip() or type(error).__name__
+        reason = text.splitlines()[-1].split(". Errors:")[0].removeprefix("    TypeError: ").strip()
+        raise UserError(f"{path}: transformers refuses it: {reason}; correct it") from None
+    if config.model_type != model_type:
+        raise UserError(f"{path}: names another file, of a {config.model_type}; remove its configuration_files")
+    return config
+
+
 def model_from_huggingface(folder: str | Path, ours: ModelConfig) -> ModelConfig:
     """``ours`` with everything that a Hugging Face ``config.json`` decides.
 
@@ -68,43 +102,44 @@ def model_from_huggingface(folder: str | Path, ours: ModelConfig) -> ModelConfig
         UserError: a model we would not compute as Hugging Face does, named.
     """
     path = Path(folder) / "config.json"
-    hf = read_json(path)
-    hf.setdefault("num_experts", hf.get("num_local_experts"))  # as transformers 5 writes it
-    model_type = hf.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise UserError(f"{path}: model_type {model_type!r} is not one of {', '.join(FAMILIES)}")
-    family = FAMILIES[model_type]
-    _refuse_what_we_do_not_compute(path, hf, family)
-    needed = [*NEEDED, "num_experts", "num_experts_per_tok", "moe_intermediate_size"] if family.experts else NEEDED
-    for key in needed:
-        if not hf.get(key):
-            raise UserError(f"{path}: has no {key}; is it a whole model folder?")
-    _check_kinds(f"{path}: ", hf, [*needed, *OPTIONAL])
-    heads = hf["num_attention_heads"]
+    config = read_config(folder)
+    family = FAMILIES[config.model_type]
+    for name in SIZES:
+        if hasattr(config, name) and not _is_size(getattr(config, name)):
+            raise UserError(f"{path}: {name} {getattr(config, name)!r} is not a positive integer; correct it")
+    if not is_positive(config.rms_norm_eps):
+        raise UserError(f"{path}: rms_norm_eps {config.rms_norm_eps!r} is not a number above 0; correct it")
+    # as the attention of every family reads it
+    head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    if not _is_size(head_dim):
+        raise UserError(f"{path}: head_dim {head_dim!r} is not a positive integer; correct it")
+    _refuse_what_we_do_not_compute(path, config, family)
     experts = {}
     if family.experts:
         experts = {
-            "num_experts": hf["num_experts"],
-            "moe_router_topk": hf["num_experts_per_tok"],
-            "moe_ffn_hidden_size": hf["moe_intermediate_size"],
+            "num_experts": config.num_experts,
+            "moe_router_topk": config.num_experts_per_tok,
+            "moe_ffn_hidden_size": config.moe_intermediate_size,
         }
-    return dataclasses.replace(
+    model = dataclasses.replace(
         ours,
-        num_layers=hf["num_hidden_layers"],
-        hidden_size=hf["hidden_size"],
-        ffn_hidden_size=hf["intermediate_size"],
-        num_attention_heads=heads,
-        num_query_groups=hf.get("num_key_value_heads") or heads,
-        kv_channels=hf.get("head_dim") or hf["hidden_size"] // heads,
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.intermediate_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_key_value_heads,
+        kv_channels=head_dim,
         qk_layernorm=family.qk_layernorm,
         add_qkv_bias=family.qkv_bias,
-        untie_embeddings_and_output_weights=not hf.get("tie_word_embeddings", False),
-        norm_epsilon=hf["rms_norm_eps"],
-        max_position_embeddings=ours.max_position_embeddings or hf.get("max_position_embeddings"),
-        vocab_size=hf["vocab_size"],
+        untie_embeddings_and_output_weights=not config.tie_word_embeddings,
+        norm_epsilon=config.rms_norm_eps,
+        max_position_embeddings=ours.max_position_embeddings or config.max_position_embeddings,
+        vocab_size=config.vocab_size,
         **experts,
-        **_rope_from_huggingface(path, hf),
+        **rope_from_huggingface(path, config),
     )
+    check_frequencies(path, config, model)
+    return model
 
 
 def tidar_section(folder: str | Path) -> dict[str, Any]:
@@ -114,82 +149,60 @@ def tidar_section(folder: str | Path) -> dict[str, Any]:
         UserError: it is no section, or one of its values cannot be meant.
     """
     path = Path(folder) / "config.json"
-    hf = read_json(path)
-    section = hf.get("tidar")
+    config = read_config(folder)
+    section = getattr(config, "tidar", None)
     if section is None:
         return {}
     if not isinstance(section, dict):
         raise UserError(f"{path}: tidar {section!r} is no section; correct it")
-    _check_kinds(f"{path}: tidar.", section, ["block_size", "seq_length"])
-    mask, size, alpha = section.get("mask_token_id"), hf.get("vocab_size"), section.get("ar_loss_weight", 1.0)
-    if mask is not None and not (type(mask) is int and type(size) is int and 0 <= mask < size):
-        raise UserError(f"{path}: tidar.mask_token_id {mask!r} is not an id below {size}; correct it")
-    if not (_is_number(alpha) and 0 <= alpha < math.inf):
+    for name in ("block_size", "seq_length"):
+        if section.get(name) is not None and not _is_size(section[name]):
+            raise UserError(f"{path}: tidar.{name} {section[name]!r} is not a positive integer; correct it")
+    mask, alpha = section.get("mask_token_id"), section.get("ar_loss_weight", 1.0)
+    if mask is not None and not (type(mask) is int and 0 <= mask < config.vocab_size):
+        raise UserError(f"{path}: tidar.mask_token_id {mask!r} is not an id below {config.vocab_size}; correct it")
+    if not (is_number(alpha) and 0 <= alpha < math.inf):
         raise UserError(f"{path}: tidar.ar_loss_weight {alpha!r} is not a number of 0 or more; correct it")
     return section
 
 
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value > 0
 
 
-def _check_kinds(where: str, section: dict[str, Any], keys: list[str]) -> None:
-    """Whether each is of the kind that it must be: sizes, but for two numbers and a switch."""
-    for key in keys:
-        value: Any = section.get(key)
-        wanted = "a positive integer"
-        right = type(value) is int and value > 0
-        if key in ("rms_norm_eps", "rope_theta"):
-            right, wanted = _is_number(value) and 0 < value < math.inf, "a number above 0"
-        elif key == "tie_word_embeddings":
-            right, wanted = type(value) is bool, "true or false"
-        if value is not None and not right:
-            raise UserError(f"{where}{key} {value!r} is not {wanted}; correct it")
+def _refuse_what_we_do_not_compute(path: Path, config: PretrainedConfig, family: Family) -> None:
+    declared = {field.name for field in dataclasses.fields(config)}
 
+    def of_class(name: str) -> Any:
+        """A setting, where the class has it: Mistral's attention has no bias, whatever ``attention_bias`` says."""
+        return getattr(config, name) if name in declared else None
 
-def _refuse_what_we_do_not_compute(path: Path, hf: dict[str, Any], family: Family) -> None:
-    windows = hf.get("use_sliding_window")
-    if hf["model_type"] == "mistral":
-        windows = hf.get("sliding_window", 4096)  # transformers' default, where the key is missing
+    slides = of_class("sliding_window") is not None
+    if "layer_types" in declared:
+        slides = any(kind != "full_attention" for kind in config.layer_types)
+    dense = family.experts and any(
+        layer in config.mlp_only_layers or (layer + 1) % config.decoder_sparse_step
+        for layer in range(config.num_hidden_layers)
+    )
     refused = {
-        "attention_bias": hf.get("attention_bias"),
-        "mlp_bias": hf.get("mlp_bias"),
-        "sliding windows": windows,
-        f"hidden_act {hf.get('hidden_act')!r}": hf.get("hidden_act", "silu") != "silu",
-        "a layer without experts": family.experts
-        and (hf.get("mlp_only_layers") or hf.get("decoder_sparse_step", 1) != 1),
-        "norm_topk_prob false": family.experts and not hf.get("norm_topk_prob"),
+        "attention_bias": of_class("attention_bias"),
+        "mlp_bias": of_class("mlp_bias"),
+        "sliding windows": slides,
+        f"hidden_act {config.hidden_act!r}": config.hidden_act not in ("silu", "swish"),  # one function, two names
+        "a layer without experts": dense,
+        "norm_topk_prob false": family.experts and not config.norm_topk_prob,
+        # settings of any class
+        "is_causal false": not getattr(config, "is_causal", True),
+        "a model within a model": config.get_text_config(decoder=True) is not config,
+        "per_layer_config": config.is_heterogeneous,
+        **{
+            name: getattr(config, name, None)
+            for name in ("quantization_config", "fusion_config", "transformers_weights")
+        },
     }
     for name, present in refused.items():
         if present:
             raise UserError(f"{path}: {name} is not supported; start from a model without it")
-
-
-def _rope_from_huggingface(path: Path, hf: dict[str, Any]) -> dict[str, Any]:
-    rope = hf.get("rope_parameters") or {}  # transformers 5; before it, rope_theta and rope_scaling
-    scaling = hf.get("rope_scaling") or rope
-    for name, value in (("rope_parameters", rope), ("rope_scaling", scaling)):
-        if not isinstance(value, dict):
-            raise UserError(f"{path}: {name} {value!r} is no section; is it a whole model folder?")
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    kind = "none" if kind == "default" else kind
-    if str(kind) not in ROPE_KINDS:
-        known = ", ".join(k for k in ROPE_KINDS if k != "none")
-        raise UserError(f"{path}: rope type {kind!r} is not supported; start from a model with {known} or without")
-    for key in ROPE_KINDS[kind]:
-        number = scaling.get(key)
-        if not _is_number(number):
-            raise UserError(f"{path}: rope type {kind!r} without {key}; is it a whole model folder?")
-        if not (math.isfinite(number) and number > 0):
-            raise UserError(f"{path}: rope type {kind!r} with {key} {number}: must be a number above 0")
-        if hf.get(key) not in (None, number):
-            raise UserError(f"{path}: {key} is {hf[key]} and, of the rope, {number}; leave the right one there alone")
-    base = rope.get("rope_theta") or scaling.get("rope_theta") or hf.get("rope_theta") or 10000.0
-    return {
-        "rotary_base": float(base),
-        "rope_scaling_type": kind,
-        **{ROPE_NUMBERS[key]: scaling[key] for key in ROPE_KINDS[kind]},
-    }
 
 
 def huggingface_config(config: Config, eos_token_id: int | None, source: dict[str, Any] | None = None) -> dict:
@@ -203,8 +216,6 @@ def huggingface_config(config: Config, eos_token_id: int | None, source: dict[st
     Raises:
         UserError: no Hugging Face class computes this model. ``training/resolve.py`` asks before a run starts.
     """
-    from transformers import CONFIG_MAPPING
-
     model = config.model
     kind = model_type(model, source)
     rope = {"rope_type": "default" if model.rope_scaling_type == "none" else model.rope_scaling_type}
@@ -226,8 +237,8 @@ def huggingface_config(config: Config, eos_token_id: int | None, source: dict[st
         "max_position_embeddings": model.max_position_embeddings or config.data.seq_length,
         "vocab_size": model.vocab_size,
     }
-    if kind != "qwen2":
-        decided["head_dim"] = model.head_channels
+    if kind != "qwen2" or model.head_channels * model.num_attention_heads != model.hidden_size:
+        decided["head_dim"] = model.head_channels  # Qwen2 reads it too, but few of its folders have it
     if kind == "mistral":
         decided["sliding_window"] = None  # the class's default is a window of 4096
     if FAMILIES[kind].experts:
@@ -296,10 +307,4 @@ def model_type(model: ModelConfig, source: dict[str, Any] | None = None) -> str:
         has += ["--qk-layernorm" if model.qk_layernorm else "--no-qk-layernorm"]
         has += ["--add-qkv-bias"] if model.add_qkv_bias else []
         raise UserError(f"no Hugging Face class has {' with '.join(has)}, so the model cannot be exported; {remedy}")
-    if kind == "qwen2" and model.head_channels * heads != model.hidden_size:
-        raise UserError(
-            f"--kv-channels {model.head_channels}: with --add-qkv-bias the model cannot be exported, because the heads "
-            f"of Qwen2 are --hidden-size {model.hidden_size} / --num-attention-heads {heads} wide; leave --kv-channels "
-            "or --add-qkv-bias out"
-        )
     return kind
