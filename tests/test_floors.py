@@ -12,6 +12,7 @@ FLOORS = {
     "files": -1,
     "new_folder": 0,
     "attention_mask": 0,
+    "mask_token": 0,
     "attention_kernels": 0,
     "config": 0,
     "context_parallel": 0,

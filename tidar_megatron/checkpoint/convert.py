@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tidar_megatron.checkpoint import folder
 from tidar_megatron.checkpoint.distributed import STATE_FILE, State, load_weights, read_state
-from tidar_megatron.checkpoint.families import model_from_huggingface, read_config, tidar_section
+from tidar_megatron.checkpoint.families import model_from_huggingface, read_config, settled, tidar_section
 from tidar_megatron.checkpoint.huggingface import (
     CONFIG,
     SHARD_BYTES,
@@ -28,7 +28,9 @@ from tidar_megatron.checkpoint.initialize import MaskRow
 from tidar_megatron.checkpoint.manifest import Damaged, check_hashes, seal
 from tidar_megatron.checkpoint.mapping import VOCABULARY
 from tidar_megatron.checkpoint.origin import keep_huggingface_files, kept_huggingface_files
+from tidar_megatron.checkpoint.output_row import mask_output_row
 from tidar_megatron.checkpoint.streaming import WeightReader, WholeModel, whole_model, write_weights
+from tidar_megatron.checkpoint.token_ids import check_mask_token
 from tidar_megatron.config import CONFIG_FILE, Config, ModelConfig, ParallelConfig, check_config, load_config
 from tidar_megatron.data.doubled import make_batch
 from tidar_megatron.data.manifest import TOKENIZER_FOLDER
@@ -80,7 +82,8 @@ def import_run(
     model = model_from_huggingface(source, ModelConfig())
     dtype = read_config(source).dtype
     if dtype not in DTYPES:
-        raise UserError(f"{source / CONFIG}: dtype {dtype} is not supported; save the model in bfloat16 or float32")
+        name = str(dtype).removeprefix("torch.")
+        raise UserError(f"{source / CONFIG}: dtype {name} is not supported; save the model in bfloat16 or float32")
     tensors = Safetensors(source)
     tensors.check(model)
     tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
@@ -95,6 +98,7 @@ def import_run(
     config = _with_tidar_section(config, tidar_section(source))
     if init_mask_token is not None:
         config = _with_mask_token(config, tokenizer, mask_token_id)
+    check_mask_token(source, config.tidar.mask_token_id, tokenizer)
     check_config(config)
     whole = whole_model(config)
     tensors.check_shapes(whole, model)
@@ -130,9 +134,9 @@ def _with_mask_token(config: Config, tokenizer: Any, mask_token_id: int | None) 
             "--init-mask-token: the folder has no tokenizer to tell which ids are free; add --mask-token-id"
         )
     if mask is None:
-        mask = free_id(vocabulary_size(tokenizer), reserved_ids(tokenizer.get_vocab()), size)
-    vocabulary = tokenizer.get_vocab() if tokenizer is not None else {}
-    if mask != config.tidar.mask_token_id and mask in {*vocabulary.values()} - {*reserved_ids(vocabulary)}:
+        mask = free_id(vocabulary_size(tokenizer), reserved_ids(tokenizer), size)
+    used = {*tokenizer.get_vocab().values()} - {*reserved_ids(tokenizer)} if tokenizer is not None else {}
+    if mask != config.tidar.mask_token_id and mask in used:
         raise UserError(f"--mask-token-id {mask}: the tokenizer uses it; leave it out to take one that no text uses")
     if not 0 <= mask <= size:
         raise UserError(f"--mask-token-id {mask}: the model has ids 0 to {size - 1}, and {size} would be a new one")
@@ -209,8 +213,11 @@ def export_run(
         # what was imported may have come without a tokenizer; a run that was trained has one
         has_none = read_state(checkpoint).weights_only and not (run / TOKENIZER_FOLDER).exists()
         tokenizer = None if has_none else load_tokenizer(run / TOKENIZER_FOLDER)
-        reader = WeightReader(checkpoint, whole)
-        export_huggingface(whole, reader.read, config, tokenizer, target, kept_huggingface_files(run), shard_bytes)
+        reader, source = WeightReader(checkpoint, whole), kept_huggingface_files(run)
+        # what was imported with its mask token, and not trained since, goes back bit for bit
+        section = tidar_section(source) if source is not None and read_state(checkpoint).weights_only else {}
+        keep_mask_row = section.get("mask_token_id") == config.tidar.mask_token_id
+        export_huggingface(whole, reader.read, config, tokenizer, target, source, shard_bytes, keep_mask_row)
     except Damaged as damage:
         raise UserError(f"--checkpoint {run}: {damage}") from None
     return iteration
@@ -222,7 +229,8 @@ def verify(hf: str | Path, run: str | Path, iteration: int | None = None, length
     """Compare the logits of both sides in float32, for random token ids.
 
     A mask token that the run has and the folder has not is left out, as are the rows by which the run's vocabulary has
-    grown: they are the run's own.
+    grown: they are the run's own. In an output layer of its own, the folder's row of the mask token may also be the one
+    that an export makes.
 
     Returns:
         ``hf``, ``checkpoint``, ``iteration``, ``max_logit_difference``, ``largest_logit``, ``same_choice`` (the share
@@ -238,11 +246,11 @@ def verify(hf: str | Path, run: str | Path, iteration: int | None = None, length
     theirs = model_from_huggingface(hf, ours.model)
     assert theirs.vocab_size is not None and ours.model.vocab_size is not None
     mask = ours.tidar.mask_token_id
-    rows = rows_needed(hf, theirs.vocab_size) if has_tokenizer(hf) else theirs.vocab_size
-    grown = {rows, rows + 1} if mask == rows else {rows}  # by tokens of the tokenizer, and by the mask token
+    needed = rows_needed(hf, theirs.vocab_size) if has_tokenizer(hf) else theirs.vocab_size
+    grown = {needed, needed + 1} if mask == needed else {needed}  # by tokens of the tokenizer, and by the mask token
     fits = ours.model.vocab_size in grown
     shape = dataclasses.replace(ours.model, vocab_size=theirs.vocab_size) if fits else ours.model
-    one, other = (dataclasses.asdict(_settled(model)) for model in (theirs, shape))
+    one, other = (dataclasses.asdict(settled(model)) for model in (theirs, shape))
     if differing := [name for name in one if one[name] != other[name]]:
         raise UserError(f"--checkpoint {run}: is another model than --hf {hf}: {', '.join(differing)} differ")
     Safetensors(hf).check(theirs)
@@ -261,9 +269,16 @@ def verify(hf: str | Path, run: str | Path, iteration: int | None = None, length
         load_weights(checkpoint, [model])
         batch = make_batch([_one_document(row.numpy()) for row in tokens], 1, 0, doubled=False)
         states = run_model(model, batch)
-        found = (states @ output_weight(model).t()).transpose(0, 1)[..., : theirs.vocab_size]
-        if own_row and mask is not None and mask < theirs.vocab_size:
+        head = output_weight(model)[: ours.model.vocab_size]
+        found = (states @ head.t()).transpose(0, 1)[..., : theirs.vocab_size]
+        if mask is None or mask >= theirs.vocab_size:
+            pass  # the folder has no such row
+        elif own_row:
             found[..., mask] = expected[..., mask]
+        elif ours.model.untie_embeddings_and_output_weights:
+            exported = (states @ mask_output_row(head, mask)).t()
+            either = torch.stack([found[..., mask], exported])
+            found[..., mask] = either[(either - expected[..., mask]).abs().amax((1, 2)).argmin()]
     except Damaged as damage:
         raise UserError(f"--checkpoint {run}: {damage}") from None
     finally:
@@ -280,17 +295,6 @@ def verify(hf: str | Path, run: str | Path, iteration: int | None = None, length
         "left_out": mask if own_row else None,
         "new_rows": ours.model.vocab_size - theirs.vocab_size,
     }
-
-
-def _settled(model: ModelConfig) -> ModelConfig:
-    """With every default filled in, and without what an export alone reads."""
-    return dataclasses.replace(
-        model,
-        num_query_groups=model.num_query_groups or model.num_attention_heads,
-        kv_channels=model.head_channels,
-        moe_ffn_hidden_size=model.moe_ffn_hidden_size or model.ffn_hidden_size,
-        max_position_embeddings=None,
-    )
 
 
 def _one_document(tokens: NDArray[np.int64]) -> PackedSequence:

@@ -11,7 +11,7 @@ MODULES = {  # file in the folder -> module of this package; the first is what t
     **{name: f"inference/{name}" for name in ("engine", "sequence", "drafting", "planner", "acceptance")},
     **{name: f"inference/{name}" for name in ("costs", "static", "attention", "cache", "model", "request")},
     **{name: f"inference/{name}" for name in ("sampling", "text", "prepared", "loading", "compatibility")},
-    **{name: name for name in ("attention_mask", "attention_kernels", "errors", "files", "text_stream")},
+    **{name: name for name in ("attention_mask", "attention_kernels", "errors", "files", "text_stream", "mask_token")},
 }
 
 

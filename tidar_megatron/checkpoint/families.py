@@ -205,6 +205,17 @@ def _refuse_what_we_do_not_compute(path: Path, config: PretrainedConfig, family:
             raise UserError(f"{path}: {name} is not supported; start from a model without it")
 
 
+def settled(model: ModelConfig) -> ModelConfig:
+    """Return a configuration with every default filled in, and without what an export alone reads."""
+    return dataclasses.replace(
+        model,
+        num_query_groups=model.num_query_groups or model.num_attention_heads,
+        kv_channels=model.head_channels,
+        moe_ffn_hidden_size=model.moe_ffn_hidden_size or model.ffn_hidden_size,
+        max_position_embeddings=None,
+    )
+
+
 def huggingface_config(config: Config, eos_token_id: int | None, source: dict[str, Any] | None = None) -> dict:
     """The ``config.json`` of a trained or imported model, with its ``tidar`` section where it has a mask token.
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tidar_megatron.checkpoint.custom_generate import write_custom_generate
-from tidar_megatron.checkpoint.families import huggingface_config, read_json
+from tidar_megatron.checkpoint.families import huggingface_config, model_from_huggingface, read_json, settled
 from tidar_megatron.checkpoint.mapping import (
     VOCABULARY,
     cut,
@@ -24,13 +24,17 @@ from tidar_megatron.checkpoint.mapping import (
     shard_group,
     split,
 )
+from tidar_megatron.checkpoint.model_card import write_model_card
+from tidar_megatron.checkpoint.output_row import mask_output_row
 from tidar_megatron.checkpoint.streaming import WholeModel
+from tidar_megatron.checkpoint.token_ids import GENERATION_CONFIG, check_mask_token, exported_generation_config
 from tidar_megatron.config import Config, ModelConfig
-from tidar_megatron.data.tokenizer import MASK_TOKEN, load_tokenizer, save_tokenizer
+from tidar_megatron.data.tokenizer import load_tokenizer, save_tokenizer
 from tidar_megatron.errors import UserError
+from tidar_megatron.mask_token import MASK_TOKEN
 from tidar_megatron.new_folder import check_free, new_folder, os_error
 
-CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+CONFIG = "config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("BF16", "F16", "F32")  # float32 has all their values
 SHARD_BYTES = 5 * 10**9  # of one file of an export, as transformers has it
@@ -239,8 +243,9 @@ def export_huggingface(
     folder: str | Path,
     source: str | Path | None = None,
     shard_bytes: int = SHARD_BYTES,
+    keep_mask_row: bool = False,
 ) -> None:
-    """Write a model as a Hugging Face folder: config, safetensors, tokenizer, the engine.
+    """Write a model as a Hugging Face folder: config, safetensors, tokenizer, the engine, a model card.
 
     Args:
         whole: its parameters' names and shapes.
@@ -250,39 +255,43 @@ def export_huggingface(
         folder: where to write; must not exist yet, or be empty.
         source: a folder with the ``config.json`` and ``generation_config.json`` that it was once imported from.
         shard_bytes: of one file of weights, about.
+        keep_mask_row: of an output layer of its own, instead of one that cannot win (:func:`mask_output_row`).
 
     Raises:
-        UserError: ``folder`` cannot be written, or holds something; it is as it was then.
+        UserError: ``folder`` cannot be written, or holds something; what ``source`` says is broken, or the mask token
+            means something else. ``folder`` is as it was then.
     """
     check_free("--hf", folder)
     eos_token_id = tokenizer.eos_token_id if tokenizer is not None else None
     before = read_json(Path(source) / CONFIG) if source is not None else None
     hf_config = huggingface_config(config, eos_token_id, before)
+    mask = config.tidar.mask_token_id
+    generation = exported_generation_config(hf_config.get("eos_token_id"), mask, source)
+    untied = config.model.untie_embeddings_and_output_weights
+
+    def exported(name: str) -> Tensor:
+        tensor = read(name)[: hf_config["vocab_size"]] if name in VOCABULARY else read(name)
+        if mask is not None and name == VOCABULARY[1] and not keep_mask_row:
+            tensor[mask] = mask_output_row(tensor, mask)
+        return tensor
+
     with new_folder("--hf", folder, CONFIG) as hf:
-        _write_weights(whole, read, hf_config["vocab_size"], hf, shard_bytes)
         _write_json(hf / CONFIG, hf_config)
-        _write_json(hf / GENERATION_CONFIG, _generation_config(hf_config, config, source))
+        _write_json(hf / GENERATION_CONFIG, generation)
+        check_mask_token(hf, mask, tokenizer)
+        if settled(model_from_huggingface(hf, config.model)) != settled(config.model):
+            raise UserError(f"{source}: its {CONFIG} has settings that make another model of this one; remove them")
+        _write_weights(whole, exported, hf, shard_bytes)
         write_custom_generate(hf)
+        row = "tied" if not untied else "kept" if keep_mask_row else "mean"
+        write_model_card(hf, Path(folder).resolve().name, hf_config, row)
         if tokenizer is not None:
             if len(tokenizer) == config.tidar.mask_token_id:  # the next free id: the mask token gets its name
                 tokenizer.add_tokens([MASK_TOKEN], special_tokens=True)
             save_tokenizer(tokenizer, hf)
 
 
-def _generation_config(hf_config: dict, config: Config, source: str | Path | None) -> dict:
-    before = Path(source) / GENERATION_CONFIG if source is not None else None
-    known = read_json(before) if before is not None and before.exists() else {}
-    known.setdefault("eos_token_id", hf_config.get("eos_token_id"))
-    if source is None:
-        known["do_sample"] = False
-    if config.tidar.mask_token_id is not None:  # it is no word: transformers' generate shall not say it either
-        known["suppress_tokens"] = sorted({*(known.get("suppress_tokens") or ()), config.tidar.mask_token_id})
-    return known
-
-
-def _write_weights(
-    whole: WholeModel, read: Callable[[str], Tensor], vocab_size: int, folder: Path, shard_bytes: int
-) -> None:
+def _write_weights(whole: WholeModel, read: Callable[[str], Tensor], folder: Path, shard_bytes: int) -> None:
     shards: list[list[str]] = [[]]
     held = total = 0  # bytes
     for name, shape in whole.shapes.items():
@@ -298,8 +307,7 @@ def _write_weights(
         weights: dict[str, Tensor] = {}
         for name in names:
             entry, numbers = entry_of(name)
-            tensor = read(name)[:vocab_size] if name in VOCABULARY else read(name)
-            parts = split(entry, tensor, whole.num_query_groups, whole.num_attention_heads)
+            parts = split(entry, read(name), whole.num_query_groups, whole.num_attention_heads)
             for hf, part in zip(huggingface_names(entry, numbers), parts, strict=True):
                 weights[hf] = part.contiguous()
                 total += part.nbytes

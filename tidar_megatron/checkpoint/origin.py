@@ -12,12 +12,12 @@ from tidar_megatron.checkpoint.families import model_from_huggingface, tidar_sec
 from tidar_megatron.checkpoint.folder import latest_iteration
 from tidar_megatron.checkpoint.huggingface import (
     CONFIG,
-    GENERATION_CONFIG,
     check_huggingface_tokenizer,
     has_tokenizer,
     load_huggingface_weights,
 )
 from tidar_megatron.checkpoint.manifest import Damaged
+from tidar_megatron.checkpoint.token_ids import GENERATION_CONFIG, check_mask_token
 from tidar_megatron.config import CONFIG_FILE, Config, ModelConfig, load_config
 from tidar_megatron.data.manifest import TOKENIZER_FOLDER
 from tidar_megatron.data.tokenizer import rows_needed
@@ -74,6 +74,7 @@ class _HuggingFace:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.mask_token_id = tidar_section(folder).get("mask_token_id")
+        check_mask_token(folder, self.mask_token_id)
 
     def model(self, ours: ModelConfig) -> ModelConfig:
         return model_from_huggingface(self._folder, ours)

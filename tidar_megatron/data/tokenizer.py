@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tidar_megatron.data.plain_text import PlainTextEncoder
 from tidar_megatron.errors import UserError
+from tidar_megatron.mask_token import RESERVED, roles
 from tidar_megatron.new_folder import os_error
 
 END_OF_TEXT = "<|endoftext|>"
@@ -136,17 +137,11 @@ def rows_needed(folder: str | Path, model_vocab_size: int) -> int:
     return max(vocabulary_size(tokenizer), model_vocab_size)
 
 
-# ids that tokenizers hold for later: Llama 3's, Gemma's, Mistral's, BERT's and the like
-MASK_TOKEN = "<|mask|>"  # the mask token's name in an exported folder: a text has it as little
-RESERVED = re.compile(
-    rf"{re.escape(MASK_TOKEN)}|"
-    r"<\|?(reserved_special_token|reserved|unused|extra|dummy|SPECIAL|control)_?\d+\|?>|\[(unused|control_)\d+\]"
-)
-
-
-def reserved_ids(vocabulary: dict[str, int]) -> list[int]:
-    """The ids whose names say that no text has them, ascending."""
-    return sorted(number for name, number in vocabulary.items() if RESERVED.fullmatch(name))
+def reserved_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Return the ids whose names say that no text has them, ascending; but for one that is EOS, BOS, PAD or UNK."""
+    taken = roles({}, tokenizer)
+    vocabulary = tokenizer.get_vocab()
+    return sorted(number for name, number in vocabulary.items() if RESERVED.fullmatch(name) and number not in taken)
 
 
 def free_id(used: int, reserved: Sequence[int], model_vocab_size: int) -> int:

@@ -18,6 +18,7 @@ from tidar_megatron.errors import UserError
 from tidar_megatron.inference.attention import ATTENTION_NAME
 from tidar_megatron.inference.compatibility import check_compatible
 from tidar_megatron.inference.model import DecodeModel, fuse_norms
+from tidar_megatron.mask_token import other_meaning
 
 
 def load_model(
@@ -93,6 +94,11 @@ def wrap_model(causal_lm: PreTrainedModel, tokenizer: Any = None) -> DecodeModel
             "use a Llama, Qwen or Mistral checkpoint"
         )
     mask_token_id, block_size = _tidar_section(config)
+    settings = [part.to_dict() for part in (config, getattr(causal_lm, "generation_config", None)) if part is not None]
+    if mask_token_id is not None and (meaning := other_meaning(mask_token_id, tokenizer, *settings)):
+        raise UserError(
+            f"mask token {mask_token_id}: is {meaning}; the mask token may have no other meaning, choose another id"
+        )
     fuse_norms(causal_lm)
     model = DecodeModel(
         causal_lm=causal_lm,

@@ -92,7 +92,7 @@ class Trainer:
             raise UserError(f"--tokenizer {config.data.tokenizer}: is for .bin/.idx pairs; shards carry their own")
         tokenizer, tokenizer_folder = tokenizer_of(config.data.train_data, config.data.tokenizer)
         origin = open_origin(config.training.init_from) if config.training.init_from else None
-        reserved = reserved_ids(load_tokenizer(tokenizer_folder).get_vocab())
+        reserved = reserved_ids(load_tokenizer(tokenizer_folder))
         startup.current.phase = "reading the data"
         config = resolve(config, tokenizer, origin, reserved)
         assert config.tidar.mask_token_id is not None and config.model.vocab_size is not None
