@@ -261,6 +261,7 @@ def verify(hf: str | Path, run: str | Path, iteration: int | None = None, length
     reference = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, trust_remote_code=False)
     expected = reference(tokens).logits
     del reference
+    dtype = torch.bfloat16 if ours.training.bf16 else torch.float32  # of an export
     ours = dataclasses.replace(ours, training=dataclasses.replace(ours.training, bf16=False))
     ranks = initialize(ours.parallel, 0)
     try:
@@ -276,7 +277,7 @@ def verify(hf: str | Path, run: str | Path, iteration: int | None = None, length
         elif own_row:
             found[..., mask] = expected[..., mask]
         elif ours.model.untie_embeddings_and_output_weights:
-            exported = (states @ mask_output_row(head, mask)).t()
+            exported = (states @ mask_output_row(head.to(dtype), mask).to(head)).t()
             either = torch.stack([found[..., mask], exported])
             found[..., mask] = either[(either - expected[..., mask]).abs().amax((1, 2)).argmin()]
     except Damaged as damage:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from tidar_megatron import __version__
+from tidar_megatron.checkpoint.output_row import rows_mixed
 
 CARD = "README.md"
 
@@ -63,9 +64,9 @@ To forbid it in another engine:
 """
 TIED = """Its output row is its embedding (the two are tied), so nothing in
   the weights forbids it: use their own setting."""
-UNTIED = """Its output row is the mean of all the others, so its logit
-  is never the largest: greedy decoding does not emit it. Sampling emits it with a probability of at most 1 in
-  {others:,}, whatever the temperature, and in practice far less: forbid it there too."""
+UNTIED = """Its output row is the mean of {mixed:,} others, so its logit
+  is never the largest: greedy decoding does not emit it. Sampling can, with a probability of at most 1 in {bound:,}
+  whatever the temperature, and far less on text: forbid it there."""
 KEPT = """Its output row came with the folder that this model was imported
   from and was not changed: use their own setting."""
 
@@ -95,7 +96,8 @@ def write_model_card(folder: Path, name: str, hf_config: dict[str, Any], row: st
         version=__version__,
     )
     if tidar:
-        head = {"tied": TIED, "mean": UNTIED, "kept": KEPT}[row].format(others=hf_config["vocab_size"] - 1)
+        mixed = rows_mixed(hf_config["vocab_size"])
+        head = {"tied": TIED, "mean": UNTIED, "kept": KEPT}[row].format(mixed=mixed, bound=mixed + 1)
         text += TIDAR.format(
             architecture=architecture,
             block_size=tidar["block_size"],
