@@ -163,7 +163,7 @@ from vllm import LLM, SamplingParams
 folder, mask = sys.argv[1], int(sys.argv[2])
 model = LLM(folder, dtype="float32", max_model_len=64, enforce_eager=True, skip_tokenizer_init=True)
 prompts = [{"prompt_token_ids": [(7 * row + place) % 250 for place in range(5)]} for row in range(8)]
-for options in ({"temperature": 0.0}, {"temperature": 50.0, "seed": 1, "logit_bias": {mask: -100}}):
+for options in ({"temperature": 0.0}, {"temperature": 2.0, "seed": 1, "logit_bias": {mask: -100}}):
     asked = SamplingParams(max_tokens=40, ignore_eos=True, detokenize=False, **options)
     print("tokens", [list(done.outputs[0].token_ids) for done in model.generate(prompts, asked, use_tqdm=False)])
 """
