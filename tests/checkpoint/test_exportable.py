@@ -27,6 +27,7 @@ from tidar_megatron.training.resolve import resolve
 from tidar_megatron.training.trainer import Trainer
 
 TOKENIZER = TokenizerEntry(spec="byte", fingerprint="0" * 64, vocab_size=96, eos_token_id=95)
+MASK = 96
 WIDTHS = {  # hidden size, channels of a head
     "plain": (32, None),
     "wide heads": (32, 16),
@@ -72,8 +73,8 @@ def configuration(qk_layernorm, bias, experts, untied, width):
 @torch.no_grad()
 def largest_difference(config, folder):
     """Between the logits of a model with random weights, and those of transformers from its exported folder."""
-    whole, tokens = whole_model(config), torch.randint(97, (32,))
-    batch = make_batch([pack([Piece(0, 0, 32)], [tokens.numpy()], 0)], 4, 96, doubled=False)
+    whole, tokens = whole_model(config), torch.randint(MASK, (32,))
+    batch = make_batch([pack([Piece(0, 0, 32)], [tokens.numpy()], 0)], 4, MASK, doubled=False)
     with play_rank(config.parallel, 0, 1, "cpu") as ranks:
         (model,) = build_model(config, config.model.vocab_size, ranks)
         initialize_weights([model], 0)
@@ -84,7 +85,8 @@ def largest_difference(config, folder):
     export_huggingface(whole, dict(model.named_parameters()).__getitem__, config, None, folder)
     theirs, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
     assert not any(found.values()), found
-    return (ours - theirs(tokens[None]).logits[0]).abs().max().item()
+    ours, theirs = ours[:, :MASK], theirs(tokens[None]).logits[0, :, :MASK]  # an export decides the mask token's row
+    return (ours - theirs).abs().max().item()
 
 
 def test_what_is_trained_can_be_exported_and_nothing_else_is_refused(tmp_path):
@@ -105,9 +107,7 @@ def test_what_is_trained_can_be_exported_and_nothing_else_is_refused(tmp_path):
             exported.add(case)
     classes = {case[:3] for case in exported}  # QK norm, bias, experts: Llama, Qwen2, Qwen3, Qwen3-MoE
     assert classes == {(False, False, False), (False, True, False), (True, False, False), (True, False, True)}
-    assert {case for case in refused if case[:3] in classes} == {
-        (False, True, False, untied, width) for untied in (False, True) for width in list(WIDTHS)[1:]
-    }
+    assert not {case[:3] for case in refused} & classes
 
 
 def with_vocabulary(config):

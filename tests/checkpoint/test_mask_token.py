@@ -17,7 +17,7 @@ from tidar_megatron.checkpoint.origin import open_origin
 from tidar_megatron.checkpoint.output_row import mask_output_row, rows_mixed
 from tidar_megatron.data.tokenizer import byte_tokenizer
 from tidar_megatron.errors import UserError
-from tidar_megatron.inference.model import load_model
+from tidar_megatron.inference.loading import load_model
 
 MASK = 258
 
