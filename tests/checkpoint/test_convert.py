@@ -28,7 +28,7 @@ SAME = "model_type vocab_size rms_norm_eps rope_parameters tie_word_embeddings e
 
 
 def same_folder(before, after, untied_mask_row=None):
-    """The same weights, bit for bit, and the same settings; an export decides the mask token's row of an untied head."""
+    """The same weights bit for bit, and the same settings; an export decides the mask row of an untied head."""
     weights = [
         {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
         for folder in (before, after)
