@@ -7,10 +7,13 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "tidar_megatron"
 FLOORS = {
-    "streams": -2,
-    "errors": -1,  # the ground
-    "files": -1,
+    "streams": -4,
+    "errors": -3,  # the ground
+    "files": -2,
+    "json_files": -2,
+    "tidar_section": -1,
     "new_folder": 0,
+    "hf_folder": 0,
     "attention_mask": 0,
     "mask_token": 0,
     "attention_kernels": 0,

@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 
 from tidar_megatron.errors import UserError
 from tidar_megatron.inference.engine import generate_batch
-from tidar_megatron.inference.loading import wrap_model
 from tidar_megatron.inference.request import parse_plan
+from tidar_megatron.inference.wrapping import wrap_model
 
 PLANS = ("ar", "linear:4", "lookup:4", "all:4", "2:4", "auto")
 PROMPT_LENGTHS = (3, 14, 25, 40, 55)

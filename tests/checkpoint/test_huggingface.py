@@ -44,17 +44,17 @@ def test_the_table_names_every_tensor_of_a_family_and_no_other(tmp_path, kind, t
         (
             "llama",
             {"rope_scaling": {"type": "linear", "factor": float("nan")}},
-            "factor of rope type 'linear' is nan, not a number above 0",
+            "factor is NaN, which is not a value",
         ),
-        ("llama", {"rope_scaling": {"type": "linear", "factor": True}}, "factor of rope type 'linear' is True, not"),
-        ("llama", {"rope_scaling": "linear"}, "transformers refuses it: Field 'rope_parameters' with value 'linear'"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": True}}, "factor true is not a number above 0"),
+        ("llama", {"rope_scaling": "linear"}, "rope_scaling \"linear\" is not a section"),
         *[
             (
                 "llama",
                 {"rope_parameters": {"rope_type": "default", "rope_theta": base}},
-                f"rope_theta .* is {said}, not",
+                f"rope_theta {said} is not a.* number",
             )
-            for base, said in ((0, 0), (-5, -5), (float("nan"), "nan"), (float("inf"), "inf"), ("1e4", "'1e4'"))
+            for base, said in ((0, 0), (-5, -5), (float("inf"), "Infinity"), ("1e4", '"1e4"'))
         ],
         ("llama", {"rope_parameters": {"rope_theta": 1e4, "rope_type": ["linear"]}}, "refuses it|rope type .* is not"),
         (
@@ -68,14 +68,14 @@ def test_the_table_names_every_tensor_of_a_family_and_no_other(tmp_path, kind, t
             "embeddings 7.5 is not a positive",
         ),
         ("llama", {"is_causal": False}, "is_causal false"),
-        ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config is not supported"),
+        ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantization_config .* is not supported"),
         ("qwen2", {"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000 is too large"),
         ("qwen3", {"num_hidden_layers": "2"}, "Field 'num_hidden_layers' expected int, got str"),
         ("qwen3", {"vocab_size": 64.0}, "Field 'vocab_size' expected int, got float"),
         ("qwen3", {"head_dim": "8"}, "Field 'head_dim' expected int, got str"),
         ("llama", {"hidden_size": -32}, "hidden_size -32 is not"),
         ("llama", {"max_position_embeddings": 0}, "max_position_embeddings 0 is not"),
-        ("llama", {"rms_norm_eps": "1e-6"}, "Field 'rms_norm_eps' expected float, got str"),
+        ("llama", {"rms_norm_eps": "1e-6"}, 'rms_norm_eps "1e-6" is not a number of 0 or more'),
         ("llama", {"tie_word_embeddings": "false"}, "Field 'tie_word_embeddings' expected bool, got str"),
         ("llama", {"model_type": ["llama"]}, r"model_type \['llama'\] is not one of"),
         ("qwen3", {"attention_bias": True}, "attention_bias"),

@@ -125,7 +125,7 @@ def test_an_export_refuses_a_mask_token_with_another_meaning(tmp_path):
     import_run(hf, tmp_path / "run", None, "mean", MASK)
     for file, keys, said in (
         ("generation_config.json", {"pad_token_id": MASK}, "258 is the PAD token"),
-        ("generation_config.json", {"suppress_tokens": "258"}, "suppress_tokens '258' is not a list of token ids"),
+        ("generation_config.json", {"suppress_tokens": "258"}, 'suppress_tokens "258" is not a list of token ids'),
         ("config.json", {"num_key_value_heads": 2, "is_causal": False}, "is_causal false"),
     ):
         path = tmp_path / "run" / "huggingface" / file
@@ -142,10 +142,10 @@ def test_an_export_refuses_a_mask_token_with_another_meaning(tmp_path):
     [
         ("{", "not JSON"),
         ("[]", "holds no JSON object"),
-        ('{"eos_token_id": "2"}', "eos_token_id '2' is not a token id"),
+        ('{"eos_token_id": "2"}', 'eos_token_id "2" is not a token id'),
         ('{"pad_token_id": [1]}', r"pad_token_id \[1\] is not a token id"),
         ('{"suppress_tokens": 5}', "suppress_tokens 5 is not a list of token ids"),
-        ('{"max_new_tokens": -1}', "transformers refuses it: `max_new_tokens` must be greater than 0"),
+        ('{"max_new_tokens": -1}', "`max_new_tokens` must be greater than 0"),
     ],
 )
 def test_a_broken_generation_config_is_refused_at_import(tmp_path, content, said):

@@ -124,7 +124,7 @@ def test_folders_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no EOS token"):
         load_tokenizer(no_eos)
     (no_eos / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="is not JSON"):
         load_tokenizer(no_eos)
 
 

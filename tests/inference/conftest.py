@@ -26,8 +26,8 @@ from transformers import (
 
 from tidar_megatron.attention_mask import INDEX, may_attend, training_layout
 from tidar_megatron.checkpoint.custom_generate import write_custom_generate
-from tidar_megatron.inference.loading import wrap_model
 from tidar_megatron.inference.model import DecodeModel
+from tidar_megatron.inference.wrapping import wrap_model
 
 MASK = 47
 BLOCK = 4

@@ -11,8 +11,9 @@ from tidar_megatron.inference import compatibility
 from tidar_megatron.inference.attention import PackedForward, Part, Plan, UnknownAttentionError, packed_attention
 from tidar_megatron.inference.cache import KVPool
 from tidar_megatron.inference.engine import generate_batch
-from tidar_megatron.inference.loading import load_model, wrap_model
+from tidar_megatron.inference.loading import load_model
 from tidar_megatron.inference.request import DecodeOptions
+from tidar_megatron.inference.wrapping import wrap_model
 
 MASK = 47
 LONGROPE = {

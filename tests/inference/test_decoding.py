@@ -182,7 +182,7 @@ def test_stream_yields_what_each_forward_made_final(trained, prompts):
 
 
 def test_the_mask_token_is_never_emitted(causal_lm):
-    from tidar_megatron.inference.loading import wrap_model
+    from tidar_megatron.inference.wrapping import wrap_model
 
     lm = causal_lm("llama")
     with torch.no_grad():  # every row's favourite is the mask token

@@ -15,8 +15,9 @@ from tidar_megatron.benchmark.measuring import allocated_bytes
 from tidar_megatron.benchmark.step import step
 from tidar_megatron.errors import UserError
 from tidar_megatron.inference.engine import Engine, generate
-from tidar_megatron.inference.loading import load_model, wrap_model
+from tidar_megatron.inference.loading import load_model
 from tidar_megatron.inference.request import DecodeOptions, parse_plan
+from tidar_megatron.inference.wrapping import wrap_model
 
 SMALL = {"hidden_size": 64, "intermediate_size": 80, "num_attention_heads": 8, "num_hidden_layers": 3}
 

@@ -16,10 +16,10 @@ from tidar_megatron.errors import UserError
 from tidar_megatron.evaluation.statistics import chi_square
 from tidar_megatron.inference import sampling
 from tidar_megatron.inference.engine import Engine, generate
-from tidar_megatron.inference.loading import wrap_model
 from tidar_megatron.inference.request import DecodeOptions
 from tidar_megatron.inference.sampling import Sampler, SamplingOptions, accepted, draw, probabilities, residual
 from tidar_megatron.inference.sequence import Sequence
+from tidar_megatron.inference.wrapping import wrap_model
 
 CPU = torch.device("cpu")
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"

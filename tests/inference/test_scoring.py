@@ -8,8 +8,8 @@ import torch
 from tests.inference.conftest import FAMILIES, make_causal_lm
 from tidar_megatron.errors import UserError
 from tidar_megatron.inference import scoring
-from tidar_megatron.inference.loading import wrap_model
 from tidar_megatron.inference.scoring import score
+from tidar_megatron.inference.wrapping import wrap_model
 
 
 def reference(causal_lm, context, continuation):

@@ -11,9 +11,9 @@ from tests.conftest import ROOT
 from tidar_megatron.inference.attention import PackedForward, Part, Plan
 from tidar_megatron.inference.cache import KVPool
 from tidar_megatron.inference.engine import Engine
-from tidar_megatron.inference.loading import wrap_model
 from tidar_megatron.inference.request import DecodeOptions, parse_plan
 from tidar_megatron.inference.static import TOKENS, Forwards, Shape
+from tidar_megatron.inference.wrapping import wrap_model
 
 PLANS = ["ar", "lookup:6", "linear:8", "all:4", "1:8", "2:8", "auto"]
 
@@ -90,7 +90,7 @@ import torch
 from tests.inference.conftest import make_causal_lm
 from tests.inference.test_static import decode
 from tidar_megatron.inference.engine import Engine
-from tidar_megatron.inference.loading import wrap_model
+from tidar_megatron.inference.wrapping import wrap_model
 from tidar_megatron.inference.request import DecodeOptions, parse_plan
 from tidar_megatron.inference.static import StaticForward
 

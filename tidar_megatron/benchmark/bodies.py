@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tidar_megatron.errors import UserError
-from tidar_megatron.inference.loading import wrap_model
 from tidar_megatron.inference.model import DecodeModel
+from tidar_megatron.inference.wrapping import wrap_model
 
 BODIES = {
     "11M": {"hidden_size": 384, "intermediate_size": 1200, "num_attention_heads": 6, "num_hidden_layers": 6},

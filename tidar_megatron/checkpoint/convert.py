@@ -45,6 +45,7 @@ from tidar_megatron.data.tokenizer import (
 )
 from tidar_megatron.distributed.groups import initialize, shut_down
 from tidar_megatron.errors import UserError
+from tidar_megatron.hf_folder.model import check_folder, load_causal_lm
 from tidar_megatron.models.gpt import build_model, run_model
 from tidar_megatron.models.output_layer import output_weight
 from tidar_megatron.new_folder import check_free, new_folder
@@ -79,6 +80,7 @@ def import_run(
     """
     source, target = Path(source), Path(target)
     check_free("--output", target)
+    check_folder(source)
     model = model_from_huggingface(source, ModelConfig())
     dtype = read_config(source).dtype
     if dtype not in DTYPES:
@@ -240,9 +242,8 @@ def verify(hf: str | Path, run: str | Path, iteration: int | None = None, length
     Raises:
         UserError: one of the two cannot be read, or they are models of different shapes.
     """
-    from transformers import AutoModelForCausalLM
-
     ours, iteration, checkpoint = _whole_checkpoint(Path(run), iteration)
+    hf_config = check_folder(hf)
     theirs = model_from_huggingface(hf, ours.model)
     assert theirs.vocab_size is not None and ours.model.vocab_size is not None
     mask = ours.tidar.mask_token_id
@@ -258,7 +259,7 @@ def verify(hf: str | Path, run: str | Path, iteration: int | None = None, length
     own_row = mask is not None and tidar_section(hf).get("mask_token_id") != mask
     if own_row:
         tokens[tokens == mask] = 0 if mask else 1
-    reference = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, trust_remote_code=False)
+    reference = load_causal_lm(hf, hf_config, torch.float32)
     expected = reference(tokens).logits
     del reference
     dtype = torch.bfloat16 if ours.training.bf16 else torch.float32  # of an export

@@ -31,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from tidar_megatron.checkpoint.folder import checkpoint_folder, no_whole_checkpoint, restart_points
-from tidar_megatron.checkpoint.manifest import Damaged, check_hash, check_hashes
+from tidar_megatron.checkpoint.manifest import Count, Damaged, check_hash, check_hashes
 from tidar_megatron.checkpoint.optimizer_state import fill, state_to_fill, state_to_save
 from tidar_megatron.checkpoint.pickles import read_metadata, weights_only
 from tidar_megatron.checkpoint.random_states import random_states, restore_random_states
@@ -45,8 +45,8 @@ class State(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    iteration: int
-    consumed_sequences: int
+    iteration: Count
+    consumed_sequences: Count
     states: dict[str, Any]  # of single parts of the loop
     fingerprint: dict[str, Any]
     layout: dict[str, int | None]
@@ -216,7 +216,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise Damaged(f"{path} is missing") from None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise Damaged(f"{path} cannot be read") from None
     if not isinstance(value, dict):
         raise Damaged(f"{path} cannot be read")

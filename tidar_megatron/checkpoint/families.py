@@ -6,23 +6,23 @@ whatever loads those loads it. What is TiDAR's own stands in the ``tidar`` secti
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from tidar_megatron.checkpoint.rope import (
     ROPE_KINDS,
     ROPE_NUMBERS,
     check_frequencies,
-    is_number,
-    is_positive,
     rope_from_huggingface,
 )
 from tidar_megatron.config import Config, ModelConfig
 from tidar_megatron.errors import UserError
+from tidar_megatron.hf_folder import config as hf_folder
+from tidar_megatron.json_files import is_count, is_number, read_object
+from tidar_megatron.tidar_section import check_tidar
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,6 @@ FAMILIES = {
 # what a configuration must have as positive integers, where its class has it at all
 SIZES = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings".split()
 SIZES += "num_key_value_heads num_experts num_experts_per_tok moe_intermediate_size decoder_sparse_step".split()
-# what transformers counts up to while it reads a configuration, or we do
-COUNTED = ("num_hidden_layers", "num_experts", "num_local_experts", "num_labels")
-LARGEST_COUNT = 100_000
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -57,15 +54,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is missing or no JSON object.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"{path}: not found; give a Hugging Face model folder") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no JSON object")
-    return content
+    return read_object(path, "give a Hugging Face model folder")
 
 
 def read_config(folder: str | Path) -> PretrainedConfig:
@@ -77,19 +66,10 @@ def read_config(folder: str | Path) -> PretrainedConfig:
         UserError: there is no ``config.json``, it is of another family, or transformers refuses it.
     """
     path = Path(folder) / "config.json"
-    keys = read_json(path)
-    model_type = keys.get("model_type")
+    model_type = read_json(path).get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(f"{path}: model_type {model_type!r} is not one of {', '.join(FAMILIES)}")
-    for name in COUNTED:
-        if type(keys.get(name)) is int and keys[name] > LARGEST_COUNT:
-            raise UserError(f"{path}: {name} {keys[name]} is too large to be meant; correct it")
-    try:
-        config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # a configuration raises whatever its code runs into
-        text = str(error.args[0] if error.args else error).strip() or type(error).__name__
-        reason = text.splitlines()[-1].split(". Errors:")[0].removeprefix("    TypeError: ").strip()
-        raise UserError(f"{path}: transformers refuses it: {reason}; correct it") from None
+    config = hf_folder.read_config(folder)
     if config.model_type != model_type:
         raise UserError(f"{path}: names another file, of a {config.model_type}; remove its configuration_files")
     return config
@@ -105,13 +85,13 @@ def model_from_huggingface(folder: str | Path, ours: ModelConfig) -> ModelConfig
     config = read_config(folder)
     family = FAMILIES[config.model_type]
     for name in SIZES:
-        if hasattr(config, name) and not _is_size(getattr(config, name)):
+        if hasattr(config, name) and not is_count(getattr(config, name)):
             raise UserError(f"{path}: {name} {getattr(config, name)!r} is not a positive integer; correct it")
-    if not is_positive(config.rms_norm_eps):
+    if not (is_number(config.rms_norm_eps) and config.rms_norm_eps > 0):
         raise UserError(f"{path}: rms_norm_eps {config.rms_norm_eps!r} is not a number above 0; correct it")
     # as the attention of every family reads it
     head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
-    if not _is_size(head_dim):
+    if not is_count(head_dim):
         raise UserError(f"{path}: head_dim {head_dim!r} is not a positive integer; correct it")
     _refuse_what_we_do_not_compute(path, config, family)
     experts = {}
@@ -153,21 +133,8 @@ def tidar_section(folder: str | Path) -> dict[str, Any]:
     section = getattr(config, "tidar", None)
     if section is None:
         return {}
-    if not isinstance(section, dict):
-        raise UserError(f"{path}: tidar {section!r} is no section; correct it")
-    for name in ("block_size", "seq_length"):
-        if section.get(name) is not None and not _is_size(section[name]):
-            raise UserError(f"{path}: tidar.{name} {section[name]!r} is not a positive integer; correct it")
-    mask, alpha = section.get("mask_token_id"), section.get("ar_loss_weight", 1.0)
-    if mask is not None and not (type(mask) is int and 0 <= mask < config.vocab_size):
-        raise UserError(f"{path}: tidar.mask_token_id {mask!r} is not an id below {config.vocab_size}; correct it")
-    if not (is_number(alpha) and 0 <= alpha < math.inf):
-        raise UserError(f"{path}: tidar.ar_loss_weight {alpha!r} is not a number of 0 or more; correct it")
-    return section
-
-
-def _is_size(value: Any) -> bool:
-    return type(value) is int and value > 0
+    check_tidar(section, config.vocab_size, str(path))
+    return {key: value for key, value in section.items() if value is not None}
 
 
 def _refuse_what_we_do_not_compute(path: Path, config: PretrainedConfig, family: Family) -> None:

@@ -23,6 +23,7 @@ from tidar_megatron.errors import UserError
 from tidar_megatron.files import replace_text, sync
 
 TRACKER = "latest_checkpointed_iteration.txt"
+DIGITS = 18  # of an iteration
 
 
 def checkpoint_folder(folder: str | Path, iteration: int) -> Path:
@@ -154,7 +155,7 @@ def _tracker(folder: str | Path) -> tuple[int | None, list[str]]:
         return None, [f"{path} is missing"] if saved_iterations(folder) else []
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    if not (text.isascii() and text.isdecimal()):
+    if not (text.isascii() and text.isdecimal() and len(text) <= DIGITS):
         return None, [f"{path} holds {text[:40]!r}, not an iteration"]
     return int(text), []
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -27,15 +27,16 @@ from tidar_megatron.checkpoint.mapping import (
 from tidar_megatron.checkpoint.model_card import write_model_card
 from tidar_megatron.checkpoint.output_row import mask_output_row
 from tidar_megatron.checkpoint.streaming import WholeModel
-from tidar_megatron.checkpoint.token_ids import GENERATION_CONFIG, check_mask_token, exported_generation_config
+from tidar_megatron.checkpoint.token_ids import check_mask_token, exported_generation_config
 from tidar_megatron.config import Config, ModelConfig
 from tidar_megatron.data.tokenizer import load_tokenizer, save_tokenizer
 from tidar_megatron.errors import UserError
+from tidar_megatron.hf_folder.config import GENERATION_CONFIG
+from tidar_megatron.hf_folder.weights import INDEX, WEIGHTS, open_safetensors, weight_files
 from tidar_megatron.mask_token import MASK_TOKEN
 from tidar_megatron.new_folder import check_free, new_folder, os_error
 
 CONFIG = "config.json"
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("BF16", "F16", "F32")  # float32 has all their values
 SHARD_BYTES = 5 * 10**9  # of one file of an export, as transformers has it
 
@@ -50,28 +51,9 @@ class Safetensors:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        single, index = self.folder / WEIGHTS, self.folder / INDEX
-        if single.exists():  # as transformers, whatever lies beside it
-            files = [single]
-        elif index.exists():
-            where = read_json(index).get("weight_map")
-            if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
-                raise UserError(f"{index}: has no weight_map from tensors to files; copy it again")
-            files = sorted({self.folder / Path(name).name for name in where.values()})
-        else:
-            files = sorted(self.folder.glob("*.safetensors"))
-        if not files:
-            pickles = sorted(path.name for path in self.folder.glob("*.bin"))
-            why = f"; {pickles[0]} is a pickle, which is not opened" if pickles else ""
-            raise UserError(f"{folder}: holds no *.safetensors{why}; save the model with safe serialization")
         self._where: dict[str, Any] = {}
-        for file in files:
-            if not file.exists():
-                raise UserError(f"{file}: named in {INDEX} but missing; copy the whole folder again")
-            try:
-                handle = safe_open(str(file), framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{file}: no whole safetensors file ({error}); copy it again") from None
+        for file in weight_files(folder, other_names=True):
+            handle = open_safetensors(file)
             # old Llama folders hold a buffer that is computed
             names = {name for name in handle.keys() if not name.endswith("rotary_emb.inv_freq")}  # noqa: SIM118
             if twice := sorted(self._where.keys() & names):

@@ -42,7 +42,7 @@ def inspect(folder: str | Path, verify: bool) -> dict[str, Any]:
     tracker = folder / TRACKER
     return {
         "folder": str(folder),
-        "tracker": tracker.read_text(errors="replace").strip()[:40] if tracker.exists() else None,
+        "tracker": tracker.read_text(errors="replace").strip()[:40] if tracker.is_file() else None,
         "continues_from": points[0] if points else None,
         "passed_over": passed_over,
         "checkpoints": [summary(checkpoint_folder(folder, iteration), verify) for iteration in iterations],

@@ -79,7 +79,10 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest.model_validate_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise Damaged(f"{path} is missing") from None
-    except (OSError, ValueError, ValidationError):
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise Damaged(f"{path} cannot be read: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except (OSError, ValueError):
         raise Damaged(f"{path} cannot be read") from None
     if manifest.sha256 != manifest.digest():
         raise Damaged(f"{path} was changed: its SHA-256 is not that of the rest of it")

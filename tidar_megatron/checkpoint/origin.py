@@ -17,11 +17,13 @@ from tidar_megatron.checkpoint.huggingface import (
     load_huggingface_weights,
 )
 from tidar_megatron.checkpoint.manifest import Damaged
-from tidar_megatron.checkpoint.token_ids import GENERATION_CONFIG, check_mask_token
+from tidar_megatron.checkpoint.token_ids import check_mask_token
 from tidar_megatron.config import CONFIG_FILE, Config, ModelConfig, load_config
 from tidar_megatron.data.manifest import TOKENIZER_FOLDER
 from tidar_megatron.data.tokenizer import rows_needed
 from tidar_megatron.errors import UserError
+from tidar_megatron.hf_folder.config import GENERATION_CONFIG
+from tidar_megatron.hf_folder.model import check_folder
 
 HUGGINGFACE_FOLDER = "huggingface"  # in a run's folder: the small files of the folder that its model came from
 OURS = (  # what a model is, is the origin's; how it is computed here is not
@@ -72,6 +74,7 @@ def open_origin(path: str | Path) -> Origin:
 
 class _HuggingFace:
     def __init__(self, folder: Path) -> None:
+        check_folder(folder)
         self._folder = folder
         self.mask_token_id = tidar_section(folder).get("mask_token_id")
         check_mask_token(folder, self.mask_token_id)

@@ -2,13 +2,14 @@
 
 import sys
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from transformers import MODEL_MAPPING, PretrainedConfig
 
 from tidar_megatron.config import ModelConfig
 from tidar_megatron.errors import UserError
+from tidar_megatron.json_files import is_number
 from tidar_megatron.models.layers import scaled_frequencies
 
 ROPE_NUMBERS = {  # Hugging Face's -> ours, of the kinds of scaling that have them
@@ -18,16 +19,6 @@ ROPE_NUMBERS = {  # Hugging Face's -> ours, of the kinds of scaling that have th
     "original_max_position_embeddings": "rope_original_max_position_embeddings",
 }
 ROPE_KINDS = {"none": (), "linear": ("factor",), "llama3": tuple(ROPE_NUMBERS)}
-
-
-def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a value of JSON is a number, which true and false are not."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def is_positive(value: Any) -> TypeGuard[float]:
-    """Whether it is a number above 0 that a float can hold."""
-    return is_number(value) and 0 < value <= sys.float_info.max
 
 
 def rope_from_huggingface(path: Path, config: PretrainedConfig) -> dict[str, Any]:
@@ -48,7 +39,7 @@ def rope_from_huggingface(path: Path, config: PretrainedConfig) -> dict[str, Any
         known = ", ".join(k for k in ROPE_KINDS if k != "none")
         raise UserError(f"{path}: rope type {kind!r} is not supported; start from a model with {known} or without")
     for key in ("rope_theta", *ROPE_KINDS[kind]):
-        if not is_positive(rope.get(key)):
+        if not (is_number(rope.get(key)) and rope[key] > 0):
             has = repr(rope[key]) if key in rope else "missing"
             raise UserError(f"{path}: {key} of rope type {rope['rope_type']!r} is {has}, not a number above 0")
     numbers = {ROPE_NUMBERS[key]: rope[key] for key in ROPE_KINDS[kind]}

@@ -92,7 +92,8 @@ def load_config(path: str | Path, overrides: dict[str, dict[str, Any]] | None = 
         tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader) or {}
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:  # a date that is none, bytes that are no text
+    # a date that is none, bytes that are no text, a key that is a list, sections without end
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"--config {path}: must hold sections such as 'model:', not {type(tree).__name__}")

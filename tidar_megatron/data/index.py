@@ -73,7 +73,9 @@ class DocumentIndex:
         self._table = np.frombuffer(head[:table_bytes], _TABLE)
         about = json.loads(head[table_bytes:])
         self.built_from, self.facts, self._documents = about["of"], about["facts"], about["documents"]
-        if self._documents * RECORD.itemsize != begin:
+        if type(self._documents) is not int or self._documents * RECORD.itemsize != begin:
+            raise _Damaged
+        if len(self._table) != -(-self._documents // GROUP) or not isinstance(self.facts, dict):
             raise _Damaged
         self.group = lru_cache(maxsize=_CACHED_GROUPS)(self._read_group)
 
@@ -191,7 +193,14 @@ def _valid(path: Path, of: Facts) -> DocumentIndex | None:
     try:
         index = DocumentIndex(path)
         return index if index.built_from == of else None
-    except (OSError, ValueError, KeyError, TypeError, _Damaged):  # a UserError, of a file that was cut, is a ValueError
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+        _Damaged,
+    ):  # a UserError, of a file that was cut, is a ValueError
         return None
 
 

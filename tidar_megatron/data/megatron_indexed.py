@@ -46,6 +46,9 @@ class IndexedDocuments(StoredDocuments):
         local_folder(prefix)
         bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
         self.name = prefix
+        for path in (bin_path, idx_path):
+            if path.exists() and not path.is_file():
+                raise UserError(f"{path}: is not a file; copy both files again or prepare the data again")
         try:
             stats = [path.stat() for path in (bin_path, idx_path)]
         except OSError as error:
@@ -55,8 +58,12 @@ class IndexedDocuments(StoredDocuments):
         index = open_index(Path(f"{prefix}.index"), of, lambda add: self._build(bin_path, idx_path, add), verify)
         if len(index) == 0:
             raise UserError(f"{idx_path}: holds no documents; prepare the data again")
-        self.identity = {"bin": index.facts["bin"], "idx": index.facts["idx"]}
-        super().__init__(index, [bin_path], [len(index)], np.dtype(index.facts["dtype"]), self.tokenizer.eos_token_id)
+        try:
+            self.identity = {"bin": index.facts["bin"], "idx": index.facts["idx"]}
+            dtype = np.dtype(index.facts["dtype"])
+        except (KeyError, TypeError):
+            raise UserError(f"index {index.path}: is damaged; remove it, and the next start builds it again") from None
+        super().__init__(index, [bin_path], [len(index)], dtype, self.tokenizer.eos_token_id)
 
     def load_tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer that was given."""

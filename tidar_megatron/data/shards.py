@@ -25,7 +25,7 @@ from tidar_megatron.data.manifest import (
     local_folder,
     read_manifest,
 )
-from tidar_megatron.data.tokenizer import fingerprint, load_tokenizer
+from tidar_megatron.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
 from tidar_megatron.errors import UserError
 from tidar_megatron.files import sha256_of
 
@@ -79,10 +79,28 @@ class ShardedDocuments(StoredDocuments):
         Raises:
             UserError: it cannot be loaded or is not the one the shards were written with.
         """
-        tokenizer = load_tokenizer(self.tokenizer_folder)
-        if fingerprint(tokenizer) != self.manifest.tokenizer.fingerprint:
-            raise UserError(f"{self.tokenizer_folder}: is not the tokenizer the shards were written with")
-        return tokenizer
+        return tokenizer_of_shards(self.folder, self.manifest)
+
+
+def tokenizer_of_shards(folder: Path, manifest: Manifest) -> PreTrainedTokenizerFast:
+    """Return the tokenizer saved with shards.
+
+    Raises:
+        UserError: it cannot be loaded, is not the one the shards were written with, or is not as the manifest says.
+    """
+    path = folder / TOKENIZER_FOLDER
+    tokenizer, entry = load_tokenizer(path), manifest.tokenizer
+    if fingerprint(tokenizer) != entry.fingerprint:
+        raise UserError(f"{path}: is not the tokenizer the shards were written with")
+    for name, said, found in (
+        ("vocab_size", entry.vocab_size, vocabulary_size(tokenizer)),
+        ("eos_token_id", entry.eos_token_id, tokenizer.eos_token_id),
+    ):
+        if said != found:
+            raise UserError(
+                f"{folder / FILE_NAME}: tokenizer.{name} is {said}, that of {path} {found}; copy the folder again"
+            )
+    return tokenizer
 
 
 def built_from(folder: Path, manifest: Manifest) -> Facts:
@@ -129,7 +147,8 @@ def _scan(shard: ShardEntry, path: Path, dtype: np.dtype, manifest: Manifest) ->
         if documents > shard.documents or tokens > shard.tokens:
             raise _damaged(path, "holds more than the manifest says")
         if array.max() >= manifest.tokenizer.vocab_size or array[-1] != manifest.tokenizer.eos_token_id:
-            raise _damaged(path, f"the tokens of document {documents - 1} are not those of its tokenizer")
+            ids = f"below {manifest.tokenizer.vocab_size}, EOS {manifest.tokenizer.eos_token_id} at the end"
+            raise _damaged(path, f"the tokens of document {documents - 1} are not as {FILE_NAME} says ({ids})")
         records[documents - 1] = (offset, len(array), len(array))
     if (documents, tokens) != (shard.documents, shard.tokens):
         raise _damaged(path, f"holds less than the manifest says ({documents} of {shard.documents} documents)")

@@ -8,7 +8,7 @@ from tidar_megatron.data.blend import parse_blend
 from tidar_megatron.data.documents import StoredDocuments
 from tidar_megatron.data.manifest import FILE_NAME, TOKENIZER_FOLDER, TokenizerEntry, local_folder, read_manifest
 from tidar_megatron.data.megatron_indexed import IndexedDocuments, tokenizer_entry
-from tidar_megatron.data.shards import ShardedDocuments
+from tidar_megatron.data.shards import ShardedDocuments, tokenizer_of_shards
 from tidar_megatron.errors import UserError
 
 _SHOWN = 3  # prefixes named where another was meant
@@ -30,7 +30,9 @@ def tokenizer_of(given: Sequence[str], tokenizer: str | None = None) -> tuple[To
     path = parse_blend(given, "--train-data")[0][1]
     if is_pair(path):
         return tokenizer_entry(path, tokenizer)
-    return read_manifest(path).tokenizer, Path(path) / TOKENIZER_FOLDER
+    manifest = read_manifest(path)
+    tokenizer_of_shards(Path(path), manifest)
+    return manifest.tokenizer, Path(path) / TOKENIZER_FOLDER
 
 
 def is_pair(path: str) -> bool:

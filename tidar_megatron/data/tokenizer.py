@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from tidar_megatron.data.plain_text import PlainTextEncoder
 from tidar_megatron.errors import UserError
+from tidar_megatron.hf_folder.tokenizer import read_tokenizer
 from tidar_megatron.mask_token import RESERVED, roles
 from tidar_megatron.new_folder import os_error
 
@@ -64,12 +65,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     """
     if not Path(folder).is_dir():
         raise UserError(f"tokenizer {folder}: expected byte, bpe:N, or the path of a Hugging Face tokenizer folder")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises bare Exception for a file it cannot parse
-        there = (Path(folder) / "tokenizer.json").exists()
-        why = _first_line(error) if there else "the folder has no tokenizer.json; copy the model's tokenizer into it"
-        raise UserError(f"tokenizer {folder}: cannot be loaded: {why}") from error
+    tokenizer = read_tokenizer(folder)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"tokenizer {folder}: {type(tokenizer).__name__} is not a fast tokenizer (tokenizer.json)")
     if tokenizer.eos_token_id is None:
@@ -206,7 +202,3 @@ def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -89,7 +89,7 @@ def read_prompts(path: str | Path) -> list[str]:
         try:
             value = json.loads(line)
             prompts.append(value["prompt"] if isinstance(value, dict) else value)
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, RecursionError):
             prompts.append(None)
         if not isinstance(prompts[-1], str):
             raise UserError(f'{path}, line {number}: must be a JSON string or an object with a "prompt"')

@@ -86,7 +86,7 @@ def local_task(path: str | Path, max_new_tokens: int = 64) -> dict[str, Any]:
             continue
         try:
             line = json.loads(written)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"--tasks {path}: line {number} is not JSON: {error}") from None
         lines.append(line)
         numbers.append(number)

@@ -26,7 +26,6 @@ from transformers.generation import (
 
 from tidar_megatron.errors import UserError
 from tidar_megatron.inference.engine import Engine
-from tidar_megatron.inference.loading import wrap_model
 from tidar_megatron.inference.model import DecodeModel, restore_norms
 from tidar_megatron.inference.prepared import (
     check_penalized,
@@ -38,6 +37,7 @@ from tidar_megatron.inference.prepared import (
 )
 from tidar_megatron.inference.request import DecodeOptions, parse_plan
 from tidar_megatron.inference.sequence import Sequence as Request
+from tidar_megatron.inference.wrapping import wrap_model
 
 MOST_AT_ONCE = 8
 

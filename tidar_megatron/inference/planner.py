@@ -20,6 +20,8 @@ from tidar_megatron.inference.costs import Clock, Costs, load_costs
 from tidar_megatron.inference.drafting import Branches, Drafts, Linear, Policy, likeliest_outcomes
 from tidar_megatron.inference.model import DecodeModel
 
+LONGEST = 255  # drafts that are tried: with a branch of each, a forward holds 2**16 tokens
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -329,7 +331,7 @@ def planner_of(model: DecodeModel) -> Planner:
     threads = torch.get_num_threads()
     known = vars(model).get("_planner")
     if known is None or known[0] != threads:
-        known = threads, Planner(load_costs(model), model.block_size or 8)
+        known = threads, Planner(load_costs(model), min(model.block_size or 8, LONGEST))
         vars(model)["_planner"] = known
     planner: Planner = known[1]
     return planner

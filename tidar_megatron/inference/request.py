@@ -18,6 +18,7 @@ Mode = Literal["auto", "tidar", "linear", "ar", "lookup"]
 StopReason = Literal["eos", "stop", "length", "context", "cancelled", "error"]
 
 LOOKUP_DRAFT_LENGTH = 8  # for a model without a block size
+MOST_TOKENS = 2**16  # of one sequence in one forward, drafts and masks
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from torch import Tensor
 from tidar_megatron.errors import UserError
 
 COLDEST = 1e-4  # a temperature that logits can be divided by
+NO_NUMBERS, EXPORT = "the model's logits are not numbers", "copy or export the model again"
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,12 @@ def draw(weights: Tensor, uniforms: Sequence[float]) -> Tensor:
     """One column of each row, with probability proportional to its weight: ``[n, V]``, n numbers in [0, 1) -> int64.
 
     Raises:
-        ValueError: weights that are no numbers, or all 0.
+        UserError: weights that are no numbers, or all 0.
     """
     heights = weights.cumsum(-1, dtype=torch.float64)
     total = heights[:, -1:]
     if not bool(((total > 0) & total.isfinite()).all()):
-        raise ValueError("the model's logits are not numbers: nothing can be drawn from them")
+        raise UserError(f"{NO_NUMBERS}: nothing can be drawn from them; {EXPORT}")
     wanted = torch.tensor(uniforms, dtype=torch.float64).unsqueeze(-1).to(weights.device) * total
     wanted = torch.minimum(wanted, torch.nextafter(total, torch.zeros_like(total)))  # u * total may round up to it
     return torch.searchsorted(heights, wanted, right=True).squeeze(-1)
@@ -203,7 +204,7 @@ class Sampler:
         if self.options.greedy:
             highest, places = logits.max(-1)
             if any(map(math.isnan, highest.tolist())):
-                raise ValueError("the model's logits are not numbers: there is no likeliest token")
+                raise UserError(f"{NO_NUMBERS}: there is no likeliest token; {EXPORT}")
             best = places.tolist()
             count = 1
             while count < len(drafts) and drafts[count] == best[count - 1]:

@@ -12,11 +12,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tidar_megatron.errors import UserError
 from tidar_megatron.inference.attention import Part, Plan
 from tidar_megatron.inference.drafting import Branches, Drafts, Linear, Lookup, Policy
 from tidar_megatron.inference.model import DecodeModel
 from tidar_megatron.inference.planner import Planned, Planner, planner_of
-from tidar_megatron.inference.request import DecodeOptions, StopReason, check_prompt
+from tidar_megatron.inference.request import MOST_TOKENS, DecodeOptions, StopReason, check_prompt
 from tidar_megatron.inference.sampling import Sampler
 from tidar_megatron.inference.text import StopStrings
 
@@ -52,6 +53,11 @@ class Sequence:
         self.error: Exception | None = None
         self._context_limit = model.context_limit
         self._policy = make_policy(model, options, prompt)
+        if (most := self._policy.most_tokens) > MOST_TOKENS:
+            raise UserError(
+                f"draft length {self._policy.draft_length}: a forward would hold {most} tokens, and {MOST_TOKENS} are "
+                "the most; use a shorter draft length or fewer branches"
+            )
         # who chooses its plans, in mode auto
         self.planner: Planner | None = self._policy.planner if isinstance(self._policy, Planned) else None
         end_of_text = frozenset() if options.ignore_eos else model.eos_token_ids

@@ -13,7 +13,9 @@ from typing import Any
 from rich.console import Console
 
 from tidar_megatron.config import Config
+from tidar_megatron.errors import UserError
 from tidar_megatron.files import replace_text
+from tidar_megatron.json_files import not_a_file
 from tidar_megatron.training.dashboards import Dashboard, TensorBoard, Values, WandB
 from tidar_megatron.training.samples import Said
 
@@ -28,8 +30,12 @@ class JsonLines:
 
     def __init__(self, path: Path, resume_from: int | None = None) -> None:
         # what an interrupted run logged after its last checkpoint happens again now
-        if resume_from is not None and path.exists():
-            kept = [line for line in path.read_text().splitlines() if iteration_of(line) <= resume_from]
+        problem = not_a_file(path)
+        if problem and problem != "not found":
+            raise UserError(f"{path}: {problem}; move it away, or choose another --save")
+        if resume_from is not None and problem is None:
+            text = path.read_text(encoding="utf-8", errors="replace")
+            kept = [line for line in text.splitlines() if iteration_of(line) <= resume_from]
             replace_text(path, "".join(line + "\n" for line in kept))
         self.file = path.open("a", encoding="utf-8")
 
@@ -53,9 +59,10 @@ def _finite(value: Any) -> Any:
 def iteration_of(line: str) -> float:
     """The iteration of a line of ``metrics.jsonl``; infinite for one that a killed run left half-written."""
     try:
-        return json.loads(line)["iteration"]
-    except ValueError:
+        iteration = json.loads(line)["iteration"]
+    except (ValueError, TypeError, KeyError, RecursionError):
         return math.inf
+    return iteration if type(iteration) is int else math.inf
 
 
 class MetricsLogger:
