@@ -56,7 +56,6 @@ def variants(model_type: str) -> dict[str, dict[str, object]]:
     settings = tiny.settings_of(model_type)
     found: dict[str, dict[str, object]] = {"as it is": {}}
     if "sliding_window" in settings:
-        found["no window"] = {"sliding_window": None}
         found["a window that the context never fills"] = {"sliding_window": 4 * tiny.CONTEXT}
         found["use_sliding_window false beside a window"] = {"use_sliding_window": False}
     if tiny.takes_rope(model_type):

@@ -72,8 +72,10 @@ def test_a_window_is_refused_beside_its_own_weights_in_a_folder(tmp_path):
         ("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}, "s_aux|sliding_window"),
         ("DiffLlama", {}, "the logits differ"),
         ("Gemma2", {"head_dim": 8, "layer_types": ["full_attention"] * 2}, "softcap"),
-        ("Granite", {"logits_scaling": 8.0}, "output layer.*logits_scaling=8.0"),
-        ("Cohere", {"logit_scale": 0.5}, "output layer.*logit_scale=0.5"),
+        ("Granite", {"logits_scaling": 8.0}, "output layer makes.*logits_scaling=8.0"),
+        ("Cohere", {"logit_scale": 0.5}, "output layer makes.*logit_scale=0.5"),
+        ("Electra", {"is_decoder": True, "embedding_size": 16}, "output layer makes"),
+        ("Bart", {"d_model": 32, "decoder_layers": 1, "encoder_layers": 1}, "output layer makes"),
         ("Llama", {"rope_parameters": LONGROPE}, "logits differ.*rope type 'longrope'"),
         ("Llama", {"sliding_window": 8}, "the logits differ"),  # the class has no window, but its cache obeys the key
         ("StableLm", {}, "without packed_forward"),

@@ -68,8 +68,6 @@ def check_compatible(model: DecodeModel) -> None:
 
 def _difference(model: DecodeModel) -> str | None:
     """What differs between the engine and the class; None where nothing does."""
-    if model.causal_lm.base_model is model.causal_lm:
-        return "it has no base model below its output layer that transformers knows of"
     masks = MASKS if model.mask_token_id is not None and model.context_limit > 2 * MASKS else 0
     longest = min(LENGTHS[0], model.context_limit - masks)
     draw = torch.Generator().manual_seed(0)
@@ -78,14 +76,23 @@ def _difference(model: DecodeModel) -> str | None:
     wanted = [_stock_logits(model, prompt) for prompt in prompts]
     if not all(bool(logits.isfinite().all()) for logits in wanted):
         return None  # weights that are no numbers: whoever decodes is told
-    factor = LARGE_LOGIT / float(wanted[0].abs().max().clamp(min=1e-6))
-    with _scaled_hidden_states(model.causal_lm, factor) as hidden:
-        large = _stock_logits(model, prompts[-1])
-    if not _same(model.logits(torch.cat(hidden), emitted=False), large, model.dtype):
-        return "its logits are not its output layer's"
+    if not _reads_output_layer(model, prompts[-1], LARGE_LOGIT / float(wanted[0].abs().max().clamp(min=1e-6))):
+        return "its logits are not what its output layer makes of its base model's output"
     if not _same(torch.cat(_engine_logits(model, prompts, masks)), torch.cat(wanted), model.dtype):
         return "the logits differ from its own attention's"
     return None
+
+
+def _reads_output_layer(model: DecodeModel, prompt: list[int], factor: float) -> bool:
+    """Return whether logits are the output layer's alone, also where hidden states are ``factor`` times as large."""
+    with _scaled_hidden_states(model.causal_lm, factor) as hidden:
+        wanted = _stock_logits(model, prompt)
+    if not hidden:  # transformers knows of no base model below the output layer
+        return False
+    try:
+        return _same(model.logits(torch.cat(hidden), emitted=False), wanted, model.dtype)
+    except RuntimeError:  # something in between changes the width
+        return False
 
 
 def _same(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
@@ -149,8 +156,9 @@ def _scaled_hidden_states(causal_lm: PreTrainedModel, factor: float) -> Iterator
     seen: list[Tensor] = []
 
     def scale(module: object, inputs: object, output: Any) -> Any:
-        output.last_hidden_state = output.last_hidden_state * factor
-        seen.append(output.last_hidden_state[0])
+        if "last_hidden_state" in output:
+            output.last_hidden_state = output.last_hidden_state * factor
+            seen.append(output.last_hidden_state[0])
         return output
 
     handle = causal_lm.base_model.register_forward_hook(scale)
