@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,7 @@ def test_the_files_are_the_package_s_own(checkpoint):
         text = (folder / f"{name}.py").read_text()
         assert text == source_of(name)
         assert "from tidar_megatron" not in text and "import tidar_megatron" not in text
+        assert set(re.findall(r"(?m)^from \.(\w+) import", text)) <= set(MODULES), "a module that no export carries"
 
 
 def test_transformers_alone_decodes_with_them(checkpoint, tmp_path):

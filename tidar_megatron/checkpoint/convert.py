@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tidar_megatron.checkpoint import folder
 from tidar_megatron.checkpoint.distributed import STATE_FILE, State, load_weights, read_state
-from tidar_megatron.checkpoint.families import model_from_huggingface, read_config, settled, tidar_section
+from tidar_megatron.checkpoint.families import model_from_huggingface, settled, tidar_section
 from tidar_megatron.checkpoint.huggingface import (
     CONFIG,
     SHARD_BYTES,
@@ -80,9 +80,8 @@ def import_run(
     """
     source, target = Path(source), Path(target)
     check_free("--output", target)
-    check_folder(source)
     model = model_from_huggingface(source, ModelConfig())
-    dtype = read_config(source).dtype
+    dtype = check_folder(source, other_names=True).dtype
     if dtype not in DTYPES:
         name = str(dtype).removeprefix("torch.")
         raise UserError(f"{source / CONFIG}: dtype {name} is not supported; save the model in bfloat16 or float32")

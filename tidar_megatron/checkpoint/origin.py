@@ -74,8 +74,9 @@ def open_origin(path: str | Path) -> Origin:
 
 class _HuggingFace:
     def __init__(self, folder: Path) -> None:
-        check_folder(folder)
         self._folder = folder
+        self.model(ModelConfig())
+        check_folder(folder, other_names=True)
         self.mask_token_id = tidar_section(folder).get("mask_token_id")
         check_mask_token(folder, self.mask_token_id)
 

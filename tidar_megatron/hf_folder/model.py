@@ -33,11 +33,15 @@ SPARE = 2**26  # elements: of what is not in the safetensors, such as masks and 
 
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = ("BF16", "F16", "F32", "F64")
 
 
-def check_folder(folder: str | Path) -> PretrainedConfig:
+def check_folder(folder: str | Path, other_names: bool = False) -> PretrainedConfig:
     """Return the configuration of a folder whose ``config.json`` and safetensors agree; no weight is read.
+
+    Args:
+        folder: local.
+        other_names: take safetensors of any name where there are none of the names that transformers reads.
 
     Raises:
         UserError: a file is missing or broken, transformers does not accept ``config.json``, or it describes another
@@ -47,7 +51,7 @@ def check_folder(folder: str | Path) -> PretrainedConfig:
     path = folder / CONFIG
     raw = read_object(path, "give a Hugging Face model folder")
     check_raw(raw, path)
-    tensors = stored_tensors(folder)
+    tensors = stored_tensors(folder, other_names)
     for key in LAYER_COUNTS:  # before a class makes a list of so many
         if isinstance(raw.get(key), int) and raw[key] > len(tensors):
             raise UserError(

@@ -79,14 +79,14 @@ def open_safetensors(file: Path) -> Any:
         raise UserError(f"{file}: no whole safetensors file ({one_line(error)}); copy it again") from None
 
 
-def stored_tensors(folder: str | Path) -> dict[str, Stored]:
-    """Return what lies in the folder's safetensors, by the names of the tensors.
+def stored_tensors(folder: str | Path, other_names: bool = False) -> dict[str, Stored]:
+    """Return what lies in the folder's safetensors (:func:`weight_files`), by the names of the tensors.
 
     Raises:
         UserError: there are none, or a file is missing or broken.
     """
     found: dict[str, Stored] = {}
-    for file in weight_files(folder):
+    for file in weight_files(folder, other_names):
         handle = open_safetensors(file)
         for name in handle.keys():  # noqa: SIM118
             about = handle.get_slice(name)
