@@ -32,7 +32,7 @@ class Job:
 
 @pytest.fixture
 def job(monkeypatch):
-    for name, seconds in {"BEAT": 0.02, "SILENT": 1.0, "GRACE": 0.2, "ALIKE": 0.3}.items():
+    for name, seconds in {"BEAT": 0.02, "SILENT": 1.0, "HELD_UP": 0.5, "GRACE": 0.2, "ALIKE": 0.3}.items():
         monkeypatch.setattr(startup, name, seconds)
     return Job()
 
@@ -88,6 +88,83 @@ def test_a_rank_that_never_comes(job):
     assert said.startswith("rank 0, starting: ranks 1, 3, 4, 5, 6, 7, 8, 9, ..: has not come (within 0.005 minutes; ")
     assert status == 1
     del ranks
+
+
+def test_a_phase_that_ends_as_the_last_one_does_is_watched(job):
+    ranks = [job.rank(number, 2) for number in range(2)]
+    for start in ranks:
+        start.meet()
+        start.phase = "loading --init-from runs/pretraining"
+    time.sleep(0.1)
+    stop(ranks[1])
+    assert "rank 1: no sign of life" in job.wait(0)[0][0]
+
+
+class Clock:
+    """What startup sees of time, with jumps."""
+
+    sleep = staticmethod(time.sleep)
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+
+def test_a_job_that_was_suspended_accuses_nobody(job, monkeypatch):
+    ranks = [job.rank(number, 2) for number in range(2)]
+    for start in ranks:
+        start.meet()
+        stop(start)
+    clock = Clock()
+    monkeypatch.setattr(startup, "time", clock)
+    ranks[0]._round, ranks[0]._seen = clock.now, {}
+    ranks[0]._judge()
+    clock.now += 600.0  # all ranks stood still
+    ranks[0]._judge()
+    assert not job.store.check([startup.VERDICT])
+    for _ in range(12):  # now rank 0 goes on, and rank 1 does not
+        ranks[0]._round = clock.now
+        clock.now += 0.1
+        ranks[0]._judge()
+    assert job.store.check([startup.VERDICT])
+
+
+def test_a_job_that_was_suspended_while_it_waits_goes_on(job, monkeypatch):
+    start = job.rank(0, 2)
+    stop(start)
+    clock, waits = Clock(), iter([600.0, 0.02, 0.02])
+    monkeypatch.setattr(startup, "time", clock)
+    start._round = clock.now
+
+    class Met:
+        def wait(self, seconds):
+            jump = next(waits, None)
+            clock.now += jump or 0.0
+            if jump == 0.02:
+                start._round = clock.now  # the thread goes on as well
+            return jump is None
+
+    start._met = Met()
+    start.meet()
+
+
+def test_a_store_that_goes_after_the_start_ends_no_rank(job):
+    class Going(dist.HashStore):
+        gone = False
+
+        def check(self, keys):
+            if self.gone:
+                raise dist.DistNetworkError("Broken pipe")
+            return super().check(keys)
+
+    job.store = Going()
+    start = job.rank(1, 2)
+    start._tell = lambda: setattr(job.store, "gone", start._over.is_set())  # gone in the last round
+    leave(start)
+    start._thread.join()
+    assert not job.ended
 
 
 def test_a_failure_is_told(job):

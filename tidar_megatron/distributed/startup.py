@@ -29,11 +29,13 @@ from tidar_megatron.errors import LocalError, Stalled, UserError
 
 BEAT = 1.0  # seconds between two signs of life
 SILENT = 60.0  # seconds without one, after which a rank is given up; reading can hold up its thread for a while
+HELD_UP = 15.0  # seconds after which a rank knows that it was held up itself, as in a suspended job
 GRACE = 5.0  # the same, once a collective has failed somewhere
 ALIKE = 10.0  # seconds that a refusal waits for rank 0's: most refusals are every rank's
 
 VERDICT, FAILED, ALL_HERE = "verdict", "a collective failed", "all are here"  # keys of the store
 DONE = "training"
+LONGER = "--distributed-timeout-minutes gives more time"
 
 
 class Startup:
@@ -80,8 +82,10 @@ class Startup:
             Stalled: the store does not answer.
         """
         self.phase = "waiting for the other ranks"
+        asked = time.monotonic()
         while self._store is not None and not self._met.wait(BEAT):
-            if time.monotonic() - self._round > SILENT:
+            before, asked = asked, time.monotonic()
+            if asked - before < HELD_UP and asked - self._round > SILENT:
                 raise Stalled(f"rank {self._rank}, {self.phase}: the job's store does not answer")
 
     def __enter__(self) -> Self:
@@ -137,6 +141,8 @@ class Startup:
                 if not over:
                     self._judge()
             except Exception as error:  # most of all that the store is gone
+                if self._over.is_set():  # the start is over, and this round was only to say so
+                    return None
                 said = str(error).split("\n")[0]
                 return self._leave([0], f"rank 0, or the agent that keeps the job's store, is gone ({said})", 1)
             self._round = time.monotonic()
@@ -153,6 +159,8 @@ class Startup:
         """Find out who is missing."""
         now, silent, absent = time.monotonic(), list[int](), list[int]()
         allowed = GRACE if self._store.check([FAILED]) else SILENT
+        if now - self._round > HELD_UP:  # perhaps the others were too: their time begins anew
+            self._seen = {rank: (beat, now) for rank, (beat, _) in self._seen.items()}
         for rank in self._watched:
             if rank not in self._seen and not self._store.check([_key(rank)]):
                 absent.append(rank)
@@ -160,13 +168,15 @@ class Startup:
             beat = self._store.get(_key(rank)).decode()
             if self._seen.get(rank, ("", 0.0))[0] != beat:
                 self._seen[rank] = (beat, now)
-            elif now - self._seen[rank][1] > allowed and not beat.endswith(DONE):
+            elif now - self._seen[rank][1] > allowed and beat.partition(" ")[2] != DONE:
                 silent.append(rank)
         if silent:
             phases = sorted({self._seen[rank][0].partition(" ")[2] for rank in silent})
             self._accuse(silent, "no sign of life, it hangs or is gone", "while " + ", ".join(phases))
         elif absent and now - self._began > self._patience:
-            self._accuse(absent, "has not come", f"within {self._patience / 60:.2g} minutes; its own log may say why")
+            self._accuse(
+                absent, "has not come", f"within {self._patience / 60:.2g} minutes; its own log may say why, {LONGER}"
+            )
         elif not absent and self._rank == 0:
             self._store.set(ALL_HERE, "1")
         if not self._met.is_set() and self._store.check([ALL_HERE]):
@@ -278,5 +288,5 @@ def _await(host: str, port: int, rank: int, patience: float) -> None:
     whose = "torchrun's agent" if _agents_keep_it() else "rank 0"
     raise Stalled(
         f"rank {rank}, joining: {whose} at {host}:{port} (MASTER_ADDR, MASTER_PORT) has not come within "
-        f"{patience / 60:.2g} minutes ({said})"
+        f"{patience / 60:.2g} minutes ({said}; {LONGER})"
     )
