@@ -25,6 +25,7 @@ from tidar_megatron.training.trainer import Trainer
 def _quick(monkeypatch):
     monkeypatch.setattr(run_lock, "BEAT", 0.05)
     monkeypatch.setattr(run_lock, "STALE", 0.5)
+    monkeypatch.setattr(run_lock, "MISSING", 0.3)
 
 
 def held_by(folder, content=None, number=1, **changes):
@@ -157,6 +158,31 @@ def test_who_was_taken_over_finds_out(tmp_path):
         time.sleep(0.01)
     removed.release()
     assert not numbers(tmp_path / "other")
+
+
+def test_a_file_system_that_comes_back_empty_for_a_moment_ends_no_run(tmp_path):
+    folder = tmp_path / "run"
+    lock = take_lock(folder)
+    for elsewhere in (tmp_path / "aside", folder / "aside"):  # the folder is away, then it is there and empty
+        away = folder if elsewhere.parent == tmp_path else folder / ".lock-000001"
+        away.rename(elsewhere)
+        time.sleep(0.15)  # some looks
+        lock.check()
+        elsewhere.rename(away)
+        time.sleep(0.15)
+    lock.check()
+    assert not lock.lost
+    lock.release()
+
+
+def test_a_lock_that_another_run_made_anew_is_lost(tmp_path):
+    """As after `rm .lock-*` and a second start: the new lock has the number of the old one."""
+    lock = take_lock(tmp_path)
+    path = held_by(tmp_path, **ELSEWHERE)
+    with pytest.raises(UserError, match=r"lost: another run took it over .*host node7"):
+        lock.check()
+    lock.release()
+    assert not json.loads(path.read_text())["released"]
 
 
 def race(folder, start, winners):

@@ -11,7 +11,8 @@ killed holder leaves it behind. Whether it still lives is decided
 
 Taking over is creating the next number, never removing the last: of many that find a dead holder, exactly one creates
 it. The highest number always stays, also after a release, so that no number is ever used twice. A holder whose lock was
-taken over (its machine was suspended) finds that out, and must stop (:attr:`RunLock.lost`).
+taken over (its machine was suspended) finds that out, and must stop (:attr:`RunLock.lost`). A lock that is not there is
+believed to be removed after :data:`MISSING` seconds only: a file system that comes back may show an empty folder first.
 """
 
 import contextlib
@@ -31,6 +32,7 @@ from tidar_megatron.errors import UserError
 from tidar_megatron.files import replace_text
 
 BEAT, STALE = 10.0, 90.0  # seconds between two signs of life; without one the holder is gone
+MISSING = 60.0  # seconds that a lock must be missing, with no other in its place
 NAME = re.compile(r"\.lock-(\d{6,})")
 
 
@@ -90,28 +92,47 @@ class RunLock:
 
     def __init__(self, path: Path, holder: Holder) -> None:
         self._path, self._holder = path, holder
-        self._lost = False
+        self._lost, self._missing_since = False, float("inf")
         self._over = threading.Event()
         self._beating = threading.Thread(target=self._beat, daemon=True, name="run lock")
         self._beating.start()
 
     @property
     def lost(self) -> bool:
-        """Whether the lock was found taken over, or removed; noticed within :data:`BEAT` seconds."""
+        """Whether another run has taken the lock over, or someone has removed it, as far as this process knows.
+
+        It looks every :data:`BEAT` seconds.
+        """
         return self._lost
 
     def check(self) -> None:
         """Look now.
 
         Raises:
-            UserError: another run has taken the lock over, or someone has removed it.
+            UserError: another run has taken the lock over, or it has been missing for :data:`MISSING` seconds.
         """
-        newest = _newest(self._path.parent)
-        self._lost = self._lost or newest != _number(self._path)
+        other = self._found()
+        if other == self._holder:
+            self._missing_since = float("inf")
+        elif other is None:
+            self._missing_since = min(self._missing_since, time.monotonic())
+            self._lost = self._lost or time.monotonic() - self._missing_since > MISSING
+        else:
+            self._lost = True
         if self._lost:
-            holder = _read(_path(self._path.parent, newest)) if newest else None
-            by = f"another run took it over while this one was not heard of ({holder})" if holder else "it was removed"
+            by = f"another run took it over while this one was not heard of ({other})" if other else "it was removed"
             raise UserError(f"the lock on {self._path.parent} is lost: {by}")
+
+    def _found(self) -> Holder | str | None:
+        """Who holds the folder by what is in it now: this process, another, or nobody."""
+        try:
+            newest = _newest(self._path.parent)
+            holder = _parse(_path(self._path.parent, newest).read_bytes()) if newest else None
+        except FileNotFoundError:
+            return None
+        if holder is None and newest:
+            return self._holder if newest == _number(self._path) else "it has just started"
+        return holder
 
     def release(self) -> None:
         """Give it back."""
@@ -124,10 +145,8 @@ class RunLock:
     def _beat(self) -> None:
         while not self._over.wait(BEAT):
             try:
-                os.utime(self._path)
                 self.check()
-            except FileNotFoundError:
-                self._lost = True
+                os.utime(self._path)
             except (OSError, UserError):  # the first may pass; the second is noted
                 continue
 
@@ -152,6 +171,7 @@ def take_lock(folder: str | Path) -> RunLock:
                 )
             if (lock := _create(folder, newest + 1)) is not None:
                 return lock
+            time.sleep(BEAT / 10)  # a shared file system may show the other's file a little later
     except OSError as error:
         raise UserError(f"--save {folder}: {error.strerror or error}; choose a folder that can be written") from None
 
@@ -232,13 +252,6 @@ def _newest(folder: Path) -> int:
 
 def _as_text(holder: Holder) -> str:
     return json.dumps(dataclasses.asdict(holder)) + "\n"
-
-
-def _read(path: Path) -> Holder | None:
-    try:
-        return _parse(path.read_bytes())
-    except OSError:
-        return None
 
 
 def _parse(content: bytes) -> Holder | None:
