@@ -15,9 +15,12 @@ from tests.random_models import write_random_model
 from tidar_megatron.checkpoint.convert import TOLERANCE, export_run, import_run, verify
 from tidar_megatron.checkpoint.origin import open_origin
 from tidar_megatron.checkpoint.output_row import mask_output_row, rows_mixed
+from tidar_megatron.config import build_config
+from tidar_megatron.data.manifest import TokenizerEntry
 from tidar_megatron.data.tokenizer import byte_tokenizer
 from tidar_megatron.errors import UserError
 from tidar_megatron.inference.loading import load_model
+from tidar_megatron.training.resolve import resolve
 
 MASK = 258
 
@@ -135,6 +138,20 @@ def test_an_export_refuses_a_mask_token_with_another_meaning(tmp_path):
             export_run(tmp_path / "run", tmp_path / "out")
         assert not (tmp_path / "out").exists()
         path.write_text(before)
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("given", [None, MASK])
+def test_a_start_refuses_what_the_export_would(tmp_path, file, given):
+    """Llama-like folders are found with a "pad_token_id" that their tokenizer does not have: the first free id."""
+    hf = write_random_model(tmp_path / "hf", "llama")
+    tokenizer = TokenizerEntry(spec="byte", fingerprint="0" * 64, vocab_size=257, eos_token_id=256)
+    config = build_config({"tidar": {"block_size": 4, "mask_token_id": given}, "data": {"seq_length": 16}})
+    mask = resolve(config, tokenizer, open_origin(hf)).tidar.mask_token_id
+    assert mask == given or (given is None and mask == 257)
+    edit(hf / file, pad_token_id=mask)
+    with pytest.raises(UserError, match=rf"hf: the mask token {mask} is the PAD token; .* or correct that setting"):
+        resolve(config, tokenizer, open_origin(hf))
 
 
 @pytest.mark.parametrize(

@@ -44,5 +44,5 @@ def check_mask_token(folder: str | Path, mask_token_id: int | None, tokenizer: A
     if mask_token_id is not None and (meaning := other_meaning(mask_token_id, tokenizer, *settings)):
         raise UserError(
             f"{folder}: the mask token {mask_token_id} is {meaning}; the mask token may have no other meaning, "
-            "choose another id"
+            "choose another id, or correct that setting"
         )

@@ -11,6 +11,7 @@ from tidar_megatron.checkpoint.folder import checkpoint_folder, restart_points, 
 from tidar_megatron.checkpoint.huggingface import CONFIG
 from tidar_megatron.checkpoint.manifest import Damaged
 from tidar_megatron.checkpoint.origin import Origin
+from tidar_megatron.checkpoint.token_ids import check_mask_token
 from tidar_megatron.config import Config, ModelConfig, check_config, flag
 from tidar_megatron.data.loader import TrainingData
 from tidar_megatron.data.manifest import TokenizerEntry
@@ -30,7 +31,7 @@ def resolve(
         reserved: ids of the tokenizer that no text has.
 
     Raises:
-        UserError: a mask token that the tokenizer uses, flags that contradict ``--init-from``, a vocabulary too
+        UserError: a mask token that has another meaning, flags that contradict ``--init-from``, a vocabulary too
             small for the data, or a model that could not be exported.
     """
     given, model, mask = config.model, config.model, config.tidar.mask_token_id
@@ -66,6 +67,8 @@ def resolve(
     check_config(resolved, resolved=True)
     files = origin.huggingface_files() if origin is not None else None
     huggingface_config(resolved, tokenizer.eos_token_id, read_json(files / CONFIG) if files is not None else None)
+    if files is not None:
+        check_mask_token(files, mask)  # as the export will
     return resolved
 
 
