@@ -54,6 +54,9 @@ class Holder:
         return f"host {self.host}, {job}process {self.pid}, since {self.since}"
 
 
+_HOLDER = TypeAdapter(Holder)
+
+
 def _this_process() -> Holder:
     environment = os.environ
     job = environment.get("SLURM_JOB_ID", "")
@@ -257,6 +260,6 @@ def _as_text(holder: Holder) -> str:
 def _parse(content: bytes) -> Holder | None:
     """None where there is only a part of it."""
     try:
-        return TypeAdapter(Holder).validate_json(content)
+        return _HOLDER.validate_json(content)
     except ValueError:
         return None
