@@ -195,10 +195,14 @@ def test_a_refusal_of_all_is_rank_0s_to_say(job):
     assert 0 not in job.ended
 
 
-def test_what_gloo_cannot_do_is_no_failed_collective(job):
+@pytest.mark.parametrize(
+    "error",
+    [UserError("parts of unequal size, which gloo cannot"), PermissionError(13, "Permission denied", "/igloo/x")],
+)
+def test_what_names_gloo_without_being_its_failure(job, error):
     start = job.rank(0, 1)
     began = time.monotonic()
-    leave(start, UserError("parts of unequal size, which gloo cannot"))
+    leave(start, error)
     assert time.monotonic() - began < 0.5
 
 

@@ -14,7 +14,7 @@ import time
 
 import torch.distributed as dist
 
-from tidar_megatron.errors import Stalled, UserError
+from tidar_megatron.errors import Stalled
 
 GRACE = 5.0  # seconds that the others may sign later, beyond the time of a step
 
@@ -24,7 +24,7 @@ def failed_collective(error: BaseException) -> BaseException | None:
     failed: BaseException | None = error
     while failed is not None:
         said = str(failed).strip().split("\n")[0].lower()
-        if isinstance(failed, dist.DistError) or ("gloo" in said and not isinstance(failed, UserError)):
+        if isinstance(failed, dist.DistError) or (isinstance(failed, RuntimeError) and "gloo" in said):
             return failed
         failed = failed.__cause__ or failed.__context__
     return None
