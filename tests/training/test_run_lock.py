@@ -15,7 +15,7 @@ import pytest
 from tests.training.small_runs import losses, small
 from tidar_megatron.checkpoint.folder import saved_iterations
 from tidar_megatron.errors import UserError
-from tidar_megatron.training import run_lock
+from tidar_megatron.training import run_lock, signals, trainer
 from tidar_megatron.training.loop import pretrain
 from tidar_megatron.training.run_lock import _this_process, take_lock
 from tidar_megatron.training.trainer import Trainer
@@ -219,6 +219,25 @@ def test_of_many_starters_exactly_one_wins(tmp_path):
     assert winners[2] >= 8
     assert len(numbers(tmp_path)) == 1
     assert not list(tmp_path.glob("..lock*"))
+
+
+def test_a_run_that_watches_a_lock_can_be_ended(shards, tmp_path, monkeypatch):
+    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
+
+    def watch(folder):
+        handlers.append(signal.getsignal(signal.SIGTERM))
+        raise UserError("watched")
+
+    handlers = []
+    monkeypatch.setattr(trainer, "take_lock", watch)
+    signals.install()
+    try:
+        with pytest.raises(UserError, match="watched"):
+            pretrain(small(shards, checkpoint={"save": str(tmp_path)}))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert handlers == [signal.SIG_DFL]
 
 
 def test_a_run_holds_its_folder(shards, tmp_path):

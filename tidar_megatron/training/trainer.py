@@ -121,7 +121,8 @@ class Trainer:
             train_data.check_same_tokenizer(valid_data)
         fingerprint = run_fingerprint(config, train_data)
         with contextlib.ExitStack() as failing:
-            lock = _take_lock(config)
+            with signals.mortal():
+                lock = _take_lock(config)
             failing.callback(lock.release if lock is not None else lambda: None)
             with signals.mortal():
                 startup.current.meet()  # now the folder is this run's, and stays as it is
