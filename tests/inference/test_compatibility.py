@@ -23,6 +23,14 @@ LONGROPE = {
     "long_factor": [2.0] * 4,
     "original_max_position_embeddings": 64,
 }
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 SOME_SLIDE = {"layer_types": ["full_attention", "sliding_attention"], "use_sliding_window": True}
 EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}
 
@@ -182,3 +190,46 @@ def test_a_model_that_transformers_cannot_run_is_blamed_on_its_configuration():
     causal_lm.config.sliding_window = None
     with pytest.raises(UserError, match="transformers itself cannot run this model"):
         wrap_model(causal_lm)
+
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_what_rounding_would_hide_is_refused_in_half_precision(dtype):
+    """Small weights attend nearly evenly, so rotary frequencies change less than bfloat16's rounding does."""
+    with pytest.raises(UserError, match="logits differ"):
+        wrap_model(build("Llama", std=0.02, rope_parameters=LONGROPE).to(dtype))
+
+
+def test_experts_that_rounding_chooses_are_no_reason_to_refuse():
+    model = build("Olmoe", std=0.2, num_experts=16, num_experts_per_tok=2, num_key_value_heads=4).bfloat16()
+    weights = dict(model.named_parameters())
+    wrap_model(model)
+    assert all(weight is weights[name] for name, weight in model.named_parameters())
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("rope", [{}, {"rope_parameters": LLAMA3}])  # without and with a twin
+@pytest.mark.parametrize("where", ["forward", "hook"])
+def test_a_model_that_was_changed_in_memory_is_compared_itself(rope, where):
+    model = build("Llama", **rope)
+
+    def reversed_(name, output):
+        setattr(output, name, getattr(output, name).flip(-1))
+        return output
+
+    if where == "hook":
+        model.model.register_forward_hook(lambda module, inputs, output: reversed_("last_hidden_state", output))
+    else:
+        own = model.forward
+        model.forward = lambda *args, **kwargs: reversed_("logits", own(*args, **kwargs))
+    with pytest.raises(UserError, match="logits"):
+        wrap_model(model)
+
+
+def test_a_model_with_weights_elsewhere_is_refused():
+    model = build("Llama")
+    model.model.layers[1].to("meta")  # as accelerate leaves what it offloads
+    with pytest.raises(UserError, match="not in memory"):
+        wrap_model(model)

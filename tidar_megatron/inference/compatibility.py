@@ -5,8 +5,11 @@ class. So a model is compared with itself under transformers' own attention, bef
 a batch of different lengths, beside mask tokens.
 
 Many lengths (a window of 4096) lie beyond what can be compared in a moment. They are found by what they are, numbers of
-the configuration that shape no weight, and the comparison is made on a twin: the same class with the same weights in
-memory, those lengths set to :data:`SHORTENED`. A length that the context limit never reaches stays as it is.
+the configuration that shape no weight, and the comparison is made again on a twin: the same class with the same weights
+in memory, those lengths set to :data:`SHORTENED`. A length that the context limit never reaches stays as it is.
+
+Models of half precision are compared in float32: rounding in bfloat16 hides what a rotary frequency does to small
+weights, and sends tokens to other experts, which looks like a fault.
 """
 
 from collections.abc import Iterator
@@ -24,6 +27,7 @@ from tidar_megatron.errors import UserError
 from tidar_megatron.inference.attention import ATTENTION_NAME, PackedForward, Part, Plan, UnknownAttentionError
 from tidar_megatron.inference.cache import KVPool
 from tidar_megatron.inference.model import DecodeModel
+from tidar_megatron.inference.upcast import HALF, in_float32
 
 LENGTHS = (48, 24, 9, 3)  # tokens of the sequences that are compared
 SHORTENED = 16  # every length of a twin's configuration: it bites in two of these sequences and not in the others
@@ -49,8 +53,10 @@ def check_compatible(model: DecodeModel) -> None:
     causal_lm = model.causal_lm
     lengths = _lengths(causal_lm, model.context_limit)
     try:
-        twin = _twin(causal_lm, lengths) if lengths else causal_lm
-        reason = _difference(replace(model, causal_lm=twin))
+        # The model itself as well: whoever made it may have given it hooks or a forward, which a twin has not.
+        reason = _difference(model) or (
+            _difference(replace(model, causal_lm=_twin(causal_lm, lengths))) if lengths else None
+        )
     except (torch.OutOfMemoryError, UserError):
         raise
     except UnknownAttentionError as error:
@@ -67,7 +73,16 @@ def check_compatible(model: DecodeModel) -> None:
 
 
 def _difference(model: DecodeModel) -> str | None:
-    """What differs between the engine and the class; None where nothing does."""
+    """What differs between the engine and the class; None where nothing does. Half precision is compared in float32."""
+    if model.dtype not in HALF:
+        return _difference_as_it_is(model)
+    with in_float32(model.causal_lm):
+        compared = replace(model)
+        compared.dtype = torch.float32
+        return _difference_as_it_is(compared)
+
+
+def _difference_as_it_is(model: DecodeModel) -> str | None:
     masks = MASKS if model.mask_token_id is not None and model.context_limit > 2 * MASKS else 0
     longest = min(LENGTHS[0], model.context_limit - masks)
     draw = torch.Generator().manual_seed(0)
@@ -189,7 +204,7 @@ def _lengths(causal_lm: PreTrainedModel, context_limit: int) -> list[tuple[Any, 
 def _paths(settings: Any, context_limit: int, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     if isinstance(settings, dict):
         for key, value in settings.items():
-            if path or key != "tidar":
+            if (path or key != "tidar") and not str(key).endswith("_token_id"):
                 yield from _paths(value, context_limit, (*path, key))
     elif isinstance(settings, list | tuple):
         if any(_is_long(value, context_limit) for value in settings):

@@ -20,6 +20,11 @@ def wrap_model(causal_lm: PreTrainedModel, tokenizer: Any = None) -> DecodeModel
         UserError: the class computes more than the engine does, or a broken ``tidar`` section.
     """
     config = causal_lm.config
+    if any(weight.is_meta for weight in causal_lm.parameters()):
+        raise UserError(
+            f"{type(causal_lm).__name__}: some of its weights are not in memory (device_map or accelerate offloads "
+            "them); load the whole model on one device"
+        )
     causal_lm.eval()
     causal_lm.set_attn_implementation(ATTENTION_NAME)
     if causal_lm.config._attn_implementation != ATTENTION_NAME:

@@ -1,0 +1,73 @@
+"""Run a model of half precision in float32, a layer at a time, so that its weights never lie in memory twice."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Give each layer float32 copies of its half-precision weights while it runs, and its own weights back after it.
+
+    A layer is an item of an outermost ``ModuleList``; outside of these it is a module without children. What else owns
+    a tensor has the copy throughout.
+    """
+    layers = dict.fromkeys(item for module in _outermost_lists(model) for item in module)
+    inside = {part for layer in layers for part in layer.modules()}
+    outside = [part for part in model.modules() if part not in inside]
+    leaves = [part for part in outside if not any(part.children())]
+    kept: list[_Swap] = []
+    handles = []
+    for module in (*layers, *leaves):
+        swap = _Swap(module.modules())
+        kept.append(swap)
+        handles.append(module.register_forward_pre_hook(lambda *_, swap=swap: swap.to_float32()))
+        handles.append(module.register_forward_hook(lambda *_, swap=swap: swap.restore(), always_call=True))
+    others = _Swap(part for part in outside if part not in set(leaves))
+    kept.append(others)
+    try:
+        others.to_float32()
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for swap in kept:
+            swap.restore()
+
+
+class _Swap:
+    """The half-precision parameters and buffers of some modules, and float32 copies in their places."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._modules = list(modules)
+        self._own: list[tuple[dict[str, Any], str, Tensor]] = []
+
+    def to_float32(self) -> None:
+        """Put copies in place; without effect where they are."""
+        for module in self._modules if not self._own else ():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None and tensor.dtype in HALF:
+                        self._own.append((tensors, name, tensor))
+        for tensors, name, tensor in self._own:
+            copy = tensor.detach().float()
+            tensors[name] = nn.Parameter(copy, requires_grad=False) if isinstance(tensor, nn.Parameter) else copy
+
+    def restore(self) -> None:
+        """Put the modules' own tensors back; without effect where they are."""
+        for tensors, name, tensor in self._own:
+            tensors[name] = tensor
+        self._own = []
+
+
+def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield child
+        else:
+            yield from _outermost_lists(child)
