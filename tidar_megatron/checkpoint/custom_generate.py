@@ -10,7 +10,7 @@ MODULES = {  # file in the folder -> module of this package; the first is what t
     "generate": "inference/custom_generate",
     **{name: f"inference/{name}" for name in ("engine", "sequence", "drafting", "planner", "acceptance")},
     **{name: f"inference/{name}" for name in ("costs", "static", "attention", "cache", "model", "request")},
-    **{name: f"inference/{name}" for name in ("sampling", "text", "prepared", "wrapping", "compatibility")},
+    **{name: f"inference/{name}" for name in ("sampling", "text", "prepared", "wrapping", "compatibility", "upcast")},
     **{name: name for name in ("attention_mask", "attention_kernels", "text_stream", "mask_token", "tidar_section")},
     **{name: name for name in ("errors", "streams", "files", "json_files")},
 }
