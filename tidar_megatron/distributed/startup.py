@@ -28,7 +28,7 @@ from tidar_megatron.distributed.heartbeat import failed_collective
 from tidar_megatron.errors import LocalError, Stalled, UserError
 
 BEAT = 1.0  # seconds between two signs of life
-SILENT = 60.0  # seconds without one, after which a rank is given up; reading can hold up its thread for a while
+SILENT = 120.0  # seconds without one, after which a rank is given up; reading can hold up its thread for a while
 HELD_UP = 15.0  # seconds after which a rank knows that it was held up itself, as in a suspended job
 GRACE = 5.0  # the same, once a collective has failed somewhere
 ALIKE = 10.0  # seconds that a refusal waits for rank 0's: most refusals are every rank's
