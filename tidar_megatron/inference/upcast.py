@@ -23,12 +23,13 @@ def in_float32(model: nn.Module) -> Iterator[None]:
     leaves = [part for part in outside if not any(part.children())]
     kept: list[_Swap] = []
     handles = []
+    room: dict[Any, Tensor] = {}  # one layer runs at a time, so all use the same
     for module in (*layers, *leaves):
-        swap = _Swap(module.modules())
+        swap = _Swap(module.modules(), room)
         kept.append(swap)
         handles.append(module.register_forward_pre_hook(lambda *_, swap=swap: swap.to_float32()))
         handles.append(module.register_forward_hook(lambda *_, swap=swap: swap.restore(), always_call=True))
-    others = _Swap(part for part in outside if part not in set(leaves))
+    others = _Swap((part for part in outside if part not in set(leaves)), {})
     kept.append(others)
     try:
         others.to_float32()
@@ -41,21 +42,31 @@ def in_float32(model: nn.Module) -> Iterator[None]:
 
 
 class _Swap:
-    """The half-precision parameters and buffers of some modules, and float32 copies in their places."""
+    """The half-precision parameters and buffers of some modules, and float32 copies in their places.
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._modules = list(modules)
+    Args:
+        modules: own the tensors.
+        room: memory for the copies, which others may use after :meth:`restore`.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], room: dict[Any, Tensor]) -> None:
+        self._modules, self._room = list(modules), room
         self._own: list[tuple[dict[str, Any], str, Tensor]] = []
 
     def to_float32(self) -> None:
         """Put copies in place; without effect where they are."""
-        for module in self._modules if not self._own else ():
+        if self._own:
+            return
+        for module in self._modules:
             for tensors in (module._parameters, module._buffers):
                 for name, tensor in tensors.items():
                     if tensor is not None and tensor.dtype in HALF:
                         self._own.append((tensors, name, tensor))
-        for tensors, name, tensor in self._own:
-            copy = tensor.detach().float()
+        for place, (tensors, name, tensor) in enumerate(self._own):
+            key = place, tensor.shape, tensor.device
+            if key not in self._room:
+                self._room[key] = torch.empty_like(tensor, dtype=torch.float32, requires_grad=False)
+            copy = self._room[key].copy_(tensor)
             tensors[name] = nn.Parameter(copy, requires_grad=False) if isinstance(tensor, nn.Parameter) else copy
 
     def restore(self) -> None:
