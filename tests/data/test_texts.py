@@ -250,6 +250,8 @@ FOREIGN = {
     "x.npy": (b"\x93NUMPY\1\0", "is a NumPy array"),
     "x.pdf": (b"%PDF-1.7\n", "is a PDF"),
     "utf16.txt": ("text".encode("utf-16"), "is UTF-16 or UTF-32 text, .*iconv"),
+    "no_mark_le.txt": ("text".encode("utf-16-le"), "is UTF-16 text, .*iconv"),
+    "no_mark_be.txt": ("text".encode("utf-16-be"), "is UTF-16 text, .*iconv"),
     "x.bin": (b"\0\xff", r"is not UTF-8 text \(invalid start byte at byte 1\)"),
     "x.txt.gz": (gzip.compress(b"a\xff"), "is not UTF-8 text"),
 }
@@ -266,6 +268,10 @@ def test_other_formats_are_named_with_a_remedy(tmp_path: Path, name: str) -> Non
         refused(tmp_path / "in", message)
     else:
         assert (list(texts), texts.undecodable) == (["text"], [name])
+
+
+def test_an_array_in_a_file_of_json_lines_is_told(tmp_path: Path) -> None:
+    refused(write(tmp_path / "x.jsonl", '[{"text": "a"}]'), r"x.jsonl, line 1: is an array, .*named \.json")
 
 
 def test_real_parquet_and_arrow_files(tmp_path: Path) -> None:

@@ -111,6 +111,8 @@ def _text_in(value: Any, text_key: str) -> str | BadRow:
             there = f"it has {', '.join(keys)}" if keys else "it has none"
             return BadRow(f"has no key {text_key!r}; {there}; name the key of the text with --text-key")
         value = value[text_key]
+    elif isinstance(value, list):
+        return BadRow("is an array, not an object or a string; a file that is one array of them is named .json")
     if not isinstance(value, str):
         return BadRow(f"the text is of type {type(value).__name__}, not a string")
     try:

@@ -40,6 +40,7 @@ _REFUSED = (  # where the mark stands, the mark, what the file is, what to do; t
     (0, b"\xff\xfe", "UTF-16 or UTF-32 text", "convert it to UTF-8 with iconv"),
     (0, b"\xfe\xff", "UTF-16 text", "convert it to UTF-8 with iconv -f UTF-16"),
 )
+_UTF_16 = re.compile(rb"([^\0]\0){4}|(\0[^\0]){4}")  # without a byte order mark; Latin letters are valid UTF-8 then
 _SUFFIXES = frozenset((".gz", ".bgz", ".bz2", ".xz", ".zst", ".lz4", ".zip"))
 
 
@@ -75,10 +76,12 @@ def open_text(path: Path) -> Iterator[BinaryIO]:
                     stream = cast(BinaryIO, stack.enter_context(cast(IO[bytes], decompress(stream))))
                     head = _head(stream)
                     break
+            inside = f"holds, under {compression}," if compression else "is"
             for place, mark, what, remedy in _REFUSED:
                 if head.startswith(mark, place):
-                    inside = f"holds, under {compression}," if compression else "is"
                     raise NotTextError(f"{path}: {inside} {what}, not UTF-8 text; {remedy}")
+            if _UTF_16.match(head):
+                raise NotTextError(f"{path}: {inside} UTF-16 text, not UTF-8 text; convert it to UTF-8 with iconv")
             yield stream
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         why = getattr(error, "strerror", None) or str(error)
