@@ -233,3 +233,20 @@ def test_a_model_with_weights_elsewhere_is_refused():
     model.model.layers[1].to("meta")  # as accelerate leaves what it offloads
     with pytest.raises(UserError, match="not in memory"):
         wrap_model(model)
+
+
+def test_a_model_of_two_dtypes_that_transformers_cannot_run_is_refused():
+    model = build("Llama").bfloat16()
+    model.lm_head.float()
+    with pytest.raises(UserError, match=r"transformers itself cannot run this model .*dtype"):
+        wrap_model(model)
+
+
+def test_autocast_is_refused_by_name():
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(UserError, match="autocast is not served"):
+        wrap_model(build("Llama"))
+
+
+@pytest.mark.parametrize("length", [2, 3])
+def test_a_context_of_few_tokens_is_compared(length):
+    wrap_model(build("Llama", tidar=False, max_position_embeddings=length))

@@ -76,6 +76,9 @@ def _difference(model: DecodeModel) -> str | None:
     """What differs between the engine and the class; None where nothing does. Half precision is compared in float32."""
     if model.dtype not in HALF:
         return _difference_as_it_is(model)
+    prompt = [0] * min(LENGTHS[-1], model.context_limit)
+    _stock_logits(model, prompt)  # in float32 no weights of several dtypes would be found out
+    _engine_logits(model, [prompt], 0)
     with in_float32(model.causal_lm):
         compared = replace(model)
         compared.dtype = torch.float32
@@ -151,6 +154,8 @@ def _engine_logits(model: DecodeModel, prompts: list[list[int]], masks: int) -> 
     done = [0] * len(prompts)
     for until in (lambda n: (n + 1) // 2, lambda n: n - 1, lambda n: n):
         served = [number for number, prompt in enumerate(prompts) if until(len(prompt)) > done[number]]
+        if not served:
+            continue
         parts = []
         for number in served:
             tokens = prompts[number][done[number] : until(len(prompts[number]))]

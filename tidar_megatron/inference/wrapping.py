@@ -3,6 +3,7 @@
 from typing import Any
 from weakref import WeakSet
 
+import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from tidar_megatron.errors import UserError
@@ -25,6 +26,8 @@ def wrap_model(causal_lm: PreTrainedModel, tokenizer: Any = None) -> DecodeModel
             f"{type(causal_lm).__name__}: some of its weights are not in memory (device_map or accelerate offloads "
             "them); load the whole model on one device"
         )
+    if torch.is_autocast_enabled(causal_lm.device.type):
+        raise UserError("autocast is not served: decode outside its block, with a model that was loaded in the dtype")
     causal_lm.eval()
     causal_lm.set_attn_implementation(ATTENTION_NAME)
     if causal_lm.config._attn_implementation != ATTENTION_NAME:
