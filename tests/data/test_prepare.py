@@ -76,7 +76,7 @@ def test_json_lines_of_every_kind(tmp_path: Path) -> None:
         (b"[" * 100_000, "line 2: is not JSON"),
         (b'{"other": "x"}', "line 2: has no key 'text'; .*--text-key"),
         (b'{"text": 5}', "line 2: the text is of type int"),
-        (b"[]", "line 2: the text is of type list"),
+        (b"[]", "line 2: is an array"),
         (b'"\xff"', "line 2: is not UTF-8"),
         (b'"\\ud800"', "line 2: the text is not valid Unicode"),
     ],
