@@ -97,6 +97,12 @@ def limits(seconds: int = SECONDS, most: int = GIB) -> Iterator[None]:
         signal.signal(signal.SIGALRM, handler)
 
 
+def _names(mutation: Mutation) -> list[str]:
+    """What a message may call it by; a switch by what it switches on, a setting by its flag."""
+    key = mutation.key.removeprefix("use_")
+    return [mutation.file, key, "--" + key.replace("_", "-")]
+
+
 def outcome(use: Callable[[], object], mutation: Mutation | None = None) -> str:
     """``"ok"``, ``"refused"``, or what is wrong: a traceback, a hang, a message of several lines or without a name."""
     try:
@@ -108,8 +114,7 @@ def outcome(use: Callable[[], object], mutation: Mutation | None = None) -> str:
             return f"WRONG message: {said!r}"
         if "allocate memory" in said:
             return f"WRONG memory: {said}"
-        # a switch may be refused by the name of what it switches on
-        if mutation is not None and mutation.file not in said and mutation.key.removeprefix("use_") not in said:
+        if mutation is not None and not any(name in said for name in _names(mutation)):
             return f"WRONG names neither the file nor the key: {said}"
         return "refused"
     except Hang:

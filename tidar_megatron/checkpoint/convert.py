@@ -17,6 +17,7 @@ from torch import Tensor
 from tidar_megatron.checkpoint import folder
 from tidar_megatron.checkpoint.distributed import STATE_FILE, State, load_weights, read_state
 from tidar_megatron.checkpoint.families import model_from_huggingface, settled, tidar_section
+from tidar_megatron.checkpoint.fingerprint import check_shapes
 from tidar_megatron.checkpoint.huggingface import (
     CONFIG,
     SHARD_BYTES,
@@ -189,10 +190,11 @@ def _whole_checkpoint(run: Path, iteration: int | None) -> tuple[Config, int, Pa
         raise UserError(f"--iteration {iteration}: is not in {run}; there are: {there}")
     try:
         check_hashes(checkpoint)
+        saved = read_state(checkpoint).config.get("model", {})
     except Damaged as damage:
         raise UserError(f"--checkpoint {run}: {damage}; choose another one with --iteration") from None
     config = dataclasses.replace(load_config(run / CONFIG_FILE), parallel=ParallelConfig())
-    assert config.model.vocab_size is not None, "a run's configuration is resolved"
+    check_shapes(run / CONFIG_FILE, saved, config.model)
     return config, iteration, checkpoint
 
 

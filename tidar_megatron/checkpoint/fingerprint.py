@@ -9,9 +9,24 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from tidar_megatron.config import CONFIG_FILE, FIELDS, flag
+from tidar_megatron.config import CONFIG_FILE, FIELDS, ModelConfig, flag
 from tidar_megatron.errors import UserError
 
+SHAPES = (  # settings of the model that decide which tensors a checkpoint holds, and of which shapes
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "num_experts",
+    "moe_ffn_hidden_size",
+    "vocab_size",
+    "make_vocab_size_divisible_by",
+    "qk_layernorm",
+    "add_qkv_bias",
+    "untie_embeddings_and_output_weights",
+)
 Fingerprint = dict[str, Any]  # part -> a value of JSON; a flag's name where a flag decides it
 
 
@@ -57,3 +72,20 @@ def _short(value: Any) -> str:
     is_plain = value is None or isinstance(value, str | int | float)
     text = str(value) if is_plain else hashlib.sha256(json.dumps(value).encode()).hexdigest()
     return text if len(text) <= 16 else text[:12] + ".."
+
+
+def check_shapes(path: Path, saved: dict[str, Any], model: ModelConfig) -> None:
+    """Refuse a run's configuration that is of another model than its checkpoint.
+
+    Args:
+        path: of the configuration.
+        saved: the model's settings in the checkpoint's ``state.json``.
+        model: those of the configuration.
+
+    Raises:
+        UserError: names the setting, before a model of its size is built.
+    """
+    for name in SHAPES:
+        now, before = getattr(model, name), saved.get(name)
+        if now != before:
+            raise UserError(f"{path}: model.{name} is {now}, in the checkpoint {before}; copy the run's folder again")
