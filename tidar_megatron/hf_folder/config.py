@@ -138,7 +138,7 @@ def _check_dtype(value: Any, name: str, path: Path) -> None:
 def _check_numbers(section: Tree, path: Path, above: str) -> None:
     for key, value in section.items():
         where = f"{path}: {above}{key} {shown(value)}"
-        if isinstance(value, dict):
+        if isinstance(value, dict) and key not in POSITIVE + NOT_NEGATIVE:
             if not above.count("."):  # rope settings of a layer type are nested once more
                 _check_numbers(value, path, f"{above}{key}.")
         elif isinstance(value, float) and not math.isfinite(value):
