@@ -68,6 +68,15 @@ def refused(action, *said):
         {"quantization_config": {"quant_method": "gptq", "bits": 4}},
         {"rope_parameters": {"rope_type": "default", "rope_theta": "1e4"}},
         {"rope_theta": -5, "rope_parameters": None},
+        {
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 2.0,
+                "low_freq_factor": 4.0,
+                "high_freq_factor": 1.0,
+                "original_max_position_embeddings": 16,
+            },
+        },
         {"hidden_act": "foo"},
         {"vocab_size": 10**12},
         {"hidden_size": 0},

@@ -12,7 +12,7 @@ from typing import Any
 from tidar_megatron.config import CONFIG_FILE, FIELDS, ModelConfig, flag
 from tidar_megatron.errors import UserError
 
-SHAPES = (  # settings of the model that decide which tensors a checkpoint holds, and of which shapes
+SHAPES = (  # settings that decide which tensors a model has, and their shapes (but for the padding of the vocabulary)
     "num_layers",
     "hidden_size",
     "ffn_hidden_size",
@@ -22,7 +22,6 @@ SHAPES = (  # settings of the model that decide which tensors a checkpoint holds
     "num_experts",
     "moe_ffn_hidden_size",
     "vocab_size",
-    "make_vocab_size_divisible_by",
     "qk_layernorm",
     "add_qkv_bias",
     "untie_embeddings_and_output_weights",

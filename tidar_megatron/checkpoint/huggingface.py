@@ -31,7 +31,7 @@ from tidar_megatron.checkpoint.token_ids import check_mask_token, exported_gener
 from tidar_megatron.config import Config, ModelConfig
 from tidar_megatron.data.tokenizer import load_tokenizer, save_tokenizer
 from tidar_megatron.errors import UserError
-from tidar_megatron.hf_folder.config import GENERATION_CONFIG
+from tidar_megatron.hf_folder.config import GENERATION_CONFIG, check_raw
 from tidar_megatron.hf_folder.weights import INDEX, WEIGHTS, open_safetensors, weight_files
 from tidar_megatron.mask_token import MASK_TOKEN
 from tidar_megatron.new_folder import check_free, new_folder, os_error
@@ -246,6 +246,8 @@ def export_huggingface(
     check_free("--hf", folder)
     eos_token_id = tokenizer.eos_token_id if tokenizer is not None else None
     before = read_json(Path(source) / CONFIG) if source is not None else None
+    if source is not None and before is not None:
+        check_raw(before, Path(source) / CONFIG)
     hf_config = huggingface_config(config, eos_token_id, before)
     mask = config.tidar.mask_token_id
     generation = exported_generation_config(hf_config.get("eos_token_id"), mask, source)

@@ -120,6 +120,14 @@ def check_raw(raw: Tree, path: Path) -> None:
         if type(raw.get(name)) is int and raw[name] > LARGEST_COUNT:
             raise UserError(f"{path}: {name} {raw[name]} is too large to be meant; correct it")
     _check_numbers(raw, path, "")
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = raw.get(name) or {}
+        for section in [rope, *(value for value in rope.values() if isinstance(value, dict))]:  # nested in Gemma 3
+            low, high = section.get("low_freq_factor"), section.get("high_freq_factor")
+            if low is not None and high is not None and low >= high:
+                raise UserError(
+                    f"{path}: {name}.low_freq_factor {low} is not below high_freq_factor {high}; correct it"
+                )
     tidar = raw.get("tidar")
     if tidar is not None:
         check_tidar(tidar, raw.get("vocab_size"), str(path))
