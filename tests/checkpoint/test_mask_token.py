@@ -150,7 +150,9 @@ def test_a_start_refuses_what_the_export_would(tmp_path, file, given):
     mask = resolve(config, tokenizer, open_origin(hf)).tidar.mask_token_id
     assert mask == given or (given is None and mask == 257)
     edit(hf / file, pad_token_id=mask)
-    with pytest.raises(UserError, match=rf"hf: the mask token {mask} is the PAD token; .* or correct that setting"):
+    with pytest.raises(
+        UserError, match=rf"hf: tidar.mask_token_id {mask} is the PAD token; .* or correct that setting"
+    ):
         resolve(config, tokenizer, open_origin(hf))
 
 

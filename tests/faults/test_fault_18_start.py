@@ -48,7 +48,7 @@ def test_a_folder_in_use(jobs):
         (
             "killed before it joins",
             [1, 1, KILLED],
-            "rank 2: has not come (within 0.1 minutes; its own log may say why, "
+            "rank 2: has not come (within 0.2 minutes; its own log may say why, "
             "--distributed-timeout-minutes gives more time)",
         ),
         ("killed while it waits", [1, KILLED, 1], "rank 1: " + GONE),

@@ -157,9 +157,7 @@ class Checkpoints:
         problem = self._on_main(make)
         if problem:
             raise UserError(f"--save {self._config.checkpoint.save}: iteration {iteration} is not saved: {problem}")
-        told = [str(partial)]
-        dist.broadcast_object_list(told, src=0)
-        return Path(told[0])
+        return Path(self._ranks.from_main(str(partial)))
 
     def _plan(self, run: Trained, partial: Path) -> Any:
         settings: dict[str, Any] = {"async_strategy": "mcore"} if "async_strategy" in _PARAMETERS else {}
@@ -207,14 +205,13 @@ class Checkpoints:
 
     def _on_main(self, do: Callable[[], None]) -> str | None:
         """Let rank 0 do something with files; what went wrong, on every rank."""
-        problem: list[str | None] = [None]
+        problem: str | None = None
         if self._ranks.is_main:
             try:
                 do()
             except (OSError, UserError) as error:
-                problem = [self._reason(error)]
-        dist.broadcast_object_list(problem, src=0)
-        return problem[0]
+                problem = self._reason(error)
+        return self._ranks.from_main(problem)
 
     def _reason(self, error: Exception) -> str:
         if isinstance(error, OSError) and error.errno:

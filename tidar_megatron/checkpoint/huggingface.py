@@ -262,7 +262,7 @@ def export_huggingface(
     with new_folder("--hf", folder, CONFIG) as hf:
         _write_json(hf / CONFIG, hf_config)
         _write_json(hf / GENERATION_CONFIG, generation)
-        check_mask_token(hf, mask, tokenizer)
+        check_mask_token(hf, mask, tokenizer, shown=folder)
         if settled(model_from_huggingface(hf, config.model)) != settled(config.model):
             raise UserError(f"{source}: its {CONFIG} has settings that make another model of this one; remove them")
         _write_weights(whole, exported, hf, shard_bytes)

@@ -29,13 +29,14 @@ def exported_generation_config(
     return known
 
 
-def check_mask_token(folder: str | Path, mask_token_id: int | None, tokenizer: Any = None) -> None:
+def check_mask_token(folder: str | Path, mask_token_id: int | None, tokenizer: Any = None, shown: Any = None) -> None:
     """Refuse a mask token that the folder gives another meaning.
 
     Args:
         folder: with ``config.json`` and perhaps ``generation_config.json``.
         mask_token_id: of the model; None: nothing is checked but that file.
         tokenizer: of the folder, or None.
+        shown: what a message calls the folder, if not by its path.
 
     Raises:
         UserError: names the meaning; or as :func:`~tidar_megatron.hf_folder.config.read_generation_config`.
@@ -43,6 +44,6 @@ def check_mask_token(folder: str | Path, mask_token_id: int | None, tokenizer: A
     settings = [read_config(folder).to_dict(), read_generation_config(folder)]
     if mask_token_id is not None and (meaning := other_meaning(mask_token_id, tokenizer, *settings)):
         raise UserError(
-            f"{folder}: the mask token {mask_token_id} is {meaning}; the mask token may have no other meaning, "
-            "choose another id, or correct that setting"
+            f"{shown or folder}: tidar.mask_token_id {mask_token_id} is {meaning}; it may mean nothing else; choose "
+            "another id (--mask-token-id), or correct that setting"
         )

@@ -68,6 +68,12 @@ class Ranks:
             dist.broadcast(values, src=dist.get_process_group_ranks(group)[-1], group=group)
         return values
 
+    def from_main(self, value: Any) -> Any:
+        """Return rank 0's ``value``, which must be picklable, on every rank."""
+        told = [value]
+        dist.broadcast_object_list(told, src=0)
+        return told[0]
+
     def any_rank(self, flag: bool) -> bool:
         """Whether ``flag`` is set on any rank of the job; the same answer everywhere."""
         return bool(self.largest(flag))

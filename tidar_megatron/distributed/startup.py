@@ -228,7 +228,7 @@ def join(timeout_minutes: float) -> Startup:
     """Join the job's store that torchrun describes in the environment; nothing happens in a job of one.
 
     Args:
-        timeout_minutes: of collectives; half of it is given to ranks that have not come.
+        timeout_minutes: of collectives, and of ranks that have not come.
 
     Raises:
         Stalled: the process that keeps the store does not answer.
@@ -239,7 +239,7 @@ def join(timeout_minutes: float) -> Startup:
     current, _joined = Startup(None), None
     if "RANK" not in os.environ or world_size == 1:
         return current
-    patience = 30 * timeout_minutes
+    patience = 60 * timeout_minutes
     keeps_store = rank == 0 and not _agents_keep_it()
     stores = [_connect(rank, world_size, patience, keeps_store) for _ in range(2)]  # one for each thread
     number = next(_count)

@@ -41,9 +41,8 @@ def wrap_model(causal_lm: PreTrainedModel, tokenizer: Any = None) -> DecodeModel
     mask_token_id, block_size = _tidar_section(config)
     settings = [part.to_dict() for part in (config, getattr(causal_lm, "generation_config", None)) if part is not None]
     if mask_token_id is not None and (meaning := other_meaning(mask_token_id, tokenizer, *settings)):
-        raise UserError(
-            f"mask token {mask_token_id}: is {meaning}; the mask token may have no other meaning, choose another id"
-        )
+        given = "config.json: tidar.mask_token_id" if config.tidar.get("trained", True) else "mask token"
+        raise UserError(f"{given} {mask_token_id} is {meaning}; it may mean nothing else; choose another id")
     fuse_norms(causal_lm)
     model = DecodeModel(
         causal_lm=causal_lm,

@@ -132,6 +132,7 @@ class Trainer:
             startup.current.phase = "making the process groups"
             with signals.mortal():
                 ranks = initialize(config.parallel, config.training.seed)
+            start = ranks.from_main(start)  # a node may see a shared folder as it was a moment ago
             startup.current.phase = "building the model"
             model = build_model(config, config.model.vocab_size, ranks)
             if start is None and origin is not None:
