@@ -38,9 +38,9 @@ def main():
     for name in [*gathers, "all_reduce", "all_to_all_single", "broadcast"]:
         setattr(dist, name, counted(getattr(dist, name)))
 
-    from tidar_megatron.checkpoint.initialize import initialize_weights
     from tidar_megatron.distributed.groups import initialize, shut_down
     from tidar_megatron.models.gpt import build_model, run_model
+    from tidar_megatron.models.initialize import initialize_weights
     from tidar_megatron.models.loss import joint_loss
     from tidar_megatron.training.layout_check import Documents, variant_config
 

@@ -29,9 +29,9 @@ STEPS = 3
 
 def run_layout(setup, name, folder):
     """The first step's token losses and this rank's gradients, then losses and gradient norms of three steps."""
-    from tidar_megatron.checkpoint.mapping import own_parameters
     from tidar_megatron.config import build_config
     from tidar_megatron.models.loss import token_losses
+    from tidar_megatron.models.parameters import own_parameters
     from tidar_megatron.training.layout_check import gather_gradients
     from tidar_megatron.training.step import forward_backward
     from tidar_megatron.training.trainer import Trainer

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tidar_megatron.checkpoint.manifest import Damaged
+from tidar_megatron.checkpoint.integrity import Damaged
 from tidar_megatron.errors import UserError
 
 VALUES: dict[str, Any] = {

@@ -28,16 +28,16 @@ from transformers import (
 )
 
 from tests.mutations import VALUES, Mutation, mutations, outcome
-from tidar_megatron.checkpoint.convert import export_run, import_run
-from tidar_megatron.checkpoint.distributed import read_state
+from tidar_megatron.checkpoint.contents import read_state
 from tidar_megatron.checkpoint.folder import restart_points
-from tidar_megatron.checkpoint.inspect import describe, inspect
-from tidar_megatron.checkpoint.manifest import FILE_NAME, Manifest, seal
+from tidar_megatron.checkpoint.integrity import FILE_NAME, Manifest, seal
+from tidar_megatron.checkpoint.summary import describe, inspect
 from tidar_megatron.config import load_config
 from tidar_megatron.data.index import _TRAILER
 from tidar_megatron.data.shards import INDEX_FILE, ShardedDocuments
 from tidar_megatron.data.tokenizer import byte_tokenizer, load_tokenizer
 from tidar_megatron.evaluation.stock import load_stock
+from tidar_megatron.huggingface.convert import export_run, import_run
 from tidar_megatron.inference.engine import generate
 from tidar_megatron.inference.loading import load_model
 from tidar_megatron.inference.request import parse_plan

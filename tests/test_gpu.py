@@ -15,7 +15,7 @@ from tidar_megatron.distributed.groups import shut_down
 from tidar_megatron.inference.engine import generate
 from tidar_megatron.inference.loading import load_model
 from tidar_megatron.inference.request import DecodeOptions
-from tidar_megatron.models.attention import choose_backend, hybrid_attention, make_plan
+from tidar_megatron.models.attention import choose_backend, hybrid_attention, make_schedule
 from tidar_megatron.training.loop import pretrain
 
 pytestmark = [
@@ -32,10 +32,10 @@ def test_attention_equals_the_cpus(backend):
     tensors = [torch.randn(2, heads, 512, 64, generator=generator) for heads in (4, 2, 2, 4)]
     seen = []
     for device, chosen in (("cpu", "dense"), ("cuda", choose_backend(backend, "cuda", 64, False))):
-        plan = make_plan(visibility, backend=chosen, chunk_size=32, device=device)
+        schedule = make_schedule(visibility, backend=chosen, chunk_size=32, device=device)
         *inputs, upstream = (t.to(device) for t in tensors)
         inputs = [t.requires_grad_() for t in inputs]
-        out = hybrid_attention(*inputs, plan, 0.125)
+        out = hybrid_attention(*inputs, schedule, 0.125)
         seen.append([t.cpu() for t in (out, *torch.autograd.grad((out * upstream).sum(), inputs))])
     for cpu, gpu in zip(*seen, strict=True):
         torch.testing.assert_close(gpu, cpu, rtol=2e-3, atol=2e-3)

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.mutations import limits
 from tidar_megatron.checkpoint.folder import TRACKER, restart_points
-from tidar_megatron.checkpoint.inspect import inspect
+from tidar_megatron.checkpoint.summary import inspect
 from tidar_megatron.data.sources import open_documents
 from tidar_megatron.data.tokenizer import byte_tokenizer
 from tidar_megatron.errors import UserError

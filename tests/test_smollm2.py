@@ -9,9 +9,9 @@ import torch
 
 from tests.checkpoint.test_convert import same_folder
 from tests.conftest import ROOT, torchrun
-from tidar_megatron.checkpoint.convert import export_run, import_run, verify
 from tidar_megatron.data.prepare import prepare
 from tidar_megatron.evaluation.tasks import run_tasks
+from tidar_megatron.huggingface.convert import export_run, import_run, verify
 from tidar_megatron.inference.engine import generate
 from tidar_megatron.inference.loading import load_model
 from tidar_megatron.inference.request import parse_plan

@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.training.small_runs import STEPS, metrics, small
-from tidar_megatron.errors import run_tool
+from tidar_megatron.program import run_tool
 from tidar_megatron.streams import standard_streams
 from tidar_megatron.training import signals
 

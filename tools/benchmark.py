@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from tidar_megatron.config import flag
-from tidar_megatron.errors import OneLineParser, UserError, run_tool
+from tidar_megatron.errors import UserError
+from tidar_megatron.program import OneLineParser, run_tool
 
 SEQ_LENGTHS = {"training": [1024, 2048], "attention": [1024, 2048, 4096], "loader": [1024, 4096]}
 REPEATS = {

@@ -7,7 +7,8 @@ python tools/certify.py --model DIR --prompts FILE.jsonl [--json]
 import json
 import sys
 
-from tidar_megatron.errors import OneLineParser, UserError, run_tool
+from tidar_megatron.errors import UserError
+from tidar_megatron.program import OneLineParser, run_tool
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ torchrun --nproc-per-node 4 tools/check_layout.py
 
 import os
 
-from tidar_megatron.errors import OneLineParser, run_tool
+from tidar_megatron.program import OneLineParser, run_tool
 
 
 def main() -> None:

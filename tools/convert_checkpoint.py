@@ -12,7 +12,8 @@ import os
 from pathlib import Path
 
 from tidar_megatron.config import Config, ParallelConfig, flag
-from tidar_megatron.errors import OneLineParser, UserError, run_tool
+from tidar_megatron.errors import UserError
+from tidar_megatron.program import OneLineParser, run_tool
 
 LAYOUT = [f"{kind}_model_parallel_size" for kind in ("tensor", "pipeline", "virtual_pipeline", "expert")]
 
@@ -52,7 +53,7 @@ def main() -> None:
 
 
 def _import(args: argparse.Namespace) -> None:
-    from tidar_megatron.checkpoint.convert import import_run
+    from tidar_megatron.huggingface.convert import import_run
 
     layout = {name: getattr(args, name) for name in LAYOUT if getattr(args, name) is not None}
     for name, size in layout.items():
@@ -69,7 +70,7 @@ def _import(args: argparse.Namespace) -> None:
 
 
 def _shape(config: Config, hf: str) -> str:
-    from tidar_megatron.checkpoint.families import read_json
+    from tidar_megatron.huggingface.families import read_json
 
     model = config.model
     new = (model.vocab_size or 0) - read_json(Path(hf) / "config.json")["vocab_size"]
@@ -78,7 +79,7 @@ def _shape(config: Config, hf: str) -> str:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from tidar_megatron.checkpoint.convert import export_run
+    from tidar_megatron.huggingface.convert import export_run
 
     shard_bytes = args.max_shard_size_gb * 10**9
     if not 1 <= shard_bytes < float("inf"):
@@ -90,7 +91,7 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> None:
-    from tidar_megatron.checkpoint.convert import TOLERANCE, verify
+    from tidar_megatron.huggingface.convert import TOLERANCE, verify
 
     found = verify(args.hf, args.checkpoint, args.iteration)
     if args.json:

@@ -6,7 +6,8 @@ python tools/evaluate.py --model DIR --tasks FILE.jsonl [NAME ...] [--human-eval
 
 import json
 
-from tidar_megatron.errors import OneLineParser, UserError, run_tool
+from tidar_megatron.errors import UserError
+from tidar_megatron.program import OneLineParser, run_tool
 
 
 def main() -> None:

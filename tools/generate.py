@@ -14,7 +14,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from tidar_megatron.errors import OneLineParser, UserError, run_tool
+from tidar_megatron.errors import UserError
+from tidar_megatron.program import OneLineParser, run_tool
 
 if TYPE_CHECKING:
     from tidar_megatron.inference.request import DecodeOptions
@@ -76,10 +77,6 @@ def plan_of(args: argparse.Namespace) -> "DecodeOptions":
         return parse_plan(args.plan)
     fixed = args.draft_length is not None or args.branches is not None or args.trust_ratio < 1
     mode: Mode = args.mode or ("tidar" if fixed else "auto")
-    if mode in ("auto", "ar") and args.draft_length is not None:
-        raise UserError(f"--mode {mode}: has no --draft-length; leave it out, or use --mode tidar")
-    if mode != "tidar" and args.branches is not None:
-        raise UserError(f"--mode {mode}: has no --branches; leave them out, or use --mode tidar")
     return DecodeOptions(mode, args.draft_length, "all" if args.branches is None else args.branches)
 
 

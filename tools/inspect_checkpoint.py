@@ -10,7 +10,7 @@ Exit status 1: a checkpoint is damaged.
 import json
 import sys
 
-from tidar_megatron.errors import OneLineParser, run_tool
+from tidar_megatron.program import OneLineParser, run_tool
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--verify", action="store_true", help="read every file and compare its hash")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
-    from tidar_megatron.checkpoint.inspect import describe, inspect
+    from tidar_megatron.checkpoint.summary import describe, inspect
 
     found = inspect(args.folder, args.verify)
     print(json.dumps(found) if args.json else "\n".join(describe(found)))

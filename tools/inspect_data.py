@@ -9,7 +9,8 @@ The status is 1 where a shard is not what the manifest says.
 import argparse
 import sys
 
-from tidar_megatron.errors import OneLineParser, UserError, run_tool
+from tidar_megatron.errors import UserError
+from tidar_megatron.program import OneLineParser, run_tool
 
 
 def main() -> None:
@@ -30,7 +31,7 @@ def main() -> None:
         raise UserError(f"--seq-length {length}: must be a multiple of --block-size {block}, both at least 1")
     from rich.console import Console
 
-    from tidar_megatron.data.inspect import inspect_data  # heavy: after the command line is known to be sound
+    from tidar_megatron.data.preview import inspect_data  # heavy: after the command line is known to be sound
     from tidar_megatron.data.sources import is_pair
 
     if arguments.tokenizer and not is_pair(arguments.data):

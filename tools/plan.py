@@ -8,7 +8,8 @@ import math
 import os
 
 from tidar_megatron.config import FIELDS
-from tidar_megatron.errors import OneLineParser, UserError, run_tool
+from tidar_megatron.errors import UserError
+from tidar_megatron.program import OneLineParser, run_tool
 
 
 def main() -> None:
@@ -40,14 +41,14 @@ def main() -> None:
     config = load_config(arguments.config, sizes)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a plan computes nothing, and must not disturb a GPU that trains
     from tidar_megatron.planning.hardware import HARDWARE  # heavy: after the command line is known to be sound
-    from tidar_megatron.planning.report import make_plan, print_plan
+    from tidar_megatron.planning.report import print_report, report_layouts
 
     hardware = HARDWARE[arguments.hardware]
-    plan = make_plan(config, arguments.gpus, hardware, arguments.gpu_memory_gib, arguments.top)
+    report = report_layouts(config, arguments.gpus, hardware, arguments.gpu_memory_gib, arguments.top)
     if arguments.json:
-        print(plan.as_json())
+        print(report.as_json())
     else:
-        print_plan(plan)
+        print_report(report)
 
 
 if __name__ == "__main__":

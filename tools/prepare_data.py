@@ -19,7 +19,7 @@ counted.
 
 import argparse
 
-from tidar_megatron.errors import OneLineParser, run_tool
+from tidar_megatron.program import OneLineParser, run_tool
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ SIGTERM or SIGUSR1 to any rank: all ranks save and leave with status 75 (trainin
 
 import os
 
-from tidar_megatron.errors import run_tool
+from tidar_megatron.program import run_tool
 from tidar_megatron.training import signals
 
 

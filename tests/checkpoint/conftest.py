@@ -3,7 +3,7 @@
 import pytest
 
 from tests.random_models import MODELS, write_random_model
-from tidar_megatron.checkpoint.convert import import_run
+from tidar_megatron.huggingface.convert import import_run
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import threading
 import time
 from pathlib import Path
 
-from tidar_megatron.checkpoint.convert import import_run
+from tidar_megatron.huggingface.convert import import_run
 
 
 def anonymous():

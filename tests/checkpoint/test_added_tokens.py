@@ -8,12 +8,12 @@ from safetensors.torch import load_file
 
 from tests.checkpoint.test_init_from import starting_from, starts_from
 from tests.random_models import write_random_model
-from tidar_megatron.checkpoint.convert import export_run, import_run, verify
 from tidar_megatron.config import build_config
 from tidar_megatron.data.prepare import prepare
 from tidar_megatron.data.tokenizer import byte_tokenizer, rows_needed
 from tidar_megatron.distributed.groups import shut_down
 from tidar_megatron.errors import UserError
+from tidar_megatron.huggingface.convert import export_run, import_run, verify
 from tidar_megatron.training.loop import pretrain
 
 ROWS, EXTRA = 258, 3  # the byte tokenizer's 257 ids and a row of padding; ids 257 to 260 are added

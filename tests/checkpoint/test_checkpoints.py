@@ -10,9 +10,9 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from tests.faults.checkpoint_jobs import tensors
 from tests.training.small_runs import losses, small
-from tidar_megatron.checkpoint.distributed import read_state
+from tidar_megatron.checkpoint.contents import read_state
 from tidar_megatron.checkpoint.folder import checkpoint_folder, saved_iterations
-from tidar_megatron.checkpoint.manifest import FILE_NAME, seal, write_manifest
+from tidar_megatron.checkpoint.integrity import FILE_NAME, seal, write_manifest
 from tidar_megatron.distributed.groups import shut_down
 from tidar_megatron.training.loop import pretrain
 from tidar_megatron.training.trainer import Trainer

@@ -9,10 +9,10 @@ import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from tidar_megatron.checkpoint.convert import TOLERANCE, export_run, import_run, verify
-from tidar_megatron.checkpoint.families import model_from_huggingface
 from tidar_megatron.config import ModelConfig
 from tidar_megatron.errors import UserError
+from tidar_megatron.huggingface.convert import TOLERANCE, export_run, import_run, verify
+from tidar_megatron.huggingface.families import model_from_huggingface
 
 SHAPE = {
     "vocab_size": 40,

@@ -17,12 +17,12 @@ from tokenizers import normalizers
 
 from tests.conftest import ROOT, torchrun
 from tests.random_models import MODELS, write_random_model
-from tidar_megatron.checkpoint.convert import TOLERANCE, export_run, import_run, verify
-from tidar_megatron.checkpoint.huggingface import Safetensors
-from tidar_megatron.checkpoint.output_row import mask_output_row
 from tidar_megatron.config import ParallelConfig
 from tidar_megatron.data.tokenizer import byte_tokenizer, free_id, reserved_ids, train_bpe
 from tidar_megatron.errors import UserError
+from tidar_megatron.huggingface.convert import TOLERANCE, export_run, import_run, verify
+from tidar_megatron.huggingface.folders import Safetensors
+from tidar_megatron.huggingface.output_row import mask_output_row
 
 SAME = "model_type vocab_size rms_norm_eps rope_parameters tie_word_embeddings eos_token_id dtype architectures".split()
 

@@ -9,20 +9,20 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.training.small_runs import small
-from tidar_megatron.checkpoint.families import huggingface_config
-from tidar_megatron.checkpoint.huggingface import export_huggingface
-from tidar_megatron.checkpoint.initialize import initialize_weights
-from tidar_megatron.checkpoint.streaming import whole_model
 from tidar_megatron.config import build_config
 from tidar_megatron.data.doubled import make_batch
 from tidar_megatron.data.manifest import TokenizerEntry
 from tidar_megatron.data.packing import Piece, pack
 from tidar_megatron.distributed.fake import play_rank
 from tidar_megatron.errors import UserError
+from tidar_megatron.huggingface.families import huggingface_config
+from tidar_megatron.huggingface.folders import export_huggingface
+from tidar_megatron.huggingface.streaming import whole_model
 from tidar_megatron.models.gpt import build_model, run_model
+from tidar_megatron.models.initialize import initialize_weights
 from tidar_megatron.models.output_layer import output_weight
 from tidar_megatron.planning.hardware import HARDWARE
-from tidar_megatron.planning.report import make_plan
+from tidar_megatron.planning.report import report_layouts
 from tidar_megatron.training.resolve import resolve
 from tidar_megatron.training.trainer import Trainer
 
@@ -101,7 +101,7 @@ def test_what_is_trained_can_be_exported_and_nothing_else_is_refused(tmp_path):
             with pytest.raises(UserError, match=r"^[^\n]*cannot be exported[^\n]*$"):  # as an export says
                 huggingface_config(config, None)
             with pytest.raises(UserError, match="cannot be exported"):  # and a plan
-                make_plan(with_vocabulary(config), 1, HARDWARE["h100"], None, 1)
+                report_layouts(with_vocabulary(config), 1, HARDWARE["h100"], None, 1)
         else:
             assert largest_difference(config, tmp_path / str(number)) < 1e-4
             exported.add(case)

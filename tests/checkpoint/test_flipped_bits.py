@@ -7,10 +7,10 @@ import pytest
 from hypothesis import settings
 
 from tests.training.small_runs import small
-from tidar_megatron.checkpoint.distributed import STATE_FILE, whole_checkpoint
+from tidar_megatron.checkpoint.contents import STATE_FILE, whole_checkpoint
 from tidar_megatron.checkpoint.folder import checkpoint_folder, saved_iterations
-from tidar_megatron.checkpoint.inspect import inspect
-from tidar_megatron.checkpoint.manifest import FILE_NAME
+from tidar_megatron.checkpoint.integrity import FILE_NAME
+from tidar_megatron.checkpoint.summary import inspect
 from tidar_megatron.config import ParallelConfig
 from tidar_megatron.distributed.groups import initialize, shut_down
 from tidar_megatron.training.loop import pretrain

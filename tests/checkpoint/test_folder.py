@@ -4,7 +4,7 @@ import pytest
 
 from tidar_megatron.checkpoint import folder
 from tidar_megatron.checkpoint.folder import checkpoint_folder, restart_points, saved_iterations
-from tidar_megatron.checkpoint.manifest import Damaged, check_hashes, read_manifest, seal
+from tidar_megatron.checkpoint.integrity import Damaged, check_hashes, read_manifest, seal
 
 
 def publish(run, iteration, keep_last=None, content="some weights"):

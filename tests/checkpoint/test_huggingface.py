@@ -7,19 +7,21 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.random_models import LLAMA3, write_random_model
-from tidar_megatron.checkpoint.families import model_from_huggingface
-from tidar_megatron.checkpoint.huggingface import Safetensors
-from tidar_megatron.checkpoint.mapping import TABLE, cut, expected_names
 from tidar_megatron.config import ModelConfig
 from tidar_megatron.errors import UserError
+from tidar_megatron.huggingface.families import model_from_huggingface
+from tidar_megatron.huggingface.folders import Safetensors
+from tidar_megatron.huggingface.mapping import NAMES, expected_names
 from tidar_megatron.models.layers import scaled_frequencies
+from tidar_megatron.models.parameters import KINDS
 
 
 def test_tensor_parallel_parts_make_the_whole():
     whole = torch.arange(8 * 6.0).reshape(8, 6)
-    for entry in TABLE:
-        parts = [cut(entry, whole, rank, 2) for rank in (0, 1)]
-        if entry.shard == "replicated":
+    assert {kind.name for kind in KINDS} == set(NAMES)
+    for kind in KINDS:
+        parts = [kind.part(whole, rank, 2) for rank in (0, 1)]
+        if kind.shard == "replicated":
             assert all(torch.equal(part, whole) for part in parts)
         else:
             assert sum(part.numel() for part in parts) == whole.numel()

@@ -10,14 +10,14 @@ from safetensors.torch import load_file
 
 from tests.conftest import torchrun
 from tests.random_models import write_random_model
-from tidar_megatron.checkpoint.convert import export_run, import_run
-from tidar_megatron.checkpoint.origin import open_origin
 from tidar_megatron.config import CONFIG_FILE, build_config, load_config
 from tidar_megatron.data.prepare import prepare
 from tidar_megatron.data.sources import tokenizer_of
 from tidar_megatron.data.tokenizer import byte_tokenizer
 from tidar_megatron.distributed.groups import shut_down
 from tidar_megatron.errors import UserError
+from tidar_megatron.huggingface.convert import export_run, import_run
+from tidar_megatron.huggingface.origin import open_origin
 from tidar_megatron.training.loop import pretrain
 from tidar_megatron.training.resolve import resolve
 from tidar_megatron.training.trainer import Trainer

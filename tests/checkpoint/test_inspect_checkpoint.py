@@ -11,8 +11,8 @@ import pytest
 from tests.conftest import ROOT
 from tests.training.small_runs import small
 from tidar_megatron.checkpoint.folder import checkpoint_folder
-from tidar_megatron.checkpoint.inspect import describe, inspect
-from tidar_megatron.checkpoint.manifest import FILE_NAME, seal, write_manifest
+from tidar_megatron.checkpoint.integrity import FILE_NAME, seal, write_manifest
+from tidar_megatron.checkpoint.summary import describe, inspect
 from tidar_megatron.errors import UserError
 from tidar_megatron.training.loop import pretrain
 from tidar_megatron.training.trainer import Trainer

@@ -12,13 +12,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from tests.random_models import write_random_model
-from tidar_megatron.checkpoint.convert import TOLERANCE, export_run, import_run, verify
-from tidar_megatron.checkpoint.origin import open_origin
-from tidar_megatron.checkpoint.output_row import mask_output_row, rows_mixed
 from tidar_megatron.config import build_config
 from tidar_megatron.data.manifest import TokenizerEntry
 from tidar_megatron.data.tokenizer import byte_tokenizer
 from tidar_megatron.errors import UserError
+from tidar_megatron.huggingface.convert import TOLERANCE, export_run, import_run, verify
+from tidar_megatron.huggingface.origin import open_origin
+from tidar_megatron.huggingface.output_row import mask_output_row, rows_mixed
 from tidar_megatron.inference.loading import load_model
 from tidar_megatron.training.resolve import resolve
 

@@ -9,9 +9,9 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
 from tests.training.small_runs import small
-from tidar_megatron.checkpoint.distributed import load_weights
+from tidar_megatron.checkpoint.contents import load_weights
 from tidar_megatron.checkpoint.folder import checkpoint_folder
-from tidar_megatron.checkpoint.manifest import FILE_NAME, Damaged, seal, write_manifest
+from tidar_megatron.checkpoint.integrity import FILE_NAME, Damaged, seal, write_manifest
 from tidar_megatron.checkpoint.pickles import read_metadata
 from tidar_megatron.distributed.groups import shut_down
 from tidar_megatron.errors import UserError

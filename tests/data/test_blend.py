@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tidar_megatron.data.blend import FINEST, Blend, parse_blend
-from tidar_megatron.data.loader import TrainingData
+from tidar_megatron.data.loader import SequenceSettings, TrainingData
 from tidar_megatron.data.tokenizer import train_bpe
 from tidar_megatron.errors import UserError
 
@@ -80,7 +80,7 @@ def blended(make_shards: Callable[..., Path]) -> TrainingData:
     given_data = [
         word for weight, folder in zip((5, 3, 2), folders, strict=True) for word in (str(weight), str(folder))
     ]
-    return TrainingData(given_data, 32, 4, 300, seed=3)
+    return TrainingData(given_data, SequenceSettings(32, 4, 300, seed=3))
 
 
 def test_each_source_counts_its_own_epochs(blended: TrainingData) -> None:
@@ -118,13 +118,13 @@ def test_evaluation_of_a_blend_ends_where_a_source_does(blended: TrainingData) -
 def test_sources_of_two_tokenizers(make_shards: Callable[..., Path]) -> None:
     bytes_, other = make_shards(["x"]), make_shards(["y"], name="bpe", tokenizer=train_bpe(["some text " * 50], 260))
     with pytest.raises(UserError, match=r"bpe was written with another tokenizer than .*made"):
-        TrainingData(["1", str(bytes_), "1", str(other)], 32, 4, 300, seed=0)
+        TrainingData(["1", str(bytes_), "1", str(other)], SequenceSettings(32, 4, 300, seed=0))
 
 
 def test_the_fingerprint_names_what_differs(blended: TrainingData, make_shards: Callable[..., Path]) -> None:
     """Part by part; the same data in another place are the same."""
     folder = make_shards(some_texts(9), name="again")
-    print_of_part = TrainingData(folder, 32, 4, 300, seed=3).fingerprint()
+    print_of_part = TrainingData(folder, SequenceSettings(32, 4, 300, seed=3)).fingerprint()
     assert print_of_part["data"][0]["manifest"] == blended.fingerprint()["data"][0]["manifest"]
     changes = [
         ("seq_length", {"seq_length": 64}),
@@ -137,11 +137,11 @@ def test_the_fingerprint_names_what_differs(blended: TrainingData, make_shards: 
     ]
     both = [str(folder), str(changes[-1][1]["data"])]
     of_weights = [
-        TrainingData([a, both[0], b, both[1]], 32, 4, 300, seed=3).fingerprint()
+        TrainingData([a, both[0], b, both[1]], SequenceSettings(32, 4, 300, seed=3)).fingerprint()
         for a, b in (("7", "3"), ("0.7", "0.3"))
     ]
     assert of_weights[0] == of_weights[1]
-    arguments = {"data": folder, "seq_length": 32, "block_size": 4, "mask_token_id": 300, "seed": 3}
     for part, change in changes:
-        other = TrainingData(**(arguments | change)).fingerprint()
+        settings = {"data": folder, "seq_length": 32, "block_size": 4, "mask_token_id": 300, "seed": 3} | change
+        other = TrainingData(settings.pop("data"), SequenceSettings(**settings)).fingerprint()
         assert [name for name in print_of_part if other[name] != print_of_part[name]] == [part]

@@ -9,8 +9,8 @@ from data_helpers import some_texts
 from rich.console import Console
 
 from tests.tokenizer_kinds import KINDS
-from tidar_megatron.data.inspect import inspect_data
 from tidar_megatron.data.prepare import prepare
+from tidar_megatron.data.preview import inspect_data
 from tidar_megatron.data.shards import ShardedDocuments
 from tidar_megatron.errors import UserError
 

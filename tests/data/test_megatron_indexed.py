@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from data_helpers import some_texts
 
-from tidar_megatron.data.loader import TrainingData
+from tidar_megatron.data.loader import SequenceSettings, TrainingData
 from tidar_megatron.data.megatron_indexed import IndexedDocuments
 from tidar_megatron.data.sources import any_pair, open_documents, tokenizer_of
 from tidar_megatron.data.tokenizer import byte_tokenizer
@@ -78,8 +78,8 @@ def test_documents_without_eos_get_one(tmp_path: Path, tokenizer: str) -> None:
 def test_the_same_batches_as_from_shards(tmp_path: Path, tokenizer: str, make_shards: Callable[..., Path]) -> None:
     """A pair and shards of the same documents train the same, since both are packed by lengths alone."""
     pair = write_pair(tmp_path / "pair", ids(37, eos=False))
-    ours = TrainingData(pair, 32, 4, 300, seed=5, tokenizer=tokenizer)
-    theirs = TrainingData(make_shards(some_texts(37)), 32, 4, 300, seed=5)
+    ours = TrainingData(pair, SequenceSettings(32, 4, 300, seed=5), tokenizer=tokenizer)
+    theirs = TrainingData(make_shards(some_texts(37)), SequenceSettings(32, 4, 300, seed=5))
     ours.check_same_tokenizer(theirs)
     for number in range(3 * len(theirs.sequences[0])):
         assert ours.sequence(number).tokens.tolist() == theirs.sequence(number).tokens.tolist()

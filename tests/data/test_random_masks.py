@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.data.test_doubled import some_rows
 from tidar_megatron.data.doubled import TokenCounts, make_batch, set_loss_weights
-from tidar_megatron.data.loader import TrainingData
+from tidar_megatron.data.loader import SequenceSettings, TrainingData
 from tidar_megatron.data.random_masks import EPSILON, random_masks
 from tidar_megatron.errors import UserError
 
@@ -79,7 +79,7 @@ def test_the_loss_is_total_maskings_on_average() -> None:
 
 def test_training_data_draws_by_number_and_evaluation_masks_all(shards) -> None:
     def data(**settings) -> TrainingData:
-        return TrainingData(str(shards), 32, B, MASK, 3, **settings)
+        return TrainingData(str(shards), SequenceSettings(32, B, MASK, 3, **settings))
 
     (whole,) = data(random_masks=True).step_batches(8, 8, 8, 0, 1)
     again = [data(random_masks=True).step_batches(8, 8, 2, rank, 2) for rank in (0, 1)]
@@ -96,7 +96,7 @@ def test_training_data_draws_by_number_and_evaluation_masks_all(shards) -> None:
 def test_a_mask_token_among_the_tokenizers_ids(shards) -> None:
     """Only one that no text has; if one has it all the same, that is told."""
     with pytest.raises(UserError, match="uses the ids"):
-        TrainingData(str(shards), 32, B, 255, 3)
-    TrainingData(str(shards), 32, B, 255, 3, reserved=[255]).step_batches(0, 4, 4, 0, 1)
+        TrainingData(str(shards), SequenceSettings(32, B, 255, 3))
+    TrainingData(str(shards), SequenceSettings(32, B, 255, 3, reserved=[255])).step_batches(0, 4, 4, 0, 1)
     with pytest.raises(UserError, match=r"its text holds the mask token \(id 97\)"):
-        TrainingData(str(shards), 32, B, 97, 3, reserved=[97]).step_batches(0, 4, 4, 0, 1)
+        TrainingData(str(shards), SequenceSettings(32, B, 97, 3, reserved=[97])).step_batches(0, 4, 4, 0, 1)

@@ -19,7 +19,7 @@ from tests.faults.data_runs import SMALL, ids_of
 from tests.faults.forked_ranks import ended, start_ranks
 from tests.launch.launching import CONFIG, TINY, losses
 from tidar_megatron.checkpoint.folder import TRACKER, checkpoint_folder, latest_iteration, saved_iterations
-from tidar_megatron.checkpoint.manifest import check_hashes
+from tidar_megatron.checkpoint.integrity import check_hashes
 
 LIFE = 6.0  # seconds at most; the first step comes after one or two, and takes a twentieth
 FAR = 1_000_000

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from tests.training.small_runs import losses, small
-from tidar_megatron.checkpoint import checkpoints, folder, manifest, writer
-from tidar_megatron.checkpoint.manifest import check_hashes
+from tidar_megatron.checkpoint import checkpoints, folder, integrity, writer
+from tidar_megatron.checkpoint.integrity import check_hashes
 from tidar_megatron.errors import UserError
 from tidar_megatron.training.loop import pretrain
 
@@ -64,7 +64,7 @@ def half(path, text):
 
 
 def is_new_manifest(path, text):
-    return of_new(path) and path.name == manifest.FILE_NAME
+    return of_new(path) and path.name == integrity.FILE_NAME
 
 
 def is_tracker(source, target):
@@ -86,7 +86,7 @@ PHASES = {
     "all written": (lambda: dying(checkpoints.Checkpoints, "_finish", second(None)), OLD),
     "gathered": (lambda: dying(checkpoints.Checkpoints, "_publish", second(None)), OLD),
     "no manifest": (lambda: dying(folder, "write_manifest", of_new), OLD),
-    "half a manifest": (lambda: dying(manifest, "write_durably", is_new_manifest, before_death=half), OLD),
+    "half a manifest": (lambda: dying(integrity, "write_durably", is_new_manifest, before_death=half), OLD),
     "not renamed": (lambda: dying(folder, "move_into_place", of_new), OLD),
     "renamed": (lambda: dying(folder, "move_into_place", of_new, after=True), OLD),
     "half a tracker": (lambda: dying(os, "replace", is_tracker), OLD),

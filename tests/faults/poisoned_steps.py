@@ -14,7 +14,7 @@ import torch
 
 from tests.training.small_runs import small
 from tidar_megatron.distributed.groups import shut_down
-from tidar_megatron.errors import run_tool
+from tidar_megatron.program import run_tool
 from tidar_megatron.training import loop, step
 from tidar_megatron.training.loop import pretrain
 from tidar_megatron.training.optimizer import whole_weights

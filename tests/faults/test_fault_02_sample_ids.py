@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 from tests.faults.data_runs import SAVE_EVERY, finish, ids_of, kill_after
-from tidar_megatron.data.loader import TrainingData
+from tidar_megatron.data.loader import SequenceSettings, TrainingData
 
 STEPS = 40
 
@@ -14,7 +14,7 @@ def test_killed_mid_shard_and_beyond_the_edge_of_an_epoch(shards, tmp_path):
     """Fault 2: SIGKILL mid-shard, mid-document and beyond an epoch's edge, resumed on another number of ranks: the log
     of sample ids is that of the uninterrupted run, every sample of an epoch once, none repeated, none lost."""
     data, batch = shards[0], 4
-    loader = TrainingData(data, 32, 4, 300, seed=1234)
+    loader = TrainingData(data, SequenceSettings(32, 4, 300, seed=1234))
     epoch = len(loader.sequences[0])
     edge = epoch // batch
     assert edge + 3 < STEPS - SAVE_EVERY and epoch % batch  # a step lies on the edge

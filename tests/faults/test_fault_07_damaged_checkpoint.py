@@ -6,10 +6,10 @@ import pytest
 
 from tests.faults.checkpoint_jobs import tensors
 from tests.training.small_runs import losses, small
-from tidar_megatron.checkpoint.convert import export_run
 from tidar_megatron.checkpoint.folder import checkpoint_folder, restart_points, saved_iterations
 from tidar_megatron.distributed.groups import shut_down
 from tidar_megatron.errors import UserError
+from tidar_megatron.huggingface.convert import export_run
 from tidar_megatron.training.loop import pretrain
 from tidar_megatron.training.trainer import Trainer
 

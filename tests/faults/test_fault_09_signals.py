@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.faults.data_runs import begin, ids_of
 from tests.launch.launching import catches, children, descendants, steps, wait_for
 from tidar_megatron.checkpoint.folder import checkpoint_folder, latest_iteration
-from tidar_megatron.checkpoint.manifest import check_hashes
+from tidar_megatron.checkpoint.integrity import check_hashes
 
 FOREVER = ("--train-iters", 100000)
 

@@ -9,7 +9,7 @@ from tests.conftest import ROOT
 from tests.faults.poisoned_steps import LAYOUTS, POISONS
 from tests.training.small_runs import metrics
 from tidar_megatron.checkpoint.folder import latest_iteration
-from tidar_megatron.errors import DIVERGED_STATUS
+from tidar_megatron.program import DIVERGED_STATUS
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.training.small_runs import losses, small
 from tidar_megatron.checkpoint.folder import checkpoint_folder, latest_iteration, saved_iterations
-from tidar_megatron.checkpoint.manifest import check_hashes
+from tidar_megatron.checkpoint.integrity import check_hashes
 from tidar_megatron.distributed.groups import shut_down
 from tidar_megatron.errors import UserError
 from tidar_megatron.training.loop import pretrain

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from tidar_megatron.attention_mask import INDEX, may_attend, training_layout
-from tidar_megatron.checkpoint.custom_generate import write_custom_generate
+from tidar_megatron.huggingface.exported_engine import write_custom_generate
 from tidar_megatron.inference.model import DecodeModel
 from tidar_megatron.inference.wrapping import wrap_model
 

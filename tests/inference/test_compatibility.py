@@ -8,9 +8,10 @@ import transformers
 
 from tidar_megatron.errors import UserError
 from tidar_megatron.inference import compatibility
-from tidar_megatron.inference.attention import PackedForward, Part, Plan, UnknownAttentionError, packed_attention
+from tidar_megatron.inference.attention import UnknownAttentionError, packed_attention
 from tidar_megatron.inference.cache import KVPool
 from tidar_megatron.inference.engine import generate_batch
+from tidar_megatron.inference.forward import ForwardLayout, PackedForward, Part
 from tidar_megatron.inference.loading import load_model
 from tidar_megatron.inference.request import DecodeOptions
 from tidar_megatron.inference.wrapping import wrap_model
@@ -168,7 +169,7 @@ def test_packed_attention_refuses_what_it_does_not_know():
     module.layer_idx = 0
 
     def attend(mask=None, **arguments):
-        packed = PackedForward(KVPool(1, 4), [Part(0, 0, [1], Plan(1))])
+        packed = PackedForward(KVPool(1, 4), [Part(0, 0, [1], ForwardLayout(1))])
         return packed_attention(module, query, key, key, mask, packed_forward=packed, **arguments)
 
     attend(dropout=0.0, position_ids=None, sliding_window=None)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from tidar_megatron.checkpoint.custom_generate import MODULES, source_of, write_custom_generate
 from tidar_megatron.errors import UserError
+from tidar_megatron.huggingface.exported_engine import MODULES, source_of, write_custom_generate
 from tidar_megatron.inference.custom_generate import generate
 
 ALONE = """

@@ -1,4 +1,4 @@
-"""Plans, their masks against the predicate, and packed attention against attention written out."""
+"""Forward layouts, their masks against the predicate, and packed attention against attention written out."""
 
 import pytest
 import torch
@@ -7,63 +7,57 @@ from hypothesis import strategies as st
 
 from tidar_megatron import attention_kernels
 from tidar_megatron.attention_mask import CLEAN, INDEX, MASK_BLOCK, decode_layout, may_attend, prefix_layout
-from tidar_megatron.inference import attention
-from tidar_megatron.inference.attention import (
-    PackedForward,
-    Part,
-    Plan,
-    UnknownAttentionError,
-    local_mask,
-    position_offsets,
-)
+from tidar_megatron.inference import forward
+from tidar_megatron.inference.attention import UnknownAttentionError
 from tidar_megatron.inference.cache import KVPool
+from tidar_megatron.inference.forward import ForwardLayout, PackedForward, Part, local_mask, position_offsets
 
 
 @st.composite
-def plans(draw):
+def layouts(draw):
     num_drafts = draw(st.integers(1, 6))
     branches = tuple(sorted(draw(st.sets(st.integers(1, num_drafts)))))
-    return Plan(num_drafts, branches, draw(st.integers(1, 5)) if branches else 0)
+    return ForwardLayout(num_drafts, branches, draw(st.integers(1, 5)) if branches else 0)
 
 
 @settings(deadline=None)
-@given(plans(), st.integers(0, 9))
-def test_mask_is_the_predicate_for_every_prefix_length(plan, prefix):
-    layout = decode_layout(prefix, plan.num_drafts, plan.branches, plan.draft_length)
-    expected = may_attend(layout, torch.cat([prefix_layout(prefix), layout]))
+@given(layouts(), st.integers(0, 9))
+def test_mask_is_the_predicate_for_every_prefix_length(layout, prefix):
+    tokens = decode_layout(prefix, layout.num_drafts, layout.branches, layout.draft_length)
+    expected = may_attend(tokens, torch.cat([prefix_layout(prefix), tokens]))
     assert expected[:, :prefix].all()
-    assert torch.equal(local_mask(plan), expected[:, prefix:])
-    assert [prefix + offset for offset in position_offsets(plan)] == layout[:, INDEX].tolist()
+    assert torch.equal(local_mask(layout), expected[:, prefix:])
+    assert [prefix + offset for offset in position_offsets(layout)] == tokens[:, INDEX].tolist()
 
 
 @settings(deadline=None)
-@given(plans())
-def test_rows_after_are_the_places_behind_the_certain_token(plan):
-    layout = decode_layout(0, plan.num_drafts, plan.branches, plan.draft_length)
-    for accepted in range(1, plan.num_drafts + 1):
-        usable = [i for i, r in enumerate(plan.branches) if r <= accepted]
+@given(layouts())
+def test_rows_after_are_the_places_behind_the_certain_token(layout):
+    tokens = decode_layout(0, layout.num_drafts, layout.branches, layout.draft_length)
+    for accepted in range(1, layout.num_drafts + 1):
+        usable = [i for i, r in enumerate(layout.branches) if r <= accepted]
         rows = [
             row
-            for row, token in enumerate(layout.tolist())
+            for row, token in enumerate(tokens.tolist())
             if usable and token[MASK_BLOCK] == usable[-1] != CLEAN and token[INDEX] > accepted
         ]
-        assert list(plan.rows_after(accepted)) == rows
+        assert list(layout.rows_after(accepted)) == rows
 
 
 def test_masks_of_prompts_are_not_kept():
-    kept = attention._kept_bias
+    kept = forward._kept_bias
     query = torch.zeros(1, 2, 200, 8)
     before = kept.cache_info().currsize
     for length in (150, 160):
         pool = KVPool(1, 256)
-        packed = PackedForward(pool, [Part(0, 0, [1] * length, Plan(length))])
+        packed = PackedForward(pool, [Part(0, 0, [1] * length, ForwardLayout(length))])
         packed.attend(0, query[:, :, :length], query[:, :1, :length], query[:, :1, :length], 1.0)
     assert kept.cache_info().currsize == before
 
 
 @settings(deadline=None)
 @given(
-    parts=st.lists(st.tuples(plans(), st.integers(0, 9)), min_size=1, max_size=4),
+    parts=st.lists(st.tuples(layouts(), st.integers(0, 9)), min_size=1, max_size=4),
     heads=st.sampled_from([(4, 4), (4, 2), (6, 1)]),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
     plain=st.booleans(),
@@ -72,7 +66,7 @@ def test_masks_of_prompts_are_not_kept():
     seed=st.integers(0, 2**31),
 )
 def test_packed_attention_is_grouped_query_attention_of_each(parts, heads, dtype, plain, short, threads, seed):
-    """Sequences of other lengths and plans side by side, with torch's CPU kernel and the plain one; the prefix in the
+    """Sequences of other lengths and layouts side by side, with torch's CPU kernel and the plain one; the prefix in the
     masked call and apart; fewer heads than threads."""
     query_heads, kv_heads = heads
     head_dim, generator = 8, torch.Generator().manual_seed(seed)
@@ -81,7 +75,7 @@ def test_packed_attention_is_grouped_query_attention_of_each(parts, heads, dtype
     def draw(heads, tokens):
         return torch.randn(1, heads, tokens, head_dim, generator=generator).to(dtype)
 
-    total = sum(plan.num_tokens for plan, _ in parts)
+    total = sum(layout.num_tokens for layout, _ in parts)
     pool = KVPool(len(parts) + 1, 80)
     slots = list(range(len(parts) + 1))[1:][::-1]
     before = [(draw(kv_heads, prefix), draw(kv_heads, prefix)) for _, prefix in parts]
@@ -89,24 +83,25 @@ def test_packed_attention_is_grouped_query_attention_of_each(parts, heads, dtype
         pool.write(3, slot, 0, keys, values)
     query, key, value = draw(query_heads, total), draw(kv_heads, total), draw(kv_heads, total)
     packed = PackedForward(
-        pool, [Part(s, prefix, [0] * plan.num_drafts, plan) for s, (plan, prefix) in zip(slots, parts, strict=True)]
+        pool,
+        [Part(s, prefix, [0] * layout.num_drafts, layout) for s, (layout, prefix) in zip(slots, parts, strict=True)],
     )
     with pytest.MonkeyPatch.context() as patch:
         if plain:
             patch.setattr(attention_kernels, "has_flash", lambda device: False)
-            patch.setattr(attention, "has_flash", lambda device: False)
+            patch.setattr(forward, "has_flash", lambda device: False)
         patch.setattr(torch, "get_num_threads", lambda: threads)
-        patch.setattr(attention, "SHORT", max(short, 0))
-        patch.setattr(attention, "MOST_KEPT", 0 if short < 0 else attention.MOST_KEPT)
-        attention._kept_bias.cache_clear()
+        patch.setattr(forward, "SHORT", max(short, 0))
+        patch.setattr(forward, "MOST_KEPT", 0 if short < 0 else forward.MOST_KEPT)
+        forward._kept_bias.cache_clear()
         out = packed.attend(3, query, key, value, 0.3)
-        attention._kept_bias.cache_clear()
+        forward._kept_bias.cache_clear()
     assert out.shape == (1, total, query_heads, head_dim) and out.dtype == dtype
     start = 0
-    for (plan, prefix), (keys, values) in zip(parts, before, strict=True):
-        rows = slice(start, start := start + plan.num_tokens)
-        layout = decode_layout(prefix, plan.num_drafts, plan.branches, plan.draft_length)
-        visible = may_attend(layout, torch.cat([prefix_layout(prefix), layout]))
+    for (layout, prefix), (keys, values) in zip(parts, before, strict=True):
+        rows = slice(start, start := start + layout.num_tokens)
+        tokens = decode_layout(prefix, layout.num_drafts, layout.branches, layout.draft_length)
+        visible = may_attend(tokens, torch.cat([prefix_layout(prefix), tokens]))
         for head in range(query_heads):
             group = head // (query_heads // kv_heads)
             k, v = (torch.cat([a[0, group], b[0, group, rows]]).double() for a, b in ((keys, key), (values, value)))
@@ -117,15 +112,20 @@ def test_packed_attention_is_grouped_query_attention_of_each(parts, heads, dtype
 
 @settings(deadline=None)
 @given(
-    plans=st.lists(st.sampled_from([Plan(8), Plan(4, (1,), 4), Plan(4, (3,), 4), Plan(2, (1, 2), 3)]), min_size=5)
-    | plans().map(lambda plan: [plan] * 5),
+    layouts=st.lists(
+        st.sampled_from(
+            [ForwardLayout(8), ForwardLayout(4, (1,), 4), ForwardLayout(4, (3,), 4), ForwardLayout(2, (1, 2), 3)]
+        ),
+        min_size=5,
+    )
+    | layouts().map(lambda layout: [layout] * 5),
     lengths=st.lists(st.integers(0, 20), min_size=2, max_size=5),
     heads=st.sampled_from([(4, 4), (4, 2), (6, 1)]),
     dtype=st.sampled_from([torch.float32, torch.float64]),
     plain=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_parts_of_one_size_in_one_call(plans, lengths, heads, dtype, plain, seed):
+def test_parts_of_one_size_in_one_call(layouts, lengths, heads, dtype, plain, seed):
     """As one by one, the pool included; stale and unused places of the pool do not matter."""
     query_heads, kv_heads = heads
     generator = torch.Generator().manual_seed(seed)
@@ -133,7 +133,7 @@ def test_parts_of_one_size_in_one_call(plans, lengths, heads, dtype, plain, seed
     def draw(heads, tokens):
         return torch.randn(1, heads, tokens, 8, generator=generator).to(dtype)
 
-    size, plans = plans[0].num_tokens, plans[: len(lengths)]
+    size, layouts = layouts[0].num_tokens, layouts[: len(lengths)]
     total = len(lengths) * size
     query, key, value = draw(query_heads, total), draw(kv_heads, total), draw(kv_heads, total)
     fill = draw(kv_heads, 24), draw(kv_heads, 24)
@@ -142,15 +142,15 @@ def test_parts_of_one_size_in_one_call(plans, lengths, heads, dtype, plain, seed
         pool = KVPool(len(lengths) + 2, 60)
         for slot, length in enumerate(lengths, 1):
             pool.write(0, slot, 0, *(x[:, :, : min(24, length + 3)] + slot for x in fill))
-        pairs = zip(lengths, plans, strict=True)
-        parts = [Part(n, length, [0] * plan.num_drafts, plan) for n, (length, plan) in enumerate(pairs, 1)]
+        pairs = zip(lengths, layouts, strict=True)
+        parts = [Part(n, length, [0] * layout.num_drafts, layout) for n, (length, layout) in enumerate(pairs, 1)]
         packed = PackedForward(pool, parts)
         assert packed.is_uniform
         vars(packed)["is_uniform"] = uniform
         with pytest.MonkeyPatch.context() as patch:
             if plain:
                 patch.setattr(attention_kernels, "has_flash", lambda device: False)
-                patch.setattr(attention, "has_flash", lambda device: False)
+                patch.setattr(forward, "has_flash", lambda device: False)
             out = packed.attend(0, query, key, value, 0.3)
         held = [pool.read(0, n, length + size) for n, length in enumerate(lengths, 1)]
         results.append([out, *(tensor for pair in held for tensor in pair)])
@@ -161,16 +161,18 @@ def test_parts_of_one_size_in_one_call(plans, lengths, heads, dtype, plain, seed
 
 def test_what_is_not_uniform():
     def uniform(*parts):
-        return PackedForward(KVPool(4, 400), [Part(s, 0, [0] * plan.num_drafts, plan) for s, plan in parts]).is_uniform
+        return PackedForward(
+            KVPool(4, 400), [Part(s, 0, [0] * layout.num_drafts, layout) for s, layout in parts]
+        ).is_uniform
 
-    plan = Plan(2, (1,), 3)
-    assert uniform((1, plan), (2, plan))
-    assert not uniform((1, plan))
-    assert not uniform((1, plan), (3, plan))
-    assert not uniform((2, plan), (1, plan))
-    assert uniform((1, plan), (2, Plan(5)))
-    assert not uniform((1, plan), (2, Plan(2)))
-    assert not uniform((1, Plan(200)), (2, Plan(200)))
+    layout = ForwardLayout(2, (1,), 3)
+    assert uniform((1, layout), (2, layout))
+    assert not uniform((1, layout))
+    assert not uniform((1, layout), (3, layout))
+    assert not uniform((2, layout), (1, layout))
+    assert uniform((1, layout), (2, ForwardLayout(5)))
+    assert not uniform((1, layout), (2, ForwardLayout(2)))
+    assert not uniform((1, ForwardLayout(200)), (2, ForwardLayout(200)))
 
 
 def test_a_wrapped_model_refuses_to_look_ahead(tiny):

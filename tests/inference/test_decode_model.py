@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tidar_megatron.errors import UserError
-from tidar_megatron.inference.attention import PackedForward, Part, Plan
 from tidar_megatron.inference.cache import KVPool
 from tidar_megatron.inference.engine import Engine
+from tidar_megatron.inference.forward import ForwardLayout, PackedForward, Part
 from tidar_megatron.inference.loading import load_model
 from tidar_megatron.inference.request import DecodeOptions
 from tidar_megatron.inference.sequence import Sequence
@@ -46,7 +46,7 @@ def stock(model, token_ids, visible=None, positions=None, cache=None):
 def draft_and_verify(model, plan):
     pool = KVPool(1, 64)
     with torch.inference_mode():
-        model.forward(PackedForward(pool, [Part(0, 0, PREFIX, Plan(len(PREFIX)))]))
+        model.forward(PackedForward(pool, [Part(0, 0, PREFIX, ForwardLayout(len(PREFIX)))]))
         hidden = model.forward(PackedForward(pool, [Part(0, len(PREFIX), DRAFTS, plan)]))
         return hidden, model.logits(hidden)
 
@@ -69,7 +69,7 @@ def brute_force_branch_mask(prefix, drafts, seen, draft_length):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_draft_logits_equal_the_full_causal_forward(tiny, family, dtype):
     model = tiny(family, dtype)
-    _, logits = draft_and_verify(model, Plan(4, (1, 2, 3, 4), 5))
+    _, logits = draft_and_verify(model, ForwardLayout(4, (1, 2, 3, 4), 5))
     _, expected = stock(model, PREFIX + DRAFTS)
     expected[:, MASK] = -torch.inf
     torch.testing.assert_close(logits[:4], expected[len(PREFIX) :], rtol=0, atol=TOLERANCE[dtype])
@@ -100,7 +100,7 @@ def test_a_forward_that_somebody_replaced_is_called(causal_lm):
     lm.base_model.forward = lambda **inputs: calls.append(1) or forward(**inputs)
     model = wrap_model(lm)
     calls.clear()
-    draft_and_verify(model, Plan(4))
+    draft_and_verify(model, ForwardLayout(4))
     assert len(calls) == 2
 
 
@@ -110,7 +110,7 @@ def test_branches_equal_a_forward_of_the_branch_alone(tiny, family, dtype):
     model = tiny(family, dtype)
     length = 5
     for branches in [(1, 2, 3, 4), (2, 4), (3,)]:
-        hidden, _ = draft_and_verify(model, Plan(4, branches, length))
+        hidden, _ = draft_and_verify(model, ForwardLayout(4, branches, length))
         for i, seen in enumerate(branches):
             visible = brute_force_branch_mask(len(PREFIX), len(DRAFTS), seen, length)
             start = len(PREFIX) + seen

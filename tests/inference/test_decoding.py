@@ -6,8 +6,9 @@ import torch
 from tests.inference.conftest import FAMILIES, MASK
 from tests.inference.options import ar, random_prompt, tidar
 from tidar_megatron.inference import engine
-from tidar_megatron.inference.attention import ATTENTION_NAME, Plan
+from tidar_megatron.inference.attention import ATTENTION_NAME
 from tidar_megatron.inference.engine import generate, stream
+from tidar_megatron.inference.forward import ForwardLayout
 from tidar_megatron.inference.request import DecodeOptions, Generation
 from tidar_megatron.inference.sampling import SamplingOptions
 
@@ -61,15 +62,15 @@ def test_every_number_of_accepted_drafts_occurs_and_every_fallback(trained, prom
         accepted |= set(generate(trained, prompt, tidar(8, "all", 60)).emitted)
     assert accepted == set(range(1, 9))
 
-    rows_after = Plan.rows_after
+    rows_after = ForwardLayout.rows_after
 
-    def spy(plan, n):
-        shorter = [r for r in plan.branches if r <= n]
-        if plan.num_drafts <= 6 and plan.branches:  # not a prefill
+    def spy(layout, n):
+        shorter = [r for r in layout.branches if r <= n]
+        if layout.num_drafts <= 6 and layout.branches:  # not a prefill
             lags.add(n - max(shorter) if shorter else None)
-        return rows_after(plan, n)
+        return rows_after(layout, n)
 
-    monkeypatch.setattr(Plan, "rows_after", spy)
+    monkeypatch.setattr(ForwardLayout, "rows_after", spy)
     for prompt in prompts:
         generate(trained, prompt, tidar(6, 1, 60))
     assert {None, 0, 1, 2, 3} <= lags

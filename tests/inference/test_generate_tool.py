@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tidar_megatron.errors import run_tool
+from tidar_megatron.program import run_tool
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = ROOT / "tools" / "generate.py"
@@ -196,7 +196,7 @@ def test_the_plan_is_named_or_explained(checkpoint, tool):
     for wrong, message in (
         (["--plan", "fast"], "plan 'fast': use auto, ar, linear:8"),
         (["--plan", "2:8", "--mode", "ar"], "--plan 2:8: names it all"),
-        (["--mode", "ar", "--draft-length", 4], "--mode ar: has no --draft-length"),
+        (["--mode", "ar", "--draft-length", 4], "mode ar: has no draft length of its own"),
         (["--mode", "ar", "--explain-plan"], "--explain-plan: needs --plan auto"),
         (["--temperature", "nan"], "temperature nan: must be"),
         (["--stop", "x", ""], "--stop '': give strings of at least one character"),

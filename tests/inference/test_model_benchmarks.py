@@ -98,7 +98,7 @@ def test_bytes_of_a_step_do_not_grow_with_the_context(causal_lm, plan, batch):
             made = []
             size = allocated_bytes(lambda engine=engine, made=made: made.extend(engine.step()))
             if len(made) == batch:
-                key = tuple(sequence.last_part.plan for sequence, _ in made)
+                key = tuple(sequence.last_part.layout for sequence, _ in made)
                 by_size[key] = min(size, by_size.get(key, size))
     same = taken[600].keys() & taken[1900].keys()
     assert same

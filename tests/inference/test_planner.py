@@ -4,20 +4,26 @@ import random
 
 import numpy as np
 import pytest
-import torch
 
 from tidar_megatron.inference import costs as timing
+from tidar_megatron.inference import engine
 from tidar_megatron.inference.acceptance import Acceptance, Outcomes
-from tidar_megatron.inference.attention import Plan
 from tidar_megatron.inference.costs import Clock, Costs, load_costs
 from tidar_megatron.inference.drafting import Branches, Drafts, Linear, likeliest_outcomes
 from tidar_megatron.inference.engine import generate, generate_batch
-from tidar_megatron.inference.planner import Cost, Planned, Planner, expect
+from tidar_megatron.inference.forward import ForwardLayout
+from tidar_megatron.inference.planner import Cost, Planned, Planner, expect, longest_draft
 from tidar_megatron.inference.request import DecodeOptions
 
 FREE = Costs([1, 272], [64], [[0.01], [0.01]])  # a machine with free slots
 DEAR = Costs([1, 272], [64], [[0.001], [0.272]])  # one where every token of a forward costs as much as the first
 MIDDLING = Costs([1, 8, 32, 272], [64, 512], [[0.001, 0.002], [0.002, 0.003], [0.004, 0.006], [0.03, 0.05]])
+
+
+def following(planner):
+    policy = Planned(planner.lengths[-1])
+    policy.planner = planner
+    return policy
 
 
 def believing(probability, length=16):
@@ -36,13 +42,13 @@ def simulate(draft_length, branches, probability, cost, steps=20_000, seed=0):
     drafts, tokens, seconds = Drafts([0]), 0, 0.0
     for _ in range(steps):
         drafts.confidences = [probability] * (len(drafts.tokens) - 1)
-        plan = policy.plan(drafts)
+        layout = policy.layout(drafts)
         accepted = 1
-        while accepted < plan.num_drafts and draw.random() < probability:
+        while accepted < layout.num_drafts and draw.random() < probability:
             accepted += 1
         tokens += accepted
-        seconds += cost(plan.num_tokens)
-        drafts = Drafts([0] * (1 + len(plan.rows_after(accepted))))
+        seconds += cost(layout.num_tokens)
+        drafts = Drafts([0] * (1 + len(layout.rows_after(accepted))))
     return tokens / steps, seconds / steps
 
 
@@ -134,17 +140,17 @@ def test_lags_are_those_of_the_branches_that_a_plan_would_have_had(claims):
 
 def play(planner, probability, steps, draw):
     """So many forwards of one sequence, whose drafts stand with this probability each."""
-    policy, drafts = Planned(planner), Drafts([0])
+    policy, drafts = following(planner), Drafts([0])
     for _ in range(steps):
         planner.begin(1, 100)
-        plan = policy.plan(drafts)
+        layout = policy.layout(drafts)
         accepted = 1
-        while accepted < plan.num_drafts and draw.random() < probability:
+        while accepted < layout.num_drafts and draw.random() < probability:
             accepted += 1
-        policy.observe(drafts, plan, accepted)
-        planner.end(plan.num_tokens, MIDDLING.of(plan.num_tokens, 100))
-        count = len(plan.rows_after(accepted))
-        lag = accepted - (plan.branch_after(accepted) or accepted)
+        policy.observe(drafts, layout, accepted)
+        planner.end(layout.num_tokens, MIDDLING.of(layout.num_tokens, 100))
+        count = len(layout.rows_after(accepted))
+        lag = accepted - (layout.branch_after(accepted) or accepted)
         drafts = Drafts([0] * (1 + count), None, [probability] * count, lag)
 
 
@@ -168,7 +174,7 @@ def follow(planner, gives, takes, steps):
         planner.begin(1, 100)
         plan = planner.choice
         followed[plan.key] = followed.get(plan.key, 0) + 1
-        planner.observe(Drafts([0]), Plan(1), int(gives(plan.key) + draw.random()))
+        planner.observe(Drafts([0]), ForwardLayout(1), int(gives(plan.key) + draw.random()))
         tokens = round(plan.forward_tokens * draw.choice((0.5, 0.8, 1.0, 1.15)))
         planner.end(tokens, takes(tokens) * MIDDLING.of(tokens, 100))
     return followed
@@ -209,11 +215,11 @@ def test_costs_that_were_timed_on_a_busy_machine_are_found_out():
     planner.acceptance = believing(0.9)
     planner.begin(1, 100)
     assert planner.choice.name == "ar"
-    policy = Planned(planner)
+    policy = following(planner)
     for _ in range(4000):
         planner.begin(1, 100)
-        plan = policy.plan(Drafts([0]))
-        planner.end(plan.num_tokens, 0.001 + 0.0001 * plan.num_tokens)
+        layout = policy.layout(Drafts([0]))
+        planner.end(layout.num_tokens, 0.001 + 0.0001 * layout.num_tokens)
     assert planner.choice.draft_length > 2
 
 
@@ -221,12 +227,12 @@ def test_drafts_are_tried_again_after_plain_steps():
     planner = Planner(DEAR, 8)
     planner.acceptance = believing(0.0, 8)
     planner.begin(1, 100)
-    policy = Planned(planner)
-    plans = [policy.plan(Drafts([0])) for _ in range(Planner.PROBE + 10)]
-    assert plans.count(Plan(1, (1,), 8)) == 1 and plans.count(Plan(1)) == len(plans) - 1
-    plans += [Planned(planner).plan(Drafts([0])) for _ in range(Planner.PROBE)]  # short texts, one after the other
-    assert plans.count(Plan(1, (1,), 8)) == 2
-    assert policy.plan(Drafts([0, 1, 2])) == Plan(3)
+    policy = following(planner)
+    plans = [policy.layout(Drafts([0])) for _ in range(Planner.PROBE + 10)]
+    assert plans.count(ForwardLayout(1, (1,), 8)) == 1 and plans.count(ForwardLayout(1)) == len(plans) - 1
+    plans += [following(planner).layout(Drafts([0])) for _ in range(Planner.PROBE)]  # short texts, one after the other
+    assert plans.count(ForwardLayout(1, (1,), 8)) == 2
+    assert policy.layout(Drafts([0, 1, 2])) == ForwardLayout(3)
 
 
 @pytest.mark.parametrize(("failed", "every"), [(4, Planner.CHECK), (40, Planner.PROBE)])
@@ -237,9 +243,9 @@ def test_drafts_are_tried_again_soon_where_few_have_failed(failed, every):
         planner.acceptance.observe(1, True, 0, True)
     planner.begin(1, 100)
     assert planner.choice.name == "ar"
-    policy = Planned(planner)
-    plans = [policy.plan(Drafts([0])) for _ in range(Planner.PROBE)]
-    assert plans.count(Plan(1, (1,), 8)) == Planner.PROBE // every
+    policy = following(planner)
+    plans = [policy.layout(Drafts([0])) for _ in range(Planner.PROBE)]
+    assert plans.count(ForwardLayout(1, (1,), 8)) == Planner.PROBE // every
 
 
 def test_costs_are_timed_once_and_kept(trained, tmp_path, monkeypatch):
@@ -258,13 +264,14 @@ def test_costs_are_timed_once_and_kept(trained, tmp_path, monkeypatch):
 @pytest.mark.parametrize("costs", [FREE, DEAR, MIDDLING])
 def test_the_text_does_not_depend_on_the_plan(trained, prompts, costs, monkeypatch):
     """Also while the plan changes: alone, in a batch, and on a planner that has learned from other text."""
-    monkeypatch.setitem(vars(trained), "_planner", (torch.get_num_threads(), Planner(costs, 8)))
+    planner = Planner(costs, longest_draft(trained))
+    monkeypatch.setattr(engine, "planner_of", lambda model: planner)
     expected = [generate(trained, prompt, DecodeOptions("ar", max_new_tokens=50)).token_ids for prompt in prompts]
     for _ in range(2):
         assert [generate(trained, p, DecodeOptions(max_new_tokens=50)).token_ids for p in prompts] == expected
         batch = generate_batch(trained, prompts, DecodeOptions(max_new_tokens=50), 3)
         assert [generation.token_ids for generation in batch] == expected
-    explained = vars(trained)["_planner"][1].explain()
+    explained = planner.explain()
     assert "tokens/forward" in explained and "accepted by offset" in explained
 
 
@@ -278,7 +285,7 @@ def test_steps_that_read_prompts_are_counted_but_not_timed():
     planner = Planner(MIDDLING, 8)
     for _ in range(50):
         planner.begin(2, 100)
-        planner.observe(Drafts([0, 0]), Plan(2), 1)
+        planner.observe(Drafts([0, 0]), ForwardLayout(2), 1)
         planner.end(20, None)
     assert planner.choice.name == "ar" and not planner.clock.guesses(2, 2)
 
@@ -301,7 +308,7 @@ def test_plain_steps_of_a_batch_are_tried_where_only_larger_ones_are_known():
     planner.acceptance = believing(0.3)
     for _ in range(200):
         planner.begin(3, 100)
-        planner.observe(Drafts([0, 0]), Plan(2), 1 + (draw.random() < 0.3))
+        planner.observe(Drafts([0, 0]), ForwardLayout(2), 1 + (draw.random() < 0.3))
         tokens = round(3 * planner.choice.forward_tokens)
         planner.end(tokens, 0.001 if tokens == 3 else 0.004)
     assert planner.choice.name == "ar"

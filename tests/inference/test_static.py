@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from tidar_megatron.inference.attention import PackedForward, Part, Plan
 from tidar_megatron.inference.cache import KVPool
 from tidar_megatron.inference.engine import Engine
+from tidar_megatron.inference.forward import ForwardLayout, PackedForward, Part
 from tidar_megatron.inference.request import DecodeOptions, parse_plan
 from tidar_megatron.inference.static import TOKENS, Forwards, Shape
 from tidar_megatron.inference.wrapping import wrap_model
@@ -43,7 +43,7 @@ def test_tokens_are_those_of_packed_forwards(trained, prompts, plan):
 def test_hidden_states_are_those_of_packed_forwards(tiny, groups):
     """Behind prefixes of several lengths, one of them empty, other plans side by side, a slot without a sequence."""
     model = tiny("llama" if groups == 2 else "qwen2")
-    plans = {0: Plan(3, (1, 3), 4), 1: Plan(1), 3: Plan(5, (2,), 3)}
+    layouts = {0: ForwardLayout(3, (1, 3), 4), 1: ForwardLayout(1), 3: ForwardLayout(5, (2,), 3)}
     lengths = {0: 9, 1: 0, 3: 30}
     hidden = {}
     with torch.inference_mode():
@@ -51,12 +51,12 @@ def test_hidden_states_are_those_of_packed_forwards(tiny, groups):
             forwards = Forwards(model, 4, 100, static)
             for slot, length in lengths.items():
                 if length:
-                    forwards.run([Part(slot, 0, [7 + slot] * length, Plan(length))], reads_prompt=True)
-            parts = [Part(slot, lengths[slot], [5] * plan.num_drafts, plan) for slot, plan in plans.items()]
+                    forwards.run([Part(slot, 0, [7 + slot] * length, ForwardLayout(length))], reads_prompt=True)
+            parts = [Part(slot, lengths[slot], [5] * layout.num_drafts, layout) for slot, layout in layouts.items()]
             for _ in range(2):  # the second writes over what the first has left
                 out, forward = forwards.run(parts)
             rows = [
-                out[start : start + part.plan.num_tokens] for start, part in zip(forward.starts, parts, strict=True)
+                out[start : start + part.layout.num_tokens] for start, part in zip(forward.starts, parts, strict=True)
             ]
             hidden[static] = torch.cat(rows)
             assert isinstance(forward, PackedForward) != static
@@ -78,11 +78,11 @@ def test_shapes_are_few(trained, prompts):
 
 def test_shape_of_parts():
     pool = KVPool(6, 3000)
-    parts = [Part(0, 300, [1], Plan(1)), Part(4, 20, [1] * 3, Plan(3, (1, 3), 5))]
+    parts = [Part(0, 300, [1], ForwardLayout(1)), Part(4, 20, [1] * 3, ForwardLayout(3, (1, 3), 5))]
     assert Shape.of(parts[:1], pool) == (1, 1, 512)
     assert Shape.of(parts, pool) == (6, 16, 512)
-    assert Shape.of([Part(1, 2900, [1] * 8, Plan(8))], pool) == (2, 8, 3000)
-    assert Shape.of([Part(0, 0, [1] * 600, Plan(600))], pool) is None
+    assert Shape.of([Part(1, 2900, [1] * 8, ForwardLayout(8))], pool) == (2, 8, 3000)
+    assert Shape.of([Part(0, 0, [1] * 600, ForwardLayout(600))], pool) is None
 
 
 COMPILED = """
@@ -152,5 +152,5 @@ def test_captured_graphs_say_the_same(trained, prompts, plan):
 def test_a_step_without_room_for_rounding_up_is_a_packed_one():
     """A text near its end, whose slot cannot hold as many tokens as its neighbour brings."""
     pool = KVPool(2, 100)
-    parts = [Part(0, 95, [1], Plan(1)), Part(1, 10, [1] * 8, Plan(8, (1,), 8))]
+    parts = [Part(0, 95, [1], ForwardLayout(1)), Part(1, 10, [1] * 8, ForwardLayout(8, (1,), 8))]
     assert Shape.of(parts, pool) is None and Shape.of(parts[1:], pool) is not None

@@ -8,8 +8,8 @@ import pytest
 
 from tests.inference.conftest import MASK
 from tests.inference.options import ar, tidar
-from tidar_megatron.inference.attention import Plan
 from tidar_megatron.inference.engine import generate
+from tidar_megatron.inference.forward import ForwardLayout
 from tidar_megatron.inference.model import DecodeModel
 from tidar_megatron.inference.request import DecodeOptions
 
@@ -17,16 +17,16 @@ from tidar_megatron.inference.request import DecodeOptions
 def test_the_last_forwards_hold_nothing_useless(trained, prompts, monkeypatch):
     plans, forward = [], DecodeModel.forward
     monkeypatch.setattr(
-        DecodeModel, "forward", lambda self, packed: plans.append(packed._parts[0].plan) or forward(self, packed)
+        DecodeModel, "forward", lambda self, packed: plans.append(packed._parts[0].layout) or forward(self, packed)
     )
     generate(trained, prompts[4], tidar(8, "all", 2))
-    assert plans == [Plan(16), Plan(1)]
+    assert plans == [ForwardLayout(16), ForwardLayout(1)]
     plans.clear()
     generate(trained, prompts[4], tidar(8, "all", 3))
-    assert plans[0] == Plan(16, (16,), 8) and plans[1].num_masks == 0
+    assert plans[0] == ForwardLayout(16, (16,), 8) and plans[1].num_masks == 0
     plans.clear()
     generate(trained, prompts[4], tidar(8, "all", 1))
-    assert plans == [Plan(16)]
+    assert plans == [ForwardLayout(16)]
 
 
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 3, 4, 5, 8, 9, 10, 17])

@@ -13,7 +13,8 @@ from tests.conftest import ROOT
 from tests.launch.launching import CONFIG, TINY, catches, children, losses, started, steps, wait_for
 from tests.training.small_runs import small
 from tidar_megatron.checkpoint.folder import latest_iteration, saved_iterations
-from tidar_megatron.errors import INTERRUPTED_STATUS, Interrupted
+from tidar_megatron.errors import Interrupted
+from tidar_megatron.program import INTERRUPTED_STATUS
 from tidar_megatron.training import signals
 from tidar_megatron.training.loop import pretrain
 from tidar_megatron.training.signals import RUN_STATE

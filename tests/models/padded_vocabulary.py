@@ -23,10 +23,10 @@ CASES = [("tp2", False), ("tp2sp", True), ("pp2", False)]
 
 def measure(layout, multiple, untied):
     """Losses, draft metrics and gradients of the first weights; losses after two steps; what became of the padding."""
-    from tidar_megatron.checkpoint.initialize import initialize_weights
-    from tidar_megatron.checkpoint.mapping import VOCABULARY, own_parameters
     from tidar_megatron.distributed.groups import initialize
     from tidar_megatron.models.gpt import build_model
+    from tidar_megatron.models.initialize import initialize_weights
+    from tidar_megatron.models.parameters import VOCABULARY, own_parameters
     from tidar_megatron.training.layout_check import Documents, variant_config
     from tidar_megatron.training.optimizer import build_optimizer, wrap_model
     from tidar_megatron.training.step import evaluate, forward_backward, train_step

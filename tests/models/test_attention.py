@@ -15,8 +15,8 @@ from tidar_megatron.attention_mask import clean_tokens, may_attend, training_lay
 from tidar_megatron.benchmark.measuring import peak_bytes
 from tidar_megatron.context_parallel import key_tokens, own_tokens, query_slices
 from tidar_megatron.data.blocks import choose_blocks
-from tidar_megatron.models.attention import choose_backend, flex, hybrid_attention, make_plan
-from tidar_megatron.models.attention.plans import AttentionPlans
+from tidar_megatron.models.attention import choose_backend, flex, hybrid_attention, make_schedule
+from tidar_megatron.models.attention.schedules import AttentionSchedules
 from tidar_megatron.models.attention.tiles import Squares, make_tilings
 
 BATCH, HEADS, CHANNELS = 2, 4, 8
@@ -58,9 +58,9 @@ def choose(visibility, block, chosen, seed):
     return torch.cat([visibility[:, :S], masks], dim=1)
 
 
-def run(plan, query, key, value, upstream):
+def run(schedule, query, key, value, upstream):
     inputs = [t.clone().requires_grad_() for t in (query, key, value)]
-    out = hybrid_attention(*inputs, plan, 0.3)
+    out = hybrid_attention(*inputs, schedule, 0.3)
     return [out, *torch.autograd.grad((out * upstream).sum(), inputs)]
 
 
@@ -89,12 +89,12 @@ def test_chunked_equals_dense_in_float64(total, block, chunk, lengths, doubled, 
     document, index = documents(lengths, total, alike=alike)
     visibility = training_layout(document, index, block) if doubled else clean_tokens(document, index)
     tensors = draw(seed, BATCH, groups, visibility.shape[1])
-    dense = run(make_plan(visibility, backend="dense", chunk_size=1), *tensors)
+    dense = run(make_schedule(visibility, backend="dense", chunk_size=1), *tensors)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: threads)
         if plain:
             patch.setattr(kernels, "has_flash", lambda device: False)
-        equal(run(make_plan(visibility, backend="chunked", chunk_size=chunk), *tensors), dense)
+        equal(run(make_schedule(visibility, backend="chunked", chunk_size=chunk), *tensors), dense)
 
 
 @settings(deadline=None)
@@ -120,22 +120,24 @@ def test_context_parallel_ranks_compute_the_whole(size, blocks, block, chunk, le
         visibility = choose(visibility, block, 2 * size * min(blocks, 1 + seed % 2), seed)
     doubled, length = masks != "none", visibility.shape[1] - S
     *inputs, upstream = draw(seed, BATCH, groups, visibility.shape[1])
-    wanted = run(make_plan(visibility, backend="dense", chunk_size=1), *inputs, upstream)
+    wanted = run(make_schedule(visibility, backend="dense", chunk_size=1), *inputs, upstream)
     got = [torch.zeros_like(t) for t in wanted]
     for rank in range(size):
         own, keys = (tokens(S, rank, size, doubled, length) for tokens in (own_tokens, key_tokens))
         queries = query_slices(len(own), len(keys), rank, size)
         parts = inputs[0][:, :, own], inputs[1][:, :, keys], inputs[2][:, :, keys]
         out, *grads = run(
-            make_plan(visibility[:, keys], queries, backend="chunked", chunk_size=chunk), *parts, upstream[:, :, own]
+            make_schedule(visibility[:, keys], queries, backend="chunked", chunk_size=chunk),
+            *parts,
+            upstream[:, :, own],
         )
         got[0][:, :, own] = out.detach()
         got[1][:, :, own] = grads[0]
         got[2][:, :, keys] += grads[1]  # what reduce-scatter adds up
         got[3][:, :, keys] += grads[2]
         with torch.no_grad():
-            plan = make_plan(visibility[:, keys], queries, backend="flex", chunk_size=1)
-            equal([hybrid_attention(*parts, plan, 0.3)], [wanted[0][:, :, own]])
+            schedule = make_schedule(visibility[:, keys], queries, backend="flex", chunk_size=1)
+            equal([hybrid_attention(*parts, schedule, 0.3)], [wanted[0][:, :, own]])
     equal(got, wanted)
 
 
@@ -146,14 +148,14 @@ def test_flex_equals_dense_in_float64(total, block, chunk, lengths, doubled, ali
     document, index = documents(lengths, total, alike=alike)
     visibility = training_layout(document, index, block) if doubled else clean_tokens(document, index)
     query, key, value, _ = draw(seed, BATCH, groups, visibility.shape[1])
-    dense = hybrid_attention(query, key, value, make_plan(visibility, backend="dense", chunk_size=1), 0.3)
+    dense = hybrid_attention(query, key, value, make_schedule(visibility, backend="dense", chunk_size=1), 0.3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flex, "BLOCK", chunk)
-        plan = make_plan(visibility, backend="flex", chunk_size=1)
-    equal([hybrid_attention(query, key, value, plan, 0.3)], [dense])
+        schedule = make_schedule(visibility, backend="flex", chunk_size=1)
+    equal([hybrid_attention(query, key, value, schedule, 0.3)], [dense])
     # the kernel skips by the BlockMask alone, which the eager mode does not: what it would compute is right as well
     mask = may_attend(visibility, visibility)
-    some, full = (part[:, 0].bool() for part in (plan.block_mask.to_dense(), full_blocks(plan.block_mask)))
+    some, full = (part[:, 0].bool() for part in (schedule.block_mask.to_dense(), full_blocks(schedule.block_mask)))
     cells = mask_cells(mask, chunk)
     assert torch.equal(some, cells.any(-1)), "blocks that hold a visible pair, and no others"
     assert bool((cells | ~inside(visibility.shape[1], chunk) | ~full[..., None]).all()), "full blocks are full"
@@ -184,8 +186,8 @@ def inside(tokens, size):
 def test_chunked_equals_dense_in_lower_precision(dtype):
     visibility = training_layout(*documents([70, 90], 256), 8)
     tensors = [t.to(dtype) for t in draw(0, BATCH, 2, 512)]
-    exact = run(make_plan(visibility, backend="dense", chunk_size=1), *(t.double() for t in tensors))
-    chunked = run(make_plan(visibility, backend="chunked", chunk_size=32), *tensors)
+    exact = run(make_schedule(visibility, backend="dense", chunk_size=1), *(t.double() for t in tensors))
+    chunked = run(make_schedule(visibility, backend="chunked", chunk_size=32), *tensors)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     for ours, theirs in zip(chunked, exact, strict=True):
         assert ours.dtype == dtype
@@ -201,10 +203,10 @@ def test_flex_compiles_once():
         for number, lengths in enumerate(([], [40, 60], [20] * 5, [128])):
             visibility = training_layout(*documents(lengths, 128), 16)
             query, key, value, _ = draw(number, BATCH, 2, 256, dtype=torch.float32)
-            dense = make_plan(visibility, backend="dense", chunk_size=1)
-            plan = make_plan(visibility, backend="flex", chunk_size=1)
+            dense = make_schedule(visibility, backend="dense", chunk_size=1)
+            schedule = make_schedule(visibility, backend="flex", chunk_size=1)
             with torch._dynamo.config.patch(error_on_recompile=number > 0):
-                ours = hybrid_attention(query, key, value, plan, 0.3)
+                ours = hybrid_attention(query, key, value, schedule, 0.3)
             torch.testing.assert_close(ours, hybrid_attention(query, key, value, dense, 0.3), rtol=1e-5, atol=1e-5)
 
 
@@ -239,15 +241,15 @@ def test_fused_clean_half(monkeypatch, doubled):
     document, index = documents([12, 30], 64)
     visibility = training_layout(document, index + 5, 4) if doubled else clean_tokens(document, index + 5)
     query, key, value, _ = draw(3, BATCH, 2, visibility.shape[1])
-    dense = hybrid_attention(query, key, value, make_plan(visibility, backend="dense", chunk_size=1), 0.3)
-    plan = make_plan(visibility, backend="transformer_engine", chunk_size=1)
-    assert type(plan).__name__ == "FusedCleanPlan"
-    equal([hybrid_attention(query, key, value, plan, 0.3)], [dense])
+    dense = hybrid_attention(query, key, value, make_schedule(visibility, backend="dense", chunk_size=1), 0.3)
+    schedule = make_schedule(visibility, backend="transformer_engine", chunk_size=1)
+    assert type(schedule).__name__ == "FusedCleanSchedule"
+    equal([hybrid_attention(query, key, value, schedule, 0.3)], [dense])
     # clean keys of other ranks among the keys: flex does both halves
     keys = key_tokens(64, 0, 2, doubled)
     parts = query_slices(visibility.shape[1] // 2, len(keys), 0, 2)
-    other = make_plan(visibility[:, keys], parts, backend="transformer_engine", chunk_size=1)
-    assert type(other).__name__ == "FlexPlan"
+    other = make_schedule(visibility[:, keys], parts, backend="transformer_engine", chunk_size=1)
+    assert type(other).__name__ == "FlexSchedule"
 
 
 def test_auto(monkeypatch):
@@ -332,25 +334,25 @@ def test_nothing_larger_than_a_chunks_mask_is_made():
             largest = max([largest, *(t.untyped_storage().nbytes() // 4 for t in made)])
             return out
 
-    plan = make_plan(single(S, 8), backend="chunked", chunk_size=chunk)
+    schedule = make_schedule(single(S, 8), backend="chunked", chunk_size=chunk)
     with Watch():
-        run(plan, query, key, value, upstream)
+        run(schedule, query, key, value, upstream)
     assert largest <= max(query.numel(), HEADS * chunk * chunk)
     assert largest < S * S / 8
 
     def expanded():
         inputs = [t.clone().requires_grad_() for t in (query, key, value)]
         heads = inputs[0], *(t.repeat_interleave(HEADS, 1) for t in inputs[1:])
-        return torch.autograd.grad((hybrid_attention(*heads, plan, 0.3) * upstream).sum(), inputs)
+        return torch.autograd.grad((hybrid_attention(*heads, schedule, 0.3) * upstream).sum(), inputs)
 
-    grouped = peak_bytes(lambda: run(plan, query, key, value, upstream))
+    grouped = peak_bytes(lambda: run(schedule, query, key, value, upstream))
     assert grouped < peak_bytes(expanded) - key.numel() * 4 * HEADS  # at least one of K and V less, expanded
 
 
 @pytest.mark.parametrize("change", ["in place", "new tensor"])
-def test_plans_are_never_stale(change):
-    """A second batch, also one written over the first one's memory, gets its own plan; one not prepared, too."""
-    plans = AttentionPlans("chunked", 8, types.SimpleNamespace(rank=lambda: 0, size=lambda: 1))
+def test_schedules_are_never_stale(change):
+    """A second batch, also one written over the first one's memory, gets its own schedule; one not prepared, too."""
+    schedules = AttentionSchedules("chunked", 8, types.SimpleNamespace(rank=lambda: 0, size=lambda: 1))
     query, key, value, _ = draw(0, 1, 2, 32, dtype=torch.float32)
     one = training_layout(*documents([], 16, batch=1), 4)
     two = training_layout(*documents([8], 16, batch=1), 4)
@@ -359,15 +361,15 @@ def test_plans_are_never_stale(change):
         for visibility in (one, two):
             buffer = visibility.clone() if change == "new tensor" else buffer.copy_(visibility)
             if prepared:
-                plans.prepare(buffer, visibility, 32)
-            plan = plans.find(buffer.detach().view(buffer.shape), 32)  # as a recomputed layer gets it
-            assert (plan is plans.find(buffer, 32)) == prepared
-            dense = make_plan(visibility, backend="dense", chunk_size=8)
-            ours, theirs = (hybrid_attention(query, key, value, p, 1.0) for p in (plan, dense))
+                schedules.prepare(buffer, visibility, 32)
+            schedule = schedules.find(buffer.detach().view(buffer.shape), 32)  # as a recomputed layer gets it
+            assert (schedule is schedules.find(buffer, 32)) == prepared
+            dense = make_schedule(visibility, backend="dense", chunk_size=8)
+            ours, theirs = (hybrid_attention(query, key, value, p, 1.0) for p in (schedule, dense))
             torch.testing.assert_close(ours, theirs)
     del buffer
     gc.collect()
-    assert not plans._plans, "a plan outlives its batch"
+    assert not schedules._schedules, "a schedule outlives its batch"
 
 
 def test_blocks_torn_apart_are_refused():

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from tidar_megatron.checkpoint.initialize import initialize_weights
 from tidar_megatron.config import ModelConfig
 from tidar_megatron.data.blocks import choose_blocks, strata
 from tidar_megatron.data.doubled import TokenCounts, make_batch, set_loss_weights
 from tidar_megatron.data.packing import LengthsInMemory, PackedSequences, pack
 from tidar_megatron.distributed.groups import initialize, shut_down
 from tidar_megatron.models.gpt import build_model, run_model
+from tidar_megatron.models.initialize import initialize_weights
 from tidar_megatron.models.layers import PositionRotaryEmbedding
 from tidar_megatron.models.loss import joint_loss, token_losses
 from tidar_megatron.training.layout_check import MASK_TOKEN_ID, Documents, variant_config

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tidar_megatron.data.loader import TrainingData
+from tidar_megatron.data.loader import SequenceSettings, TrainingData
 from tidar_megatron.models.draft_metrics import EvaluationSums, evaluation_sums
 
 LENGTH, VOCAB = 24, 258
@@ -12,7 +12,7 @@ LENGTH, VOCAB = 24, 258
 @pytest.mark.parametrize(("block", "size", "padded"), [(1, 1, 258), (2, 1, 264), (4, 2, 264), (8, 3, 768)])
 def test_equals_the_definition(shards, ranks, block, size, padded):
     """The padding of the vocabulary would always be the best id; of three ranks the last holds nothing else."""
-    data = TrainingData(shards[0], LENGTH, block, VOCAB - 1, seed=0)
+    data = TrainingData(shards[0], SequenceSettings(LENGTH, block, VOCAB - 1, seed=0))
     batches = data.step_batches(0, 6, 3, 0, 1)
     draw = torch.Generator().manual_seed(block)
     total = EvaluationSums.zeros(block, torch.device("cpu")).values

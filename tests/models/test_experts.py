@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from tidar_megatron.checkpoint.initialize import initialize_weights
 from tidar_megatron.data.doubled import TokenCounts, set_loss_weights
 from tidar_megatron.distributed.groups import initialize, shut_down
 from tidar_megatron.models.experts import BalancedRouter, take_balancing_loss
 from tidar_megatron.models.gpt import build_model, run_model
+from tidar_megatron.models.initialize import initialize_weights
 from tidar_megatron.models.loss import joint_loss
 from tidar_megatron.training.layout_check import Documents, variant_config
 

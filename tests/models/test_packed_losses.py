@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from tidar_megatron.checkpoint.initialize import initialize_weights
 from tidar_megatron.data.doubled import make_batch
 from tidar_megatron.data.packing import Piece, pack
 from tidar_megatron.distributed.groups import initialize, shut_down
 from tidar_megatron.models.gpt import build_model, run_model
+from tidar_megatron.models.initialize import initialize_weights
 from tidar_megatron.models.loss import token_losses
 from tidar_megatron.training.layout_check import MASK_TOKEN_ID, variant_config
 

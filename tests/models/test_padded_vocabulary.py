@@ -7,10 +7,10 @@ from safetensors.torch import load_file
 from tests.conftest import torchrun
 from tests.models.padded_vocabulary import CASES, MULTIPLES, measure
 from tests.training.small_runs import small
-from tidar_megatron.checkpoint.convert import export_run
-from tidar_megatron.checkpoint.mapping import VOCABULARY, entry_of
 from tidar_megatron.distributed.fake import play_rank
 from tidar_megatron.distributed.groups import shut_down
+from tidar_megatron.huggingface.convert import export_run
+from tidar_megatron.huggingface.mapping import VOCABULARY, entry_of
 from tidar_megatron.models.gpt import build_model, padded_vocab_size
 from tidar_megatron.planning.sizes import Sizes
 from tidar_megatron.training.layout_check import MASK_TOKEN_ID, variant_config

@@ -13,13 +13,13 @@ from tests.conftest import ROOT
 from tests.planning.models_to_plan import CP2, MODEL, MOE, PP2, QWEN3_8B, QWEN3_30B_A3B, TP2, sizes_of
 from tidar_megatron.config import build_config
 from tidar_megatron.errors import UserError
+from tidar_megatron.planning.built_ranks import count_distinct_parameters
 from tidar_megatron.planning.estimate import Estimate
 from tidar_megatron.planning.flops import executed_flops, model_flops
 from tidar_megatron.planning.hardware import HARDWARE
 from tidar_megatron.planning.memory import in_flight
-from tidar_megatron.planning.report import make_plan
+from tidar_megatron.planning.report import report_layouts
 from tidar_megatron.planning.search import search
-from tidar_megatron.planning.shards import count_distinct_parameters
 from tidar_megatron.planning.sizes import Sizes
 from tidar_megatron.planning.traffic import traffic_of
 
@@ -197,7 +197,7 @@ def test_experts_are_planned_too():
     assert {e.sizes.ep for e in found} >= {1, 2, 4}
     apart = next(e for e in found if e.sizes.ep == 4)
     assert any(t.group == "EP" and t.bytes > 0 for t in apart.traffic(0))
-    plan = make_plan(config, 8, H100, None, top=3)
+    plan = report_layouts(config, 8, H100, None, top=3)
     assert len(plan.layouts) == 3 and plan.total_parameters == count_distinct_parameters(found[0].sizes)
 
 
@@ -213,4 +213,4 @@ def test_a_tiny_model_can_be_planned():
     config = build_config(
         {"model": {**MODEL, **tiny}, "data": {"seq_length": 128}, "training": {"global_batch_size": 8}}
     )
-    assert make_plan(config, 8, H100, None, 10).layouts
+    assert report_layouts(config, 8, H100, None, 10).layouts

@@ -26,11 +26,11 @@ from tidar_megatron.distributed.groups import shut_down
 from tidar_megatron.models.attention.tiles import Squares, make_tilings
 from tidar_megatron.models.gpt import build_model, run_model
 from tidar_megatron.models.loss import joint_loss
+from tidar_megatron.planning.attention_work import tiles
+from tidar_megatron.planning.built_ranks import build_shard
 from tidar_megatron.planning.flops import stage_flops
 from tidar_megatron.planning.hardware import HARDWARE
 from tidar_megatron.planning.memory import activations_of, loss_bytes, memory_of
-from tidar_megatron.planning.shards import build_shard
-from tidar_megatron.planning.tiles import tiles
 from tidar_megatron.planning.traffic import traffic_of
 from tidar_megatron.training.optimizer import build_optimizer, wrap_model
 from tidar_megatron.training.step import forward_backward

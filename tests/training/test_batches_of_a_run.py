@@ -89,7 +89,7 @@ def test_one_micro_batch_is_alive_at_a_time(shards, recompute):
     one = {"training": {"micro_batch_size": 1}, "parallel": {"recompute_granularity": recompute}}
     trainer = Trainer.build(small(shards, tidar={"ar_warmup_fraction": 0.0}, **one))
     (chunk,), alive = trainer.model, []
-    chunk.register_forward_pre_hook(lambda *call: alive.append(len(chunk.attention_plans._plans)))
+    chunk.register_forward_pre_hook(lambda *call: alive.append(len(chunk.attention_schedules._schedules)))
     trainer.step()
     trainer.evaluate()
     trainer.close()

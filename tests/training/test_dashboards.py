@@ -12,10 +12,10 @@ from rich.console import Console
 
 from tests.training.small_runs import losses, metrics, small
 from tidar_megatron.errors import UserError
-from tidar_megatron.training import samples as samples_of_runs
+from tidar_megatron.training import generations as samples_of_runs
 from tidar_megatron.training.dashboards import WandB
+from tidar_megatron.training.generations import Samples
 from tidar_megatron.training.loop import pretrain
-from tidar_megatron.training.samples import Samples
 
 
 def test_wandb_is_kept_offline_and_never_stops_a_run(shards, tmp_path, monkeypatch, capsys):

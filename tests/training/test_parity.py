@@ -14,12 +14,12 @@ from tests.conftest import torchrun
 from tests.layouts import LAYOUTS, run_layout
 from tests.random_models import write_random_model
 from tidar_megatron.attention_mask import DOCUMENT, INDEX
-from tidar_megatron.checkpoint.convert import export_run
-from tidar_megatron.checkpoint.mapping import VOCABULARY, entry_of
-from tidar_megatron.checkpoint.origin import open_origin
 from tidar_megatron.config import build_config
-from tidar_megatron.data.loader import TrainingData
+from tidar_megatron.data.loader import SequenceSettings, TrainingData
 from tidar_megatron.distributed.groups import shut_down
+from tidar_megatron.huggingface.convert import export_run
+from tidar_megatron.huggingface.origin import open_origin
+from tidar_megatron.models.parameters import VOCABULARY, kind_of
 from tidar_megatron.training.resolve import resolve
 from tidar_megatron.training.trainer import Trainer
 
@@ -67,7 +67,7 @@ def runs(request, shards, tmp_path_factory):
 
 def plain(setup, weights):
     """Token losses, loss and gradients of the reference over the global batch, in float64 as in float32."""
-    data = TrainingData(setup["data"]["train_data"], LENGTH, BLOCK, 260, seed=1234)
+    data = TrainingData(setup["data"]["train_data"], SequenceSettings(LENGTH, BLOCK, 260, seed=1234))
     config = resolve(build_config(setup), data.sources[0].tokenizer, open_origin(setup["training"]["init_from"]))
     (batch,) = data.step_batches(0, SEQUENCES, SEQUENCES, 0, 1)
     assert config.tidar.mask_token_id == 257
@@ -94,16 +94,16 @@ def gather(ranks, key):
     """{parameter: the whole tensor} from the parts of tensor-parallel and pipeline ranks."""
     whole = {}
     for name in {name for rank in ranks for name in rank[key]}:
-        entry, _ = entry_of(name)
+        kind, _ = kind_of(name)
         parts = {rank["tp_rank"]: rank[key][name] for rank in ranks if name in rank[key]}
         parts = [parts[rank] for rank in sorted(parts)]
-        if entry.shard == "replicated" or len(parts) == 1:
+        if kind.shard == "replicated" or len(parts) == 1:
             whole[name] = parts[0]
-        elif entry.join == "glu":
+        elif kind.fused == "glu":
             halves = [part.chunk(2) for part in parts]
             whole[name] = torch.cat([half[n] for n in (0, 1) for half in halves])
         else:
-            whole[name] = torch.cat(parts, dim=0 if entry.shard == "rows" else 1)
+            whole[name] = torch.cat(parts, dim=0 if kind.shard == "rows" else 1)
     return whole
 
 

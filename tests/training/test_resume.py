@@ -8,12 +8,12 @@ from megatron.core import dist_checkpointing
 from safetensors.torch import load_file
 
 from tests.training.small_runs import STEPS, losses, metrics, small
-from tidar_megatron.checkpoint.convert import export_run
 from tidar_megatron.checkpoint.folder import latest_iteration, saved_iterations
 from tidar_megatron.config import build_config
 from tidar_megatron.data.prepare import prepare
 from tidar_megatron.distributed.groups import shut_down
 from tidar_megatron.errors import UserError
+from tidar_megatron.huggingface.convert import export_run
 from tidar_megatron.models.gpt import run_model
 from tidar_megatron.models.output_layer import output_weight
 from tidar_megatron.training.loop import pretrain

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.training.small_runs import STEPS, small
-from tidar_megatron.data.loader import TrainingData
+from tidar_megatron.data.loader import SequenceSettings, TrainingData
 from tidar_megatron.errors import UserError
 from tidar_megatron.training import sample_ids
 from tidar_megatron.training.loop import pretrain
@@ -25,7 +25,7 @@ def test_it_tells_what_each_step_trained_on_also_over_a_resume(shards, tmp_path)
         stream.write('{"iteration": 6, "ids": [[9, 9, 9]]}\n{"iteration": 7, "id')
     (tmp_path / "sample_ids" / "dp-0001.jsonl").write_text('{"iteration": 6, "ids": []}\n')  # a rank of another layout
     pretrain(small(shards, checkpoint=run, **changes))
-    data = TrainingData(blend["train_data"], 32, 4, 257, seed=1234)
+    data = TrainingData(blend["train_data"], SequenceSettings(32, 4, 257, seed=1234))
     expected = [[list(data.locate(4 * step + row)) for row in range(4)] for step in range(STEPS)]
     assert [(line["iteration"], line["ids"]) for line in logged(tmp_path)] == list(enumerate(expected, start=1))
     assert {sample[0] for ids in expected for sample in ids} == {0, 1}

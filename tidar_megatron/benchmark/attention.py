@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tidar_megatron.attention_mask import training_layout
 from tidar_megatron.benchmark.measuring import Timings, peak_bytes, rounded
 from tidar_megatron.distributed.platform import device, has_gpu
-from tidar_megatron.models.attention import choose_backend, hybrid_attention, make_plan
+from tidar_megatron.models.attention import choose_backend, hybrid_attention, make_schedule
 
 HEADS, CHANNELS, BLOCK = 8, 64, 16
 DOCUMENTS = 16
@@ -20,8 +20,8 @@ DOCUMENTS = 16
 def attention(seq_lengths: list[int], repeats: int, chunk_size: int = 256, dense_up_to: int = 4096) -> dict[str, Any]:
     """One row for each S and backend, and what grouped K/V heads and packing change.
 
-    ``peak_extra_bytes`` is the peak of forward and backward, plan included, beyond the output and the gradients that
-    any backend must give.
+    ``peak_extra_bytes`` is the peak of forward and backward, schedule included, beyond the output and the gradients
+    that any backend must give.
     """
     backends = ["chunked", "flex"] if has_gpu() else ["chunked"]
     backends += [best] if (best := choose_backend("auto", device().type, CHANNELS, has_gpu())) not in backends else []
@@ -93,12 +93,12 @@ def _hybrid(
     grad: Tensor | None = None,
 ) -> Callable[[], list[Tensor]]:
     """``expanded``: as peers do it, K/V heads repeated for each query head."""
-    plan = make_plan(visibility, backend=backend, chunk_size=chunk_size, device=str(device()))
+    schedule = make_schedule(visibility, backend=backend, chunk_size=chunk_size, device=str(device()))
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if expanded:
             key, value = (tensor.repeat_interleave(HEADS // tensor.shape[1], 1) for tensor in (key, value))
-        return hybrid_attention(query, key, value, plan, CHANNELS**-0.5)
+        return hybrid_attention(query, key, value, schedule, CHANNELS**-0.5)
 
     return _both_ways(tensors, attend, grad)
 

@@ -12,15 +12,15 @@ import numpy as np
 
 from tidar_megatron.benchmark.measuring import Spread, rounded, synchronize
 from tidar_megatron.checkpoint.checkpoints import Checkpoints
-from tidar_megatron.checkpoint.distributed import Trained
+from tidar_megatron.checkpoint.contents import Trained
 from tidar_megatron.checkpoint.folder import checkpoint_folder
-from tidar_megatron.checkpoint.initialize import initialize_weights
 from tidar_megatron.config import build_config
 from tidar_megatron.data.doubled import make_batch
 from tidar_megatron.data.packing import Piece, pack
 from tidar_megatron.distributed.groups import initialize, shut_down
 from tidar_megatron.distributed.platform import device, has_gpu
 from tidar_megatron.models.gpt import build_model
+from tidar_megatron.models.initialize import initialize_weights
 from tidar_megatron.training.optimizer import build_optimizer, wrap_model
 from tidar_megatron.training.step import train_step
 

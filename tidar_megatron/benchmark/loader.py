@@ -15,16 +15,16 @@ import numpy as np
 import torch
 
 from tidar_megatron.benchmark.measuring import Spread, rounded
-from tidar_megatron.checkpoint.initialize import initialize_weights
 from tidar_megatron.config import Config, build_config
 from tidar_megatron.data.index import RECORD, Add, Facts, open_index
-from tidar_megatron.data.loader import TrainingData
+from tidar_megatron.data.loader import SequenceSettings, TrainingData
 from tidar_megatron.data.manifest import Manifest, ShardEntry, read_manifest, write_manifest
 from tidar_megatron.data.prefetch import Prefetcher
 from tidar_megatron.data.prepare import prepare
 from tidar_megatron.data.shards import INDEX_FILE, built_from
 from tidar_megatron.distributed.groups import initialize, shut_down
 from tidar_megatron.models.gpt import build_model
+from tidar_megatron.models.initialize import initialize_weights
 from tidar_megatron.training.optimizer import build_optimizer, wrap_model
 from tidar_megatron.training.step import train_step
 
@@ -47,7 +47,7 @@ def loader(seq_lengths: list[int], repeats: int, documents: int = DOCUMENTS) -> 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "data"
         _write(folder, Path(scratch))
-        rows = [_waiting(TrainingData(folder, S, BLOCK, 257, seed=0), repeats) for S in seq_lengths]
+        rows = [_waiting(TrainingData(folder, SequenceSettings(S, BLOCK, 257, seed=0)), repeats) for S in seq_lengths]
         quickstart = _quickstart(folder, repeats)
         opening = _opening(Path(scratch) / "large", read_manifest(folder), documents)
     settings = {"block_size": BLOCK, "sequences": SEQUENCES}
@@ -73,7 +73,7 @@ def _waiting(data: TrainingData, repeats: int) -> dict[str, Any]:
         time.sleep(2 * pause)
         waiting.append(_seconds(partial(ahead.get, step)))
     ahead.close()
-    S = data.seq_length
+    S = data.settings.seq_length
     return (
         {"seq_length": S, "clean_tokens_per_second": round(SEQUENCES * S / pause)}
         | {"building_seconds": rounded(Spread.of(building)), "waiting_seconds": rounded(Spread.of(waiting))}
@@ -85,7 +85,7 @@ def _quickstart(folder: Path, repeats: int) -> dict[str, Any]:
     """Clean tokens per second that the quickstart's training consumes in one process, and that its loader delivers."""
     config: Config = build_config(QUICKSTART)
     S, sequences = config.data.seq_length, config.training.global_batch_size
-    data = TrainingData(folder, S, config.tidar.block_size, 257, seed=0)
+    data = TrainingData(folder, SequenceSettings(S, config.tidar.block_size, 257, seed=0))
     ranks = initialize(config.parallel, 0)
     try:
         chunks = build_model(config, 258, ranks)
@@ -136,7 +136,7 @@ def _opening(folder: Path, like: Manifest, documents: int) -> dict[str, Any]:
 def open_and_seek(folder: str) -> None:
     """Open the data, read the packed sequence in the middle of an epoch, then others; prints what that took as JSON."""
     start, before = time.perf_counter(), _resident_mib()
-    data = TrainingData(folder, 4096, BLOCK, 257, seed=0)
+    data = TrainingData(folder, SequenceSettings(4096, BLOCK, 257, seed=0))
     opened = time.perf_counter()
     middle = len(data.sequences[0]) // 2
     data.sequence(middle)

@@ -14,9 +14,9 @@ from tidar_megatron.attention_mask import INDEX, decode_layout, may_attend, pref
 from tidar_megatron.benchmark.decode import text_of
 from tidar_megatron.benchmark.measuring import Spread, allocated_bytes, rounded
 from tidar_megatron.evaluation.stock import load_stock
-from tidar_megatron.inference.attention import Part
 from tidar_megatron.inference.cache import KVPool
 from tidar_megatron.inference.engine import Engine
+from tidar_megatron.inference.forward import Part
 from tidar_megatron.inference.model import DecodeModel, fuse_norms
 from tidar_megatron.inference.request import DecodeOptions, parse_plan
 from tidar_megatron.inference.sequence import Sequence as Decoding
@@ -96,9 +96,9 @@ def _pass(model: DecodeModel, bare: "Bare", text: Sequence[int], options: Decode
         ((_, made),) = engine.step()
         done.step_seconds.append(time.perf_counter() - start)
         done.tokens += len(made.tokens)
-        plan = sequence.last_part.plan
-        drafting = plan.rows_after(len(made.tokens)) if made.stop is None else ()
-        done.bare_seconds.append(bare.seconds(sequence.last_part, plan.num_drafts + len(drafting)))
+        layout = sequence.last_part.layout
+        drafting = layout.rows_after(len(made.tokens)) if made.stop is None else ()
+        done.bare_seconds.append(bare.seconds(sequence.last_part, layout.num_drafts + len(drafting)))
     return done
 
 
@@ -118,14 +118,14 @@ class Bare:
     @torch.inference_mode()
     def seconds(self, part: Part, rows: int) -> float:
         """Of one forward of the part, with logits of so many rows."""
-        plan, device = part.plan, self._causal_lm.device
-        layout = decode_layout(0, plan.num_drafts, plan.branches, plan.draft_length)
-        visible = may_attend(layout, torch.cat([prefix_layout(0), layout]))
-        mask = torch.zeros(plan.num_tokens, part.length + plan.num_tokens, dtype=self._causal_lm.dtype)
+        layout, device = part.layout, self._causal_lm.device
+        tokens = decode_layout(0, layout.num_drafts, layout.branches, layout.draft_length)
+        visible = may_attend(tokens, torch.cat([prefix_layout(0), tokens]))
+        mask = torch.zeros(layout.num_tokens, part.length + layout.num_tokens, dtype=self._causal_lm.dtype)
         mask[:, part.length :].masked_fill_(~visible, torch.finfo(mask.dtype).min)
-        ids = torch.tensor([[*part.tokens, *[self._mask_token_id] * plan.num_masks]], device=device)
-        positions = (part.length + layout[:, INDEX])[None].to(device)
-        bias = None if plan.num_tokens == 1 else mask[None, None].to(device)
+        ids = torch.tensor([[*part.tokens, *[self._mask_token_id] * layout.num_masks]], device=device)
+        positions = (part.length + tokens[:, INDEX])[None].to(device)
+        bias = None if layout.num_tokens == 1 else mask[None, None].to(device)
         start = time.perf_counter()
         self._causal_lm(
             input_ids=ids,

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from tidar_megatron.benchmark.measuring import Timings, rounded
-from tidar_megatron.checkpoint.initialize import initialize_weights
 from tidar_megatron.config import Config, build_config
 from tidar_megatron.data.blocks import choose_blocks
 from tidar_megatron.data.doubled import Batch, make_batch
@@ -14,6 +13,7 @@ from tidar_megatron.data.packing import PackedSequence, Piece, pack
 from tidar_megatron.distributed.groups import initialize, shut_down
 from tidar_megatron.distributed.platform import has_gpu
 from tidar_megatron.models.gpt import build_model
+from tidar_megatron.models.initialize import initialize_weights
 from tidar_megatron.training.optimizer import build_optimizer, wrap_model
 from tidar_megatron.training.step import train_step
 

@@ -1,0 +1,1 @@
+"""A run's own checkpoints: written, published, verified, loaded in any layout."""

@@ -1,9 +1,9 @@
 """A run's checkpoints, as the loop sees them: save, go on training, finalize; and at the start, load.
 
-Every call is collective. A save has three parts: all ranks plan it (and, asynchronously, are free again), each writes
-and seals its own files (writer.py), and when the last has done so rank 0 publishes (folder.py). Nothing is published,
-named by the tracker or pruned before; a run that dies meanwhile goes on from the checkpoint before. A rank that could
-not write tells the others, and all leave with the same error.
+Every call is collective. A save has three parts. All ranks prepare it, and with ``--async-save`` go on training then.
+Each writes and seals its own files (``writer.py``). When the last one has, rank 0 publishes the checkpoint
+(``folder.py``). Nothing is published, named by the tracker or pruned before; a run that dies meanwhile goes on from the
+checkpoint before. A rank that could not write tells the others, and all leave with the same error.
 """
 
 import dataclasses
@@ -23,10 +23,10 @@ import torch.distributed as dist
 from megatron.core import __version__ as megatron_version
 from megatron.core import dist_checkpointing
 
-from tidar_megatron.checkpoint import distributed, folder
-from tidar_megatron.checkpoint.distributed import Trained
+from tidar_megatron.checkpoint import contents, folder
+from tidar_megatron.checkpoint.contents import Trained
 from tidar_megatron.checkpoint.fingerprint import Fingerprint, check_fingerprint, plain
-from tidar_megatron.checkpoint.manifest import Damaged, FileEntry, seal
+from tidar_megatron.checkpoint.integrity import Damaged, FileEntry, seal
 from tidar_megatron.checkpoint.writer import RESULTS, InBackground, Report, staged, write
 from tidar_megatron.config import Config
 from tidar_megatron.distributed.groups import Ranks
@@ -76,7 +76,7 @@ class Checkpoints:
         self._check_lock = check_lock
         self._pending: _Pending | None = None
         self._deleting: threading.Thread | None = None
-        self._planned = False
+        self._prepared = False
         if config.checkpoint.save and ranks.is_main:
             folder.remove_leftovers(config.checkpoint.save)
 
@@ -97,7 +97,7 @@ class Checkpoints:
         self.wait()
         partial = self._new_partial(iteration)
         self._pending = _Pending(iteration, partial, None)
-        state = distributed.State(
+        state = contents.State(
             iteration=iteration,
             consumed_sequences=consumed_sequences,
             states=states,
@@ -107,11 +107,11 @@ class Checkpoints:
             megatron_core=megatron_version,
         )
         try:
-            request = self._plan(run, partial)
+            request = self._prepare(run, partial)
         except Exception as error:  # rank 0 writes a small file here: the others are left waiting, and end with it
             raise self._failure(self._reason(error)) from error
         self._pending.request = request
-        work = functools.partial(write, request, partial, distributed.texts_to_save(state))
+        work = functools.partial(write, request, partial, contents.texts_to_save(state))
         if self._config.checkpoint.async_save:
             self._pending.background = InBackground(work)
         else:
@@ -159,13 +159,13 @@ class Checkpoints:
             raise UserError(f"--save {self._config.checkpoint.save}: iteration {iteration} is not saved: {problem}")
         return Path(self._ranks.from_main(str(partial)))
 
-    def _plan(self, run: Trained, partial: Path) -> Any:
+    def _prepare(self, run: Trained, partial: Path) -> Any:
         settings: dict[str, Any] = {"async_strategy": "mcore"} if "async_strategy" in _PARAMETERS else {}
-        settings["validate_access_integrity"] = not self._planned  # the ranks' parts are the same at every save
-        state = distributed.tensors_to_save(run)
+        settings["validate_access_integrity"] = not self._prepared  # the ranks' parts are the same at every save
+        state = contents.tensors_to_save(run)
         with literals_as_they_are():
             request = dist_checkpointing.save(state, str(partial), async_sharded_save=True, **settings)
-        self._planned = True
+        self._prepared = True
         return staged(request)
 
     def _finish(self, report: Report) -> None:
@@ -251,11 +251,11 @@ class Checkpoints:
         """
         source, settings = self._config.checkpoint.load, self._config.checkpoint
         assert source is not None
-        checkpoint = distributed.whole_checkpoint(source, settings.verify_checkpoint)
-        state = distributed.read_state(checkpoint, verify=False)  # that was done
+        checkpoint = contents.whole_checkpoint(source, settings.verify_checkpoint)
+        state = contents.read_state(checkpoint, verify=False)  # that was done
         check_fingerprint(source, state.fingerprint, self._fingerprint, settings.override_fingerprint)
         try:
-            distributed.load(checkpoint, run, same_layout=state.layout == self._layout())
+            contents.load(checkpoint, run, same_layout=state.layout == self._layout())
         except Damaged as damage:
             raise UserError(f"--load {source}: {damage}") from None
         return Resumed(state.iteration, state.consumed_sequences, state.states)

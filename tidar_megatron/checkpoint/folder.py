@@ -12,7 +12,7 @@ import secrets
 import shutil
 from pathlib import Path
 
-from tidar_megatron.checkpoint.manifest import (
+from tidar_megatron.checkpoint.integrity import (
     Damaged,
     FileEntry,
     check_sizes,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
-from tidar_megatron.checkpoint.manifest import Damaged
+from tidar_megatron.checkpoint.integrity import Damaged
 
 METADATA = ".metadata"
 

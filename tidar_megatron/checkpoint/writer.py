@@ -22,7 +22,7 @@ from typing import Any
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from tidar_megatron.checkpoint.manifest import FileEntry, seal
+from tidar_megatron.checkpoint.integrity import FileEntry, seal
 from tidar_megatron.files import write_durably
 
 # Where megatron-core looks for what was written, when a save is finished; one rank has one save under way.

@@ -1,12 +1,21 @@
 """One typed configuration: a tree of sections, read from YAML and flags, checked before anything heavy starts."""
 
 from tidar_megatron.config.checks import check_config, check_world_size
-from tidar_megatron.config.reader import FIELDS, SECTIONS, build_config, flag, load_config, parse_config
+from tidar_megatron.config.reader import (
+    FIELDS,
+    SECTIONS,
+    build_config,
+    flag,
+    load_config,
+    load_resolved_config,
+    parse_config,
+)
 from tidar_megatron.config.sections import (
     Config,
     HealthConfig,
     ModelConfig,
     ParallelConfig,
+    ResolvedConfig,
     TiDARConfig,
 )
 
@@ -20,11 +29,13 @@ __all__ = [
     "HealthConfig",
     "ModelConfig",
     "ParallelConfig",
+    "ResolvedConfig",
     "TiDARConfig",
     "build_config",
     "check_config",
     "check_world_size",
     "flag",
     "load_config",
+    "load_resolved_config",
     "parse_config",
 ]

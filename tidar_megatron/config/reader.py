@@ -16,8 +16,9 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from tidar_megatron.config.checks import check_config
-from tidar_megatron.config.sections import Config, Sources
-from tidar_megatron.errors import OneLineParser, UserError
+from tidar_megatron.config.sections import Config, ResolvedConfig, Sources
+from tidar_megatron.errors import UserError
+from tidar_megatron.program import OneLineParser
 
 SECTIONS: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(Config)}
 # flag name -> its section; flags are flat as Megatron's are, so a name may stand in one section only
@@ -102,6 +103,15 @@ def load_config(path: str | Path, overrides: dict[str, dict[str, Any]] | None = 
             break  # the validation names it
         tree[name] = {**(tree[name] or {}), **values}
     return build_config({k: {} if v is None else v for k, v in tree.items()}, str(path), overrides)
+
+
+def load_resolved_config(path: str | Path) -> ResolvedConfig:
+    """Read the configuration of a run's folder.
+
+    Raises:
+        UserError: it is missing, or not one that a run has written.
+    """
+    return ResolvedConfig.of(load_config(path), f"{path}: model.vocab_size is missing; copy the run's folder again")
 
 
 def parse_config(argv: list[str] | None = None, description: str = "") -> Config:

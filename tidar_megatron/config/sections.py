@@ -7,6 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field
 
+from tidar_megatron.errors import UserError
+
 
 class Section:
     """A part of the tree. An unknown key is an error."""
@@ -269,5 +271,33 @@ class Config(Section):
         return given if given is not None else round((self.optimizer.lr_warmup_fraction or 0.0) * self.lr_decay_steps)
 
     def to_yaml(self) -> str:
-        """The resolved tree as YAML, readable by :func:`tidar_megatron.config.load_config`."""
+        """Return the tree as YAML, readable by :func:`tidar_megatron.config.load_config`."""
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+
+
+@dataclass(frozen=True)
+class ResolvedConfig(Config):
+    """A configuration that is complete: nothing in it is left for the tokenizer or ``--init-from`` to decide."""
+
+    @classmethod
+    def of(cls, config: Config, missing: str = "model.vocab_size is missing") -> "ResolvedConfig":
+        """Return ``config`` as a resolved one.
+
+        Raises:
+            UserError: it has no vocabulary; the message is ``missing``.
+        """
+        if config.model.vocab_size is None:
+            raise UserError(missing)
+        return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Config)})
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids in use, the mask token included; without padding."""
+        assert self.model.vocab_size is not None
+        return self.model.vocab_size
+
+    @property
+    def mask_token_id(self) -> int:
+        """The mask token of a run that trains; an imported model may have none yet."""
+        assert self.tidar.mask_token_id is not None
+        return self.tidar.mask_token_id

@@ -6,6 +6,7 @@ Which source it comes from is a function of n as well (``blend.py``); each sourc
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,25 +25,45 @@ from tidar_megatron.errors import UserError
 ORDER = 1  # of the functions of (seed, epoch, n): another number where they give another order
 
 
+@dataclass(frozen=True)
+class SequenceSettings:
+    """How documents become packed, doubled sequences.
+
+    Attributes:
+        seq_length: S, clean tokens in a packed sequence.
+        block_size: B.
+        mask_token_id: outside the ids that the tokenizer uses.
+        seed: of the order of the documents in each epoch, and of the choice of blocks.
+        reserved: ids of the tokenizer that no text has, of which the mask token may be one.
+        random_masks: mask some places of each block at random in training steps, not all of them.
+        chosen_blocks: blocks of a sequence that have masks in a training step, 1 to S / B; None: all of them.
+        reset_positions, cross_document_attention: as :func:`tidar_megatron.data.doubled.make_batch`.
+    """
+
+    seq_length: int
+    block_size: int
+    mask_token_id: int
+    seed: int
+    reserved: Sequence[int] = ()
+    random_masks: bool = False
+    chosen_blocks: int | None = None
+    reset_positions: bool = True
+    cross_document_attention: bool = False
+
+
 class TrainingData:
     """Sources of documents as doubled batches.
 
     Args:
         data: one path, or weight, path, weight, path, ...: folders written by ``tools/prepare_data.py``, or prefixes of
             ``.bin/.idx`` pairs.
-        seq_length: S, clean tokens in a packed sequence.
-        block_size: B.
-        mask_token_id: outside the ids the tokenizer uses.
-        seed: of the order of the documents in each epoch, and of the choice of blocks.
+        settings: of the sequences.
         tokenizer: Hugging Face folder, for ``.bin/.idx`` pairs.
         verify: look at all of the data again, also where that has been done.
-        reserved: ids of the tokenizer that no text has, of which the mask token may be one.
-        random_masks: mask some places of each block at random in training steps, not all of them.
-        chosen_blocks: blocks of a sequence that have masks in a training step, 1 to S / B; default: all of them.
-        reset_positions, cross_document_attention: as :func:`tidar_megatron.data.doubled.make_batch`.
         flag: what the user gave ``data`` as, for messages.
 
     Attributes:
+        settings: as given.
         sources: the documents of each source; ``sources[0].load_tokenizer()`` is everybody's tokenizer.
         weights: of each source, as given.
         sequences: of each source, its packed sequences.
@@ -54,62 +75,56 @@ class TrainingData:
     def __init__(
         self,
         data: str | Path | Sequence[str],
-        seq_length: int,
-        block_size: int,
-        mask_token_id: int,
-        seed: int,
+        settings: SequenceSettings,
         *,
         tokenizer: str | None = None,
         verify: bool = False,
-        reserved: Sequence[int] = (),
-        random_masks: bool = False,
-        chosen_blocks: int | None = None,
-        reset_positions: bool = True,
-        cross_document_attention: bool = False,
         flag: str = "--train-data",
     ) -> None:
+        self.settings, mask = settings, settings.mask_token_id
         parts = parse_blend([str(data)] if isinstance(data, str | Path) else data, flag)
         self.weights = [weight for weight, _ in parts]
         self.sources = [open_documents(path, tokenizer, verify) for _, path in parts]
         for source in self.sources[1:]:
             _check_same_tokenizer(self.sources[0], source)
         used = self.sources[0].tokenizer
-        if mask_token_id < used.vocab_size and mask_token_id not in reserved:
+        if mask < used.vocab_size and mask not in settings.reserved:
             raise UserError(
-                f"mask token id {mask_token_id}: the tokenizer of {self.sources[0].name} uses the ids "
+                f"mask token id {mask}: the tokenizer of {self.sources[0].name} uses the ids "
                 f"0..{used.vocab_size - 1}; nearest that works: {used.vocab_size}"
             )
-        self.seq_length, self.block_size, self.mask_token_id = seq_length, block_size, mask_token_id
-        self._text_may_hold_mask = mask_token_id < used.vocab_size
-        self._fill_token, self._seed, self._chosen_blocks = used.eos_token_id, seed, chosen_blocks
-        self._random_masks = random_masks
-        self._seen_as: dict[str, Any] = {
-            "reset_positions": reset_positions,
-            "cross_document_attention": cross_document_attention,
-        }
+        self._text_may_hold_mask = mask < used.vocab_size
+        self._fill_token = used.eos_token_id
         self._make_batch: Callable[..., Batch] = partial(
-            make_batch, block_size=block_size, mask_token_id=mask_token_id, **self._seen_as
+            make_batch,
+            block_size=settings.block_size,
+            mask_token_id=mask,
+            reset_positions=settings.reset_positions,
+            cross_document_attention=settings.cross_document_attention,
         )
 
         def packed(shuffle: bool) -> list[PackedSequences]:
-            return [PackedSequences(source.index, seq_length, block_size, seed, shuffle) for source in self.sources]
+            lengths = settings.seq_length, settings.block_size
+            return [PackedSequences(source.index, *lengths, settings.seed, shuffle) for source in self.sources]
 
         self.sequences, self._in_order, self._blend = packed(True), packed(False), Blend(self.weights)
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides which tokens packed sequence n holds and how they are seen, part by part; plain JSON values."""
+        settings = self.settings
         return {
             "data": [
                 {"weight": str(weight / sum(self.weights)), **source.identity}  # 7 and 3 are 0.7 and 0.3
                 for weight, source in zip(self.weights, self.sources, strict=True)
             ],
             "tokenizer": self.sources[0].tokenizer.fingerprint,
-            "seq_length": self.seq_length,
-            "block_size": self.block_size,
-            "mask_token_id": self.mask_token_id,
-            "seed": self._seed,
+            "seq_length": settings.seq_length,
+            "block_size": settings.block_size,
+            "mask_token_id": settings.mask_token_id,
+            "seed": settings.seed,
             "order": ORDER,
-            **self._seen_as,
+            "reset_positions": settings.reset_positions,
+            "cross_document_attention": settings.cross_document_attention,
         }
 
     def locate(self, number: int) -> tuple[int, int, int]:
@@ -138,10 +153,15 @@ class TrainingData:
         set yet: their totals are summed over the ranks first. Threads may call this at once.
 
         Raises:
-            UserError: the global batch does not divide into micro-batches on each rank, or the data were cut meanwhile.
+            UserError: the data were cut meanwhile.
+            ValueError: the global batch does not divide into micro-batches on each rank.
         """
-        check_batch_sizes(global_batch_size, micro_batch_size, dp_size)
-        micro_batches = global_batch_size // (micro_batch_size * dp_size)
+        together = micro_batch_size * dp_size
+        if not (together > 0 and global_batch_size > 0 and global_batch_size % together == 0):
+            raise ValueError(
+                f"{global_batch_size} sequences are no micro-batches of {micro_batch_size} on {dp_size} ranks"
+            )
+        micro_batches = global_batch_size // together
         return [
             self._training_batch([consumed_sequences + n for n in share], doubled)
             for share in _shares(micro_batches, micro_batch_size, dp_rank, dp_size)
@@ -167,7 +187,7 @@ class TrainingData:
         total = min(self._blend.number(source, len(each)) for source, each in enumerate(self._in_order))
         total = total if max_sequences is None else min(max_sequences, total)
         micro_batches = -(-total // (micro_batch_size * dp_size * multiple)) * multiple
-        fill = fill_sequence(self.seq_length, self._fill_token)
+        fill = fill_sequence(self.settings.seq_length, self._fill_token)
 
         def sequence(number: int) -> PackedSequence:
             if number >= total:
@@ -190,20 +210,23 @@ class TrainingData:
 
     def _pack(self, sequences: Sequence[PackedSequences], source: int, epoch: int, n: int) -> PackedSequence:
         packed = pack(sequences[source].pieces(epoch, n), self.sources[source], self._fill_token)
-        if self._text_may_hold_mask and (packed.tokens == self.mask_token_id).any():
+        mask = self.settings.mask_token_id
+        if self._text_may_hold_mask and (packed.tokens == mask).any():
             raise UserError(
-                f"data {self.sources[source].name}: its text holds the mask token (id {self.mask_token_id}); choose "
-                "another with --mask-token-id, or prepare the data again with tools/prepare_data.py"
+                f"data {self.sources[source].name}: its text holds the mask token (id {mask}); choose another "
+                "with --mask-token-id, or prepare the data again with tools/prepare_data.py"
             )
         return packed
 
     def _training_batch(self, numbers: Sequence[int], doubled: bool) -> Batch:
-        blocks, chosen = self.seq_length // self.block_size, None
-        if doubled and self._chosen_blocks not in (None, blocks):
-            chosen = np.stack([choose_blocks(blocks, self._chosen_blocks, self._seed, n) for n in numbers])
-        masked = None
-        if doubled and self._random_masks:
-            masked = np.stack([random_masks(self.seq_length, self.block_size, self._seed, n) for n in numbers])
+        settings, chosen, masked = self.settings, None, None
+        blocks = settings.seq_length // settings.block_size
+        if doubled and settings.chosen_blocks not in (None, blocks):
+            chosen = np.stack([choose_blocks(blocks, settings.chosen_blocks, settings.seed, n) for n in numbers])
+        if doubled and settings.random_masks:
+            masked = np.stack(
+                [random_masks(settings.seq_length, settings.block_size, settings.seed, n) for n in numbers]
+            )
         ids = [self.locate(n) for n in numbers]
         sequences = [self._pack(self.sequences, *place) for place in ids]
         batch = self._make_batch(sequences, doubled=doubled, chosen=chosen, masked=masked)
@@ -216,23 +239,6 @@ def _check_same_tokenizer(mine: StoredDocuments, theirs: StoredDocuments) -> Non
         raise UserError(
             f"data {theirs.name} was written with another tokenizer than {mine.name}; prepare both with the same one "
             "(in one call: tools/prepare_data.py --held-out-output)"
-        )
-
-
-def check_batch_sizes(global_batch_size: int, micro_batch_size: int, dp_size: int) -> None:
-    """Refuse a global batch that does not divide into micro-batches on each rank.
-
-    Raises:
-        UserError: with the nearest that works.
-    """
-    if micro_batch_size < 1:
-        raise UserError(f"micro batch size {micro_batch_size}: must be at least 1; nearest that works: 1")
-    together = micro_batch_size * dp_size
-    if global_batch_size < 1 or global_batch_size % together:
-        nearest = max(round(global_batch_size / together), 1) * together
-        raise UserError(
-            f"global batch size {global_batch_size}: must be a positive multiple of micro batch size "
-            f"{micro_batch_size} x {dp_size} data-parallel ranks; nearest that works: {nearest}"
         )
 
 

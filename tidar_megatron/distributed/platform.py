@@ -136,7 +136,7 @@ def make_cpu_first_class() -> None:
 def literals_as_they_are() -> Iterator[None]:
     """In this block CUDA's names mean CUDA: for code that has none of them and makes tens of thousands of small calls.
 
-    Looking at a call costs some microseconds, which would be a third of the time that planning a save takes.
+    Looking at a call costs some microseconds, which would be a third of the time that preparing a save takes.
     """
     if _installed is None:
         yield

@@ -3,7 +3,8 @@
 python -m tidar_megatron.evaluation --model tidar --model_args pretrained=FOLDER --tasks ...
 """
 
-from tidar_megatron.errors import UserError, run_tool
+from tidar_megatron.errors import UserError
+from tidar_megatron.program import run_tool
 
 
 def main() -> None:

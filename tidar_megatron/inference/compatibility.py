@@ -24,8 +24,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from tidar_megatron.errors import UserError
-from tidar_megatron.inference.attention import ATTENTION_NAME, PackedForward, Part, Plan, UnknownAttentionError
+from tidar_megatron.inference.attention import ATTENTION_NAME, UnknownAttentionError
 from tidar_megatron.inference.cache import KVPool
+from tidar_megatron.inference.forward import ForwardLayout, PackedForward, Part
 from tidar_megatron.inference.model import DecodeModel
 from tidar_megatron.inference.upcast import HALF, in_float32
 
@@ -160,7 +161,7 @@ def _engine_logits(model: DecodeModel, prompts: list[list[int]], masks: int) -> 
         for number in served:
             tokens = prompts[number][done[number] : until(len(prompts[number]))]
             drafting = masks and done[number] > 0 and len(tokens) > 1
-            plan = Plan(len(tokens), (len(tokens),), masks) if drafting else Plan(len(tokens))
+            plan = ForwardLayout(len(tokens), (len(tokens),), masks) if drafting else ForwardLayout(len(tokens))
             parts.append(Part(number, done[number], tokens, plan))
         packed = PackedForward(pool, parts)
         hidden = model.forward(packed)

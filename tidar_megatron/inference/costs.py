@@ -16,7 +16,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from tidar_megatron.files import cache_folder, replace_text
-from tidar_megatron.inference.attention import Part, Plan
+from tidar_megatron.inference.forward import ForwardLayout, Part
 from tidar_megatron.inference.model import DecodeModel
 from tidar_megatron.inference.static import WARM_UP, Forwards
 
@@ -181,14 +181,14 @@ def _best_seconds(model: DecodeModel, forwards: Sequence[tuple[int, int]], round
     token = 0 if model.mask_token_id != 0 else 1
     for size, context in forwards:  # until they are captured, where they will be
         for _ in range((WARM_UP + 1) * runner.is_static):
-            runner.run([Part(0, context, [token] * size, Plan(size))])
+            runner.run([Part(0, context, [token] * size, ForwardLayout(size))])
     seconds = dict.fromkeys(forwards, math.inf)
     begin = time.perf_counter()
     for number in range(rounds):
         if number >= 2 and time.perf_counter() - begin > SECONDS:
             break
         for size, context in forwards:
-            parts = [Part(0, context, [token] * size, Plan(size))]
+            parts = [Part(0, context, [token] * size, ForwardLayout(size))]
             for _ in range(2):  # the second finds the caches warm, as decoding does
                 start = time.perf_counter()
                 hidden, _ = runner.run(parts)

@@ -1,7 +1,7 @@
 """``generate`` for users of transformers alone: an exported folder carries this file and the engine it calls.
 
 ``model.generate(**inputs, custom_generate=FOLDER, trust_remote_code=True)`` gives the tokens that
-``model.generate(**inputs)`` gives, in fewer forwards. ``checkpoint/custom_generate.py`` writes the copies.
+``model.generate(**inputs)`` gives, in fewer forwards. ``huggingface/exported_engine.py`` writes the copies.
 """
 
 import math
@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -217,19 +216,12 @@ class _Stop:
         return bool(self._criterion(torch.tensor([self._ids]), None))
 
 
-_PLANNERS: WeakKeyDictionary[PreTrainedModel, dict[Any, Any]] = WeakKeyDictionary()  # by device and dtype
-
-
 @contextmanager
 def _wrapped(model: PreTrainedModel) -> Iterator[DecodeModel]:
-    """The model with our attention and norms, while it decodes; what was learned of it is kept as long as it is."""
+    """The model with our attention and norms, while it decodes."""
     attention, training = model.config._attn_implementation, [module.training for module in model.modules()]
-    kept = _PLANNERS.setdefault(model, {})
     try:
-        decoding = wrap_model(model)
-        vars(decoding)["_planner"] = kept.get((decoding.device, decoding.dtype))
-        yield decoding
-        kept[decoding.device, decoding.dtype] = vars(decoding)["_planner"]
+        yield wrap_model(model)
     finally:
         restore_norms(model)
         model.set_attn_implementation(attention)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from tidar_megatron.inference.attention import Plan
+from tidar_megatron.inference.forward import ForwardLayout
 
 
 @dataclass
@@ -46,16 +46,16 @@ class Policy:
     wants_confidences = False
     most_tokens = 1
 
-    def plan(self, drafts: Drafts) -> Plan:
+    def layout(self, drafts: Drafts) -> ForwardLayout:
         """What the next forward shall hold; ``num_drafts`` at most what is there."""
-        return Plan(1)
+        return ForwardLayout(1)
 
     def look_up(self, emitted: Sequence[int]) -> list[int]:
         """Drafts that need no model, behind the last of the tokens that just became final."""
         return []
 
-    def observe(self, drafts: Drafts, plan: Plan, accepted: int) -> None:
-        """What became of drafts that ``plan`` verified."""
+    def observe(self, drafts: Drafts, layout: ForwardLayout, accepted: int) -> None:
+        """What became of drafts that ``layout`` verified."""
 
 
 class Branches(Policy):
@@ -74,14 +74,14 @@ class Branches(Policy):
         self.wants_confidences = 0 < self.most_branches < draft_length
         self.most_tokens = draft_length * (1 + self.most_branches)
 
-    def plan(self, drafts: Drafts) -> Plan:
+    def layout(self, drafts: Drafts) -> ForwardLayout:
         """All drafts, and the branches."""
         count = len(drafts.tokens)
         if self.most_branches >= count:
-            return Plan(count, tuple(range(1, count + 1)), self.draft_length)
+            return ForwardLayout(count, tuple(range(1, count + 1)), self.draft_length)
         # drafts of another policy may come without
         confidences = drafts.confidences or [0.5] * (count - 1)
-        return Plan(count, likeliest_outcomes(confidences, self.most_branches), self.draft_length)
+        return ForwardLayout(count, likeliest_outcomes(confidences, self.most_branches), self.draft_length)
 
 
 class Linear(Policy):
@@ -92,10 +92,12 @@ class Linear(Policy):
         self.drafts_at_once = draft_length > 1
         self.most_tokens = 1 + draft_length
 
-    def plan(self, drafts: Drafts) -> Plan:
+    def layout(self, drafts: Drafts) -> ForwardLayout:
         """Masks behind a certain token that has no drafts."""
         count = len(drafts.tokens)
-        return Plan(count) if count > 1 or not self.drafts_at_once else Plan(1, (1,), self.draft_length)
+        return (
+            ForwardLayout(count) if count > 1 or not self.drafts_at_once else ForwardLayout(1, (1,), self.draft_length)
+        )
 
 
 class Lookup(Policy):
@@ -114,9 +116,9 @@ class Lookup(Policy):
         self._followed_at: dict[tuple[int, ...], int] = {}  # n-gram -> where the text goes on after its latest place
         self._append(prompt)
 
-    def plan(self, drafts: Drafts) -> Plan:
+    def layout(self, drafts: Drafts) -> ForwardLayout:
         """All drafts."""
-        return Plan(len(drafts.tokens))
+        return ForwardLayout(len(drafts.tokens))
 
     def look_up(self, emitted: Sequence[int]) -> list[int]:
         """Up to K - 1 tokens."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tidar_megatron.errors import UserError
 from tidar_megatron.inference.model import DecodeModel
-from tidar_megatron.inference.planner import Planner
+from tidar_megatron.inference.planner import Planner, planner_of
 from tidar_megatron.inference.request import DecodeOptions, Generation, Step
 from tidar_megatron.inference.sequence import Sequence
 from tidar_megatron.inference.static import Forwards
@@ -55,6 +55,14 @@ class Engine:
         self._waiting: deque[Sequence] = deque()
         self._queue_size = queue_size
         self._active: list[Sequence] = []
+        self._planner: Planner | None = None
+
+    @property
+    def planner(self) -> Planner:
+        """Chooses the plans of all sequences in mode ``auto``; made when the first one comes."""
+        if self._planner is None:
+            self._planner = planner_of(self.model)
+        return self._planner
 
     @property
     def is_idle(self) -> bool:
@@ -78,6 +86,8 @@ class Engine:
             )
         if len(self._waiting) >= self._queue_size + len(self._free):
             raise UserError(f"{len(self._waiting)} requests are waiting already: try again later")
+        if sequence.is_planned:
+            sequence.follow(self.planner)
         self._waiting.append(sequence)
         return sequence
 
@@ -101,10 +111,10 @@ class Engine:
         if not self._active:
             return []
         served = list(self._active)
-        planner: Planner | None = None
+        planner = self.planner if any(sequence.is_planned for sequence in served) else None
         before, context, reads_prompts = [], 0, False
         for sequence in served:
-            planner, context = planner or sequence.planner, context + sequence.context
+            context += sequence.context
             is_prompt = sequence.reads_prompt
             reads_prompts |= is_prompt
             before.append((sequence, is_prompt, len(sequence.tokens)))
@@ -118,10 +128,10 @@ class Engine:
         for sequence, of_rows in zip(served, logits.of(rows), strict=True):
             if len(of_rows):
                 _guarded(sequence, sequence.draft, of_rows)
-        parts = {sequence: sequence.last_part.plan.num_tokens for sequence in served}
+        parts = {sequence: sequence.last_part.layout.num_tokens for sequence in served}
         seconds, size = time.perf_counter() - start, sum(parts.values())
         if planner is not None:
-            is_its_own = not reads_prompts and all(s.planner is planner for s in served)
+            is_its_own = not reads_prompts and all(s.is_planned for s in served)
             planner.end(size, seconds if is_its_own else None)
         done = []
         for sequence, is_prompt, n in before:

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tidar_megatron.inference.attention import ATTENTION_NAME, Forward
+from tidar_megatron.inference.attention import ATTENTION_NAME
+from tidar_megatron.inference.forward import Forward
 
 
 @dataclass

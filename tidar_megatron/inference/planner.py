@@ -10,14 +10,17 @@ never what it says.
 import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from tidar_megatron.inference.acceptance import Acceptance, Outcomes
-from tidar_megatron.inference.attention import Plan
 from tidar_megatron.inference.costs import Clock, Costs, load_costs
 from tidar_megatron.inference.drafting import Branches, Drafts, Linear, Policy, likeliest_outcomes
+from tidar_megatron.inference.forward import ForwardLayout
 from tidar_megatron.inference.model import DecodeModel
 
 LONGEST = 255  # drafts that are tried: with a branch of each, a forward holds 2**16 tokens
@@ -242,10 +245,10 @@ class Planner:
         if seconds is not None:
             self._timed.append((self._batch, self._context, tokens, seconds))
 
-    def observe(self, drafts: Drafts, plan: Plan, accepted: int) -> None:
-        """What became of the drafts of a sequence that ``plan`` verified; :meth:`_learn` learns from it later."""
-        if self.choice.draft_length > 1 or plan.num_drafts > 1:
-            self._seen.append((self.choice.key, drafts.lag, drafts.confidences, plan.num_drafts, accepted))
+    def observe(self, drafts: Drafts, layout: ForwardLayout, accepted: int) -> None:
+        """What became of the drafts of a sequence that ``layout`` verified; :meth:`_learn` learns from it later."""
+        if self.choice.draft_length > 1 or layout.num_drafts > 1:
+            self._seen.append((self.choice.key, drafts.lag, drafts.confidences, layout.num_drafts, accepted))
 
     def _learn(self) -> None:
         """From some steps at once: between two forwards no cache is warm, and a step waits for what is done there."""
@@ -292,9 +295,10 @@ class Planner:
 class Planned(Policy):
     """The policy of a sequence that follows a planner."""
 
-    def __init__(self, planner: Planner) -> None:
-        self.planner = planner
-        longest = planner.lengths[-1]
+    planner: Planner  # of the engine that serves the sequence
+
+    def __init__(self, longest: int) -> None:
+        """Args: ``longest``, the largest K of any plan (:func:`longest_draft`)."""
         self.most_tokens = longest * (1 + longest)
 
     @property
@@ -312,31 +316,40 @@ class Planned(Policy):
         """Always: also what other plans would have done is learned from them."""
         return True
 
-    def plan(self, drafts: Drafts) -> Plan:
+    def layout(self, drafts: Drafts) -> ForwardLayout:
         """As the planner chose."""
         choice = self.planner.choice
         if choice.draft_length > 1:
-            return choice.policy.plan(drafts)
+            return choice.policy.layout(drafts)
         if len(drafts.tokens) == 1 and self.planner.wants_a_probe():
-            return Plan(1, (1,), self.planner.lengths[-1])
-        return Plan(len(drafts.tokens))
+            return ForwardLayout(1, (1,), self.planner.lengths[-1])
+        return ForwardLayout(len(drafts.tokens))
 
-    def observe(self, drafts: Drafts, plan: Plan, accepted: int) -> None:
+    def observe(self, drafts: Drafts, layout: ForwardLayout, accepted: int) -> None:
         """Tell the planner."""
-        self.planner.observe(drafts, plan, accepted)
+        self.planner.observe(drafts, layout, accepted)
+
+
+def longest_draft(model: DecodeModel) -> int:
+    """Return the largest K that a planner tries with this model."""
+    return min(model.block_size or 8, LONGEST)
 
 
 def planner_of(model: DecodeModel) -> Planner:
-    """The model's planner, which remembers over requests; made anew where torch has another number of threads."""
-    threads = torch.get_num_threads()
-    known = vars(model).get("_planner")
-    if known is None or known[0] != threads:
-        known = threads, Planner(load_costs(model), min(model.block_size or 8, LONGEST))
-        vars(model)["_planner"] = known
-    planner: Planner = known[1]
-    return planner
+    """Return the planner that all engines of a model share, so that it remembers from one request to the next.
+
+    Costs depend on device, dtype and torch's number of threads, so there is a planner for each of these.
+    """
+    key = torch.get_num_threads(), model.device, model.dtype, model.block_size
+    kept = _PLANNERS.setdefault(model.causal_lm, {})
+    if key not in kept:
+        kept[key] = Planner(load_costs(model), longest_draft(model))
+    return kept[key]
 
 
 def forget_planner(model: DecodeModel) -> None:
-    """The next request begins with a planner that has learned nothing."""
-    vars(model).pop("_planner", None)
+    """Forget what was learned of a model: its next request begins with a new planner."""
+    _PLANNERS.pop(model.causal_lm, None)
+
+
+_PLANNERS: WeakKeyDictionary[PreTrainedModel, dict[tuple[Any, ...], Planner]] = WeakKeyDictionary()

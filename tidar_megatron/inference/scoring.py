@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 
 from tidar_megatron.errors import UserError
-from tidar_megatron.inference.attention import PackedForward, Part, Plan
 from tidar_megatron.inference.cache import KVPool
+from tidar_megatron.inference.forward import ForwardLayout, PackedForward, Part
 from tidar_megatron.inference.model import DecodeModel
 from tidar_megatron.inference.request import check_token_ids
 
@@ -55,7 +55,7 @@ def _score_together(
     for start in range(0, capacity - 1, CHUNK):
         pieces = [(n, ids[start : min(start + CHUNK, len(ids) - 1)]) for n, ids in enumerate(whole)]
         pieces = [(n, piece) for n, piece in pieces if piece]
-        packed = PackedForward(pool, [Part(n, start, piece, Plan(len(piece))) for n, piece in pieces])
+        packed = PackedForward(pool, [Part(n, start, piece, ForwardLayout(len(piece))) for n, piece in pieces])
         hidden = model.forward(packed)
         for (n, piece), row in zip(pieces, packed.starts, strict=True):
             first = max(start, len(texts[n][0]) - 1)  # the place that predicts the first scored token

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from tidar_megatron.errors import UserError
-from tidar_megatron.inference.attention import Part, Plan
 from tidar_megatron.inference.drafting import Branches, Drafts, Linear, Lookup, Policy
+from tidar_megatron.inference.forward import ForwardLayout, Part
 from tidar_megatron.inference.model import DecodeModel
-from tidar_megatron.inference.planner import Planned, Planner, planner_of
+from tidar_megatron.inference.planner import Planned, Planner, longest_draft
 from tidar_megatron.inference.request import MOST_TOKENS, DecodeOptions, StopReason, check_prompt
 from tidar_megatron.inference.sampling import Sampler
 from tidar_megatron.inference.text import StopStrings
@@ -58,8 +58,6 @@ class Sequence:
                 f"draft length {self._policy.draft_length}: a forward would hold {most} tokens, and {MOST_TOKENS} are "
                 "the most; use a shorter draft length or fewer branches"
             )
-        # who chooses its plans, in mode auto
-        self.planner: Planner | None = self._policy.planner if isinstance(self._policy, Planned) else None
         end_of_text = frozenset() if options.ignore_eos else model.eos_token_ids
         self._end_of_text = end_of_text
         self._sampler = Sampler(options.sampling, prompt, end_of_text, model.vocab_size, model.device)
@@ -69,8 +67,18 @@ class Sequence:
         self._full: StopReason = "length" if wanted <= model.context_limit else "context"
         self._unread = prompt
         self._drafts = Drafts()
-        self._part = Part(0, 0, (), Plan(0))
+        self._part = Part(0, 0, (), ForwardLayout(0))
         self._accepted = 0  # tokens of the part that are committed
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether a planner chooses its plans: mode ``auto``."""
+        return isinstance(self._policy, Planned)
+
+    def follow(self, planner: Planner) -> None:
+        """Let the engine's planner choose the plans of a sequence that :attr:`is_planned`."""
+        assert isinstance(self._policy, Planned)
+        self._policy.planner = planner
 
     @property
     def room(self) -> int:
@@ -84,14 +92,14 @@ class Sequence:
             tokens = self._unread[:prompt_tokens]
             is_last = len(tokens) == len(self._unread)
             branches = (len(tokens),) if is_last and self._policy.drafts_at_once else ()
-            plan = Plan(len(tokens), branches, self._policy.draft_length)
+            layout = ForwardLayout(len(tokens), branches, self._policy.draft_length)
         else:
             # The last token that fits needs no K/V: no draft beyond it is worth a place, nor one at the context limit.
             self._cut_drafts(self._end - 1 - self.length)
-            plan = self._policy.plan(self._drafts)
-            self._cut_drafts(plan.num_drafts)
+            layout = self._policy.layout(self._drafts)
+            self._cut_drafts(layout.num_drafts)
             tokens = self._drafts.tokens
-        self._part = Part(self.slot, self.length, tokens, self._useful(plan))
+        self._part = Part(self.slot, self.length, tokens, self._useful(layout))
         return self._part
 
     @property
@@ -115,36 +123,36 @@ class Sequence:
 
         With a trust ratio below 1 also the first mask of each branch, which stands where these rows' next token does.
         """
-        plan = self._part.plan
-        if self._unread and plan.num_drafts < len(self._unread):
+        layout = self._part.layout
+        if self._unread and layout.num_drafts < len(self._unread):
             return range(0)
-        rows = range(plan.num_drafts - 1 if self._unread else 0, plan.num_drafts)
-        if self.options.trust_ratio < 1 and plan.branches:
-            assert plan.branches == tuple(row + 1 for row in rows)
-            return [*rows, *range(plan.num_drafts, plan.num_tokens, plan.draft_length)]
+        rows = range(layout.num_drafts - 1 if self._unread else 0, layout.num_drafts)
+        if self.options.trust_ratio < 1 and layout.branches:
+            assert layout.branches == tuple(row + 1 for row in rows)
+            return [*rows, *range(layout.num_drafts, layout.num_tokens, layout.draft_length)]
         return rows
 
     @property
     def draft_rows(self) -> range:
         """The rows of its part whose logits draft."""
-        return self._part.plan.rows_after(self._accepted) if self.stop is None and not self._unread else range(0)
+        return self._part.layout.rows_after(self._accepted) if self.stop is None and not self._unread else range(0)
 
     def accept(self, logits: Tensor) -> list[int]:
         """Verify and commit; ``logits [rows, V]`` -> the tokens that became final."""
-        plan, drafts = self._part.plan, self._part.tokens
+        layout, drafts = self._part.layout, self._part.tokens
         if not len(logits):  # a piece of the prompt, not its last
-            self._commit(plan.num_drafts)
+            self._commit(layout.num_drafts)
             return []
-        if (beta := self.options.trust_ratio) < 1 and plan.branches:
+        if (beta := self.options.trust_ratio) < 1 and layout.branches:
             verifying, drafting = logits.chunk(2)
             # of the mask token both are minus infinity, which 0 times would not stay
             logits = drafting if beta == 0 else beta * verifying + (1 - beta) * drafting
         if self._unread:
             tokens = self._sampler.choose(logits, drafts[-1:], None)
-            self._commit(plan.num_drafts)
+            self._commit(layout.num_drafts)
         else:
             tokens = self._sampler.choose(logits, drafts, self._drafts.q)
-            self._policy.observe(self._drafts, plan, len(tokens))
+            self._policy.observe(self._drafts, layout, len(tokens))
             self._commit(len(tokens))
         tokens = self._cut(tokens)
         if self.options.logprobs:
@@ -162,7 +170,7 @@ class Sequence:
         if self._policy.wants_confidences:
             likely = logits.float().softmax(-1) if q is None else q
             confidences = likely.amax(-1).tolist()
-        branch = self._part.plan.branch_after(self._accepted)
+        branch = self._part.layout.branch_after(self._accepted)
         assert branch is not None
         self._drafts = Drafts([*self._drafts.tokens, *tokens], q, confidences, self._accepted - branch)
 
@@ -177,18 +185,18 @@ class Sequence:
             q = None if drafts.q is None else drafts.q[: count - 1]
             self._drafts = Drafts(drafts.tokens[:count], q, drafts.confidences[: count - 1], drafts.lag)
 
-    def _useful(self, plan: Plan) -> Plan:
+    def _useful(self, layout: ForwardLayout) -> ForwardLayout:
         """The plan, less branches that could not draft a single useful token, its masks within the context."""
         last = self._end - 1 if self.options.trust_ratio < 1 else self._end - 3  # mixing needs the place itself
-        if not plan.branches:
-            return plan
-        useful = tuple(r for r in plan.branches if self.length + r <= last)
+        if not layout.branches:
+            return layout
+        useful = tuple(r for r in layout.branches if self.length + r <= last)
         if not useful:
-            return Plan(plan.num_drafts)
+            return ForwardLayout(layout.num_drafts)
         room = self._context_limit - self.length - useful[-1]
-        if useful == plan.branches and plan.draft_length <= room:
-            return plan
-        return Plan(plan.num_drafts, useful, min(plan.draft_length, room))
+        if useful == layout.branches and layout.draft_length <= room:
+            return layout
+        return ForwardLayout(layout.num_drafts, useful, min(layout.draft_length, room))
 
     def _cut(self, tokens: list[int]) -> list[int]:
         """The tokens up to the first end; sets why, if there is one."""
@@ -208,7 +216,7 @@ def make_policy(model: DecodeModel, options: DecodeOptions, prompt: Tokens[int])
     """The policy of a mode."""
     draft_length = options.resolved_draft_length(model) or 1
     if options.mode == "auto" and model.mask_token_id is not None:
-        return Planned(planner_of(model))
+        return Planned(longest_draft(model))
     if options.mode == "tidar":
         return Branches(draft_length, None if options.branches == "all" else options.branches)
     if options.mode == "linear":

@@ -15,8 +15,16 @@ import torch
 from torch import Tensor
 
 from tidar_megatron.attention_kernels import hiding
-from tidar_megatron.inference.attention import Forward, PackedForward, Part, Plan, Uniform, local_mask, position_offsets
 from tidar_megatron.inference.cache import KVPool
+from tidar_megatron.inference.forward import (
+    Forward,
+    ForwardLayout,
+    PackedForward,
+    Part,
+    Uniform,
+    local_mask,
+    position_offsets,
+)
 from tidar_megatron.inference.model import DecodeModel
 
 TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320)
@@ -34,7 +42,7 @@ class Shape(NamedTuple):
     @staticmethod
     def of(parts: Sequence[Part], pool: KVPool) -> "Shape | None":
         """None for parts that are too large, or have no room for what is rounded up."""
-        most = max(part.plan.num_tokens for part in parts)
+        most = max(part.layout.num_tokens for part in parts)
         tokens = next((size for size in TOKENS if size >= most), None)
         if tokens is None or any(part.length + tokens > pool.capacity for part in parts):
             return None
@@ -86,11 +94,11 @@ class StaticForward:
         lengths = torch.zeros(sequences, dtype=torch.int64)
         for part in parts:
             assert part.length + tokens <= self._pool.capacity
-            row, brought = [*part.tokens, *[mask_token_id] * part.plan.num_masks], part.plan.num_tokens
+            row, brought = [*part.tokens, *[mask_token_id] * part.layout.num_masks], part.layout.num_tokens
             ids[part.slot, :brought] = torch.tensor(row)
-            positions[part.slot, :brought] = part.length + torch.tensor(position_offsets(part.plan))
+            positions[part.slot, :brought] = part.length + torch.tensor(position_offsets(part.layout))
             lengths[part.slot] = part.length
-            self._visible[part.slot].copy_(_padded_mask(part.plan, tokens, self._visible.device))
+            self._visible[part.slot].copy_(_padded_mask(part.layout, tokens, self._visible.device))
         places = lengths[:, None] + torch.arange(tokens)
         self._numbers.copy_(torch.stack([ids, positions, places]).flatten(1))
         self._lengths.copy_(lengths)
@@ -145,10 +153,10 @@ WARM_UP = 3  # runs of a shape before it is captured: libraries choose kernels i
 
 
 @lru_cache(maxsize=512)
-def _padded_mask(plan: Plan, tokens: int, device: torch.device) -> Tensor:
+def _padded_mask(layout: ForwardLayout, tokens: int, device: torch.device) -> Tensor:
     """:func:`local_mask` as ``[tokens, tokens]``; what is padding sees itself, so that it stays a number."""
     mask = torch.eye(tokens, dtype=torch.bool)
-    mask[: plan.num_tokens, : plan.num_tokens] = local_mask(plan)
+    mask[: layout.num_tokens, : layout.num_tokens] = local_mask(layout)
     return mask.to(device)
 
 

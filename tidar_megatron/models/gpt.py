@@ -21,7 +21,7 @@ from tidar_megatron.data.doubled import Batch
 from tidar_megatron.distributed.groups import Ranks
 from tidar_megatron.distributed.platform import has_gpu
 from tidar_megatron.models.attention import choose_backend
-from tidar_megatron.models.attention.plans import AttentionPlans
+from tidar_megatron.models.attention.schedules import AttentionSchedules
 from tidar_megatron.models.experts import keep_experts_apart, use_balanced_router
 from tidar_megatron.models.layers import HybridCoreAttention, PositionRotaryEmbedding, RMSNorm
 from tidar_megatron.models.output_layer import OutputLayer
@@ -106,7 +106,7 @@ def has_gradient_accumulation_kernel() -> bool:
 
 
 def layer_spec(
-    config: Config, transformer: TransformerConfig, plans: AttentionPlans, vp_stage: int | None
+    config: Config, transformer: TransformerConfig, schedules: AttentionSchedules, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
     """The stock layer spec with our modules in it."""
     qk_layernorm, impl = config.model.qk_layernorm, config.model.transformer_impl
@@ -125,7 +125,7 @@ def layer_spec(
             layer.submodules.self_attention.submodules.k_layernorm = norm
     layer.submodules.self_attention.submodules.core_attention = partial(
         HybridCoreAttention,
-        plans=plans,
+        schedules=schedules,
         heads_per_gather=config.parallel.context_parallel_kv_heads,
     )
     if config.model.num_experts is not None:
@@ -143,7 +143,7 @@ def padded_vocab_size(vocab_size: int, config: Config) -> int:
     zero gradients; whatever weight decay makes of them, nobody sees it.
 
     A checkpoint of one TP may have other padding than a run of another TP that loads it: megatron-core cuts its rows
-    or fills them up with zeros, and ``checkpoint/streaming.py`` reads the ids alone.
+    or fills them up with zeros, and ``huggingface/streaming.py`` reads the ids alone.
     """
     multiple = math.lcm(config.model.make_vocab_size_divisible_by, config.parallel.tensor_model_parallel_size)
     return math.ceil(vocab_size / multiple) * multiple
@@ -163,13 +163,13 @@ def build_model(config: Config, vocab_size: int, ranks: Ranks) -> list[GPTModel]
     vpp = config.parallel.virtual_pipeline_model_parallel_size or 1
     wanted, chunk_size = config.tidar.attention_backend, config.tidar.attention_chunk_size
     backend = choose_backend(wanted, ranks.device.type, config.model.head_channels, config.training.bf16)
-    plans = AttentionPlans(backend, chunk_size, ranks.groups.cp)
+    schedules = AttentionSchedules(backend, chunk_size, ranks.groups.cp)
     chunks = []
     for stage in range(vpp):
         vp_stage = stage if vpp > 1 else None
         model = GPTModel(
             transformer,
-            layer_spec(config, transformer, plans, vp_stage),
+            layer_spec(config, transformer, schedules, vp_stage),
             vocab_size=padded_vocab_size(vocab_size, config),
             max_sequence_length=2 * config.data.seq_length,
             pre_process=ranks.holds_embedding(stage),
@@ -180,7 +180,7 @@ def build_model(config: Config, vocab_size: int, ranks: Ranks) -> list[GPTModel]
             pg_collection=ranks.groups,
             vp_stage=vp_stage,
         )
-        model.attention_plans = plans
+        model.attention_schedules = schedules
         model.unpadded_vocab_size = vocab_size  # GPTModel's own vocab_size is the padded one
         model.rotary_pos_emb = PositionRotaryEmbedding(transformer, config.model)
         if model.post_process:
@@ -204,7 +204,7 @@ def run_model(model: Any, batch: Batch) -> Tensor:
     """
     padding = None
     chunk = unwrap(model)
-    chunk.attention_plans.prepare(batch.visibility, batch.visibility_on_host, batch.tokens.shape[1])
+    chunk.attention_schedules.prepare(batch.visibility, batch.visibility_on_host, batch.tokens.shape[1])
     # the wrapper that training puts around a bfloat16 chunk would turn the last one's hidden states to float32
     precision = {"fp32_output": False} if chunk.config.bf16 and model is not chunk else {}
     if chunk.config.num_moe_experts is not None:

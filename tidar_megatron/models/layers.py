@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from tidar_megatron.config import ModelConfig
 from tidar_megatron.context_parallel import own_clean_tokens
-from tidar_megatron.models.attention import AttentionPlan, hybrid_attention
-from tidar_megatron.models.attention.plans import AttentionPlans
+from tidar_megatron.models.attention import AttentionSchedule, hybrid_attention
+from tidar_megatron.models.attention.schedules import AttentionSchedules
 
 
 class HybridCoreAttention(MegatronModule):
@@ -37,12 +37,12 @@ class HybridCoreAttention(MegatronModule):
         softmax_scale: float | None = None,
         pg_collection: Any = None,
         *,
-        plans: AttentionPlans,
+        schedules: AttentionSchedules,
         heads_per_gather: int,
         **unused: Any,
     ) -> None:
         super().__init__(config=config)
-        self.plans, self.heads_per_gather = plans, heads_per_gather
+        self.schedules, self.heads_per_gather = schedules, heads_per_gather
         self.cp_group = pg_collection.cp
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
@@ -50,9 +50,9 @@ class HybridCoreAttention(MegatronModule):
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *args: Any, **unused: Any
     ) -> Tensor:
         """``query [t, b, h, d]``, ``key``/``value [t, b, g, d]``, metadata ``[b, keys, 4]`` -> ``[t, b, h*d]``."""
-        plan, size = self.plans.find(attention_mask, len(query)), self.cp_group.size()
+        schedule, size = self.schedules.find(attention_mask, len(query)), self.cp_group.size()
         if size == 1:
-            return self._attend(query, key, value, plan)
+            return self._attend(query, key, value, schedule)
         clean = own_clean_tokens(len(query), attention_mask.shape[1], size)
         outputs = []
         groups = key.shape[2]
@@ -66,12 +66,12 @@ class HybridCoreAttention(MegatronModule):
             )
             all_keys = torch.cat([gathered[:, 0], key[clean:, :, heads]])
             all_values = torch.cat([gathered[:, 1], value[clean:, :, heads]])
-            outputs.append(self._attend(query[:, :, queries], all_keys, all_values, plan))
+            outputs.append(self._attend(query[:, :, queries], all_keys, all_values, schedule))
         return torch.cat(outputs, dim=-1)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, schedule: AttentionSchedule) -> Tensor:
         q_bhtd, k_bgkd, v_bgkd = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        out_bhtd = hybrid_attention(q_bhtd, k_bgkd, v_bgkd, plan, self.softmax_scale)
+        out_bhtd = hybrid_attention(q_bhtd, k_bgkd, v_bgkd, schedule, self.softmax_scale)
         return out_bhtd.permute(2, 0, 1, 3).flatten(2)
 
 

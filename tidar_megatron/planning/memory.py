@@ -1,7 +1,7 @@
 """Bytes on one rank: weights, gradients, optimizer, activations, loss.
 
-Weights, gradients and the optimizer's state are arithmetic here; :mod:`tidar_megatron.planning.shards` builds the same
-shards, and the tool compares the two: equal, but for the padding of the distributed optimizer's buffers.
+Weights, gradients and the optimizer's state are arithmetic here; :mod:`tidar_megatron.planning.built_ranks` builds the
+same shards, and the tool compares the two: equal, but for the padding of the distributed optimizer's buffers.
 
 Activations are what autograd saves for the backward, each storage once, without parameters: what saved-tensor hooks
 count. Two sets of kernels, of which the first is tested against those hooks:

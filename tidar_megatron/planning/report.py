@@ -8,20 +8,20 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from tidar_megatron.checkpoint.families import model_type
 from tidar_megatron.config import Config
 from tidar_megatron.errors import UserError
+from tidar_megatron.huggingface.families import model_type
+from tidar_megatron.planning.built_ranks import count_distinct_parameters
 from tidar_megatron.planning.estimate import Estimate, recompute_name
 from tidar_megatron.planning.flops import active_parameters, executed_flops, model_flops
 from tidar_megatron.planning.hardware import ASSUMPTIONS, GIB, HARDWARE, Hardware
 from tidar_megatron.planning.memory import memory_of
 from tidar_megatron.planning.search import search, verify_all
-from tidar_megatron.planning.shards import count_distinct_parameters
 from tidar_megatron.planning.sizes import Sizes, require_vocabulary
 
 
 @dataclass(frozen=True)
-class Plan:
+class LayoutReport:
     """What the tool found."""
 
     gpus: int
@@ -50,7 +50,7 @@ class Plan:
         )
 
 
-def make_plan(config: Config, gpus: int, hardware: Hardware, memory_gib: float | None, top: int) -> Plan:
+def report_layouts(config: Config, gpus: int, hardware: Hardware, memory_gib: float | None, top: int) -> LayoutReport:
     """Search, then build the ranks of the layouts that will be shown, so that what is said of them is exact.
 
     Raises:
@@ -68,34 +68,34 @@ def make_plan(config: Config, gpus: int, hardware: Hardware, memory_gib: float |
     shown = layouts[:top]
     verify_all(shown + ([own] if own else []))
     total = count_distinct_parameters((own or shown[0]).sizes)
-    return Plan(gpus, hardware, memory_gib, total, len(layouts), shown, own, refusal)
+    return LayoutReport(gpus, hardware, memory_gib, total, len(layouts), shown, own, refusal)
 
 
-def print_plan(plan: Plan) -> None:
+def print_report(report: LayoutReport) -> None:
     """What a person reads."""
     console = Console(width=None if Console().is_terminal else 150)
-    config = plan.layouts[0].sizes.config
-    doubled, clean = model_flops(plan.layouts[0].sizes)
+    config = report.layouts[0].sizes.config
+    doubled, clean = model_flops(report.layouts[0].sizes)
     console.print(
-        f"{plan.total_parameters:,} parameters, {active_parameters(plan.layouts[0].sizes):,} in a token's matrix "
+        f"{report.total_parameters:,} parameters, {active_parameters(report.layouts[0].sizes):,} in a token's matrix "
         f"products; S = {config.data.seq_length:,}, B = {config.tidar.block_size}, "
         f"masks for {config.chosen_blocks} of {config.blocks} blocks, "
         f"{config.training.global_batch_size} sequences a step: {doubled:.3e} useful FLOPs on clean tokens and masks, "
         f"{clean:.3e} on the clean ones (plain AR)",
         highlight=False,
     )
-    console.print(layout_table(plan))
+    console.print(layout_table(report))
     console.print("the best in the YAML, its section parallel being", highlight=False)
-    written = yaml.safe_dump(sections_of(plan.layouts[0].sizes), default_flow_style=None, sort_keys=False, width=1000)
+    written = yaml.safe_dump(sections_of(report.layouts[0].sizes), default_flow_style=None, sort_keys=False, width=1000)
     console.print(written, highlight=False, soft_wrap=True)
-    if plan.configured is None:
-        console.print(f"The config's own layout cannot use {plan.gpus} GPUs: {plan.refusal}", highlight=False)
-    for title, estimate in (("Best", plan.layouts[0]), ("The config's own", plan.configured)):
+    if report.configured is None:
+        console.print(f"The config's own layout cannot use {report.gpus} GPUs: {report.refusal}", highlight=False)
+    for title, estimate in (("Best", report.layouts[0]), ("The config's own", report.configured)):
         if estimate is not None:
             console.print(stage_table(title, estimate))
             console.print(traffic_table(estimate))
             console.print(time_line(estimate), highlight=False)
-    console.print(hardware_table(plan.hardware))
+    console.print(hardware_table(report.hardware))
     console.print(assumption_table())
     console.print(
         "Activations are counted for chunked attention whose kernel keeps no scores, and fused RMSNorm and SwiGLU; the "
@@ -158,17 +158,19 @@ def assumption_table() -> Table:
     return made
 
 
-def layout_table(plan: Plan) -> Table:
+def layout_table(report: LayoutReport) -> Table:
     """The layouts that fit, best first, and the config's own."""
-    title = f"{plan.found} layouts of {plan.gpus} {plan.hardware.name} fit {plan.memory_gib:g} GiB"
+    title = f"{report.found} layouts of {report.gpus} {report.hardware.name} fit {report.memory_gib:g} GiB"
     made = table(
-        f"{title}; the best {len(plan.layouts)}",
+        f"{title}; the best {len(report.layouts)}",
         *("", "TP", "PP", "VPP", "CP", "DP", "EP", "b", "recompute", "parameters", "GiB"),
         *("s/step", "MFU all", "MFU S", "tokens/s/GPU"),
     )
-    rows = [(str(number), layout) for number, layout in enumerate(plan.layouts, 1)]
-    if plan.configured is not None:
-        rows.append(("config" if plan.configured.fits(plan.memory_gib) else "config: does NOT fit", plan.configured))
+    rows = [(str(number), layout) for number, layout in enumerate(report.layouts, 1)]
+    if report.configured is not None:
+        rows.append(
+            ("config" if report.configured.fits(report.memory_gib) else "config: does NOT fit", report.configured)
+        )
     for name, layout in rows:
         s, memory = layout.sizes, layout.memory
         made.add_row(

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 
 from tidar_megatron.config import Config
 from tidar_megatron.errors import UserError
+from tidar_megatron.planning.built_ranks import build_shard
 from tidar_megatron.planning.estimate import Estimate, recompute_name, stages_that_differ
 from tidar_megatron.planning.hardware import GIB, Hardware
 from tidar_megatron.planning.memory import memory_of
-from tidar_megatron.planning.shards import build_shard
 from tidar_megatron.planning.sizes import Sizes
 
 MICRO_BATCH_SIZES = (1, 2, 4, 8)

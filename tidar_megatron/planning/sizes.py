@@ -7,18 +7,17 @@ padded vocabulary, w bytes of a parameter or activation (bfloat16 2, float32 4).
 from dataclasses import dataclass
 from functools import cached_property
 
-from tidar_megatron.config import Config, check_config, check_world_size
-from tidar_megatron.errors import UserError
+from tidar_megatron.config import Config, ResolvedConfig, check_config, check_world_size
 from tidar_megatron.models.attention.flex import BLOCK as FLEX_BLOCK
 from tidar_megatron.models.gpt import padded_vocab_size
-from tidar_megatron.planning.tiles import Tiles, largest_tiles
+from tidar_megatron.planning.attention_work import Tiles, largest_tiles
 
 
 @dataclass(frozen=True)
 class Sizes:
     """A configuration on a number of GPUs. Everything per rank, unless said."""
 
-    config: Config
+    config: ResolvedConfig
     world_size: int
 
     @staticmethod
@@ -28,10 +27,10 @@ class Sizes:
         Raises:
             UserError: a layout that contradicts the model, or that ``world_size`` GPUs cannot fill.
         """
-        require_vocabulary(config)
-        check_config(config, resolved=True)
-        check_world_size(config, world_size)
-        return Sizes(config, world_size)
+        resolved = require_vocabulary(config)
+        check_config(resolved, resolved=True)
+        check_world_size(resolved, world_size)
+        return Sizes(resolved, world_size)
 
     @cached_property
     def tp(self) -> int:
@@ -152,8 +151,7 @@ class Sizes:
     @cached_property
     def vocabulary(self) -> int:
         """Rows of the output layer on this rank, padding included."""
-        assert self.config.model.vocab_size is not None
-        return padded_vocab_size(self.config.model.vocab_size, self.config) // self.tp
+        return padded_vocab_size(self.config.vocab_size, self.config) // self.tp
 
     @cached_property
     def w(self) -> int:
@@ -184,14 +182,14 @@ class Sizes:
         return largest_tiles(self.config.data.seq_length, tidar.block_size, chunk, self.cp, self.config.chosen_blocks)
 
 
-def require_vocabulary(config: Config) -> None:
-    """A plan needs every size of the model in the YAML.
+def require_vocabulary(config: Config) -> ResolvedConfig:
+    """Return the configuration as a resolved one: every size of the model must be in the YAML.
 
     Raises:
         UserError: where the tokenizer, or the folder to start from, would decide.
     """
-    if config.model.vocab_size is None:
-        raise UserError(
-            "model.vocab_size is not in the config (training takes it from the tokenizer or --init-from), and a plan "
-            "needs it: give --vocab-size N, the ids in use with the mask token's"
-        )
+    return ResolvedConfig.of(
+        config,
+        "model.vocab_size is not in the config (training takes it from the tokenizer or --init-from), and a plan "
+        "needs it: give --vocab-size N, the ids in use with the mask token's",
+    )

@@ -13,15 +13,15 @@ import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
-from tidar_megatron.checkpoint.initialize import initialize_weights
-from tidar_megatron.checkpoint.mapping import cut, entry_of, own_parameters, shard_group
-from tidar_megatron.config import Config, build_config, check_world_size
+from tidar_megatron.config import Config, ResolvedConfig, build_config, check_world_size
 from tidar_megatron.data.blocks import choose_blocks
 from tidar_megatron.data.doubled import Batch, make_batch
 from tidar_megatron.data.packing import LengthsInMemory, PackedSequences, pack
 from tidar_megatron.distributed.groups import Ranks, initialize
 from tidar_megatron.errors import UserError
 from tidar_megatron.models.gpt import build_model
+from tidar_megatron.models.initialize import initialize_weights
+from tidar_megatron.models.parameters import kind_of, own_parameters, shard_group
 from tidar_megatron.training.optimizer import build_optimizer, wrap_model
 from tidar_megatron.training.step import Model, evaluate, forward_backward, train_step
 
@@ -92,7 +92,7 @@ class Layout:
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     data_parallel_size: int | None = None
 
-    def config(self, world_size: int) -> Config:
+    def config(self, world_size: int) -> ResolvedConfig:
         """The whole configuration.
 
         Raises:
@@ -202,14 +202,14 @@ def layouts_for(world_size: int) -> list[Layout]:
 
 def variant_config(
     variant: str, world_size: int, parallel: dict[str, Any] | None = None, model: dict[str, Any] | None = None
-) -> Config:
+) -> ResolvedConfig:
     """The tiny model's configuration; as many sequences a step as make every rank of ``world_size`` work twice."""
     tree = {name: dict(section) for name, section in MODEL.items()}
     tree["training"]["global_batch_size"] = world_size * max(2, -(-8 // world_size))
     for name, section in {**VARIANTS[variant].changes, "parallel": parallel or {}}.items():
         tree[name].update(section)
     tree["model"].update(model or {})
-    return build_config(tree)
+    return ResolvedConfig.of(build_config(tree))
 
 
 class Documents:
@@ -246,11 +246,10 @@ class Measured:
     supervised: list[tuple[int, int]]  # of each micro-batch of the first step
 
 
-def measure(config: Config, variant: Variant) -> Measured:
+def measure(config: ResolvedConfig, variant: Variant) -> Measured:
     """Train the tiny model in a layout."""
     ranks = initialize(config.parallel, config.training.seed)
-    assert config.model.vocab_size is not None
-    chunks = build_model(config, config.model.vocab_size, ranks)
+    chunks = build_model(config, config.vocab_size, ranks)
     initialize_weights(chunks, config.training.seed)
     model = wrap_model(chunks, config)
     optimizer, scheduler = build_optimizer(model, config)
@@ -315,16 +314,16 @@ def compare(layout: Layout, ranks: Sequence[Measured], one: Measured) -> Compari
 
 
 def _gradient_error(name: str, whole: Tensor, ranks: Sequence[Measured]) -> float:
-    entry, _ = entry_of(name)
+    kind, _ = kind_of(name)
     worst: dict[int, float] = {}
     shards = 1
     for rank in ranks:
         if name in rank.grads:
             number, shards, part = rank.grads[name]
-            reference = cut(entry, whole, number, shards)
+            reference = kind.part(whole, number, shards)
             error = (part.double() - reference.double()).square().sum().item()
             worst[number] = float(np.maximum(worst.get(number, 0.0), error))  # also where the error is no number
-    if entry.shard == "replicated":
+    if kind.shard == "replicated":
         worst, shards = {0: float(np.max(list(worst.values())))} if worst else {}, 1
     if len(worst) < shards:
         return float("inf")  # a part that no rank has

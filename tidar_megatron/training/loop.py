@@ -15,8 +15,8 @@ from tidar_megatron.errors import Diverged, Interrupted, UserError
 from tidar_megatron.streams import outliving_output
 from tidar_megatron.training import signals
 from tidar_megatron.training.describe import describe
+from tidar_megatron.training.generations import Samples
 from tidar_megatron.training.metrics import MetricsLogger
-from tidar_megatron.training.samples import Samples
 from tidar_megatron.training.trainer import Trainer
 
 LOST = 1 + max(signals.REASONS)  # the lock on the run's folder is another run's: leave, and save nothing

@@ -17,7 +17,7 @@ from tidar_megatron.errors import UserError
 from tidar_megatron.files import replace_text
 from tidar_megatron.json_files import not_a_file
 from tidar_megatron.training.dashboards import Dashboard, TensorBoard, Values, WandB
-from tidar_megatron.training.samples import Said
+from tidar_megatron.training.generations import Said
 
 
 class JsonLines:

@@ -1,27 +1,115 @@
-"""What a run is, settled before it starts: the configuration completed, and contradictions refused."""
+"""The first two steps of a start: check what a run is given, then resolve what it is. No process group exists yet."""
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from tidar_megatron.checkpoint.distributed import read_state
-from tidar_megatron.checkpoint.families import huggingface_config, read_json
+from tidar_megatron.checkpoint.contents import read_state
 from tidar_megatron.checkpoint.fingerprint import Fingerprint, check_fingerprint
 from tidar_megatron.checkpoint.folder import checkpoint_folder, restart_points, saved_iterations
-from tidar_megatron.checkpoint.huggingface import CONFIG
-from tidar_megatron.checkpoint.manifest import Damaged
-from tidar_megatron.checkpoint.origin import Origin
-from tidar_megatron.checkpoint.token_ids import check_mask_token
-from tidar_megatron.config import Config, ModelConfig, check_config, flag
-from tidar_megatron.data.loader import TrainingData
+from tidar_megatron.checkpoint.integrity import Damaged
+from tidar_megatron.config import Config, ModelConfig, ResolvedConfig, check_config, check_world_size, flag
+from tidar_megatron.data.loader import SequenceSettings, TrainingData
 from tidar_megatron.data.manifest import TokenizerEntry
-from tidar_megatron.data.tokenizer import free_id
+from tidar_megatron.data.sources import any_pair, tokenizer_of
+from tidar_megatron.data.tokenizer import free_id, load_tokenizer, reserved_ids
+from tidar_megatron.distributed import startup
+from tidar_megatron.distributed.groups import world_size_from_environment
+from tidar_megatron.distributed.platform import check_backend
 from tidar_megatron.errors import UserError
+from tidar_megatron.huggingface.families import huggingface_config, read_json
+from tidar_megatron.huggingface.folders import CONFIG
+from tidar_megatron.huggingface.origin import Origin, open_origin
+from tidar_megatron.huggingface.token_ids import check_mask_token
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is given, checked as far as that goes without reading its data.
+
+    Attributes:
+        config: as given.
+        tokenizer, tokenizer_folder: the training data's.
+        reserved: ids of the tokenizer that no text has.
+        origin: what ``--init-from`` names.
+    """
+
+    config: Config
+    tokenizer: TokenizerEntry
+    tokenizer_folder: Path
+    reserved: Sequence[int]
+    origin: Origin | None
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """What a run is: everything that its start needs beside process groups."""
+
+    config: ResolvedConfig
+    tokenizer_folder: Path
+    origin: Origin | None
+    train_data: TrainingData
+    valid_data: TrainingData | None
+    fingerprint: Fingerprint
+
+
+def check_inputs(config: Config) -> Inputs:
+    """Check a run's flags against each other and against the machine, and open what they name.
+
+    Raises:
+        UserError: names the flag.
+    """
+    if not config.data.train_data:
+        raise UserError("--train-data is missing: give a folder made by tools/prepare_data.py")
+    check_world_size(config, world_size_from_environment())
+    check_backend(config)
+    for name in ("save_interval", "async_save", "keep_last"):
+        if getattr(config.checkpoint, name) and not config.checkpoint.save:
+            raise UserError(f"{flag(name)}: needs --save, the folder to save to; or leave it out")
+    sources = {"--train-data": config.data.train_data, "--valid-data": config.data.valid_data}
+    if config.data.tokenizer and not any_pair(sources):
+        raise UserError(f"--tokenizer {config.data.tokenizer}: is for .bin/.idx pairs; shards carry their own")
+    tokenizer, folder = tokenizer_of(config.data.train_data, config.data.tokenizer)
+    origin = open_origin(config.training.init_from) if config.training.init_from else None
+    return Inputs(config, tokenizer, folder, reserved_ids(load_tokenizer(folder)), origin)
+
+
+def resolve_run(inputs: Inputs) -> ResolvedRun:
+    """Resolve the configuration, and open the data with it.
+
+    Raises:
+        UserError: as :func:`resolve`; or the data are damaged, or of two tokenizers.
+    """
+    startup.current.phase = "reading the data"
+    config = resolve(inputs.config, inputs.tokenizer, inputs.origin, inputs.reserved)
+    settings = SequenceSettings(
+        config.data.seq_length,
+        config.tidar.block_size,
+        config.mask_token_id,
+        config.training.seed,
+        reserved=inputs.reserved,
+        random_masks=config.tidar.masking == "random",
+        chosen_blocks=config.chosen_blocks,
+        reset_positions=config.data.reset_positions,
+        cross_document_attention=config.data.cross_document_attention,
+    )
+
+    def data(given: tuple[str, ...], name: str) -> TrainingData:
+        return TrainingData(given, settings, tokenizer=config.data.tokenizer, verify=config.data.verify_data, flag=name)
+
+    train_data = data(config.data.train_data, "--train-data")
+    train_data.sources[0].load_tokenizer()  # the run keeps a copy, so nothing of it may be missing
+    valid_data = data(config.data.valid_data, "--valid-data") if config.data.valid_data else None
+    if valid_data is not None:
+        train_data.check_same_tokenizer(valid_data)
+    fingerprint = run_fingerprint(config, train_data)
+    return ResolvedRun(config, inputs.tokenizer_folder, inputs.origin, train_data, valid_data, fingerprint)
 
 
 def resolve(
     config: Config, tokenizer: TokenizerEntry, origin: Origin | None = None, reserved: Sequence[int] = ()
-) -> Config:
+) -> ResolvedConfig:
     """Fill in what the tokenizer and ``--init-from`` decide: the model, its vocabulary, the mask token.
 
     Args:
@@ -69,7 +157,7 @@ def resolve(
     huggingface_config(resolved, tokenizer.eos_token_id, read_json(files / CONFIG) if files is not None else None)
     if files is not None:
         check_mask_token(files, mask)  # as the export will
-    return resolved
+    return ResolvedConfig.of(resolved)
 
 
 MAY_CHANGE = ("max_position_embeddings",)  # a number that an export writes

@@ -40,7 +40,7 @@ Model = list[DistributedDataParallel]  # this rank's chunks: one, or VPP of them
 def _run_schedule(model: Model, batches: list[Batch], forward_step: Callable, *, forward_only: bool) -> list[Tensor]:
     """One pass over the micro-batches; the loss function's reports on the last stage, nothing on the others.
 
-    The list is emptied: a micro-batch is gone after its backward, and with it the masks of its attention plan.
+    The list is emptied: a micro-batch is gone after its backward, and with it the masks of its attention schedule.
     """
     chunks = [unwrap(chunk) for chunk in model]
     micro_batch_size, length = batches[0].tokens.shape

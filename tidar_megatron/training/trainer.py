@@ -14,28 +14,26 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from tidar_megatron.checkpoint.checkpoints import Checkpoints
-from tidar_megatron.checkpoint.distributed import Trained
-from tidar_megatron.checkpoint.initialize import MaskRow, initialize_weights, start_mask_row
-from tidar_megatron.checkpoint.origin import Origin, keep_huggingface_files, kept_huggingface_files, open_origin
-from tidar_megatron.config import CONFIG_FILE, Config, ModelConfig, check_world_size, flag
+from tidar_megatron.checkpoint.contents import Trained
+from tidar_megatron.config import CONFIG_FILE, Config, ModelConfig, ResolvedConfig
 from tidar_megatron.data.doubled import Batch
 from tidar_megatron.data.loader import TrainingData
 from tidar_megatron.data.manifest import TOKENIZER_FOLDER
 from tidar_megatron.data.prefetch import Overdue, Prefetcher
-from tidar_megatron.data.sources import any_pair, tokenizer_of
-from tidar_megatron.data.tokenizer import load_tokenizer, reserved_ids, save_tokenizer
+from tidar_megatron.data.tokenizer import save_tokenizer
 from tidar_megatron.distributed import startup
-from tidar_megatron.distributed.groups import Ranks, initialize, rank_from_environment, world_size_from_environment
+from tidar_megatron.distributed.groups import Ranks, initialize, rank_from_environment
 from tidar_megatron.distributed.heartbeat import Heartbeat
-from tidar_megatron.distributed.platform import check_backend
 from tidar_megatron.errors import Stalled, UserError
+from tidar_megatron.huggingface.origin import Origin, keep_huggingface_files, kept_huggingface_files
 from tidar_megatron.models.gpt import build_model
+from tidar_megatron.models.initialize import MaskRow, initialize_weights, start_mask_row
 from tidar_megatron.training import sample_ids, signals
+from tidar_megatron.training.generations import Samples
 from tidar_megatron.training.health import Health
 from tidar_megatron.training.optimizer import build_optimizer, whole_weights, wrap_model
-from tidar_megatron.training.resolve import resolve, run_fingerprint, starting_point
+from tidar_megatron.training.resolve import ResolvedRun, check_inputs, resolve_run, starting_point
 from tidar_megatron.training.run_lock import RunLock, take_lock
-from tidar_megatron.training.samples import Samples
 from tidar_megatron.training.step import evaluate, train_step
 from tidar_megatron.training.straggler import OwnTime
 
@@ -51,7 +49,7 @@ class HasState(Protocol):
 class Trainer:
     """Everything a run holds on this rank."""
 
-    config: Config
+    config: ResolvedConfig
     ranks: Ranks
     train_data: TrainingData
     valid_data: TrainingData | None
@@ -78,78 +76,56 @@ class Trainer:
 
     @classmethod
     def build(cls, config: Config) -> "Trainer":
-        """Everything up to the first step; what can be refused is refused before there are process groups."""
-        if not config.data.train_data:
-            raise UserError("--train-data is missing: give a folder made by tools/prepare_data.py")
-        world_size = world_size_from_environment()
-        check_world_size(config, world_size)
-        check_backend(config)
-        for name in ("save_interval", "async_save", "keep_last"):
-            if getattr(config.checkpoint, name) and not config.checkpoint.save:
-                raise UserError(f"{flag(name)}: needs --save, the folder to save to; or leave it out")
-        sources = {"--train-data": config.data.train_data, "--valid-data": config.data.valid_data}
-        if config.data.tokenizer and not any_pair(sources):
-            raise UserError(f"--tokenizer {config.data.tokenizer}: is for .bin/.idx pairs; shards carry their own")
-        tokenizer, tokenizer_folder = tokenizer_of(config.data.train_data, config.data.tokenizer)
-        origin = open_origin(config.training.init_from) if config.training.init_from else None
-        reserved = reserved_ids(load_tokenizer(tokenizer_folder))
-        startup.current.phase = "reading the data"
-        config = resolve(config, tokenizer, origin, reserved)
-        assert config.tidar.mask_token_id is not None and config.model.vocab_size is not None
+        """Build everything up to the first step: check, resolve, assemble.
 
-        def data(given: tuple[str, ...], name: str) -> TrainingData:
-            return TrainingData(
-                given,
-                config.data.seq_length,
-                config.tidar.block_size,
-                config.tidar.mask_token_id or 0,
-                config.training.seed,
-                tokenizer=config.data.tokenizer,
-                verify=config.data.verify_data,
-                chosen_blocks=config.chosen_blocks,
-                reserved=reserved,
-                random_masks=config.tidar.masking == "random",
-                reset_positions=config.data.reset_positions,
-                cross_document_attention=config.data.cross_document_attention,
-                flag=name,
-            )
+        What can be refused is refused before there are process groups.
 
-        train_data = data(config.data.train_data, "--train-data")
-        train_data.sources[0].load_tokenizer()  # the run keeps a copy, so it must be whole
-        valid_data = data(config.data.valid_data, "--valid-data") if config.data.valid_data else None
-        if valid_data is not None:
-            train_data.check_same_tokenizer(valid_data)
-        fingerprint = run_fingerprint(config, train_data)
+        Raises:
+            UserError: names the flag or the file.
+        """
+        run = resolve_run(check_inputs(config))
         with contextlib.ExitStack() as failing:
             with signals.mortal():
-                lock = _take_lock(config)
+                lock = _take_lock(run.config)
             failing.callback(lock.release if lock is not None else lambda: None)
             with signals.mortal():
-                startup.current.meet()  # now the folder is this run's, and stays as it is
-            start = starting_point(config, fingerprint)
-            if start is None and origin is not None:
-                origin.check_tokenizer(tokenizer_folder)
-            startup.current.phase = "making the process groups"
-            with signals.mortal():
-                ranks = initialize(config.parallel, config.training.seed)
-            start = ranks.from_main(start)  # a node may see a shared folder as it was a moment ago
-            startup.current.phase = "building the model"
-            model = build_model(config, config.model.vocab_size, ranks)
-            if start is None and origin is not None:
-                startup.current.phase = f"loading --init-from {config.training.init_from}"
-                origin.load(model)
-                start_mask_row(model, _mask_row(config, origin))
-            elif start is None:
-                initialize_weights(model, config.training.seed)
-            ddp = wrap_model(model, config)
-            optimizer, scheduler = build_optimizer(ddp, config)
-            checkpoints = Checkpoints(config, ranks, fingerprint, lock.check if lock is not None else lambda: None)
-            data_of_run = (train_data, valid_data)
-            trainer = cls(config, ranks, *data_of_run, model, ddp, optimizer, scheduler, checkpoints, origin, lock)
-            if start is not None:
-                startup.current.phase = f"loading --load {config.checkpoint.load}"
-                trainer.load()
+                startup.current.meet()  # from here on the folder is this run's, and stays as it is
+            trainer = cls._assemble(run, starting_point(run.config, run.fingerprint), lock)
             failing.pop_all()
+        return trainer
+
+    @classmethod
+    def _assemble(cls, run: ResolvedRun, start: int | None, lock: RunLock | None) -> "Trainer":
+        """Make process groups, model and optimizer, and load what the run starts from.
+
+        Args:
+            run: as resolved.
+            start: the iteration it continues from, as this rank sees it; None to start anew.
+            lock: on ``--save``, of the main rank.
+        """
+        config, origin = run.config, run.origin
+        if start is None and origin is not None:
+            origin.check_tokenizer(run.tokenizer_folder)
+        startup.current.phase = "making the process groups"
+        with signals.mortal():
+            ranks = initialize(config.parallel, config.training.seed)
+        start = ranks.from_main(start)  # a node may see a shared folder as it was a moment ago
+        startup.current.phase = "building the model"
+        model = build_model(config, config.vocab_size, ranks)
+        if start is None and origin is not None:
+            startup.current.phase = f"loading --init-from {config.training.init_from}"
+            origin.load(model)
+            start_mask_row(model, _mask_row(config, origin))
+        elif start is None:
+            initialize_weights(model, config.training.seed)
+        ddp = wrap_model(model, config)
+        optimizer, scheduler = build_optimizer(ddp, config)
+        checkpoints = Checkpoints(config, ranks, run.fingerprint, lock.check if lock is not None else lambda: None)
+        data = run.train_data, run.valid_data
+        trainer = cls(config, ranks, *data, model, ddp, optimizer, scheduler, checkpoints, origin, lock)
+        if start is not None:
+            startup.current.phase = f"loading --load {config.checkpoint.load}"
+            trainer.load()
         return trainer
 
     @property
@@ -314,7 +290,7 @@ class Trainer:
         """Rows by which the vocabulary has grown since ``--init-from``."""
         if self.origin is None:
             return 0
-        return (self.config.model.vocab_size or 0) - (self.origin.model(ModelConfig()).vocab_size or 0)
+        return self.config.vocab_size - (self.origin.model(ModelConfig()).vocab_size or 0)
 
     def samples(self) -> Samples | None:
         """Generations from each checkpoint, on the main rank of a run that asks for them."""
@@ -342,8 +318,8 @@ def _take_lock(config: Config) -> RunLock | None:
     return lock
 
 
-def _mask_row(config: Config, origin: Origin) -> MaskRow:
-    mask, now, before = config.tidar.mask_token_id, config.model.vocab_size, origin.model(ModelConfig()).vocab_size
-    assert mask is not None and now is not None and before is not None
+def _mask_row(config: ResolvedConfig, origin: Origin) -> MaskRow:
+    mask, before = config.mask_token_id, origin.model(ModelConfig()).vocab_size
+    assert before is not None
     learned = origin.mask_token_id == mask
-    return MaskRow(config.tidar.init_mask_token or ("keep" if learned else "normal"), mask, before, now)
+    return MaskRow(config.tidar.init_mask_token or ("keep" if learned else "normal"), mask, before, config.vocab_size)

@@ -18,7 +18,7 @@ from tidar_megatron.attention_kernels import HIDDEN, attend, attend_backward
 from tidar_megatron.models.attention.tiles import Squares, Tiling, make_tilings
 
 
-class ChunkedPlan:
+class ChunkedSchedule:
     """The tilings of a batch, and their masks on the device."""
 
     def __init__(self, visibility: Tensor, queries: tuple[slice, ...], chunk_size: int, device: str) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from tidar_megatron.attention_mask import may_attend
 
 
-class DensePlan:
+class DenseSchedule:
     """The mask ``[b, 1, t, k]``."""
 
     def __init__(self, visibility: Tensor, queries: tuple[slice, ...], device: str) -> None:

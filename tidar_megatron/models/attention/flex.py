@@ -20,7 +20,7 @@ from tidar_megatron.models.attention.tiles import cells, own_blocks
 BLOCK = 128  # queries and keys of a block of the kernel
 
 
-class FlexPlan:
+class FlexSchedule:
     """The BlockMask of a batch."""
 
     def __init__(self, visibility: Tensor, queries: tuple[slice, ...], device: str) -> None:

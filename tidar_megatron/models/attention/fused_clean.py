@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tidar_megatron.attention_mask import is_clean, stretches
-from tidar_megatron.models.attention.flex import FlexPlan
+from tidar_megatron.models.attention.flex import FlexSchedule
 
 
 def fits(visibility: Tensor, queries: tuple[slice, ...]) -> bool:
@@ -20,7 +20,7 @@ def fits(visibility: Tensor, queries: tuple[slice, ...]) -> bool:
     return queries == (slice(0, visibility.shape[1]),) and bool((clean[:, 1:] <= clean[:, :-1]).all())
 
 
-class FusedCleanPlan:
+class FusedCleanSchedule:
     """Where documents begin, and the BlockMask of the masks."""
 
     def __init__(self, visibility: Tensor, device: str) -> None:
@@ -30,7 +30,7 @@ class FusedCleanPlan:
         edges = torch.cat([*starts, torch.tensor([len(visibility) * self.clean])]).int()
         self.longest = int(edges.diff().max())
         self.edges = edges.to(device, non_blocking=True)
-        self.masks = FlexPlan(visibility, (slice(self.clean, total),), device) if total > self.clean else None
+        self.masks = FlexSchedule(visibility, (slice(self.clean, total),), device) if total > self.clean else None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """As :func:`tidar_megatron.models.attention.hybrid_attention`."""

@@ -1,6 +1,6 @@
 """One call for attention. Which backend serves it is nobody else's business.
 
-A *plan* is what a backend derives, once per batch, from the visibility metadata and the one predicate of
+A *schedule* is what a backend derives, once per batch, from the visibility metadata and the one predicate of
 :mod:`tidar_megatron.attention_mask`; no backend knows the layout of the doubled sequence. All layers share it.
 
 ======================  ===============================================================================================
@@ -19,11 +19,11 @@ from typing import Protocol
 
 from torch import Tensor
 
-from tidar_megatron.models.attention.chunked import ChunkedPlan
-from tidar_megatron.models.attention.dense import DensePlan
+from tidar_megatron.models.attention.chunked import ChunkedSchedule
+from tidar_megatron.models.attention.dense import DenseSchedule
 
 
-class AttentionPlan(Protocol):
+class AttentionSchedule(Protocol):
     """What a backend has prepared for a batch."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -42,9 +42,9 @@ def choose_backend(backend: str, device_type: str, channels: int, bf16: bool) ->
     return "transformer_engine" if bf16 and find_spec("transformer_engine") else "flex"
 
 
-def make_plan(
+def make_schedule(
     visibility: Tensor, queries: tuple[slice, ...] | None = None, *, backend: str, chunk_size: int, device: str = "cpu"
-) -> AttentionPlan:
+) -> AttentionSchedule:
     """Prepare attention for all layers of a batch, on the host; but for ``dense`` nothing is read from the device.
 
     Args:
@@ -57,29 +57,29 @@ def make_plan(
     queries = queries or (slice(0, visibility.shape[1]),)
     assert backend != "auto"
     if backend == "dense":
-        return DensePlan(visibility, queries, device)
+        return DenseSchedule(visibility, queries, device)
     if backend == "chunked":
-        return ChunkedPlan(visibility, queries, chunk_size, device)
-    from tidar_megatron.models.attention.flex import FlexPlan
+        return ChunkedSchedule(visibility, queries, chunk_size, device)
+    from tidar_megatron.models.attention.flex import FlexSchedule
 
     if backend == "transformer_engine":
-        from tidar_megatron.models.attention.fused_clean import FusedCleanPlan, fits
+        from tidar_megatron.models.attention.fused_clean import FusedCleanSchedule, fits
 
         if fits(visibility, queries):
-            return FusedCleanPlan(visibility, device)
-    return FlexPlan(visibility, queries, device)
+            return FusedCleanSchedule(visibility, device)
+    return FlexSchedule(visibility, queries, device)
 
 
-def hybrid_attention(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
+def hybrid_attention(query: Tensor, key: Tensor, value: Tensor, schedule: AttentionSchedule, scale: float) -> Tensor:
     """Softmax attention under the rule.
 
     Args:
         query: ``[b, h, t, d]``.
         key, value: ``[b, g, k, d]``; h is a multiple of g.
-        plan: made by :func:`make_plan` for these tokens.
+        schedule: made by :func:`make_schedule` for these tokens.
         scale: factor on the scores.
 
     Returns:
         ``[b, h, t, d]``.
     """
-    return plan.attend(query, key, value, scale)
+    return schedule.attend(query, key, value, scale)

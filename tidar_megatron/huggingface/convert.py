@@ -15,24 +15,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tidar_megatron.checkpoint import folder
-from tidar_megatron.checkpoint.distributed import STATE_FILE, State, load_weights, read_state
-from tidar_megatron.checkpoint.families import model_from_huggingface, settled, tidar_section
+from tidar_megatron.checkpoint.contents import STATE_FILE, State, load_weights, read_state
 from tidar_megatron.checkpoint.fingerprint import check_shapes
-from tidar_megatron.checkpoint.huggingface import (
-    CONFIG,
-    SHARD_BYTES,
-    Safetensors,
-    export_huggingface,
-    has_tokenizer,
+from tidar_megatron.checkpoint.integrity import Damaged, check_hashes, seal
+from tidar_megatron.config import (
+    CONFIG_FILE,
+    Config,
+    ModelConfig,
+    ParallelConfig,
+    ResolvedConfig,
+    check_config,
+    load_resolved_config,
 )
-from tidar_megatron.checkpoint.initialize import MaskRow
-from tidar_megatron.checkpoint.manifest import Damaged, check_hashes, seal
-from tidar_megatron.checkpoint.mapping import VOCABULARY
-from tidar_megatron.checkpoint.origin import keep_huggingface_files, kept_huggingface_files
-from tidar_megatron.checkpoint.output_row import mask_output_row
-from tidar_megatron.checkpoint.streaming import WeightReader, WholeModel, whole_model, write_weights
-from tidar_megatron.checkpoint.token_ids import check_mask_token
-from tidar_megatron.config import CONFIG_FILE, Config, ModelConfig, ParallelConfig, check_config, load_config
 from tidar_megatron.data.doubled import make_batch
 from tidar_megatron.data.manifest import TOKENIZER_FOLDER
 from tidar_megatron.data.packing import PackedSequence
@@ -47,8 +41,22 @@ from tidar_megatron.data.tokenizer import (
 from tidar_megatron.distributed.groups import initialize, shut_down
 from tidar_megatron.errors import UserError
 from tidar_megatron.hf_folder.model import check_folder, load_causal_lm
+from tidar_megatron.huggingface.families import model_from_huggingface, settled, tidar_section
+from tidar_megatron.huggingface.folders import (
+    CONFIG,
+    SHARD_BYTES,
+    Safetensors,
+    export_huggingface,
+    has_tokenizer,
+)
+from tidar_megatron.huggingface.origin import keep_huggingface_files, kept_huggingface_files
+from tidar_megatron.huggingface.output_row import mask_output_row
+from tidar_megatron.huggingface.streaming import WeightReader, WholeModel, whole_model, write_weights
+from tidar_megatron.huggingface.token_ids import check_mask_token
 from tidar_megatron.models.gpt import build_model, run_model
+from tidar_megatron.models.initialize import MaskRow
 from tidar_megatron.models.output_layer import output_weight
+from tidar_megatron.models.parameters import VOCABULARY
 from tidar_megatron.new_folder import check_free, new_folder
 
 TOLERANCE = 1e-4  # of logits, in float32
@@ -102,11 +110,11 @@ def import_run(
         config = _with_mask_token(config, tokenizer, mask_token_id)
     check_mask_token(source, config.tidar.mask_token_id, tokenizer)
     check_config(config)
-    whole = whole_model(config)
+    resolved = ResolvedConfig.of(config)
+    whole = whole_model(resolved)
     tensors.check_shapes(whole, model)
-    assert config.model.vocab_size is not None
     mask = config.tidar.mask_token_id if init_mask_token is not None else None
-    row = MaskRow(init_mask_token or "keep", mask, model.vocab_size, config.model.vocab_size)
+    row = MaskRow(init_mask_token or "keep", mask, model.vocab_size, resolved.vocab_size)
     with new_folder("--output", target, CONFIG_FILE) as run:
         _write_checkpoint(config, whole, run, tensors, model, row)
         if tokenizer is not None:
@@ -177,7 +185,7 @@ def _write_checkpoint(
 
 
 # --- out ---------------------------------------------------------------------------------------------------------
-def _whole_checkpoint(run: Path, iteration: int | None) -> tuple[Config, int, Path]:
+def _whole_checkpoint(run: Path, iteration: int | None) -> tuple[ResolvedConfig, int, Path]:
     """A run's configuration without its layout, and its checkpoint of ``iteration`` or the newest, hashes compared."""
     if not (run / CONFIG_FILE).exists():
         raise UserError(f"--checkpoint {run}: holds no {CONFIG_FILE}; give the folder that was --save in training")
@@ -193,7 +201,7 @@ def _whole_checkpoint(run: Path, iteration: int | None) -> tuple[Config, int, Pa
         saved = read_state(checkpoint).config.get("model", {})
     except Damaged as damage:
         raise UserError(f"--checkpoint {run}: {damage}; choose another one with --iteration") from None
-    config = dataclasses.replace(load_config(run / CONFIG_FILE), parallel=ParallelConfig())
+    config = dataclasses.replace(load_resolved_config(run / CONFIG_FILE), parallel=ParallelConfig())
     check_shapes(run / CONFIG_FILE, saved, config.model)
     return config, iteration, checkpoint
 
@@ -246,11 +254,11 @@ def verify(hf: str | Path, run: str | Path, iteration: int | None = None, length
     ours, iteration, checkpoint = _whole_checkpoint(Path(run), iteration)
     hf_config = check_folder(hf)
     theirs = model_from_huggingface(hf, ours.model)
-    assert theirs.vocab_size is not None and ours.model.vocab_size is not None
+    assert theirs.vocab_size is not None
     mask = ours.tidar.mask_token_id
     needed = rows_needed(hf, theirs.vocab_size) if has_tokenizer(hf) else theirs.vocab_size
     grown = {needed, needed + 1} if mask == needed else {needed}  # by tokens of the tokenizer, and by the mask token
-    fits = ours.model.vocab_size in grown
+    fits = ours.vocab_size in grown
     shape = dataclasses.replace(ours.model, vocab_size=theirs.vocab_size) if fits else ours.model
     one, other = (dataclasses.asdict(settled(model)) for model in (theirs, shape))
     if differing := [name for name in one if one[name] != other[name]]:
@@ -267,8 +275,7 @@ def verify(hf: str | Path, run: str | Path, iteration: int | None = None, length
     ours = dataclasses.replace(ours, training=dataclasses.replace(ours.training, bf16=False))
     ranks = initialize(ours.parallel, 0)
     try:
-        assert ours.model.vocab_size is not None
-        (model,) = build_model(ours, ours.model.vocab_size, ranks)
+        (model,) = build_model(ours, ours.vocab_size, ranks)
         load_weights(checkpoint, [model])
         batch = make_batch([_one_document(row.numpy()) for row in tokens], 1, 0, doubled=False)
         states = run_model(model, batch)
@@ -296,7 +303,7 @@ def verify(hf: str | Path, run: str | Path, iteration: int | None = None, length
         "positions": tokens.numel(),
         "vocabulary": theirs.vocab_size,
         "left_out": mask if own_row else None,
-        "new_rows": ours.model.vocab_size - theirs.vocab_size,
+        "new_rows": ours.vocab_size - theirs.vocab_size,
     }
 
 

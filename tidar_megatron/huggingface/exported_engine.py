@@ -9,10 +9,10 @@ from tidar_megatron import __version__
 MODULES = {  # file in the folder -> module of this package; the first is what transformers calls
     "generate": "inference/custom_generate",
     **{name: f"inference/{name}" for name in ("engine", "sequence", "drafting", "planner", "acceptance")},
-    **{name: f"inference/{name}" for name in ("costs", "static", "attention", "cache", "model", "request")},
+    **{name: f"inference/{name}" for name in ("costs", "static", "forward", "attention", "cache", "model", "request")},
     **{name: f"inference/{name}" for name in ("sampling", "text", "prepared", "wrapping", "compatibility", "upcast")},
     **{name: name for name in ("attention_mask", "attention_kernels", "text_stream", "mask_token", "tidar_section")},
-    **{name: name for name in ("errors", "streams", "files", "json_files")},
+    **{name: name for name in ("errors", "files", "json_files")},
 }
 
 

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from tidar_megatron.checkpoint.families import read_config
 from tidar_megatron.errors import UserError
 from tidar_megatron.hf_folder.config import read_generation_config
+from tidar_megatron.huggingface.families import read_config
 from tidar_megatron.mask_token import other_meaning
 
 

@@ -3,10 +3,10 @@
 import dataclasses
 from dataclasses import dataclass
 
-from tidar_megatron.checkpoint.mapping import VOCABULARY, entry_of, own_parameters, shard_group
-from tidar_megatron.config import Config
+from tidar_megatron.config import ResolvedConfig
 from tidar_megatron.distributed.fake import play_rank
 from tidar_megatron.models.gpt import build_model
+from tidar_megatron.models.parameters import VOCABULARY, kind_of, own_parameters, shard_group
 from tidar_megatron.planning.sizes import Sizes
 from tidar_megatron.training.optimizer import build_optimizer, wrap_model
 
@@ -22,7 +22,7 @@ class Shard:
     optimizer_bytes: int  # moments and float32 main weights; without the step counters
 
 
-def buildable(config: Config) -> Config:
+def buildable(config: ResolvedConfig) -> ResolvedConfig:
     """The same model and layout in layers that need no GPU's packages; its parameters are the same."""
     model = dataclasses.replace(config.model, transformer_impl="local", moe_grouped_gemm=False)
     parallel = dataclasses.replace(config.parallel, recompute_granularity=None)
@@ -36,9 +36,8 @@ def buildable(config: Config) -> Config:
 def build_shard(sizes: Sizes, stage: int) -> Shard:
     """The first rank of a pipeline stage: model, gradient buffers and optimizer."""
     config = buildable(sizes.config)
-    assert config.model.vocab_size is not None
     with play_rank(config.parallel, stage * (sizes.world_size // sizes.pp), sizes.world_size) as ranks:
-        chunks = build_model(config, config.model.vocab_size, ranks)
+        chunks = build_model(config, config.vocab_size, ranks)
         parameters = [p for chunk in chunks for p in chunk.parameters()]
         wrapped = wrap_model(chunks, config)
         buffers = [buffer for chunk in wrapped for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]]
@@ -59,8 +58,7 @@ def count_distinct_parameters(sizes: Sizes) -> int:
     Each is counted once, whichever ranks hold replicas of it, and the vocabulary without its padding.
     """
     config = buildable(sizes.config)
-    vocabulary = config.model.vocab_size
-    assert vocabulary is not None
+    vocabulary = config.vocab_size
     per_stage = sizes.world_size // sizes.pp
     distinct: dict[tuple[str, int], int] = {}
     for stage in range(sizes.pp):
@@ -68,7 +66,7 @@ def count_distinct_parameters(sizes: Sizes) -> int:
         for rank in range(max(sizes.tp, sizes.ep * sizes.etp)):
             with play_rank(config.parallel, stage * per_stage + rank, sizes.world_size) as ranks:
                 for name, parameter, chunk in own_parameters(build_model(config, vocabulary, ranks)):
-                    number = 0 if entry_of(name)[0].shard == "replicated" else shard_group(chunk, name).rank()
+                    number = 0 if kind_of(name)[0].shard == "replicated" else shard_group(chunk, name).rank()
                     rows = parameter.shape[0]
                     if name in VOCABULARY:
                         rows = min(max(vocabulary - number * rows, 0), rows)

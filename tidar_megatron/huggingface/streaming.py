@@ -37,12 +37,12 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from tidar_megatron.checkpoint.manifest import Damaged
-from tidar_megatron.checkpoint.mapping import VOCABULARY
+from tidar_megatron.checkpoint.integrity import Damaged
 from tidar_megatron.checkpoint.pickles import read_metadata, weights_only
-from tidar_megatron.config import Config, ParallelConfig
+from tidar_megatron.config import ParallelConfig, ResolvedConfig
 from tidar_megatron.distributed.fake import play_rank
 from tidar_megatron.models.gpt import build_model
+from tidar_megatron.models.parameters import VOCABULARY
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,12 @@ class WholeModel:
     num_attention_heads: int
 
 
-def whole_model(config: Config) -> WholeModel:
+def whole_model(config: ResolvedConfig) -> WholeModel:
     """The whole model of a resolved configuration, in layers that need no GPU's packages."""
     local = dataclasses.replace(config.model, transformer_impl="local", moe_grouped_gemm=False)
     config = dataclasses.replace(config, model=local, parallel=ParallelConfig())
-    assert config.model.vocab_size is not None
     with play_rank(config.parallel, 0, 1) as ranks:
-        (model,) = build_model(config, config.model.vocab_size, ranks)
+        (model,) = build_model(config, config.vocab_size, ranks)
         pieces: dict[str, list[ShardedTensor]] = {}
         objects = []
         for name, entry in model.sharded_state_dict().items():
@@ -79,7 +78,7 @@ def whole_model(config: Config) -> WholeModel:
         transformer = model.config
     assert shapes.keys() == pieces.keys()
     return WholeModel(
-        config.model.vocab_size, shapes, pieces, objects, transformer.num_query_groups, transformer.num_attention_heads
+        config.vocab_size, shapes, pieces, objects, transformer.num_query_groups, transformer.num_attention_heads
     )
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from tidar_megatron import __version__
-from tidar_megatron.checkpoint.output_row import rows_mixed
+from tidar_megatron.huggingface.output_row import rows_mixed
 
 CARD = "README.md"
 

@@ -31,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from tidar_megatron.checkpoint.folder import checkpoint_folder, no_whole_checkpoint, restart_points
-from tidar_megatron.checkpoint.manifest import Count, Damaged, check_hash, check_hashes
+from tidar_megatron.checkpoint.integrity import Count, Damaged, check_hash, check_hashes
 from tidar_megatron.checkpoint.optimizer_state import fill, state_to_fill, state_to_save
 from tidar_megatron.checkpoint.pickles import read_metadata, weights_only
 from tidar_megatron.checkpoint.random_states import random_states, restore_random_states

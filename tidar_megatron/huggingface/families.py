@@ -12,15 +12,15 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from tidar_megatron.checkpoint.rope import (
+from tidar_megatron.config import Config, ModelConfig
+from tidar_megatron.errors import UserError
+from tidar_megatron.hf_folder import config as hf_folder
+from tidar_megatron.huggingface.rope import (
     ROPE_KINDS,
     ROPE_NUMBERS,
     check_frequencies,
     rope_from_huggingface,
 )
-from tidar_megatron.config import Config, ModelConfig
-from tidar_megatron.errors import UserError
-from tidar_megatron.hf_folder import config as hf_folder
 from tidar_megatron.json_files import is_count, is_number, read_object
 from tidar_megatron.tidar_section import check_tidar
 

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from tidar_megatron.checkpoint.mapping import VOCABULARY, cut, entry_of, own_parameters, shard_group
 from tidar_megatron.errors import UserError
+from tidar_megatron.models.parameters import VOCABULARY, kind_of, own_parameters, shard_group
 
 ROWS_AT_ONCE = 1024
 
@@ -31,19 +31,17 @@ def initialize_weights(chunks: list[GPTModel], seed: int) -> None:
         if parameter.dim() == 1:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             continue
-        entry, _ = entry_of(name)
+        kind, _ = kind_of(name)
         std = transformer.init_method_std
         if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
             std /= (2 * transformer.num_layers) ** 0.5
-        shape = list(parameter.shape)
-        if entry.shard != "replicated":
-            shape[0 if entry.shard == "rows" else 1] *= group.size()
+        shape = kind.whole_shape(parameter.shape, group.size())
         key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
         generator = torch.Generator(parameter.device).manual_seed(key)
         whole = torch.zeros(shape, dtype=torch.float32, device=parameter.device)
         ids = model.unpadded_vocab_size if name in VOCABULARY else shape[0]
         whole[:ids].normal_(0.0, std, generator=generator)
-        parameter.copy_(cut(entry, whole, group.rank(), group.size()))
+        parameter.copy_(kind.part(whole, group.rank(), group.size()))
 
 
 @dataclass(frozen=True)

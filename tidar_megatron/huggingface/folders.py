@@ -11,29 +11,20 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tidar_megatron.checkpoint.custom_generate import write_custom_generate
-from tidar_megatron.checkpoint.families import huggingface_config, model_from_huggingface, read_json, settled
-from tidar_megatron.checkpoint.mapping import (
-    VOCABULARY,
-    cut,
-    entry_of,
-    expected_names,
-    huggingface_names,
-    join,
-    own_parameters,
-    shard_group,
-    split,
-)
-from tidar_megatron.checkpoint.model_card import write_model_card
-from tidar_megatron.checkpoint.output_row import mask_output_row
-from tidar_megatron.checkpoint.streaming import WholeModel
-from tidar_megatron.checkpoint.token_ids import check_mask_token, exported_generation_config
 from tidar_megatron.config import Config, ModelConfig
 from tidar_megatron.data.tokenizer import load_tokenizer, save_tokenizer
 from tidar_megatron.errors import UserError
 from tidar_megatron.hf_folder.config import GENERATION_CONFIG, check_raw
 from tidar_megatron.hf_folder.weights import INDEX, WEIGHTS, open_safetensors, weight_files
+from tidar_megatron.huggingface.exported_engine import write_custom_generate
+from tidar_megatron.huggingface.families import huggingface_config, model_from_huggingface, read_json, settled
+from tidar_megatron.huggingface.mapping import expected_names, huggingface_names, join, split
+from tidar_megatron.huggingface.model_card import write_model_card
+from tidar_megatron.huggingface.output_row import mask_output_row
+from tidar_megatron.huggingface.streaming import WholeModel
+from tidar_megatron.huggingface.token_ids import check_mask_token, exported_generation_config
 from tidar_megatron.mask_token import MASK_TOKEN
+from tidar_megatron.models.parameters import VOCABULARY, kind_of, own_parameters, shard_group
 from tidar_megatron.new_folder import check_free, new_folder, os_error
 
 CONFIG = "config.json"
@@ -146,11 +137,11 @@ class Safetensors:
             UserError: a tensor is missing, or does not fit.
         """
         read = read or self.read
-        entry, numbers = entry_of(name)
-        names = huggingface_names(entry, numbers)
+        kind, numbers = kind_of(name)
+        names = huggingface_names(kind, numbers)
         tensors = [read(hf) for hf in names]
         try:
-            whole = join(entry, tensors, model.num_query_groups or model.num_attention_heads)
+            whole = join(kind, tensors, model.num_query_groups or model.num_attention_heads)
         except RuntimeError:
             whole = torch.empty(0)  # heads that do not divide, or parts of unequal widths
         if name in VOCABULARY and whole.dim() == 2 and len(whole) == model.vocab_size and len(whole) < shape[0]:
@@ -208,12 +199,9 @@ def load_huggingface_weights(chunks: list[GPTModel], folder: str | Path, model: 
     source = Safetensors(folder)
     source.check(model)
     for name, parameter, chunk in own_parameters(chunks):
-        group, (entry, _) = shard_group(chunk, name), entry_of(name)
-        shape = list(parameter.shape)
-        if entry.shard != "replicated":
-            shape[0 if entry.shard == "rows" else 1] *= group.size()
-        whole = source.parameter(name, model, tuple(shape))
-        parameter.copy_(cut(entry, whole, group.rank(), group.size()))
+        group, (kind, _) = shard_group(chunk, name), kind_of(name)
+        whole = source.parameter(name, model, tuple(kind.whole_shape(parameter.shape, group.size())))
+        parameter.copy_(kind.part(whole, group.rank(), group.size()))
 
 
 # --- out ---------------------------------------------------------------------------------------------------------
@@ -290,9 +278,9 @@ def _write_weights(whole: WholeModel, read: Callable[[str], Tensor], folder: Pat
         file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weights: dict[str, Tensor] = {}
         for name in names:
-            entry, numbers = entry_of(name)
-            parts = split(entry, read(name), whole.num_query_groups, whole.num_attention_heads)
-            for hf, part in zip(huggingface_names(entry, numbers), parts, strict=True):
+            kind, numbers = kind_of(name)
+            parts = split(kind, read(name), whole.num_query_groups, whole.num_attention_heads)
+            for hf, part in zip(huggingface_names(kind, numbers), parts, strict=True):
                 weights[hf] = part.contiguous()
                 total += part.nbytes
         try:

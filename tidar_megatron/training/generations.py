@@ -54,7 +54,7 @@ class Samples:
             self._passed_over = iteration
             return
         self._passed_over = None
-        command = [sys.executable, "-m", "tidar_megatron.training.samples", str(self._run), str(iteration)]
+        command = [sys.executable, "-m", "tidar_megatron.training.generations", str(self._run), str(iteration)]
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             environment.pop(name, None)  # it is no rank
@@ -121,7 +121,7 @@ class Samples:
 
 def main(run: str, iteration: int, folder: Path) -> list[dict[str, Any]]:
     """In the process beside, which has a folder to work in: its rows."""
-    from tidar_megatron.checkpoint.convert import export_run
+    from tidar_megatron.huggingface.convert import export_run
     from tidar_megatron.inference.engine import generate
     from tidar_megatron.inference.loading import load_model
     from tidar_megatron.inference.request import DecodeOptions

@@ -7,23 +7,23 @@ from typing import Protocol
 
 from megatron.core.models.gpt import GPTModel
 
-from tidar_megatron.checkpoint.distributed import load_weights, whole_checkpoint
-from tidar_megatron.checkpoint.families import model_from_huggingface, tidar_section
+from tidar_megatron.checkpoint.contents import load_weights, whole_checkpoint
 from tidar_megatron.checkpoint.folder import latest_iteration
-from tidar_megatron.checkpoint.huggingface import (
-    CONFIG,
-    check_huggingface_tokenizer,
-    has_tokenizer,
-    load_huggingface_weights,
-)
-from tidar_megatron.checkpoint.manifest import Damaged
-from tidar_megatron.checkpoint.token_ids import check_mask_token
-from tidar_megatron.config import CONFIG_FILE, Config, ModelConfig, load_config
+from tidar_megatron.checkpoint.integrity import Damaged
+from tidar_megatron.config import CONFIG_FILE, ModelConfig, load_resolved_config
 from tidar_megatron.data.manifest import TOKENIZER_FOLDER
 from tidar_megatron.data.tokenizer import rows_needed
 from tidar_megatron.errors import UserError
 from tidar_megatron.hf_folder.config import GENERATION_CONFIG
 from tidar_megatron.hf_folder.model import check_folder
+from tidar_megatron.huggingface.families import model_from_huggingface, tidar_section
+from tidar_megatron.huggingface.folders import (
+    CONFIG,
+    check_huggingface_tokenizer,
+    has_tokenizer,
+    load_huggingface_weights,
+)
+from tidar_megatron.huggingface.token_ids import check_mask_token
 
 HUGGINGFACE_FOLDER = "huggingface"  # in a run's folder: the small files of the folder that its model came from
 OURS = (  # what a model is, is the origin's; how it is computed here is not
@@ -101,7 +101,7 @@ class _HuggingFace:
 class _Run:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._config: Config = load_config(folder / CONFIG_FILE)
+        self._config = load_resolved_config(folder / CONFIG_FILE)
         if latest_iteration(folder) is None:
             raise UserError(f"--init-from {folder}: holds no checkpoint yet")
         self.mask_token_id = self._config.tidar.mask_token_id
@@ -111,8 +111,7 @@ class _Run:
         return dataclasses.replace(self._config.model, **kept)
 
     def rows_needed(self) -> int:
-        assert self._config.model.vocab_size is not None, "a run's configuration is resolved"
-        return self._config.model.vocab_size
+        return self._config.vocab_size
 
     def check_tokenizer(self, data_tokenizer: str | Path) -> None:
         check_huggingface_tokenizer(self._folder / TOKENIZER_FOLDER, data_tokenizer)

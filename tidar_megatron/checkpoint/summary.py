@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from tidar_megatron.checkpoint.distributed import read_state
+from tidar_megatron.checkpoint.contents import read_state
 from tidar_megatron.checkpoint.folder import TRACKER, checkpoint_folder, restart_points, saved_iterations
-from tidar_megatron.checkpoint.manifest import Damaged, check_hash, check_hashes, check_sizes
+from tidar_megatron.checkpoint.integrity import Damaged, check_hash, check_hashes, check_sizes
 from tidar_megatron.checkpoint.pickles import METADATA, read_metadata
 from tidar_megatron.errors import UserError
 

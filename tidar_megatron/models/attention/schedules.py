@@ -1,0 +1,55 @@
+"""From the metadata tensor that travels through megatron-core to the attention schedule of its batch.
+
+megatron-core hands one tensor from the model's forward to every layer, through pipeline stages and recomputation; it
+arrives as itself or as a view of itself. So a schedule is found by where that tensor's contents lie, and it lives as
+long as the tensor that it was prepared for.
+"""
+
+import weakref
+
+import torch.distributed as dist
+from torch import Tensor
+
+from tidar_megatron.context_parallel import query_slices
+from tidar_megatron.models.attention.hybrid import AttentionSchedule, make_schedule
+
+
+class AttentionSchedules:
+    """The schedules of the batches at hand, shared by all layers of this rank's model.
+
+    Args:
+        backend, chunk_size: see :func:`tidar_megatron.models.attention.make_schedule`.
+        cp_group: the ranks that share a sequence.
+    """
+
+    def __init__(self, backend: str, chunk_size: int, cp_group: dist.ProcessGroup) -> None:
+        self._backend, self._chunk_size, self._cp_group = backend, chunk_size, cp_group
+        self._schedules: dict[tuple, AttentionSchedule] = {}
+
+    def prepare(self, visibility: Tensor, on_host: Tensor, num_queries: int) -> None:
+        """Make the schedule of a batch before its forward, so that no layer has to read from the device.
+
+        Args:
+            visibility: the metadata that the model will be given, int32 ``[b, keys, 4]``.
+            on_host: the same on the CPU.
+            num_queries: tokens of a row on this rank.
+        """
+        key = _contents(visibility)
+        if key not in self._schedules:
+            # of an alias: on a CPU the two are one tensor, and a schedule that held it would be held by it for ever
+            self._schedules[key] = self._make(on_host.detach(), num_queries, str(visibility.device))
+            weakref.finalize(visibility, self._schedules.pop, key, None).atexit = False
+
+    def find(self, visibility: Tensor, num_queries: int) -> AttentionSchedule:
+        """The schedule prepared for these metadata; one for this call where nobody did."""
+        schedule = self._schedules.get(_contents(visibility))
+        return schedule or self._make(visibility.cpu(), num_queries, str(visibility.device))
+
+    def _make(self, on_host: Tensor, num_queries: int, device: str) -> AttentionSchedule:
+        rank, size = self._cp_group.rank(), self._cp_group.size()
+        queries = query_slices(num_queries, on_host.shape[1], rank, size)
+        return make_schedule(on_host, queries, backend=self._backend, chunk_size=self._chunk_size, device=device)
+
+
+def _contents(tensor: Tensor) -> tuple:
+    return tensor.device, tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride()

@@ -1,0 +1,87 @@
+"""How every program in ``tools/`` runs: arguments, standard streams, and errors that become one line.
+
+A :class:`~tidar_megatron.errors.UserError` exits with status 2. A training run that was asked to leave by a signal
+exits with 75 (EX_TEMPFAIL: start it again and it continues), one that makes no progress with 76.
+"""
+
+import argparse
+import difflib
+import errno
+import logging
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import NoReturn
+
+from tidar_megatron.errors import Diverged, Interrupted, LocalError, Stalled, UserError
+from tidar_megatron.streams import standard_streams
+
+INTERRUPTED_STATUS, DIVERGED_STATUS = 75, 76
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what a disk can refuse at any write
+
+
+def run_tool(main: Callable[[], None], rank: int = 0) -> None:
+    """Run a program's ``main``; a :class:`UserError` becomes one line on standard error and exit status 2.
+
+    Under torchrun every rank fails alike, so only ``rank`` 0 speaks; a rank that fails alone speaks too. Any other
+    exception is a defect of ours and keeps its traceback. ``streams.py`` says what becomes of a program whose output
+    is no longer read.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers': they garble what a program prints
+    # megatron-core says at import, once per module and process, which optional packages it does without
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*(ShardedTensor|load_state_dict)")
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*(all_gather_into|reduce_scatter)_tensor")
+    warnings.filterwarnings("ignore", category=UserWarning, message="The .grad attribute of a Tensor that is not a lea")
+    hints = ("rerun_state_machine", "models.gpt.gpt_model", "distributed.distributed_data_parallel")
+    for name in (*hints, "dist_checkpointing.strategies.torch"):
+        logging.getLogger(f"megatron.core.{name}").setLevel(logging.ERROR)  # hints to megatron-core's own developers
+    try:
+        with standard_streams():
+            _check_arguments()
+            main()
+    except (UserError, Diverged) as error:
+        alone = isinstance(error, LocalError)
+        if rank != 0 and not alone:  # the launcher ends all ranks once one has left: let the one that speaks be first
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(10)
+            alone = os.environ.get("LOCAL_RANK") == "0"  # nobody has ended this node: it may have failed alone
+        if rank == 0 or alone:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2 if isinstance(error, UserError) else DIVERGED_STATUS)
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        print(f"error: {os.strerror(error.errno)}{where}; free space, or choose another folder", file=sys.stderr)
+        sys.exit(2)
+    except Stalled as error:  # on whichever rank; threads and connections that hang must not hold up the end
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)
+    except Interrupted:
+        sys.exit(INTERRUPTED_STATUS)
+    except KeyboardInterrupt:
+        if rank == 0:
+            print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
+
+
+def _check_arguments() -> None:
+    for argument in sys.argv[1:]:
+        if not argument.isascii() and any("\ud800" <= character <= "\udfff" for character in argument):
+            raise UserError(f"argument {argument!r}: is not UTF-8; give it in UTF-8, or rename the file")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaint is a :class:`UserError`, with the flag that was probably meant."""
+
+    def error(self, message: str) -> NoReturn:
+        if "unrecognized arguments:" in message:
+            unknown = message.split("unrecognized arguments:")[1].split()[0].split("=")[0]
+            hint = difflib.get_close_matches(unknown, list(self._option_string_actions), n=1)
+            message = f"unknown flag {unknown}" + (f" (did you mean {hint[0]}?)" if hint else "; --help lists them all")
+        raise UserError(message)
