@@ -14,16 +14,18 @@ import study
 
 sys.path.pop(0)
 README = (ROOT / "README.md").read_text()
-PACKAGE, MEASURED, EXAMPLES = (
-    (ROOT / name / "README.md").read_text() for name in ("tidar_megatron", "benchmarks", "examples")
-)
+PACKAGE, MEASURED = ((ROOT / name / "README.md").read_text() for name in ("tidar_megatron", "benchmarks"))
+DOCS = {path.stem: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+LONGEST = 60  # words of a paragraph
 
 
 def test_every_command_is_run_by_ci():
     texts = [(ROOT / name).read_text() for name in (".ci/run", "Makefile", "examples/quickstart/run.sh")]
     lines = [line for text in texts for line in text.splitlines() if not line.lstrip().startswith("#")]
     ran = "\n".join(lines)
-    blocks = [block for text in (README, MEASURED, EXAMPLES) for block in re.findall(r"```bash\n(.*?)```", text, re.S)]
+    blocks = [
+        block for text in (README, MEASURED, *DOCS.values()) for block in re.findall(r"```bash\n(.*?)```", text, re.S)
+    ]
     commands = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
     assert len(commands) >= 4
     for command in commands:
@@ -40,10 +42,34 @@ def test_the_tree_names_every_file():
         assert (ROOT / "examples" / name).exists()
 
 
+def paragraphs(text):
+    """A page's paragraphs: without code, tables, headings, figures and comments; each item of a list is one."""
+    text = re.sub(r"```.*?```|<!-- table.*?end of table -->", "", text, flags=re.S)
+    for block in re.split(r"\n\s*\n|\n(?=[-*] |\d+\. )", text):
+        if block.strip() and not block.lstrip().startswith(("|", "#", "!", "<!--")):
+            yield " ".join(block.split())
+
+
+def test_paragraphs_are_short():
+    pages = {"README": README, **DOCS}
+    long = [(name, p) for name, text in pages.items() for p in paragraphs(text) if len(p.split()) > LONGEST]
+    assert not long, long
+
+
+def anchors(text):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_lead_somewhere():
-    for folder in (ROOT, *(ROOT / name for name in ("tidar_megatron", "benchmarks", "examples", "examples/slurm"))):
-        for target in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", (folder / "README.md").read_text()):
-            assert (folder / target).exists(), target
+    pages = [path for path in ROOT.rglob("*.md") if not {".venv", "runs", "data"} & set(path.relative_to(ROOT).parts)]
+    assert len(pages) > 12
+    for page in pages:
+        for target, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", page.read_text()):
+            there = page.parent / target if target else page
+            assert there.exists(), (page, target)
+            assert not anchor or anchor in anchors(there.read_text()), (page, target, anchor)
 
 
 def table(summary):
@@ -85,7 +111,7 @@ def costs(training, attention, loss):
 
 
 def in_short(training, attention):
-    """The README's sentence of the same."""
+    """The sentence in docs/training.md."""
     steps = [row["tidar_over_ar"] for row in training["rows"] if row["diffusion_block_fraction"] == 1.0]
     tiles, dense = (
         [row["over_causal"] for row in attention["rows"] if row["backend"] == backend]
@@ -97,7 +123,7 @@ def in_short(training, attention):
 
 
 def gains(decode, planner, step):
-    """The README's table of benchmarks/{decode,planner,step}.json."""
+    """The table of docs/exactness.md, from benchmarks/{decode,planner,step}.json."""
     names = {"auto auto": "auto", "tidar 1": "1 branch", "linear linear": "linear", "lookup lookup": "prompt-lookup"}
     names["transformers generate"] = "transformers generate"
     rows = [f"| context | batch | AR tokens/s | {' | '.join(names.values())} | distinct 4-grams |"]
@@ -130,7 +156,7 @@ def gains(decode, planner, step):
 
 def test_the_gains_are_what_was_measured():
     read = [json.loads((ROOT / f"benchmarks/{name}.json").read_text()) for name in ("decode", "planner", "step")]
-    shown = README.split("<!-- table: decoding -->\n")[1].split("\n<!-- end of table -->")[0]
+    shown = DOCS["exactness"].split("<!-- table: decoding -->\n")[1].split("\n<!-- end of table -->")[0]
     assert shown == gains(*read)
 
 
@@ -138,7 +164,7 @@ def test_the_costs_are_what_was_measured():
     read = [json.loads((ROOT / f"benchmarks/{name}.json").read_text()) for name in ("training", "attention", "loss")]
     shown = MEASURED.split("<!-- table: benchmarks -->\n")[1].split("\n<!-- end of table -->")[0]
     assert shown == costs(*read)
-    assert in_short(*read[:2]) in " ".join(README.split())
+    assert in_short(*read[:2]) in " ".join(DOCS["training"].split())
 
 
 def test_the_studies_are_what_was_measured():
@@ -171,7 +197,7 @@ def test_what_a_save_blocks_is_what_was_measured():
     (row,) = json.loads((ROOT / "benchmarks/checkpoint.json").read_text())["rows"]
     assert row["parameters"] == pytest.approx(100e6, rel=0.01)
     said = f"of 100M parameters a save then blocks {row['blocked_over_sync']:.1%} of the time it takes otherwise"
-    assert said in " ".join(EXAMPLES.split())
+    assert said in " ".join(DOCS["checkpoints"].split())
 
 
 def test_the_table_is_what_was_measured():

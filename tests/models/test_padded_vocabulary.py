@@ -10,8 +10,8 @@ from tests.training.small_runs import small
 from tidar_megatron.distributed.fake import play_rank
 from tidar_megatron.distributed.groups import shut_down
 from tidar_megatron.huggingface.convert import export_run
-from tidar_megatron.huggingface.mapping import VOCABULARY, entry_of
 from tidar_megatron.models.gpt import build_model, padded_vocab_size
+from tidar_megatron.models.parameters import VOCABULARY, kind_of
 from tidar_megatron.planning.sizes import Sizes
 from tidar_megatron.training.layout_check import MASK_TOKEN_ID, variant_config
 from tidar_megatron.training.trainer import Trainer
@@ -39,15 +39,15 @@ def whole(ranks, key):
     """{parameter: the whole tensor} of what tensor-parallel or pipeline ranks have, vocabularies with their padding."""
     joined = {}
     for name in {name for rank in ranks for name in rank[key]}:
-        entry, _ = entry_of(name)
+        kind, _ = kind_of(name)
         parts = {rank["tp_rank"]: rank[key][name] for rank in ranks if name in rank[key]}
         parts = [parts[rank] for rank in sorted(parts)]
-        if entry.shard == "replicated" or len(parts) == 1:
+        if kind.shard == "replicated" or len(parts) == 1:
             joined[name] = parts[0]
-        elif entry.join == "glu":
+        elif kind.fused == "glu":
             joined[name] = torch.cat([part.chunk(2)[half] for half in (0, 1) for part in parts])
         else:
-            joined[name] = torch.cat(parts, dim=0 if entry.shard == "rows" else 1)
+            joined[name] = torch.cat(parts, dim=0 if kind.shard == "rows" else 1)
     return joined
 
 
