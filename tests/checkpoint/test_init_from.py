@@ -175,7 +175,7 @@ def test_a_damaged_run_is_named_by_every_rank(imported, tmp_path, shards):
 def test_a_new_row_cannot_be_kept(tmp_path):
     """Masks of zeros see nothing but themselves in a document's first block: their gradient would be no number."""
     hf = write_random_model(tmp_path / "hf", "llama")
-    with pytest.raises(UserError, match="row 260 is zeros, from which nothing can be learned; use mean or normal"):
+    with pytest.raises(UserError, match="row 260 is all zeros, which cannot be trained; use mean or normal"):
         import_run(hf, tmp_path / "run", None, "keep", 260)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
     import_run(hf, tmp_path / "run", None, "keep", 259)  # has been there

@@ -1,15 +1,15 @@
-"""The output layer and the cross-entropy of its logits in one, a chunk of tokens at a time.
+"""The output layer fused with the cross-entropy of its logits, computed one chunk of tokens at a time.
 
-The loss is a sum whose weights are known before the forward. So a chunk's gradients are formed right after its losses,
-in the buffer of its logits, which the next chunk then overwrites: the logits of all tokens never exist, in forward or
-in backward. What is kept until the backward is the two gradients themselves, as large as what they belong to.
+The loss is a sum whose weights are known before the forward. So a chunk's gradients are computed right after its
+losses, in the buffer of its logits, which the next chunk then overwrites: the logits of all tokens never exist at once,
+in forward or in backward. The two gradients are stored until the backward; each is as large as its tensor.
 
-The vocabulary may be shared by the ranks of a group (tensor parallelism): each has the rows of the weight, and so the
-columns of the logits, that are its own.
+The vocabulary may be sharded over the ranks of a group (tensor parallelism): each rank holds its own rows of the
+weight, and computes the corresponding columns of the logits.
 
-The weight has more rows than there are ids: the vocabulary is padded. The products take the padding rows along, because
-a matrix product is fast at the padded width. The softmax does not: their logits are set to minus infinity, so their
-probabilities and their gradients are exactly zero. The last ranks may hold padding alone.
+The vocabulary is padded, so the weight has more rows than there are ids. The products include the padding rows, because
+a matrix product is fast at the padded width. The softmax excludes them: their logits are set to minus infinity, so
+their probabilities and gradients are exactly zero. The last ranks may hold only padding.
 """
 
 from typing import Any
@@ -21,11 +21,11 @@ from torch.autograd.function import once_differentiable
 
 
 def chunk_tokens(hidden_size: int) -> int:
-    """Tokens of a chunk.
+    """Return the number of tokens in a chunk.
 
-    The weight's gradient, ``V * h`` numbers, is read and written once a chunk, for ``6 * chunk * V * h`` FLOPs: the
-    larger the chunk the better, until that traffic is small beside the products. A chunk of ``h / 2`` tokens has
-    logits half as large as that gradient, which has to be held anyway.
+    The weight's gradient, ``V * h`` numbers, is read and written once per chunk, for ``6 * chunk * V * h`` FLOPs. A
+    larger chunk is better until that traffic is small compared with the products. The logits of ``h / 2`` tokens are
+    half as large as that gradient, which is held anyway.
     """
     return min(max(hidden_size // 2, 128), 1024)
 
@@ -39,25 +39,25 @@ def linear_cross_entropy(
     vocab_size: int,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``-log softmax(hidden @ weight.T)[label]`` of each token, and the weighted sum over the tokens.
+    """Compute ``-log softmax(hidden @ weight.T)[label]`` of each token, and the weighted sum over the tokens.
 
-    Products are taken in the dtype of ``hidden``, the softmax in float32 (in float64 where ``hidden`` is float64).
+    Products are computed in the dtype of ``hidden``, the softmax in float32 (in float64 for float64 ``hidden``).
 
     Args:
-        hidden: ``[n, h]``, contiguous, the same on all ranks of the group. Its gradient is only this rank's part of a
-            sum over the group; the caller takes the sum.
-        weight: ``[V / TP, h]`` in the dtype of ``hidden``.
+        hidden: the hidden states ``[n, h]``, contiguous, the same on all ranks of the group. Their gradient is only
+            this rank's part of a sum over the group; the caller reduces it.
+        weight: this rank's rows of the output layer, ``[V / TP, h]`` in the dtype of ``hidden``.
         labels: int64 ``[n]``, from 0 to ``vocab_size`` - 1.
-        loss_weights: float32 ``[n]``.
+        loss_weights: the tokens' weights in the sum, float32 ``[n]``.
         group: the ranks that share the vocabulary, in the order of their parts.
-        vocab_size: rows of the whole weight that are ids; the rows from there to V are padding, which has no part in
-            the softmax and gets a gradient of zeros.
+        vocab_size: the number of ids; the full weight's rows from there to V are padding, which is excluded from the
+            softmax and gets a gradient of zeros.
         chunk: tokens whose logits exist at a time; by default :func:`chunk_tokens`.
 
     Returns:
-        The weighted sum, differentiable once and only once in ``hidden`` and ``weight``: a second backward through it
-        raises RuntimeError, even where the graph was retained. And the losses ``[n]``, without a gradient. Both
-        float32 (or float64), the same on all ranks of the group.
+        The weighted sum, and the losses ``[n]`` without a gradient; both float32 (or float64), and the same on all
+        ranks of the group. The sum can be differentiated only once, in ``hidden`` and ``weight``: a second backward
+        through it raises RuntimeError, even if the graph was retained.
     """
     chunk = chunk or chunk_tokens(hidden.shape[1])
     return _LinearCrossEntropy.apply(
@@ -76,7 +76,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         group: dist.ProcessGroup,
         vocab_size: int,
         chunk: int,
-        grad_enabled: bool,  # inside of a Function it never is
+        grad_enabled: bool,  # inside a Function it is always disabled
     ) -> tuple[Tensor, Tensor]:
         exact = torch.promote_types(hidden.dtype, torch.float32)
         losses = hidden.new_empty(len(hidden), dtype=exact)
@@ -95,7 +95,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if hidden_needs or weight_needs:
                 exponentials.scatter_add_(-1, column.unsqueeze(-1), -(total * mine).unsqueeze(-1))
                 torch.mul(exponentials, (loss_weights[rows] / total).unsqueeze(-1), out=logits)
-            del exponentials  # a tensor of its own beside bfloat16 logits: gone before the products
+            del exponentials  # for bfloat16 logits a separate tensor: freed before the products
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[rows])
             if grad_weight is not None:
@@ -108,13 +108,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_sum: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        # In place: a copy of the weight's gradient would be large. Torch sees it, and refuses a second backward.
+        # In place, because a copy of the weight's gradient would be large. Torch detects it in a second backward.
         grad_hidden, grad_weight = (None if grad is None else grad.mul_(grad_sum) for grad in ctx.saved_tensors)
         return grad_hidden, grad_weight, None, None, None, None, None, None
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += left @ right``; ``total`` may be more exact than the product."""
+    """Compute ``total += left @ right`` in place; ``total`` may have a wider dtype than the product."""
     if total.dtype == left.dtype:
         torch.addmm(total, left, right, out=total)
     else:
@@ -125,16 +125,21 @@ def mask_padding(logits: Tensor, vocab_size: int, group: dist.ProcessGroup) -> N
     """Set the logits of the vocabulary's padding to minus infinity, in place.
 
     Args:
-        logits: ``[..., V / TP]``, of this rank's rows of the padded vocabulary.
-        vocab_size: ids that the model has; what comes after them is padding.
+        logits: ``[..., V / TP]``, this rank's columns of the padded vocabulary.
+        vocab_size: the number of ids that the model has; the columns after them are padding.
         group: the ranks that share the vocabulary.
     """
     own = max(vocab_size - group.rank() * logits.shape[-1], 0)
-    logits[..., own:].fill_(-torch.inf)  # a slice, so neither a mask nor a wait for the device
+    logits[..., own:].fill_(-torch.inf)  # a slice needs no mask and no synchronization
 
 
 def own_columns(labels: Tensor, part: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Where among this rank's ``part`` columns each label is (int64, any column where not), and whether it is."""
+    """Locate labels among this rank's ``part`` columns of the logits.
+
+    Returns:
+        The column of each label, int64, arbitrary but valid for a label of another rank; and bool, whether the label
+        is on this rank. Both have the shape of ``labels``.
+    """
     columns = labels - group.rank() * part
     mine = (columns >= 0) & (columns < part)
     return columns.clamp(0, part - 1), mine
@@ -143,17 +148,17 @@ def own_columns(labels: Tensor, part: int, group: dist.ProcessGroup) -> tuple[Te
 def exponentiate(
     logits: Tensor, column: Tensor, mine: Tensor, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Numerators and denominators of the softmax, and the cross-entropies.
+    """Compute the numerators and denominators of the softmax, and the cross-entropies.
 
     Args:
-        logits: ``[n, V / TP]``, of padding minus infinity; overwritten, unless they are bfloat16.
-        column, mine: of the labels, from :func:`own_columns`.
+        logits: ``[n, V / TP]``, minus infinity for padding; overwritten, unless they are bfloat16.
+        column, mine: the position of each label, from :func:`own_columns`.
         group: the ranks that share the vocabulary.
 
     Returns:
-        ``exp(logit - largest of the row)``, ``[n, V / TP]``, in the memory of the logits unless they are bfloat16;
-        cross-entropies ``[n]``; and the sums ``[n]`` over the whole vocabulary, to divide the rows by. All float32, or
-        float64 for such logits.
+        The numerators ``exp(logit - largest of the row)``, ``[n, V / TP]``, in the memory of the logits unless they
+        are bfloat16; the cross-entropies ``[n]``; and the denominators ``[n]``, sums over the full vocabulary. All are
+        float32, or float64 for float64 logits.
     """
     exact = torch.promote_types(logits.dtype, torch.float32)
     top = logits.amax(-1).to(exact)

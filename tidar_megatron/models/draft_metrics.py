@@ -1,10 +1,11 @@
-"""How good the drafts are, measured while training: teacher-forced, from one forward over the doubled sequence.
+"""Draft metrics for evaluation during training: teacher-forced, from one forward over the doubled sequence.
 
-For offset k = 1 .. B-1 of a block (offset 0 is certain at decode), the verifier's distribution p_AR comes from the
-clean token before the position, the drafter's q_diffusion from the mask token at it. Speculative sampling accepts such
-a draft with probability ``a_k = sum_v min(p_AR(v), q_diffusion(v))``; greedy decoding when the two argmaxes agree. The
-expected tokens per forward is the mean over blocks of ``1 + sum_k a_1 * .. * a_k`` (not the product of means). All
-of them are over the ids that the exported model has: the padding of the vocabulary is masked out.
+For offset k = 1 .. B-1 of a block (in decoding, offset 0 is the certain token), the verifier's distribution p_AR comes
+from the clean token before the position, and the drafter's q_diffusion from the mask token at the position.
+Speculative sampling accepts such a draft with probability ``a_k = sum_v min(p_AR(v), q_diffusion(v))``; greedy decoding
+accepts it if the two argmaxes agree. The expected number of tokens per forward is the mean over blocks of
+``1 + sum_k a_1 * .. * a_k`` (not the product of means). All sums are over the ids that the exported model has: the
+padding of the vocabulary is masked out.
 """
 
 from dataclasses import dataclass
@@ -19,21 +20,23 @@ from tidar_megatron.models.cross_entropy import chunk_tokens, exponentiate, mask
 
 @dataclass(frozen=True)
 class EvaluationSums:
-    """Sums and counts over tokens or blocks; adding two of them merges their data. All float64.
+    """Sums and counts over tokens or blocks; adding the values of two merges their data.
 
-    ``values`` is ``[7 + 3 * (B - 1)]``: AR loss and count, diffusion loss and count, complete blocks, their expected
-    tokens under sampling, under greedy; then per offset: acceptance, agreement, count.
+    Attributes:
+        values: float64 ``[7 + 3 * (B - 1)]``: AR loss and count, diffusion loss and count, complete blocks, their
+            expected tokens per forward in sampling and in greedy decoding; then, by offset, acceptance, agreement and
+            count.
     """
 
     values: Tensor
 
     @staticmethod
     def zeros(block_size: int, device: torch.device) -> "EvaluationSums":
-        """The sums over nothing."""
+        """Return the sums over no tokens."""
         return EvaluationSums(torch.zeros(7 + 3 * (block_size - 1), dtype=torch.float64, device=device))
 
     def means(self) -> dict[str, float | list[float]]:
-        """What is logged. Offsets run from 1 to B - 1."""
+        """Return the means by the names under which they are logged. Lists run over the offsets 1 to B - 1."""
         scalars, per_offset = self.values[:7].tolist(), self.values[7:].reshape(3, -1).tolist()
         ar, ar_count, diffusion, diffusion_count, blocks, sampled, greedy = scalars
         accepted, agreed, counts = per_offset
@@ -57,23 +60,24 @@ def evaluation_sums(
     vocab_size: int,
     chunk: int | None = None,
 ) -> EvaluationSums:
-    """Both losses and the draft metrics of one micro-batch.
+    """Compute both losses and the draft metrics of one micro-batch.
 
-    The logits of ``chunk`` tokens exist at a time: of clean tokens, and of the mask tokens at the positions after them.
+    Only the logits of ``chunk`` tokens exist at a time: of clean tokens, and of the mask tokens one position later.
 
     Args:
-        states: ``[2S, b, h]``, the last hidden states of this context-parallel rank's micro-batch.
-        weight: ``[V / TP, h]``, this rank's rows of the output layer.
-        batch: the doubled micro-batch they belong to, with masks of every block.
-        block_size: B.
+        states: the last hidden states of this context-parallel rank's micro-batch, ``[2S, b, h]``.
+        weight: this rank's rows of the output layer, ``[V / TP, h]``.
+        batch: the doubled micro-batch of the states, with the masks of every block.
+        block_size: the block size B.
         tp_group: the ranks that share the vocabulary.
-        vocab_size: ids that the model has; the weight's rows after them are padding.
-        chunk: by default :func:`~tidar_megatron.models.cross_entropy.chunk_tokens`.
+        vocab_size: the number of ids that the model has; the weight's rows after them are padding.
+        chunk: tokens whose logits exist at a time; by default
+            :func:`~tidar_megatron.models.cross_entropy.chunk_tokens`.
     """
     S = batch.seq_length
     assert batch.mask_length == S, "drafts are measured at every block"
-    # p_AR for position i stands at clean token i - 1: pair clean tokens with the masks after them, the last with the
-    # first, which is offset 0 of a block and never looked at
+    # p_AR of position i comes from clean token i - 1, so each clean token is paired with the mask one position later.
+    # The roll pairs the last with the first, which is offset 0 of a block and never used.
     clean, masks = states[:S].flatten(0, 1), states[S:].roll(-1, 0).flatten(0, 1)
     labels_tb = batch.labels.t()
     clean_labels, mask_labels = labels_tb[:S].flatten(), labels_tb[S:].roll(-1, 0).flatten()
@@ -89,7 +93,7 @@ def evaluation_sums(
     ar, diffusion = batch.supervised[:, :S], batch.supervised[:, S:]
 
     def by_offset(per_pair: Tensor) -> Tensor:
-        """``[b, S]``, at clean tokens -> ``[blocks, B - 1]``, at the masks after them: blocks start at multiples."""
+        """Regroup ``[b, S]``, indexed by clean token, as ``[blocks, B - 1]``: blocks start at multiples of B."""
         return per_pair.roll(1, 1).reshape(-1, block_size)[:, 1:].double()
 
     accepted, agreed = by_offset(overlap), by_offset(agree)
@@ -109,7 +113,7 @@ def evaluation_sums(
 
 
 def _pair_figures(logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """``[2n, V / TP]``, of clean tokens and masks -> ``[4, n]``: both losses, overlap, whether argmaxes agree."""
+    """Return ``[4, n]`` (both losses, overlap, agreement) from logits ``[2n, V / TP]``, clean ones first."""
     best = vocab_parallel_argmax(logits, group)
     exponentials, losses, total = exponentiate(logits, *own_columns(labels, logits.shape[-1], group), group)
     p_ar, q_diffusion = exponentials.div_(total.unsqueeze(-1)).chunk(2)
@@ -120,7 +124,12 @@ def _pair_figures(logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> T
 
 
 def vocab_parallel_argmax(logits: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """``[..., V / TP]``, padding masked -> the best id over the whole vocabulary, the smallest among equals."""
+    """Return the argmax over the full vocabulary, int64 ``[...]``; of equal logits the smallest id wins.
+
+    Args:
+        logits: ``[..., V / TP]``, with the vocabulary's padding masked.
+        group: the ranks that share the vocabulary, in the order of their parts.
+    """
     value, index = logits.max(-1)
     top = value.clone()
     dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)

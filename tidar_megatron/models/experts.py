@@ -1,10 +1,10 @@
 """The router of a mixture of experts, whose load-balancing loss does not depend on the layout.
 
-Clean and mask tokens are both routed and both counted; fill is routed and not counted (megatron-core's
-``padding_mask``). megatron-core weights a micro-batch's balancing loss with the tokens of one *rank*: too little by the
-number of ranks that share the micro-batch (up to 0.16.1), and unevenly where their fill differs. Here every rank uses
-the tokens of the whole micro-batch, so that after the division by the global token count the loss is the mean over the
-tokens of the global batch, as the other losses are.
+Clean and mask tokens are both routed and counted; fill is routed but not counted (megatron-core's ``padding_mask``).
+megatron-core weights a micro-batch's balancing loss by the tokens of one *rank*. Up to 0.16.1 that is too small by the
+number of ranks that share the micro-batch, and the weights are uneven where the amount of fill differs. Here every rank
+uses the tokens of the full micro-batch. After the division by the global token count, the loss is then the mean over
+the tokens of the global batch, like the other losses.
 """
 
 from collections.abc import Iterable
@@ -21,16 +21,16 @@ from torch import Tensor
 
 
 class BalancedRouter(TopKRouter):
-    """megatron-core's top-k router with a load-balancing loss in units of the global batch's tokens."""
+    """megatron-core's top-k router, with a load-balancing loss weighted by the tokens of the micro-batch."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.balancing_loss = torch.zeros(2, dtype=torch.float64)  # sum over tokens, tokens; since the last report
+        self.balancing_loss = torch.zeros(2, dtype=torch.float64)  # [sum over tokens, tokens] since the last report
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """Which experts each token goes to; remembers how many of the tokens count."""
+        """Route the tokens with megatron-core's router, and store the number of tokens that count."""
         tokens = logits.new_tensor(logits.shape[:-1].numel()) if padding_mask is None else (~padding_mask).sum()
-        # not megatron-core's own count, which its all-reduce overwrites with that of all ranks
+        # megatron-core's own count is of no use here: its all-reduce overwrites it with the count of all ranks
         self.own_tokens = tokens.float()
         return super().routing(logits, padding_mask=padding_mask, **kwargs)
 
@@ -44,7 +44,7 @@ class BalancedRouter(TopKRouter):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """Let ``aux_loss`` (this rank's share of the micro-batch's) join the backward of ``activation``."""
+        """Attach ``aux_loss``, this rank's share of the micro-batch's loss, to the backward of ``activation``."""
         tokens = self.own_tokens.clone()
         dist.all_reduce(tokens, group=self.tp_cp_group)
         if self.training:
@@ -55,20 +55,21 @@ class BalancedRouter(TopKRouter):
 
 
 def use_balanced_router(layer: ModuleSpec) -> None:
-    """Put the router into a layer spec whose feed-forward is a mixture of experts."""
+    """Put :class:`BalancedRouter` into a layer spec whose feed-forward is a mixture of experts."""
     mlp = layer.submodules.mlp
     submodules = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules  # 0.19.x, 0.16.1
     submodules.router = BalancedRouter
-    # a backward outside of a schedule leaves this in a shape that the next schedule's scale cannot be copied into
+    # a backward outside of megatron-core's schedules leaves a tensor of another shape here, into which the next
+    # schedule could not copy its scale
     MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
 
 def keep_experts_apart(model: GPTModel) -> None:
-    """Let data parallelism reduce experts over the ranks that hold the same ones, also with EP = 1.
+    """Mark experts so that data parallelism reduces them over the ranks that hold the same experts, also for EP = 1.
 
-    megatron-core marks them so only for EP > 1. Without the mark, experts that tensor-parallel ranks hold whole (ETP
-    1) are never summed over those ranks, whose tokens differ, and parts of different experts (ETP > TP) are added up:
-    wrong gradients, without a word. It also makes a checkpoint's optimizer state the same for every EP.
+    megatron-core marks them only for EP > 1. Without the mark, gradients are silently wrong: experts that each
+    tensor-parallel rank holds in full (ETP 1) are not summed over those ranks, whose tokens differ, and parts of
+    different experts (ETP > TP) are added up. The mark also makes a checkpoint's optimizer state the same for every EP.
     """
     for name, parameter in model.named_parameters():
         if ".experts." in name:
@@ -76,10 +77,11 @@ def keep_experts_apart(model: GPTModel) -> None:
 
 
 def take_balancing_loss(chunks: Iterable[GPTModel]) -> Tensor:
-    """This rank's balancing losses since the last call, summed over its layers: float64 ``[2]``, sum and tokens.
+    """Return and reset this rank's balancing losses since the last call, summed over its layers.
 
-    Summed over all ranks, their quotient is the mean over layers and over the tokens of the global batch, unweighted;
-    1 is perfect balance.
+    Returns:
+        float64 ``[2]``: the sum over tokens, and the number of tokens. After summing both over all ranks, their
+        quotient is the unweighted mean over layers and over the tokens of the global batch; 1 is perfect balance.
     """
     total = torch.zeros(2, dtype=torch.float64)
     for chunk in chunks:

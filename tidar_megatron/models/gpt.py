@@ -1,4 +1,4 @@
-"""A TiDAR model: megatron-core's stock GPTModel with our core attention, rotary positions and RMSNorm in its spec."""
+"""The TiDAR model: megatron-core's stock GPTModel with our core attention, rotary positions and RMSNorm in its spec."""
 
 import math
 from functools import partial
@@ -28,7 +28,7 @@ from tidar_megatron.models.output_layer import OutputLayer
 
 
 def transformer_config(config: Config) -> TransformerConfig:
-    """The part of the configuration that megatron-core's modules read."""
+    """Return the part of the configuration that megatron-core's modules read."""
     model, parallel, gpu = config.model, config.parallel, has_gpu()
     vpp = parallel.virtual_pipeline_model_parallel_size or 1
     full = parallel.recompute_granularity == "full"
@@ -40,7 +40,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_query_groups or model.num_attention_heads,
         kv_channels=model.head_channels,
-        qk_layernorm=model.qk_layernorm,  # here as well as in the spec: its gradients are reduced over TP only then
+        qk_layernorm=model.qk_layernorm,  # set here too: without it, TP does not reduce the norms' gradients
         add_qkv_bias=model.add_qkv_bias,
         add_bias_linear=False,
         normalization="RMSNorm",
@@ -55,7 +55,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
-        # interleaving with the default, batched sends gives wrong gradients over gloo, without a word
+        # over gloo, interleaving with the default (batched) sends silently gives wrong gradients
         overlap_p2p_comm=vpp > 1,
         batch_p2p_comm=vpp == 1,
         recompute_granularity=parallel.recompute_granularity,
@@ -65,12 +65,12 @@ def transformer_config(config: Config) -> TransformerConfig:
         bf16=config.training.bf16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        calculate_per_token_loss=True,  # (loss_sum, num_tokens): sums and counts, never means of means
+        calculate_per_token_loss=True,  # the loss function returns (loss_sum, num_tokens), not a mean
         use_cpu_initialization=not gpu,
         mrope_section=[
             model.head_channels // 2
-        ],  # chooses the path of GPTModel that hands position_ids to the rotary module
-        # fusions want CUDA (and torch.compile costs 18 s on a CPU's first step)
+        ],  # selects the path of GPTModel that passes position_ids to the rotary module
+        # fusions need CUDA (and on a CPU torch.compile adds 18 s to the first step)
         bias_activation_fusion=gpu,
         bias_dropout_fusion=gpu,
         masked_softmax_fusion=False,
@@ -81,7 +81,7 @@ def transformer_config(config: Config) -> TransformerConfig:
 
 
 def _expert_settings(config: Config) -> dict[str, Any]:
-    """Dropless mixture of experts, routed as Qwen3-MoE does: softmax over the chosen experts."""
+    """Return the settings of a dropless mixture of experts, routed like Qwen3-MoE: softmax over the chosen experts."""
     model, parallel = config.model, config.parallel
     return {
         "num_moe_experts": model.num_experts,
@@ -97,9 +97,9 @@ def _expert_settings(config: Config) -> dict[str, Any]:
 
 
 def has_gradient_accumulation_kernel() -> bool:
-    """Whether weight gradients can be added to the float32 buffer by the matmul: apex's kernel.
+    """Return whether apex's kernel is installed, which fuses a weight gradient's matmul with adding it to its buffer.
 
-    transformer-engine's layers have one of their own, but the output layer stays megatron-core's, which refuses the
+    transformer-engine's layers have their own kernel, but the output layer remains megatron-core's, which refuses the
     setting without apex.
     """
     return find_spec("fused_weight_gradient_mlp_cuda") is not None
@@ -108,7 +108,14 @@ def has_gradient_accumulation_kernel() -> bool:
 def layer_spec(
     config: Config, transformer: TransformerConfig, schedules: AttentionSchedules, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
-    """The stock layer spec with our modules in it."""
+    """Return megatron-core's stock layer spec with our modules in it, for the layers of this stage.
+
+    Args:
+        config: the resolved configuration.
+        transformer: the configuration from :func:`transformer_config`.
+        schedules: the attention schedules that all layers share.
+        vp_stage: the virtual pipeline stage; None without interleaving.
+    """
     qk_layernorm, impl = config.model.qk_layernorm, config.model.transformer_impl
     experts = {"num_experts": config.model.num_experts, "moe_grouped_gemm": config.model.moe_grouped_gemm}
     if impl == "transformer_engine":
@@ -135,29 +142,32 @@ def layer_spec(
 
 
 def padded_vocab_size(vocab_size: int, config: Config) -> int:
-    """The vocabulary as the model holds it: a multiple of ``make_vocab_size_divisible_by`` and of TP.
+    """Return the padded size of the vocabulary: a multiple of ``make_vocab_size_divisible_by`` and of TP.
 
-    The rows from ``vocab_size`` on are padding. What an export writes takes part in every softmax, and nothing else
-    does: so a row that a Hugging Face folder has and its tokenizer does not is a row of the model, while padding is
-    masked out of the losses and the draft metrics (``models/cross_entropy.py``). Padding rows start as zeros and get
-    zero gradients; whatever weight decay makes of them, nobody sees it.
+    The rows from ``vocab_size`` on are padding. Exactly the rows that an export writes take part in every softmax. So
+    a row of a Hugging Face folder without a token in its tokenizer belongs to the model, while padding is masked out
+    of the losses and the draft metrics (``models/cross_entropy.py``). Padding rows start as zeros and get zero
+    gradients; no result depends on them.
 
-    A checkpoint of one TP may have other padding than a run of another TP that loads it: megatron-core cuts its rows
-    or fills them up with zeros, and ``huggingface/streaming.py`` reads the ids alone.
+    The padding may differ between a checkpoint and a run with another TP that loads it: megatron-core truncates the
+    rows or fills them with zeros, and ``huggingface/streaming.py`` reads only the rows of ids.
     """
     multiple = math.lcm(config.model.make_vocab_size_divisible_by, config.parallel.tensor_model_parallel_size)
     return math.ceil(vocab_size / multiple) * multiple
 
 
 def build_model(config: Config, vocab_size: int, ranks: Ranks) -> list[GPTModel]:
-    """This rank's part of the model, on its device, with random weights: one chunk, or VPP of them.
+    """Build this rank's part of the model on its device, with random weights.
 
     :func:`run_model` calls a chunk with a batch.
 
     Args:
         config: the resolved configuration.
-        vocab_size: ids in use, the mask token included; each chunk keeps it as ``unpadded_vocab_size``.
-        ranks: where this process stands.
+        vocab_size: the number of ids in use, including the mask token; each chunk has it as ``unpadded_vocab_size``.
+        ranks: the ranks and process groups of this process.
+
+    Returns:
+        One chunk; with interleaved pipeline stages, one chunk for each virtual stage.
     """
     transformer = transformer_config(config)
     vpp = config.parallel.virtual_pipeline_model_parallel_size or 1
@@ -191,31 +201,31 @@ def build_model(config: Config, vocab_size: int, ranks: Ranks) -> list[GPTModel]
 
 
 def run_model(model: Any, batch: Batch) -> Tensor:
-    """One chunk's forward over a micro-batch.
+    """Run the forward of one chunk over a micro-batch.
 
     Args:
         model: a chunk of :func:`build_model`, or a wrapper around one.
-        batch: what this context-parallel rank holds, t tokens a row.
+        batch: this context-parallel rank's part of the micro-batch, t tokens per row.
 
     Returns:
-        Hidden states ``[t, b, hidden]`` in the model's dtype, of the last chunk after the final norm; under sequence
-        parallelism this rank's ``[t / TP, b, hidden]``. What becomes of the last chunk's is the matter of
-        ``models/loss.py`` and ``models/draft_metrics.py``: a chunk makes no logits.
+        The hidden states ``[t, b, hidden]`` in the model's dtype, after the final norm for the last chunk; under
+        sequence parallelism this rank's part, ``[t / TP, b, hidden]``. A chunk computes no logits: ``models/loss.py``
+        and ``models/draft_metrics.py`` do.
     """
     padding = None
     chunk = unwrap(model)
     chunk.attention_schedules.prepare(batch.visibility, batch.visibility_on_host, batch.tokens.shape[1])
-    # the wrapper that training puts around a bfloat16 chunk would turn the last one's hidden states to float32
+    # training's wrapper around a bfloat16 chunk would convert the last chunk's hidden states to float32
     precision = {"fp32_output": False} if chunk.config.bf16 and model is not chunk else {}
     if chunk.config.num_moe_experts is not None:
         padding, group = batch.padding, chunk.pg_collection.tp
-        if chunk.config.sequence_parallel and not chunk.pre_process:  # megatron-core cuts it on the first stage alone
+        if chunk.config.sequence_parallel and not chunk.pre_process:  # megatron-core splits it on the first stage only
             padding = padding.chunk(group.size(), dim=1)[group.rank()]
     return model(batch.tokens, batch.position_ids, batch.visibility, padding_mask=padding, **precision)
 
 
 def unwrap(model: Any) -> GPTModel:
-    """The GPTModel inside data-parallel and precision wrappers."""
+    """Return the GPTModel inside data-parallel and precision wrappers."""
     while not isinstance(model, GPTModel):
         model = model.module
     return model

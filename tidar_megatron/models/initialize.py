@@ -1,8 +1,8 @@
-"""Random weights, and the mask token's first embedding, that do not depend on the layout.
+"""The initial weights, and the initial embedding of the mask token, both independent of the layout.
 
-megatron-core draws a stage's weights from one stream, so a layer's values depend on how many stages there are. Here
-each parameter has a stream of its own, keyed on the seed and its name in the whole model, and tensor parallelism cuts
-it as it cuts an imported one: a run from scratch starts from the same weights in every layout.
+megatron-core draws a stage's weights from one random stream, so a layer's values depend on the number of stages. Here
+each parameter has its own stream, keyed by the seed and its name in the full model, and is then sharded over
+tensor-parallel ranks like an imported one. So a run from scratch starts from the same weights in every layout.
 """
 
 import hashlib
@@ -21,10 +21,11 @@ ROWS_AT_ONCE = 1024
 
 @torch.no_grad()
 def initialize_weights(chunks: list[GPTModel], seed: int) -> None:
-    """Fill this rank's part of the model: norms 1, biases 0, weights normal with ``init_method_std``.
+    """Initialize this rank's part of the model: norms 1, biases 0, weights normal with ``init_method_std``.
 
-    The padding of the vocabulary is zeros, and no number is drawn for it: the others do not depend on how much there
-    is. The projections back into the residual stream are smaller by sqrt(2 * layers), as in Megatron-LM.
+    The padding of the vocabulary is set to zeros without drawing random numbers, so the amount of padding changes no
+    other weight. The standard deviation of projections into the residual stream is divided by sqrt(2 * layers), as in
+    Megatron-LM.
     """
     for name, parameter, model in own_parameters(chunks):
         transformer, group = model.config, shard_group(model, name)
@@ -46,14 +47,15 @@ def initialize_weights(chunks: list[GPTModel], seed: int) -> None:
 
 @dataclass(frozen=True)
 class MaskRow:
-    """How the mask token's embedding starts in a model that has not learned it, and the rows a vocabulary has grown by.
+    """The initial embedding of the mask token in a model without one, and the initial rows of ids that were added.
 
     Attributes:
-        kind: ``mean`` of the embeddings; ``normal``: with their standard deviation around it, by channel; ``keep``
-            what is there, unless that is nothing.
-        mask_token_id: the row; None: rows are only added.
-        source_rows: ids that the model had.
-        vocab_size: ids that it has now; the output layer's new rows are the mean of the others too.
+        kind: ``mean``: the mean of the embeddings; ``normal``: a sample around that mean with their standard deviation,
+            channel by channel; ``keep``: the row as it is, which must not be zeros.
+        mask_token_id: the mask token's row; None if rows are only added.
+        source_rows: the number of ids that the model had before.
+        vocab_size: the number of ids that it has now. Added rows other than the mask token's are the mean of the
+            existing rows, in the embedding and in the output layer.
     """
 
     kind: str
@@ -66,12 +68,12 @@ class MaskRow:
         """Set the new rows of a parameter in place.
 
         Args:
-            rows: this rank's ``[V / TP, h]`` of the padded vocabulary.
-            name: of the parameter in the whole model, one of ``VOCABULARY``.
-            group: the tensor-parallel ranks; None: ``rows`` is all of it.
+            rows: this rank's rows of the padded vocabulary, ``[V / TP, h]``.
+            name: the parameter's name in the full model, one of ``VOCABULARY``.
+            group: the tensor-parallel ranks; None if ``rows`` is the full parameter.
 
         Raises:
-            UserError: the row that is to be kept is zeros, as a new one is.
+            UserError: the kind is ``keep``, but the mask token's row is all zeros, as an added row is.
         """
         mask = self.mask_token_id if name == VOCABULARY[0] else None
         new = {*range(self.source_rows, self.vocab_size)}
@@ -79,15 +81,15 @@ class MaskRow:
         if mask is not None and self.kind != "keep":
             new.add(mask)
         elif mask is not None and first <= mask < first + len(rows) and not rows[mask - first].any():
-            # the masks of a document's first block see each other alone: their states would be zero in every
-            # layer, and each RMSNorm multiply their gradient by 1 / sqrt(epsilon), until it is no number
+            # The masks of a document's first block see only each other, so their states would be zero in every
+            # layer, and each RMSNorm would multiply their gradient by 1 / sqrt(epsilon) until it overflows.
             raise UserError(
-                f"--init-mask-token keep: row {mask} is zeros, from which nothing can be learned; use mean or normal"
+                f"--init-mask-token keep: row {mask} is all zeros, which cannot be trained; use mean or normal"
             )
         if not new:
             return
         sums = rows.new_zeros(2, rows.shape[1], dtype=torch.float64)
-        for some in rows[: max(0, self.source_rows - first)].split(ROWS_AT_ONCE):  # a vocabulary in float64 is large
+        for some in rows[: max(0, self.source_rows - first)].split(ROWS_AT_ONCE):  # a full float64 copy would be large
             sums += torch.stack([some.double().sum(0), some.double().square().sum(0)])
         if group is not None and group.size() > 1:
             dist.all_reduce(sums, group=group)
@@ -102,7 +104,7 @@ class MaskRow:
 
 
 def start_mask_row(chunks: list[GPTModel], row: MaskRow) -> None:
-    """:meth:`MaskRow.fill` of this rank's part of the model."""
+    """Apply :meth:`MaskRow.fill` to this rank's part of the model."""
     for name, parameter, model in own_parameters(chunks):
         if name in VOCABULARY:
             row.fill(parameter.data, name, shard_group(model, name))

@@ -18,14 +18,14 @@ from tidar_megatron.models.attention.schedules import AttentionSchedules
 
 
 class HybridCoreAttention(MegatronModule):
-    """Core attention of the layer spec. Its ``attention_mask`` is the visibility metadata, not a mask.
+    """The core attention of the layer spec. Its ``attention_mask`` is the visibility metadata, not a mask.
 
-    megatron-core hands ``attention_mask`` from the model's forward to every layer, through pipeline stages and
-    activation recomputation alike, as long as it is a tensor; so the metadata travels that way.
+    megatron-core passes ``attention_mask`` from the model's forward to every layer, through pipeline stages and
+    activation recomputation, as long as it is a tensor. So the metadata travel as that argument.
 
-    Under context parallelism the clean keys and values of all ranks are gathered (their gradients reduce-scattered),
-    a few K/V heads at a time: what one gather brings is attended to before the next is asked for. Masks' keys and
-    values never leave their rank, so the traffic is that of plain AR training.
+    Under context parallelism the clean keys and values of all ranks are gathered (and their gradients reduce-scattered)
+    a few K/V heads at a time; attention over one gather is computed before the next gather starts. The keys and values
+    of mask tokens never leave their rank, so the traffic equals that of plain AR training.
     """
 
     def __init__(
@@ -49,7 +49,16 @@ class HybridCoreAttention(MegatronModule):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *args: Any, **unused: Any
     ) -> Tensor:
-        """``query [t, b, h, d]``, ``key``/``value [t, b, g, d]``, metadata ``[b, keys, 4]`` -> ``[t, b, h*d]``."""
+        """Compute attention over this rank's queries.
+
+        Args:
+            query: ``[t, b, h, d]``.
+            key, value: ``[t, b, g, d]``.
+            attention_mask: the visibility metadata, int32 ``[b, keys, 4]``.
+
+        Returns:
+            ``[t, b, h * d]``.
+        """
         schedule, size = self.schedules.find(attention_mask, len(query)), self.cp_group.size()
         if size == 1:
             return self._attend(query, key, value, schedule)
@@ -61,7 +70,7 @@ class HybridCoreAttention(MegatronModule):
             queries = slice(*(query.shape[2] // groups * edge for edge in (heads.start, heads.stop)))
             gathered = gather_from_sequence_parallel_region(
                 torch.stack([key[:clean, :, heads], value[:clean, :, heads]], dim=1),
-                tensor_parallel_output_grad=True,  # the backward reduce-scatters: every rank's queries used them
+                tensor_parallel_output_grad=True,  # the backward reduce-scatters: all ranks' queries used these keys
                 group=self.cp_group,
             )
             all_keys = torch.cat([gathered[:, 0], key[clean:, :, heads]])
@@ -76,11 +85,11 @@ class HybridCoreAttention(MegatronModule):
 
 
 class PositionRotaryEmbedding(nn.Module):
-    """Rotary angles of the positions that the batch names: 0..S-1 for the clean tokens, and again for their masks.
+    """Rotary angles for the positions in the batch: 0..S-1 for the clean tokens, and again for their mask tokens.
 
-    Built on megatron-core's RotaryEmbedding for the frequencies. It takes the place of the module that GPTModel calls
-    with ``position_ids`` (its "mrope" path), so no method of GPTModel needs an override. The angles are computed once,
-    for as many positions as the longest batch so far has tokens: a position is that of a clean token.
+    The frequencies come from megatron-core's RotaryEmbedding. The module replaces the one that GPTModel calls with
+    ``position_ids`` (its "mrope" path), so no method of GPTModel needs an override. The angles are cached for as many
+    positions as the longest batch so far has tokens, which is enough because positions are those of clean tokens.
     """
 
     def __init__(self, config: TransformerConfig, model: ModelConfig) -> None:
@@ -88,16 +97,19 @@ class PositionRotaryEmbedding(nn.Module):
         rotary = RotaryEmbedding(
             config.kv_channels, rotary_percent=1.0, rotary_base=model.rotary_base, use_cpu_initialization=True
         )
-        # no buffers, neither of the two: they must stay float32 in a bfloat16 model
+        # neither is a buffer: both must stay float32 in a bfloat16 model
         self.inv_freq = scaled_frequencies(rotary.inv_freq, model)
         self.angles = self.inv_freq.new_empty(0, config.kv_channels)
         self.cp_size = config.context_parallel_size
 
     def forward(self, position_ids: Tensor, mrope_section: Any = None, cp_group: Any = None) -> Tensor:
-        """``position_ids`` int64 ``[b, t]`` -> float32 angles ``[t, b, 1, d]`` (one row: ``[t, 1, 1, d]``)."""
-        if position_ids.stride(0) == 0:  # one row, expanded over the batch: the angles need not be repeated
+        """Return the float32 angles ``[t, b, 1, d]`` of int64 ``position_ids`` ``[b, t]``.
+
+        For one row that is expanded over the batch (stride 0), the shape is ``[t, 1, 1, d]``.
+        """
+        if position_ids.stride(0) == 0:
             position_ids = position_ids[:1]
-        longest = position_ids.shape[1] * self.cp_size  # to read the largest position would be to wait for the device
+        longest = position_ids.shape[1] * self.cp_size  # a bound: reading the largest position would synchronize
         if len(self.angles) < longest or self.angles.device != position_ids.device:
             half = torch.arange(longest, device=position_ids.device).float().unsqueeze(-1)
             half = half * self.inv_freq.to(position_ids.device)
@@ -106,10 +118,10 @@ class PositionRotaryEmbedding(nn.Module):
 
 
 def scaled_frequencies(inv_freq: Tensor, model: ModelConfig) -> Tensor:
-    """Rotary frequencies ``[d/2]`` stretched for longer texts than the model first trained on, as transformers does.
+    """Scale rotary frequencies ``[d/2]`` for texts longer than the original context length, as transformers does.
 
-    ``llama3`` leaves short waves as they are, divides the frequency of long ones by the factor, and goes from one to
-    the other smoothly.
+    ``linear`` divides all frequencies by the factor. ``llama3`` keeps high frequencies, divides low ones by the factor,
+    and interpolates between the two.
     """
     kind, factor = model.rope_scaling_type, model.rope_scaling_factor
     if kind == "none":
@@ -117,15 +129,15 @@ def scaled_frequencies(inv_freq: Tensor, model: ModelConfig) -> Tensor:
     if kind == "linear":
         return inv_freq / factor
     low, high = model.rope_low_freq_factor, model.rope_high_freq_factor
-    waves = model.rope_original_max_position_embeddings * inv_freq / (2 * math.pi)  # in the original length
+    waves = model.rope_original_max_position_embeddings * inv_freq / (2 * math.pi)  # periods in the original length
     kept = ((waves - low) / (high - low)).clamp(0.0, 1.0)
     return (1 - kept) * inv_freq / factor + kept * inv_freq
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm whose weight's gradient is summed over tensor-parallel ranks under sequence parallelism.
+    """RMSNorm whose weight gradient is summed over tensor-parallel ranks under sequence parallelism.
 
-    megatron-core's wrapper of torch's norms refuses sequence parallelism; this one marks its weight as
+    megatron-core's wrapper of torch's norms refuses sequence parallelism. This module marks its weight the way
     ``finalize_model_grads`` expects.
     """
 
@@ -136,5 +148,5 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., hidden_size]`` -> the same shape and dtype."""
+        """Normalize ``[..., hidden_size]`` over the last dimension; shape and dtype stay the same."""
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)

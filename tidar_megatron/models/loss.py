@@ -1,7 +1,7 @@
 """The joint loss, ``1/(1+alpha) * (alpha * mean CE_AR + mean CE_diffusion)``, as sums that megatron-core can reduce.
 
-The means are over the supervised tokens of the whole global batch. The per-token weights (``data/doubled.py``) carry
-alpha and the ratio of the two counts, so here a loss is one weighted sum, and its denominator one count.
+The means are over the supervised tokens of the full global batch. The per-token weights (``data/doubled.py``) include
+alpha and the ratio of the two counts, so the loss here is one weighted sum with one count as its denominator.
 """
 
 import torch
@@ -14,15 +14,15 @@ from tidar_megatron.models.output_layer import output_weight, whole_states
 
 
 def token_losses(chunk: GPTModel, batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """The weighted sum of a micro-batch's cross-entropies, and each of them.
+    """Return the weighted sum of a micro-batch's cross-entropies, and the cross-entropy of each token.
 
     Args:
         chunk: the last chunk of the model.
-        batch: the micro-batch, loss weights set.
-        hidden: what ``run_model`` gave for it.
+        batch: the micro-batch, with its loss weights set.
+        hidden: the hidden states that ``run_model`` returned for the micro-batch.
 
     Returns:
-        The sum, a differentiable float32 scalar, and float32 ``[b, t]`` without a gradient.
+        The sum, a differentiable float32 scalar; and the cross-entropies, float32 ``[b, t]`` without a gradient.
     """
     states = whole_states(chunk, hidden)
     total, losses = linear_cross_entropy(
@@ -37,20 +37,21 @@ def token_losses(chunk: GPTModel, batch: Batch, hidden: Tensor) -> tuple[Tensor,
 
 
 def joint_loss(chunk: GPTModel, batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What megatron-core's schedule wants of a loss function under ``calculate_per_token_loss``.
+    """Return the joint loss as megatron-core's schedules expect it under ``calculate_per_token_loss``.
 
     Args:
         chunk: the last chunk of the model.
-        batch: the micro-batch, loss weights set.
-        hidden: what ``run_model`` gave for it.
+        batch: the micro-batch, with its loss weights set.
+        hidden: the hidden states that ``run_model`` returned for the micro-batch.
 
     Returns:
-        The weighted sum, differentiable; the count to divide by once summed over the global batch (int32); and, for
-        the log, the sums float64 ``[2]`` of the AR and the diffusion losses, each token for those it stands for.
+        The weighted sum, a differentiable float32 scalar; the count, int32, whose sum over the global batch is the
+        denominator; and, for the log, float64 ``[2]``: the sums of the AR and the diffusion losses, where each token
+        counts ``batch.stands_for`` times.
     """
     total, losses = token_losses(chunk, batch, hidden)
     supervised = losses * batch.stands_for
     clean = batch.seq_length
     sums = torch.stack([supervised[:, :clean].sum(), supervised[:, clean:].sum()]).double()
-    count = losses.new_full((), batch.num_tokens, dtype=torch.int32)  # filled on its device: nobody waits for a copy
+    count = losses.new_full((), batch.num_tokens, dtype=torch.int32)  # filled on the device, without a copy to wait for
     return total, count, sums

@@ -1,4 +1,4 @@
-"""The output layer of a GPTModel, whose product with the hidden states is left to the loss, chunk by chunk."""
+"""The output layer of a GPTModel. It computes no logits: the loss multiplies by its weight, chunk by chunk."""
 
 from typing import Any
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 
 class OutputLayer(ColumnParallelLinear):
-    """Takes the place of a GPTModel's output layer: the same weight under the same name, and no logits.
+    """A replacement for a GPTModel's output layer, with the same weight under the same name, that computes no logits.
 
-    It stays a module that the model calls: DDP waits, before that call, for weights which are still being gathered.
+    It stays a module that the model calls, because DDP's pre-forward hook waits for weights still being gathered.
     """
 
     def __init__(self, layer: ColumnParallelLinear) -> None:
-        """Adopt the weight of ``layer``, or its lack of one (tied to the embedding of the same stage)."""
+        """Adopt the weight of ``layer``, which is None if it is tied to the embedding of the same stage."""
         super().__init__(
             layer.input_size,
             layer.output_size,
@@ -31,24 +31,24 @@ class OutputLayer(ColumnParallelLinear):
         self.weight = layer.weight
 
     def forward(self, hidden: Tensor, *unused: Any, **unused_too: Any) -> tuple[Tensor, None]:
-        """``[t, b, h]`` as ``[b, t, h]``, a view: GPTModel transposes what it takes for logits, and so back."""
+        """Return a view of ``hidden`` ``[t, b, h]`` as ``[b, t, h]``: GPTModel transposes it back, as if logits."""
         return hidden.transpose(0, 1), None
 
 
 def output_weight(chunk: GPTModel) -> Tensor:
-    """The weight ``[V / TP, h]`` of the last chunk's output layer: its own, or the embedding's."""
+    """Return the weight ``[V / TP, h]`` of the last chunk's output layer: its own, or the embedding's if tied."""
     return chunk.shared_embedding_or_output_weight() if chunk.output_layer.weight is None else chunk.output_layer.weight
 
 
 def whole_states(chunk: GPTModel, hidden: Tensor) -> Tensor:
-    """What the last chunk gave, for products with this rank's rows of the output layer's weight.
+    """Return the hidden states of all tokens, for products with this rank's rows of the output layer's weight.
 
     Args:
         chunk: the last chunk of the model.
-        hidden: ``[t, b, h]``; under sequence parallelism this rank's part of it, ``[t / TP, b, h]``.
+        hidden: the chunk's output ``[t, b, h]``; under sequence parallelism this rank's part of it, ``[t / TP, b, h]``.
 
     Returns:
-        ``[t, b, h]``, of all tokens. In backward its gradient is summed over the tensor-parallel ranks.
+        ``[t, b, h]``. The backward sums its gradient over the tensor-parallel ranks.
     """
     group = chunk.pg_collection.tp
     if chunk.config.sequence_parallel:

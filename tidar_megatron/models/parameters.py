@@ -1,7 +1,6 @@
-"""Which parameters a model has, and how tensor parallelism shards each: the one table that says so.
+"""The table of the model's parameters: their names, and how tensor parallelism shards each.
 
-Parameters go by their names in the whole model: layers are counted over all pipeline stages, experts over all
-expert-parallel ranks.
+Names are those in the full model: layers are numbered over all pipeline stages, experts over all expert-parallel ranks.
 """
 
 import re
@@ -14,19 +13,19 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")  # a row for each id
+VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")  # one row per token id
 
 
 @dataclass(frozen=True)
 class ParameterKind:
-    """One kind of parameter.
+    """One kind of parameter, the same in all layers.
 
     Attributes:
-        names: megatron-core's name, where "*" stands for the layer's number, then the expert's; after it
-            transformer-engine's, which fuses a norm into the projection behind it.
-        fused: what the parameter is made of: itself; query, key and value heads, interleaved by query group; or the
-            gate of a gated linear unit above its up projection.
-        shard: the dimension that tensor parallelism cuts.
+        names: megatron-core's name, where "*" stands for the number of the layer, then of the expert. A second name
+            is transformer-engine's, which fuses a norm into the projection after it.
+        fused: the projections fused into the parameter: none ("no"); query, key and value heads, interleaved by query
+            group ("qkv"); or the gate of a gated linear unit above its up projection ("glu").
+        shard: the dimension that tensor parallelism shards.
     """
 
     names: tuple[str, ...]
@@ -35,21 +34,21 @@ class ParameterKind:
 
     @property
     def name(self) -> str:
-        """megatron-core's name."""
+        """Return megatron-core's name."""
         return self.names[0]
 
     def whole_shape(self, part: torch.Size, tp_size: int) -> list[int]:
-        """Return the shape of the whole parameter from that of one rank's part."""
+        """Return the shape of the full parameter, given the shape of one rank's part."""
         shape = list(part)
         if self.shard != "replicated":
             shape[0 if self.shard == "rows" else 1] *= tp_size
         return shape
 
     def part(self, whole: Tensor, tp_rank: int, tp_size: int) -> Tensor:
-        """Return the part of a whole parameter that one tensor-parallel rank holds."""
+        """Return the part of a full parameter that one tensor-parallel rank holds."""
         if self.shard == "replicated":
             return whole
-        if self.fused == "glu":  # every rank has its part of the gate above its part of the up projection
+        if self.fused == "glu":  # each rank holds its part of the gate above its part of the up projection
             return torch.cat([half.chunk(tp_size)[tp_rank] for half in whole.chunk(2)])
         return whole.chunk(tp_size, dim=0 if self.shard == "rows" else 1)[tp_rank]
 
@@ -77,7 +76,7 @@ _KIND_OF = {name: kind for kind in KINDS for name in kind.names}
 
 
 def kind_of(parameter: str) -> tuple[ParameterKind, list[str]]:
-    """Return a parameter's kind, and the numbers in its name: none, the layer, or the layer and the expert.
+    """Return a parameter's kind, and the numbers in its name: none, the layer's, or the layer's and the expert's.
 
     Raises:
         KeyError: the table has no such parameter.
@@ -93,15 +92,15 @@ def shard_group(model: GPTModel, name: str) -> dist.ProcessGroup:
 
 
 def own_parameters(chunks: Iterable[GPTModel]) -> Iterator[tuple[str, torch.nn.Parameter, GPTModel]]:
-    """Yield this rank's parameters with their names in the whole model, and the chunk that each is in.
+    """Yield each of this rank's parameters as (its name in the full model, the parameter, the chunk that holds it).
 
-    The last stage's copy of a tied embedding goes by the embedding's name.
+    The last stage's copy of a tied embedding is yielded under the embedding's name.
     """
     for model in chunks:
         layers = model.decoder.layers
         first_layer = layers[0].layer_number - 1 if len(layers) else 0
         for name, parameter in model.named_parameters():
-            # transformer-engine's grouped experts are linear_fc1.weight0, .weight1, ..
+            # transformer-engine names its grouped experts linear_fc1.weight0, .weight1, ..
             name = re.sub(r"experts\.(linear_fc\d)\.weight(\d+)$", r"experts.local_experts.\2.\1.weight", name)
             parts = name.split(".")
             if name.startswith("decoder.layers."):

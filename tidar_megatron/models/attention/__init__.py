@@ -1,4 +1,4 @@
-"""Attention under the rule of :mod:`tidar_megatron.attention_mask`: one call, several backends (``hybrid.py``)."""
+"""Attention under the visibility rule of :mod:`tidar_megatron.attention_mask`: one call with several backends."""
 
 from tidar_megatron.models.attention.hybrid import AttentionSchedule, choose_backend, hybrid_attention, make_schedule
 

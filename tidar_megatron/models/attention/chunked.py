@@ -1,8 +1,9 @@
-"""The portable backend: the tiles of ``tiles.py`` one by one, merged through their log-sum-exps.
+"""The portable backend: computes the tiles of ``tiles.py`` one by one and merges them with an online softmax.
 
-No mask is larger than a chunk, no keys or values are copied, and grouped-query attention folds the G query heads of a
-K/V head into the rows of a tile (token by token, so that a slice of tokens stays a slice of rows), so K and V are never
-expanded. Kept for the backward: q, k, v, the output and its log-sum-exp.
+Each tile returns its output and its log-sum-exp, which is all that a merge needs. No mask is larger than a chunk, and
+no keys or values are copied. Grouped-query attention folds the G query heads of a K/V head into the rows of a tile
+(token by token, so that a slice of tokens stays a slice of rows), so K and V are never expanded. The backward keeps
+q, k, v, the output and its log-sum-exp.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from tidar_megatron.models.attention.tiles import Squares, Tiling, make_tilings
 
 
 class ChunkedSchedule:
-    """The tilings of a batch, and their masks on the device."""
+    """The schedule of one batch: its tilings, and their masks on the device."""
 
     def __init__(self, visibility: Tensor, queries: tuple[slice, ...], chunk_size: int, device: str) -> None:
         self._make = partial(make_tilings, visibility, queries, chunk_size)
@@ -27,9 +28,10 @@ class ChunkedSchedule:
         self._made: dict[tuple, list[tuple[Tiling, list[Tensor]]]] = {}
 
     def tilings(self, dtype: torch.dtype, heads_per_group: int) -> list[tuple[Tiling, list[Tensor]]]:
-        """The tilings, and what each one's masks add to scores, ``[rows, 1, queries * G, keys]``; made once.
+        """Return each tiling with the biases that its masks add to the scores, ``[rows, 1, queries * G, keys]``.
 
-        A causal tile is the fastest for heads each with K and V of its own; folded heads would have to be unfolded.
+        The result is cached by ``dtype`` and ``heads_per_group`` (G). Causal tiles are used only for G = 1, where they
+        are the fastest: folded heads would have to be unfolded for them.
         """
         key = dtype, heads_per_group
         if key not in self._made:
@@ -44,7 +46,7 @@ class ChunkedSchedule:
         return torch.zeros(hidden.shape, dtype=dtype, device=self._device).masked_fill_(hidden, HIDDEN)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """As :func:`tidar_megatron.models.attention.hybrid_attention`."""
+        """Compute :func:`tidar_megatron.models.attention.hybrid_attention` tile by tile."""
         tilings = self.tilings(query.dtype, query.shape[1] // key.shape[1])
         if len(tilings) == 1:
             out = _Tiles.apply(query, key, value, *tilings[0], scale)
@@ -58,14 +60,14 @@ class ChunkedSchedule:
 
 
 def _fold(heads: Tensor, groups: int) -> Tensor:
-    """``[b, h, t, d]`` -> ``[b, g, t * G, d]``; without a copy where there is nothing to fold."""
+    """Fold ``[b, h, t, d]`` into ``[b, g, t * G, d]``, without a copy for G = 1."""
     if heads.shape[1] == groups:
         return heads
     return heads.unflatten(1, (groups, -1)).transpose(2, 3).contiguous().flatten(2, 3)
 
 
 def _unfold(rows: Tensor, heads: int) -> Tensor:
-    """The way back; a copy laid out as ``[t, b, h, d]``, which is what the output projection reads."""
+    """Undo :func:`_fold`; for G > 1 a copy in the memory order ``[t, b, h, d]``, which the output projection reads."""
     groups = rows.shape[1]
     if heads == groups:
         return rows
@@ -74,7 +76,7 @@ def _unfold(rows: Tensor, heads: int) -> Tensor:
 
 
 class _Tiles(torch.autograd.Function):
-    """Attention over the steps of a tiling, whose rows are the whole batch given."""
+    """Attention over the steps of one tiling, which covers all rows of its inputs."""
 
     @staticmethod
     def forward(
@@ -85,7 +87,7 @@ class _Tiles(torch.autograd.Function):
         G = heads // groups
         query = _fold(query, groups)
         wide = torch.float32 if query.dtype in (torch.bfloat16, torch.float16) else query.dtype
-        # where nothing is folded, laid out as the output projection reads it
+        # for G = 1, in the memory order that the output projection reads
         shape, order = ((t, b, heads, d), (1, 2, 0, 3)) if G == 1 else (query.shape, (0, 1, 2, 3))
         out = query.new_empty(shape, dtype=wide).permute(order)
         lse = query.new_empty((b, groups, t * G), dtype=wide)
@@ -101,7 +103,7 @@ class _Tiles(torch.autograd.Function):
                 call.queries(lse).copy_(part_lse)
             else:
                 _merge(call.queries(out), call.queries(lse), part, part_lse)
-            del part  # before the next one is made
+            del part  # frees its memory before the next part is allocated
         out = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.tiling, ctx.biases, ctx.scale, ctx.heads = tiling, biases, scale, heads
@@ -113,7 +115,7 @@ class _Tiles(torch.autograd.Function):
         query, key, value, out, lse = ctx.saved_tensors
         groups = key.shape[1]
         grad = _fold(grad, groups)
-        # sums over many tiles, so in float32 at least
+        # gradients are summed over many tiles, so they are accumulated in float32 or wider
         empty = torch.empty_like if ctx.tiling.gapless else torch.zeros_like
         d_query, d_key, d_value = (empty(tensor, dtype=lse.dtype) for tensor in (query, key, value))
         for call in _calls(ctx.tiling, len(query), ctx.heads // groups):
@@ -124,13 +126,13 @@ class _Tiles(torch.autograd.Function):
             _add(call.queries(d_query), dq, call.first_queries)
             _add(call.keys(d_key), dk, call.first_keys)
             _add(call.keys(d_value), dv, call.first_keys)
-            del dq, dk, dv  # before the next ones are made
+            del dq, dk, dv  # frees their memory before the next ones are allocated
         d_query = _unfold(d_query.to(query.dtype), ctx.heads)
         return d_query, d_key.to(key.dtype), d_value.to(value.dtype), None, None, None
 
 
 class _Call(NamedTuple):
-    """One call of the kernel: views of its part of tensors ``[b, g, rows or keys(, d)]``, and the rest of its step."""
+    """One call of the kernel: functions that view its part of ``[b, g, rows or keys(, d)]``, and its step's flags."""
 
     queries: Callable[[Tensor], Tensor]
     keys: Callable[[Tensor], Tensor]
@@ -141,7 +143,7 @@ class _Call(NamedTuple):
 
 
 def _calls(tiling: Tiling, batch_rows: int, heads_per_group: int) -> Iterator[_Call]:
-    """A tile is one call, with all G query heads of a group; squares are one for each row of the batch."""
+    """Yield the kernel calls of a tiling: one for each tile, and one for each batch row of each set of squares."""
     G = heads_per_group
     for step in tiling.steps:
         start, stop = step.queries.start * G, step.queries.stop * G
@@ -161,7 +163,7 @@ def _part(tensor: Tensor, part: slice) -> Tensor:
 
 
 def _squares(tensor: Tensor, row: int, part: slice, size: int) -> Tensor:
-    """One row of the batch, ``[count, g, size(, d)]``."""
+    """Return a view of the squares in one row of the batch, ``[count, g, size(, d)]``."""
     return tensor[row, :, part].unflatten(1, (-1, size)).transpose(0, 1)
 
 
@@ -173,7 +175,7 @@ def _add(total: Tensor, part: Tensor, first: bool) -> None:
 
 
 def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
-    """Add a tile's result to what its rows have, in place: softmax over both sets of keys."""
+    """Merge a tile's result into ``out`` and ``lse`` in place: the softmax is then over both sets of keys."""
     share = torch.sigmoid(part_lse - lse)  # exp(part_lse) / (exp(part_lse) + exp(lse))
     torch.logaddexp(lse, part_lse, out=lse)
     out.lerp_(part.to(out.dtype), share.unsqueeze(-1))

@@ -1,8 +1,8 @@
-"""FlexAttention: the rule compiled into one kernel, blocks that nobody sees skipped. For CUDA.
+"""The FlexAttention backend (CUDA): the rule is compiled into one kernel, which skips blocks that no query sees.
 
-The BlockMask comes from the same cells as the chunked backend's tiles, so it is made on the host, in time that does not
-grow with the mask's area, and all layers share it. The compiled kernel depends on shapes alone: metadata are its
-inputs, so other documents do not compile anew. On a CPU flex_attention has a forward only: enough to test the mask.
+The BlockMask comes from the same cells as the chunked backend's tiles. It is built on the host, in time that does not
+grow with the mask's area, and all layers share it. The compiled kernel depends on shapes alone: the metadata are its
+inputs, so other documents cause no recompilation. On a CPU flex_attention has a forward only, enough to test the mask.
 """
 
 from functools import cache
@@ -17,11 +17,11 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from tidar_megatron.attention_mask import sees
 from tidar_megatron.models.attention.tiles import cells, own_blocks
 
-BLOCK = 128  # queries and keys of a block of the kernel
+BLOCK = 128  # queries, and keys, in one block of the kernel
 
 
 class FlexSchedule:
-    """The BlockMask of a batch."""
+    """The schedule of one batch: its BlockMask."""
 
     def __init__(self, visibility: Tensor, queries: tuple[slice, ...], device: str) -> None:
         asking = torch.cat([visibility[:, part] for part in queries], dim=1)
@@ -40,7 +40,7 @@ class FlexSchedule:
         )
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """As :func:`tidar_megatron.models.attention.hybrid_attention`."""
+        """Compute :func:`tidar_megatron.models.attention.hybrid_attention` with FlexAttention."""
         grouped = query.shape[1] != key.shape[1]
         attention = compiled() if query.is_cuda else flex_attention
         out = attention(query, key, value, block_mask=self.block_mask, scale=scale, enable_gqa=grouped)
@@ -50,26 +50,30 @@ class FlexSchedule:
 
 @cache
 def compiled() -> Any:
-    """The compiled kernel, one for all layers and steps."""
+    """Return the compiled kernel, which all layers and steps share."""
     return torch.compile(flex_attention, dynamic=False)
 
 
 def _blocks(
     asking: Tensor, visibility: Tensor, queries: tuple[slice, ...]
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Of one row: which blocks of the kernel hold a pair that sees, and which nothing else."""
+    """Return, for one row, which blocks of the kernel hold a visible pair, and which hold visible pairs only."""
     q_edges, k_edges = ([*range(0, part.shape[1], BLOCK), part.shape[1]] for part in (asking, visibility))
     some, every = cells(asking, visibility, q_edges, k_edges)
     for q, k, size in own_blocks(visibility[0], queries):
         for start in range(0, q.stop - q.start, size):
             first, last = ([(part.start + start + at) // BLOCK for part in (q, k)] for at in (0, size - 1))
             some[first[0] : last[0] + 1, first[1] : last[1] + 1] = True
-    every[:, -1] &= visibility.shape[1] % BLOCK == 0  # what lies behind the end is nobody's to see
+    every[:, -1] &= visibility.shape[1] % BLOCK == 0  # the last block reaches past the keys
     return some, every
 
 
 def _ordered(wanted: Tensor, device: str) -> tuple[Tensor, Tensor]:
-    """bool ``[b, 1, rows, columns]`` -> how many columns of each row, and which, those first: int32."""
+    """Return the BlockMask form of bool ``[b, 1, rows, columns]``, as int32.
+
+    The first tensor, ``[b, 1, rows]``, counts the wanted columns of each row; the second, ``[b, 1, rows, columns]``,
+    lists all columns, the wanted ones first.
+    """
     counts = wanted.sum(-1, dtype=torch.int32)
     order = wanted.int().argsort(dim=-1, descending=True, stable=True).int()
     return counts.to(device, non_blocking=True), order.contiguous().to(device, non_blocking=True)

@@ -1,7 +1,8 @@
-"""transformer-engine's fused causal attention for the clean half, FlexAttention for the masks. For CUDA.
+"""The transformer-engine backend (CUDA): its fused causal kernel for clean tokens, FlexAttention for mask tokens.
 
-The clean half is plain causal attention over packed documents, which fused kernels do best: its tokens go in as one
-row ("thd") with the places where documents begin. Masks need the rule, so they stay with ``flex.py``.
+Attention among clean tokens is plain causal attention over packed documents, which fused kernels do best. Those tokens
+are passed as one row (the "thd" format) with the places where documents begin. Mask tokens need the visibility rule,
+so ``flex.py`` serves them.
 """
 
 from functools import cache
@@ -15,13 +16,18 @@ from tidar_megatron.models.attention.flex import FlexSchedule
 
 
 def fits(visibility: Tensor, queries: tuple[slice, ...]) -> bool:
-    """Whether every token is a query and the clean ones come first: always, but under context parallelism."""
+    """Return whether all tokens are queries and the clean ones come first: true except in context parallelism.
+
+    Args:
+        visibility: metadata of the keys, int32 ``[b, k, 4]`` on the host.
+        queries: which of the keys are the queries.
+    """
     clean = is_clean(visibility)
     return queries == (slice(0, visibility.shape[1]),) and bool((clean[:, 1:] <= clean[:, :-1]).all())
 
 
 class FusedCleanSchedule:
-    """Where documents begin, and the BlockMask of the masks."""
+    """The schedule of one batch: where its documents begin, and the BlockMask of its mask tokens."""
 
     def __init__(self, visibility: Tensor, device: str) -> None:
         self.clean = int(is_clean(visibility)[0].sum())
@@ -33,7 +39,7 @@ class FusedCleanSchedule:
         self.masks = FlexSchedule(visibility, (slice(self.clean, total),), device) if total > self.clean else None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """As :func:`tidar_megatron.models.attention.hybrid_attention`."""
+        """Compute :func:`tidar_megatron.models.attention.hybrid_attention`: clean tokens fused, mask tokens in flex."""
         b, heads, _, d = query.shape
         rows = (x[:, :, : self.clean].transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # [b * S, heads, d]
         fused = _fused(heads, key.shape[1], d, scale)

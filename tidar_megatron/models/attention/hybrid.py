@@ -1,14 +1,14 @@
-"""One call for attention. Which backend serves it is nobody else's business.
+"""The one entry point for attention, which hides the backend that serves it.
 
-A *schedule* is what a backend derives, once per batch, from the visibility metadata and the one predicate of
-:mod:`tidar_megatron.attention_mask`; no backend knows the layout of the doubled sequence. All layers share it.
+A *schedule* is what a backend derives, once per batch, from the visibility metadata and the predicate of
+:mod:`tidar_megatron.attention_mask`. All layers share it. No backend knows the layout of the doubled sequence.
 
 ======================  ===============================================================================================
-``dense``               the reference: the whole mask
-``chunked``             portable: unmasked and masked tiles, no mask beyond a chunk's (``tiles.py``, ``chunked.py``)
+``dense``               the reference: the full mask
+``chunked``             portable: unmasked and masked tiles, no mask larger than a chunk (``tiles.py``, ``chunked.py``)
 ``flex``                FlexAttention with a BlockMask (``flex.py``): CUDA; on a CPU it has no backward
-``transformer_engine``  its fused causal kernel for the clean half, flex for the masks (``fused_clean.py``): CUDA
-``auto``                the best that this machine has
+``transformer_engine``  a fused causal kernel for clean tokens, flex for mask tokens (``fused_clean.py``): CUDA
+``auto``                the best backend that this machine has
 ======================  ===============================================================================================
 
 Shapes: b batch, h query heads, g K/V heads (GQA: never expanded), G = h / g, t queries, k keys, d channels of a head.
@@ -24,16 +24,22 @@ from tidar_megatron.models.attention.dense import DenseSchedule
 
 
 class AttentionSchedule(Protocol):
-    """What a backend has prepared for a batch."""
+    """The tables that a backend has prepared for one batch."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """See :func:`hybrid_attention`."""
+        """Compute :func:`hybrid_attention` for the batch of this schedule."""
 
 
 def choose_backend(backend: str, device_type: str, channels: int, bf16: bool) -> str:
-    """What ``auto`` stands for on a device for heads of so many channels; any other name is its own.
+    """Return the backend that ``auto`` selects on a device; any other name is returned as it is.
 
-    FlexAttention's kernel has no heads of fewer than 16 channels, transformer-engine's fused ones are not for float32.
+    FlexAttention's kernel needs at least 16 channels, and transformer-engine's fused kernels do not support float32.
+
+    Args:
+        backend: the name of a backend, or ``auto``.
+        device_type: the type of the device that computes attention, ``cuda`` or ``cpu``.
+        channels: the channels of one head.
+        bf16: whether the model computes in bfloat16.
     """
     if backend != "auto":
         return backend
@@ -45,14 +51,14 @@ def choose_backend(backend: str, device_type: str, channels: int, bf16: bool) ->
 def make_schedule(
     visibility: Tensor, queries: tuple[slice, ...] | None = None, *, backend: str, chunk_size: int, device: str = "cpu"
 ) -> AttentionSchedule:
-    """Prepare attention for all layers of a batch, on the host; but for ``dense`` nothing is read from the device.
+    """Prepare attention for all layers of a batch, on the host. No backend except ``dense`` waits for the device.
 
     Args:
         visibility: metadata of the keys on the host, int32 ``[b, k, 4]``.
-        queries: which of the keys are the queries (context parallelism); default: all of them.
-        backend: see above; what ``auto`` is must be known (:func:`choose_backend`).
-        chunk_size: tokens of a chunk (``chunked``).
-        device: where attention is computed.
+        queries: which of the keys are the queries (context parallelism); by default all of them.
+        backend: one of the names above except ``auto``, which :func:`choose_backend` resolves.
+        chunk_size: tokens per chunk (``chunked``).
+        device: the device that computes attention.
     """
     queries = queries or (slice(0, visibility.shape[1]),)
     assert backend != "auto"
@@ -71,13 +77,13 @@ def make_schedule(
 
 
 def hybrid_attention(query: Tensor, key: Tensor, value: Tensor, schedule: AttentionSchedule, scale: float) -> Tensor:
-    """Softmax attention under the rule.
+    """Compute softmax attention under the visibility rule.
 
     Args:
         query: ``[b, h, t, d]``.
         key, value: ``[b, g, k, d]``; h is a multiple of g.
-        schedule: made by :func:`make_schedule` for these tokens.
-        scale: factor on the scores.
+        schedule: the schedule that :func:`make_schedule` made for these tokens.
+        scale: the factor on the scores.
 
     Returns:
         ``[b, h, t, d]``.

@@ -1,8 +1,8 @@
-"""From the metadata tensor that travels through megatron-core to the attention schedule of its batch.
+"""The schedules of attention, found by the metadata tensor that travels through megatron-core.
 
-megatron-core hands one tensor from the model's forward to every layer, through pipeline stages and recomputation; it
-arrives as itself or as a view of itself. So a schedule is found by where that tensor's contents lie, and it lives as
-long as the tensor that it was prepared for.
+megatron-core passes one tensor from the model's forward to every layer, through pipeline stages and recomputation. It
+arrives as the same tensor or as a view of it. So a schedule is found by the address of that tensor's data, and it
+lives as long as the tensor that it was prepared for.
 """
 
 import weakref
@@ -15,11 +15,11 @@ from tidar_megatron.models.attention.hybrid import AttentionSchedule, make_sched
 
 
 class AttentionSchedules:
-    """The schedules of the batches at hand, shared by all layers of this rank's model.
+    """The schedules of the batches in flight, shared by all layers of this rank's model.
 
     Args:
         backend, chunk_size: see :func:`tidar_megatron.models.attention.make_schedule`.
-        cp_group: the ranks that share a sequence.
+        cp_group: the context-parallel group, whose ranks share a sequence.
     """
 
     def __init__(self, backend: str, chunk_size: int, cp_group: dist.ProcessGroup) -> None:
@@ -30,18 +30,23 @@ class AttentionSchedules:
         """Make the schedule of a batch before its forward, so that no layer has to read from the device.
 
         Args:
-            visibility: the metadata that the model will be given, int32 ``[b, keys, 4]``.
-            on_host: the same on the CPU.
-            num_queries: tokens of a row on this rank.
+            visibility: the metadata that the model will receive, int32 ``[b, keys, 4]``.
+            on_host: the same metadata on the CPU.
+            num_queries: tokens per row on this rank.
         """
         key = _contents(visibility)
         if key not in self._schedules:
-            # of an alias: on a CPU the two are one tensor, and a schedule that held it would be held by it for ever
+            # detached: on a CPU the two are one tensor, and a schedule that refers to it would never be freed
             self._schedules[key] = self._make(on_host.detach(), num_queries, str(visibility.device))
             weakref.finalize(visibility, self._schedules.pop, key, None).atexit = False
 
     def find(self, visibility: Tensor, num_queries: int) -> AttentionSchedule:
-        """The schedule prepared for these metadata; one for this call where nobody did."""
+        """Return the schedule prepared for these metadata, or make one for this call alone.
+
+        Args:
+            visibility: the metadata, int32 ``[b, keys, 4]``: the tensor given to :meth:`prepare`, or a view of it.
+            num_queries: tokens per row on this rank.
+        """
         schedule = self._schedules.get(_contents(visibility))
         return schedule or self._make(visibility.cpu(), num_queries, str(visibility.device))
 

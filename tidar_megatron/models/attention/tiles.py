@@ -1,12 +1,12 @@
-"""Which rectangles of queries x keys to compute: geometry only, on the host, from the metadata of a batch.
+"""The tiles of attention: which rectangles of queries x keys to compute, from the metadata of a batch, on the host.
 
-Clean tokens of a document see each other causally: one causal call where it is not short and the kernel can. Masks see
-the masks of their own block and no others: a row of small squares, in one call. Everything else is laid on a grid of
-chunks, of which each cell is empty, full (every query sees every key) or partial; the rule is asked for the ends of
-stretches alone, which speak for all of their tokens. Empty cells cost nothing. Full ones are joined into rectangles
-that need no mask, as large as they come: below a diagonal these are the squares of a binary tree, so that few
-rectangles are computed and few results merged. Partial ones have a mask no larger than a chunk, and equal masks are
-kept once.
+The clean tokens of a document see each other causally: one causal call, if documents are long and the kernel supports
+it. Mask tokens see the mask tokens of their own block and no others: a row of small squares, in one call. Everything
+else lies on a grid of chunks. Each of its cells is empty, full (every query sees every key) or partial. The rule is
+evaluated at the ends of stretches only, which decide for all of their tokens. Empty cells cost nothing. Full cells are
+joined into rectangles as large as possible, which need no mask: below a diagonal these are the squares of a binary
+tree, so few rectangles are computed and few results merged. Partial cells have a mask no larger than a chunk, and
+equal masks are stored once.
 
     +---+---+---+---+
     | # |   |   |   |        # partial: a masked tile
@@ -27,60 +27,60 @@ from torch import Tensor
 
 from tidar_megatron.attention_mask import is_clean, leaps, mask_blocks, may_attend, stretches
 
-CALL = 128 * 128  # what a call costs beyond its pairs of query and key, in pairs: overhead, and merging its result
+CALL = 128 * 128  # the fixed cost of a call (overhead and merging its result), in pairs of query and key
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One rectangle."""
+    """One rectangle of queries x keys."""
 
     queries: slice
     keys: slice
-    mask: int | None  # number of its mask in the tiling; None: every query sees every key
-    causal: bool  # or rather, as many keys as queries, and query n sees the keys up to n
+    mask: int | None  # the index of its mask in the tiling; None: every query sees every key
+    causal: bool  # there are as many keys as queries, and query n sees the keys up to n
     first_queries: bool  # none of these queries is in an earlier step
-    first_keys: bool  # nor any of these keys
+    first_keys: bool  # none of these keys is in an earlier step
 
     @property
     def area(self) -> int:
-        """Pairs of query and key computed."""
+        """The number of pairs of query and key computed."""
         n = _length(self.queries)
         return n * (n + 1) // 2 if self.causal else n * _length(self.keys)
 
 
 @dataclass(frozen=True)
 class Squares:
-    """Equal squares along a diagonal, ``size`` queries and keys each, without masks; one call."""
+    """Equal unmasked squares along a diagonal, each of ``size`` queries and ``size`` keys, computed in one call."""
 
-    queries: slice  # of all of them
-    keys: slice
+    queries: slice  # the queries of all squares
+    keys: slice  # the keys of all squares
     size: int
     first_queries: bool
     first_keys: bool
 
     @property
     def area(self) -> int:
-        """Pairs of query and key computed."""
+        """The number of pairs of query and key computed."""
         return _length(self.queries) * self.size
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """What some rows of a batch compute."""
+    """The steps that some rows of a batch compute."""
 
     rows: slice
     steps: tuple[Tile | Squares, ...]
-    masks: tuple[Tensor, ...]  # bool [rows, queries, keys], or [1, queries, keys] for all of them
-    gapless: bool  # a step's queries are all new or all known, so are its keys, and in the end all are known
+    masks: tuple[Tensor, ...]  # bool [rows, queries, keys], or [1, queries, keys] for all rows
+    gapless: bool  # each step's queries are all new or all covered before, so are its keys; in the end all are covered
 
     @property
     def area(self) -> int:
-        """Pairs of query and key computed in each row."""
+        """The number of pairs of query and key computed in each row."""
         return sum(step.area for step in self.steps)
 
     @property
     def cost(self) -> int:
-        """Of all rows, in pairs."""
+        """The estimated cost of all rows, in pairs of query and key."""
         return self.area * _length(self.rows) + CALL * len(self.steps)
 
 
@@ -89,13 +89,16 @@ def _length(part: slice) -> int:
 
 
 def make_tilings(visibility: Tensor, queries: tuple[slice, ...], chunk_size: int, causal: bool = True) -> list[Tiling]:
-    """Tile a batch: rows alike together, others together or apart, whichever costs less.
+    """Tile a batch: consecutive equal rows share a tiling; different rows share one only if that costs less.
 
     Args:
         visibility: metadata of the keys, int32 ``[b, k, 4]`` on the host.
-        queries: which of the keys are the queries, one after the other.
-        chunk_size: tokens of a chunk.
-        causal: whether tiles may be causal, which takes a kernel that can; else masked ones stand for them.
+        queries: which of the keys are the queries, in the order of the queries.
+        chunk_size: tokens per chunk.
+        causal: whether the kernel supports causal tiles; masked tiles replace them otherwise.
+
+    Returns:
+        Tilings that cover the rows of the batch in order.
     """
     queries = tuple(part for part in queries if _length(part))
     pairs = pairwise(visibility)
@@ -113,7 +116,7 @@ def make_tilings(visibility: Tensor, queries: tuple[slice, ...], chunk_size: int
 
 
 class _Steps:
-    """Steps as they are added, and which queries and keys are known by then."""
+    """A tiling under construction: its steps, its masks, and which queries and keys the steps cover so far."""
 
     def __init__(self, queries: int, keys: int) -> None:
         self.steps: list[Tile | Squares] = []
@@ -130,7 +133,7 @@ class _Steps:
         self.steps.append(Squares(queries, keys, size, *new))
 
     def mask(self, seen: Tensor) -> int:
-        """The number of a mask, bool ``[rows, queries, keys]``."""
+        """Return the index of a mask, bool ``[rows, queries, keys]``; equal masks have one index."""
         content = bytes(str(seen.shape), "ascii") + np.packbits(seen.numpy()).tobytes()
         return self._masks.setdefault(content, (len(self._masks), seen))[0]
 
@@ -173,7 +176,7 @@ def _tile(
             steps.tile(q, k, steps.mask(may_attend(asking[:, q], visibility[:, k])))
 
     def join(first_row: int, last_row: int) -> None:
-        """The columns that all these rows see in full; then each half of the rows for what is left."""
+        """Add tiles for the columns that all these rows see in full, then do the same for each half of the rows."""
         common: NDArray[np.bool_] = np.logical_and.reduce(every[first_row:last_row], axis=0)
         for begin, end in _runs(common):
             steps.tile(slice(q_edges[first_row], q_edges[last_row]), slice(k_edges[begin], k_edges[end]))
@@ -189,9 +192,9 @@ def _tile(
 
 
 def _diagonals(row: Tensor, queries: tuple[slice, ...], chunk_size: int) -> list[tuple[slice, slice]]:
-    """Of the clean tokens that are queries, each document's, among the queries and among the keys.
+    """Return the clean tokens of each document that are queries, as a slice of the queries and a slice of the keys.
 
-    None where most documents are shorter than a chunk.
+    The list is empty if the documents are shorter than a chunk on average.
     """
     found, place = [], 0
     for part in queries:
@@ -204,13 +207,13 @@ def _diagonals(row: Tensor, queries: tuple[slice, ...], chunk_size: int) -> list
 
 
 def _grid(visibility: Tensor, chunk_size: int, more: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Segments of tokens that belong together, and these cut into chunks; both as edges from 0 to t."""
+    """Return the segments of tokens that belong together, and their chunks, both as edges from 0 to t."""
     tokens = visibility.shape[1]
     kinds = is_clean(visibility)
     change = torch.zeros(tokens, dtype=torch.bool)
     change[1:] = (kinds[:, 1:] != kinds[:, :-1]).any(0)
     leap = leaps(visibility).any(0)
-    if int(leap.sum()) <= tokens // chunk_size:  # pieces of a context-parallel rank: tiles should not straddle them
+    if int(leap.sum()) <= tokens // chunk_size:  # tiles should not straddle the pieces of a context-parallel rank
         change |= leap
     segments = sorted({0, tokens, *more, *change.nonzero().flatten().tolist()})
     pairs = pairwise(segments)
@@ -220,15 +223,17 @@ def _grid(visibility: Tensor, chunk_size: int, more: Sequence[int]) -> tuple[lis
 def cells(
     asking: Tensor, visibility: Tensor, q_edges: Sequence[int], k_edges: Sequence[int]
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Which cells of a grid have a pair that sees, and in which all do, over all rows and clean keys.
+    """Find the cells of a grid with a visible pair in any row, and those where all pairs are visible in every row.
+
+    Only clean keys count as visible: the squares of :func:`own_blocks` serve the mask keys.
 
     Args:
-        asking: metadata of the queries, ``[b, t, 4]``.
-        visibility: metadata of the keys, ``[b, k, 4]``.
-        q_edges, k_edges: of the grid, from 0 to t and to k.
+        asking: metadata of the queries, int32 ``[b, t, 4]``.
+        visibility: metadata of the keys, int32 ``[b, k, 4]``.
+        q_edges, k_edges: the edges of the grid, from 0 to t and from 0 to k.
 
     Returns:
-        Two bool arrays ``[query cells, key cells]``. Cells that hold mask keys see none of them here.
+        Two bool arrays ``[query cells, key cells]``: the cells with some, and with only, visible pairs.
     """
     shape = len(q_edges) - 1, len(k_edges) - 1
     some, every = np.zeros(shape, dtype=bool), np.ones(shape, dtype=bool)
@@ -244,7 +249,12 @@ def cells(
 
 
 def own_blocks(row: Tensor, queries: tuple[slice, ...]) -> list[tuple[slice, slice, int]]:
-    """The blocks of masks among the queries: those of one size side by side together, as queries, keys, size."""
+    """Return the blocks of mask tokens among the queries as (queries, keys, size); adjacent equal sizes are joined.
+
+    Args:
+        row: metadata of one row's keys, int32 ``[k, 4]``.
+        queries: which of the keys are the queries; a block must lie in one of these parts.
+    """
     found: list[tuple[slice, slice, int]] = []
     blocks, place, masks = mask_blocks(row).tolist(), 0, 0
     for part in queries:
@@ -263,6 +273,6 @@ def own_blocks(row: Tensor, queries: tuple[slice, ...]) -> list[tuple[slice, sli
 
 
 def _runs(wanted: NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """A bool vector -> the maximal runs of True, from and up to."""
+    """Return the maximal runs of True in a bool vector, as (start, stop)."""
     edges = np.flatnonzero(np.diff(wanted.astype(np.int8), prepend=0, append=0))
     return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
