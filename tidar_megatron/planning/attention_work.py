@@ -1,8 +1,8 @@
-"""What the chunked attention backend executes for one sequence: its tiles, counted.
+"""The work of the chunked attention backend for one sequence, counted from its tiles.
 
-A masked key inside a tile that is executed costs as much as a visible one, so this, not the mask's area, is what a GPU
-does. One document fills the window: the most work that a packed sequence can be. Without causal tiles, which the
-backend takes where K/V heads are not grouped: FlexAttention, which a GPU takes, has none either.
+A masked key in an executed tile costs as much as a visible one, so the tiles, not the mask's area, are the work of a
+GPU. The sequence is one document, the packed sequence with the most work. Causal tiles, which the backend uses only for
+K/V heads that are not grouped, are left out: FlexAttention, the backend for a GPU, has none either.
 """
 
 import functools
@@ -21,18 +21,25 @@ class Tiles:
     """Sums over the tiles of one sequence's queries on one context-parallel rank."""
 
     area: int  # queries x keys executed
-    masks: int  # queries x keys of the different masks
-    keys: int  # keys that the rank holds: under context parallelism all clean tokens and its own masks
-    calls: int  # attention kernels
+    masks: int  # queries x keys of all distinct masks
+    keys: int  # keys on the rank: under context parallelism all clean tokens and the rank's own mask tokens
+    calls: int  # launches of an attention kernel
 
 
 @functools.lru_cache
 def tiles(
     seq_length: int, block_size: int, chunk_size: int, rank: int = 0, size: int = 1, chosen: int | None = None
 ) -> Tiles:
-    """The tiles of a doubled sequence on context-parallel rank ``rank`` of ``size``.
+    """Count the tiles of a doubled sequence on context-parallel rank ``rank`` of ``size``.
 
-    With masks of ``chosen`` blocks alone, of those in the middle of their strata; any other draw costs about as much.
+    Args:
+        seq_length: clean tokens of the sequence, S.
+        block_size: tokens per block, B.
+        chunk_size: tokens per chunk of the grid of tiles.
+        rank: the context-parallel rank.
+        size: the context-parallel size.
+        chosen: the number of blocks with masks; by default all. The blocks in the middle of their strata are taken;
+            any other sample costs about as much.
     """
     with torch.device("cpu"):
         visibility = training_layout(torch.zeros(seq_length, dtype=torch.int64), torch.arange(seq_length), block_size)
@@ -50,6 +57,9 @@ def tiles(
 
 @functools.lru_cache
 def largest_tiles(seq_length: int, block_size: int, chunk_size: int, size: int, chosen: int | None = None) -> Tiles:
-    """Those of the rank with more work, of the first and the last; the zigzag leaves little between the ranks."""
+    """Return :func:`tiles` of the first or the last rank, whichever has more work.
+
+    Zigzag sharding balances the ranks, so these two suffice.
+    """
     ends = {0, size - 1}
     return max((tiles(seq_length, block_size, chunk_size, rank, size, chosen) for rank in ends), key=lambda t: t.area)

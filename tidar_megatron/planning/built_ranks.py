@@ -1,4 +1,4 @@
-"""What ranks really hold: their shards built on the meta device, by the code that trains, while playing each rank."""
+"""The shards of ranks, built on the meta device by the code that trains, in one process that plays each rank."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -13,20 +13,20 @@ from tidar_megatron.training.optimizer import build_optimizer, wrap_model
 
 @dataclass(frozen=True)
 class Shard:
-    """One rank, built."""
+    """The sizes of one rank's shard, from building it."""
 
     parameters: int
-    tensors: int  # that hold them
+    tensors: int  # tensors that hold these parameters
     weight_bytes: int
     gradient_bytes: int  # float32 buffers, with the distributed optimizer's padding
     optimizer_bytes: int  # moments and float32 main weights; without the step counters
 
 
 def buildable(config: ResolvedConfig) -> ResolvedConfig:
-    """The same model and layout in layers that need no GPU's packages; its parameters are the same."""
+    """Return the configuration with layers that need no GPU packages; model, layout and parameters stay the same."""
     model = dataclasses.replace(config.model, transformer_impl="local", moe_grouped_gemm=False)
     parallel = dataclasses.replace(config.parallel, recompute_granularity=None)
-    # the schedule does not matter here, and may be one that the trainer refuses
+    # the learning-rate schedule does not matter here, and may be one that the trainer refuses
     optimizer = dataclasses.replace(
         config.optimizer, lr_decay_style="constant", lr_warmup_iters=0, lr_warmup_fraction=None
     )
@@ -34,7 +34,7 @@ def buildable(config: ResolvedConfig) -> ResolvedConfig:
 
 
 def build_shard(sizes: Sizes, stage: int) -> Shard:
-    """The first rank of a pipeline stage: model, gradient buffers and optimizer."""
+    """Build the model, gradient buffers and optimizer of the first rank of a pipeline stage, and measure them."""
     config = buildable(sizes.config)
     with play_rank(config.parallel, stage * (sizes.world_size // sizes.pp), sizes.world_size) as ranks:
         chunks = build_model(config, config.vocab_size, ranks)
@@ -53,16 +53,16 @@ def build_shard(sizes: Sizes, stage: int) -> Shard:
 
 
 def count_distinct_parameters(sizes: Sizes) -> int:
-    """Parameters of the whole model, as its Hugging Face export has them, from building every distinct shard of it.
+    """Count the parameters of the model, as its Hugging Face export has them, by building each distinct shard.
 
-    Each is counted once, whichever ranks hold replicas of it, and the vocabulary without its padding.
+    Replicas on several ranks are counted once, and the vocabulary without its padding.
     """
     config = buildable(sizes.config)
     vocabulary = config.vocab_size
     per_stage = sizes.world_size // sizes.pp
     distinct: dict[tuple[str, int], int] = {}
     for stage in range(sizes.pp):
-        # the first ranks of a stage differ in their tensor- or expert-parallel rank, the others are their replicas
+        # the first ranks of a stage differ in their tensor- or expert-parallel rank; the others are replicas
         for rank in range(max(sizes.tp, sizes.ep * sizes.etp)):
             with play_rank(config.parallel, stage * per_stage + rank, sizes.world_size) as ranks:
                 for name, parameter, chunk in own_parameters(build_model(config, vocabulary, ranks)):

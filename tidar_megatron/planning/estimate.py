@@ -1,12 +1,12 @@
-"""A layout's prediction: does it fit, how long is a step, what share of the peak is that.
+"""The predicted memory, step time and MFU of a layout.
 
-Of one micro-batch on one pipeline stage::
+One micro-batch on one pipeline stage takes::
 
     matmul FLOPs / (peak x matmul) + attention FLOPs / (peak x attention)
         + memory traffic of norms, activations and loss / (bandwidth x memory) + TP, CP, EP and PP traffic / links
 
-and of a step, with m micro-batches: every stage once, divided by VPP for all but the slowest, (m - 1) times the slowest
-(Megatron-LM, arXiv 2104.04473: the bubble), then the data-parallel traffic that no compute hides, and the optimizer.
+A step of m micro-batches takes m times that on the slowest stage, plus each other stage once, divided by VPP (the
+bubble, Megatron-LM, arXiv 2104.04473), plus the data-parallel traffic that no compute hides, plus the optimizer.
 """
 
 import math
@@ -23,46 +23,46 @@ from tidar_megatron.planning.traffic import Traffic, passes, traffic_of
 
 @dataclass(frozen=True)
 class Seconds:
-    """Where a step's time goes, on the slowest stage; the sum is the step."""
+    """The parts of a step's time on the slowest stage, in seconds."""
 
     matmul: float
     attention: float
     memory: float
     communication: float  # TP, CP, EP, PP
     bubble: float  # waiting for other stages
-    data: float  # what of the data-parallel traffic nothing hides
+    data: float  # data-parallel traffic that no compute hides
     optimizer: float
 
     @property
     def step(self) -> float:
-        """The sum."""
+        """The time of a step, which is the sum of the parts."""
         return sum(vars(self).values())
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A layout on some hardware."""
+    """The prediction for one layout on one kind of hardware."""
 
     sizes: Sizes
     hardware: Hardware
 
     @cached_property
     def memory(self) -> Memory:
-        """Of the rank that holds the most."""
+        """The memory of the rank that uses the most."""
         return max((memory_of(self.sizes, stage) for stage in self.stages), key=lambda m: m.gib)
 
     @property
     def stages(self) -> list[int]:
-        """One of each kind."""
+        """The stages to compute, one of each kind."""
         return stages_that_differ(self.sizes.pp)
 
     def traffic(self, stage: int) -> list[Traffic]:
-        """Per step, of a rank of ``stage``."""
+        """Return the traffic per step of a rank of ``stage``, one entry per group."""
         return traffic_of(self.sizes, stage, self.hardware)
 
     @cached_property
     def seconds(self) -> Seconds:
-        """Of a step."""
+        """The time of a step, part by part."""
         sizes = self.sizes
         work = {stage: self._micro_batch(stage) for stage in self.stages}
         slowest = max(work, key=lambda stage: sum(work[stage]))
@@ -73,10 +73,10 @@ class Estimate:
         return Seconds(matmul, attention, memory, communication, bubble, data, self._optimizer(slowest))
 
     def _exposed_data(self, stage: int, micro_batch: float) -> float:
-        """Gradients reduced, and weights gathered by the distributed optimizer, less what is hidden.
+        """Return the seconds of data-parallel traffic that no compute hides.
 
-        The one behind the last micro-batch's backward, the other behind the first one's forward: two thirds and one
-        third of the work.
+        Reducing gradients can be hidden behind the last micro-batch's backward, two thirds of its work. Gathering the
+        distributed optimizer's weights can be hidden behind the first micro-batch's forward, one third of its work.
         """
         parallel, w = self.sizes.config.parallel, self.sizes.w
         whole = sum(t.seconds for t in self.traffic(stage) if t.group == "DP")
@@ -91,12 +91,13 @@ class Estimate:
         return exposed
 
     def _micro_batch(self, stage: int) -> tuple[float, float, float, float]:
+        """Return the seconds of one micro-batch: matmul, attention, memory traffic, communication."""
         sizes, hardware = self.sizes, self.hardware
         peak = hardware.bf16_flops if sizes.w == 2 else hardware.fp32_flops
         flops = stage_flops(sizes, stage)
         touched = layer_bytes(sizes, "gpu") * sizes.layers * efficiency("touches") * (1 + passes(sizes)) / 2
         if stage == sizes.pp - 1:
-            chunks = math.ceil(sizes.tokens / chunk_tokens(sizes.h))  # each adds to the weight's gradient
+            chunks = math.ceil(sizes.tokens / chunk_tokens(sizes.h))  # each chunk adds to the weight's gradient
             adding = 4 * sizes.vocabulary * sizes.h * chunks * (3 if sizes.w == 2 else 2)
             touched += 4 * sizes.tokens * sizes.vocabulary * efficiency("loss_touches") + adding
         links = sum(t.seconds for t in self.traffic(stage) if t.group != "DP") / sizes.micro_batches
@@ -108,7 +109,10 @@ class Estimate:
         )
 
     def _optimizer(self, stage: int) -> float:
-        """Adam reads and writes its state, reads gradients (twice: their norm) and writes weights."""
+        """Return the seconds of Adam, which reads and writes its state, reads gradients twice and writes weights.
+
+        Gradients are read a second time for their norm.
+        """
         sizes = self.sizes
         parameters = parameters_of(sizes, stage)
         owned = float(parameters.total)
@@ -123,7 +127,7 @@ class Estimate:
 
     @cached_property
     def mfu(self) -> tuple[float, float]:
-        """Model FLOPs over the peak: of the doubled sequence, and of the S clean tokens alone."""
+        """The model FLOPs utilization, for the FLOPs of the doubled sequence and for those of the S clean tokens."""
         sizes = self.sizes
         peak = self.hardware.bf16_flops if sizes.w == 2 else self.hardware.fp32_flops
         available = self.seconds.step * peak * sizes.world_size
@@ -132,17 +136,17 @@ class Estimate:
 
     @property
     def tokens_per_second(self) -> float:
-        """Clean tokens, per GPU."""
+        """The throughput in clean tokens per second per GPU."""
         config = self.sizes.config
         step = config.training.global_batch_size * config.data.seq_length
         return step / self.seconds.step / self.sizes.world_size
 
     def fits(self, memory_gib: float) -> bool:
-        """Whether its fullest rank stays within ``memory_gib``."""
+        """Return whether the rank that uses the most memory stays within ``memory_gib``."""
         return self.memory.gib <= memory_gib
 
     def as_dict(self) -> dict[str, object]:
-        """One entry of ``--json``."""
+        """Return the layout's entry in the output of ``--json``."""
         sizes, memory, seconds = self.sizes, self.memory, self.seconds
         parallel = sizes.config.parallel
         parts = ("weights", "gradients", "optimizer", "activations", "loss", "working", "reserve")
@@ -170,12 +174,12 @@ class Estimate:
 
 
 def stages_that_differ(pp: int) -> list[int]:
-    """The first pipeline stage, one from the middle, the last."""
+    """Return the first pipeline stage, one from the middle, and the last."""
     return sorted({0, min(1, pp - 1), pp - 1})
 
 
 def recompute_name(sizes: Sizes) -> str:
-    """``none``, ``full``, or the modules."""
+    """Return ``none``, ``full``, or the names of the recomputed modules joined by "+"."""
     parallel = sizes.config.parallel
     if parallel.recompute_granularity is None:
         return "none"

@@ -1,8 +1,8 @@
-"""FLOPs: what a step executes, and what counts as useful.
+"""The FLOPs that a step executes, and those that count as useful.
 
-A matrix product of [m, k] and [k, n] is 2mkn, its backward twice that; attention is two products over its tiles, its
-backward five (the fused kernels recompute the scores). Norms, rotary positions and softmax are not counted, as torch's
-FlopCounterMode does not count them either.
+A matrix product of [m, k] and [k, n] has 2mkn FLOPs, its backward twice that. Attention has two products over its
+tiles, its backward five (fused kernels recompute the scores). Norms, rotary positions and softmax are not counted, as
+in torch's FlopCounterMode.
 """
 
 from dataclasses import dataclass
@@ -20,19 +20,19 @@ class Flops:
 
     @property
     def total(self) -> float:
-        """Both."""
+        """The sum of both."""
         return self.matmul + self.attention
 
     def __add__(self, other: "Flops") -> "Flops":
         return Flops(self.matmul + other.matmul, self.attention + other.attention)
 
     def times(self, matmul: float, attention: float | None = None) -> "Flops":
-        """Scaled."""
+        """Return these FLOPs multiplied by ``matmul`` and ``attention``, which is ``matmul`` by default."""
         return Flops(self.matmul * matmul, self.attention * (matmul if attention is None else attention))
 
 
 def layer_forward(sizes: Sizes) -> tuple[Flops, Flops]:
-    """One layer's forward over one micro-batch: attention with its projections, and the feed-forward."""
+    """Return the FLOPs of one layer's forward over one micro-batch: attention with projections, and feed-forward."""
     t, h, d = sizes.tokens, sizes.h, sizes.d
     projections = 2 * t * h * d * (2 * sizes.heads + 2 * sizes.groups)
     tiles = 4 * sizes.b * sizes.tiles.area * sizes.heads * d
@@ -45,7 +45,10 @@ def layer_forward(sizes: Sizes) -> tuple[Flops, Flops]:
 
 
 def chunk_flops(sizes: Sizes, last: bool) -> Flops:
-    """Forward, recomputation and backward of one micro-batch through one model chunk; ``last`` has the output layer."""
+    """Return the FLOPs of one micro-batch in one model chunk: forward, recomputation and backward.
+
+    The ``last`` chunk has the output layer.
+    """
     attention, feed_forward = layer_forward(sizes)
     parallel, n = sizes.config.parallel, sizes.chunk_layers
     layer = attention + feed_forward
@@ -66,18 +69,21 @@ def chunk_flops(sizes: Sizes, last: bool) -> Flops:
 
 
 def stage_flops(sizes: Sizes, stage: int) -> Flops:
-    """Of one micro-batch through all chunks of a pipeline stage."""
+    """Return the FLOPs of one micro-batch in all chunks of a pipeline stage."""
     return chunk_flops(sizes, False).times(sizes.vpp - 1) + chunk_flops(sizes, stage == sizes.pp - 1)
 
 
 def executed_flops(sizes: Sizes) -> float:
-    """Of one step over all ranks, recomputation and masked keys in tiles included."""
+    """Return the FLOPs of one step over all ranks, including recomputation and masked keys in tiles."""
     each = sum(stage_flops(sizes, stage).total for stage in range(sizes.pp))
     return each * sizes.micro_batches * sizes.tp * sizes.cp * sizes.dp
 
 
 def active_parameters(sizes: Sizes) -> int:
-    """Weights of matrix products that a token meets: no embedding, no norms, of the experts the chosen ones."""
+    """Return the number of weights in the matrix products of one token.
+
+    Embedding and norms are not counted, and of the experts only the top-k that a token is routed to.
+    """
     model, h, d = sizes.config.model, sizes.h, sizes.d
     groups = model.num_query_groups or model.num_attention_heads
     layer = h * d * (2 * model.num_attention_heads + 2 * groups)
@@ -91,11 +97,11 @@ def active_parameters(sizes: Sizes) -> int:
 
 
 def model_flops(sizes: Sizes) -> tuple[float, float]:
-    """Useful FLOPs of a step over all ranks, forward and backward (factor 3), nothing recomputed.
+    """Return the useful FLOPs of a step over all ranks: forward and backward (factor 3) without recomputation.
 
     Returns:
-        Of the doubled sequence, 2S tokens (fewer where blocks are chosen) under the mask's own area; and of plain AR
-        training on the same clean tokens, S tokens under causal attention: what the others are paid for.
+        The FLOPs of the doubled sequence, 2S tokens (fewer if only some blocks have masks) with the visible pairs of
+        its mask; and those of plain AR training on the same S clean tokens with causal attention, the baseline.
     """
     model, S = sizes.config.model, sizes.config.data.seq_length
     doubled, causal = training_area(S, sizes.config.tidar.block_size)

@@ -1,7 +1,7 @@
-"""Named hardware in one table, and the assumptions that turn peaks into predictions. The tool prints both.
+"""The table of hardware, and the assumptions that turn peaks into predictions. ``tools/plan.py`` prints both.
 
-Peaks and bandwidths are the vendor's. The efficiencies are **assumptions**: this project has measured none of them on
-such a machine. Once somebody has, the measured figure belongs here.
+Peaks and bandwidths are the vendor's figures. The efficiencies are **assumptions**: this project has not measured any
+of them on such a machine. Replace them by measured figures once there are some.
 """
 
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Hardware:
-    """One kind of GPU in nodes of eight. Rates are per GPU; of links, per direction."""
+    """One kind of GPU in nodes of eight. Rates are per GPU; those of links are also per direction."""
 
     name: str
     bf16_flops: float  # FLOP/s, dense (without sparsity)
-    fp32_flops: float  # FLOP/s outside of the tensor cores
-    memory_gib: float  # what the driver leaves to programs, about
+    fp32_flops: float  # FLOP/s without tensor cores
+    memory_gib: float  # approximately what the driver leaves to programs
     memory_bandwidth: float  # bytes/s
     nvlink: float  # bytes/s
-    infiniband: float  # bytes/s: one network card for each GPU
+    infiniband: float  # bytes/s, with one network card per GPU
     gpus_per_node: int
     source: str
 
@@ -63,7 +63,7 @@ HARDWARE = {
 
 @dataclass(frozen=True)
 class Assumption:
-    """A figure that was chosen, not measured, and why."""
+    """A figure that was chosen, not measured, with the reason."""
 
     value: float
     unit: str
@@ -124,5 +124,5 @@ ASSUMPTIONS = {
 
 
 def efficiency(name: str) -> float:
-    """The assumed value."""
+    """Return the assumed value of ``name``, a key of ``ASSUMPTIONS``."""
     return ASSUMPTIONS[name].value

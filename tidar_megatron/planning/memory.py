@@ -1,16 +1,16 @@
-"""Bytes on one rank: weights, gradients, optimizer, activations, loss.
+"""The memory of one rank in bytes: weights, gradients, optimizer, activations, loss.
 
-Weights, gradients and the optimizer's state are arithmetic here; :mod:`tidar_megatron.planning.built_ranks` builds the
-same shards, and the tool compares the two: equal, but for the padding of the distributed optimizer's buffers.
+Weights, gradients and the optimizer's state are computed here; :mod:`tidar_megatron.planning.built_ranks` builds the
+same shards, and the tool compares the two. They are equal up to the padding of the distributed optimizer's buffers.
 
-Activations are what autograd saves for the backward, each storage once, without parameters: what saved-tensor hooks
-count. Two sets of kernels, of which the first is tested against those hooks:
+Activations are what autograd saves for the backward, as counted by saved-tensor hooks: each storage once, without
+parameters. They depend on the kernels; the hooks test the first set:
 
-``cpu``  torch's RMSNorm keeps its input in float32 and its normalised output; SwiGLU keeps its product's factors.
-``gpu``  torch's fused RMSNorm keeps its input and a number per row; megatron-core's fused SwiGLU keeps its input.
+``cpu``  torch's RMSNorm saves its input in float32 and its normalized output; SwiGLU saves its product's factors.
+``gpu``  torch's fused RMSNorm saves its input and a number per row; megatron-core's fused SwiGLU saves its input.
 
-The attention of both keeps q, k, v, the output and its log-sum-exp. That is the chunked backend on a kernel which does
-not keep scores; the other backends are counted the same way.
+In both, attention saves q, k, v, the output and its log-sum-exp, as the chunked backend does on a kernel that does not
+save scores. The other backends are counted the same way.
 """
 
 from dataclasses import dataclass
@@ -25,20 +25,20 @@ Kernels = Literal["cpu", "gpu"]
 
 @dataclass(frozen=True)
 class Parameters:
-    """Parameters that one rank holds, counted once each."""
+    """The number of parameters that one rank holds."""
 
     dense: int  # replicated over DP and CP
     expert: int  # replicated over the ranks that hold the same experts
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The number of all parameters."""
         return self.dense + self.expert
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the rank of one pipeline stage at its fullest."""
+    """The peak memory of a rank of one pipeline stage: the number of its parameters, and bytes by purpose."""
 
     parameters: int
     weights: int
@@ -51,13 +51,13 @@ class Memory:
 
     @property
     def gib(self) -> float:
-        """The sum, in GiB."""
+        """The sum of all parts in GiB."""
         parts = self.weights + self.gradients + self.optimizer + self.activations + self.loss
         return (parts + self.working + self.reserve) / GIB
 
 
 def parameters_of(sizes: Sizes, stage: int) -> Parameters:
-    """What a rank of pipeline stage ``stage`` holds; all its tensor- and expert-parallel neighbours hold as many."""
+    """Return the parameters of a rank of pipeline stage ``stage``; all ranks of a stage hold equally many."""
     model, h, d = sizes.config.model, sizes.h, sizes.d
     qkv, queries = (sizes.heads + 2 * sizes.groups) * d, sizes.heads * d
     layer = 2 * h + h * qkv + queries * h
@@ -77,9 +77,9 @@ def parameters_of(sizes: Sizes, stage: int) -> Parameters:
 
 
 def optimizer_bytes(sizes: Sizes, parameters: Parameters) -> int:
-    """Adam's two float32 moments, and the float32 main weights under bfloat16; sharded by the distributed optimizer.
+    """Return the bytes of Adam's two float32 moments, and of the float32 main weights under bfloat16.
 
-    The distributed optimizer pads its buffers, so that a shard is this up to some hundred elements.
+    The distributed optimizer shards them. It also pads its buffers, so a shard may have some hundred elements more.
     """
     each = 12 if sizes.w == 2 else 8
     if not sizes.config.parallel.use_distributed_optimizer:
@@ -88,23 +88,23 @@ def optimizer_bytes(sizes: Sizes, parameters: Parameters) -> int:
 
 
 def norm_bytes(sizes: Sizes, rows: int, width: int, kernels: Kernels) -> int:
-    """An RMSNorm over ``rows`` of ``width`` channels."""
+    """Return the bytes that an RMSNorm saves over ``rows`` of ``width`` channels."""
     kept = rows * width * (sizes.w if kernels == "gpu" else 8)
     return kept + 4 * rows
 
 
 def core_attention_bytes(sizes: Sizes) -> int:
-    """What recomputing ``core_attn`` saves: a layer's attention beyond its inputs."""
+    """Return the bytes that recomputing ``core_attn`` frees: those of a layer's attention without its inputs."""
     w, d = sizes.w, sizes.d
     log_sum_exp = 4 * sizes.tokens * sizes.heads
-    # folded heads are unfolded into a copy; otherwise the output projection keeps the very same tensor
+    # folded heads are unfolded into a copy; otherwise the output projection saves the same tensor
     outputs = sizes.tokens * sizes.heads * d * w if sizes.heads != sizes.groups or sizes.cp > 1 else 0
     gathered = 2 * sizes.b * sizes.tiles.keys * sizes.groups * d * w if sizes.cp > 1 else 0
     return outputs + log_sum_exp + gathered
 
 
 def feed_forward_bytes(sizes: Sizes, kernels: Kernels) -> int:
-    """What recomputing ``mlp`` (``moe``) saves: a layer's feed-forward beyond its input."""
+    """Return the bytes that recomputing ``mlp`` (``moe``) frees: those of a layer's feed-forward without its input."""
     w, t = sizes.w, sizes.tokens
     if sizes.experts is None:
         return t * sizes.f * w * (3 if kernels == "gpu" else 5)
@@ -116,18 +116,18 @@ def feed_forward_bytes(sizes: Sizes, kernels: Kernels) -> int:
 
 
 def layer_bytes(sizes: Sizes, kernels: Kernels, recompute: tuple[str, ...] = ()) -> int:
-    """Activations that one layer saves for one micro-batch, when the modules ``recompute`` are computed twice."""
+    """Return the bytes of activations that one layer saves per micro-batch if the modules ``recompute`` save none."""
     t, s, h, d, w = sizes.tokens, sizes.residual_tokens, sizes.h, sizes.d, sizes.w
     heads, groups, model = sizes.heads, sizes.groups, sizes.config.model
     norms = 2 * norm_bytes(sizes, s, h, kernels)
-    inputs = 2 * s * h * w  # of the projection to q, k, v and of the feed-forward
+    inputs = 2 * s * h * w  # inputs of the projection to q, k, v and of the feed-forward
     rotary = 4 * sizes.angle_rows * d * w
     attention_recomputed = "core_attn" in recompute
     fused_qkv, qk_norm = t * (heads + 2 * groups) * d * w, 0
-    keeps_qkv = sizes.cp == 1 or attention_recomputed  # v is a view of it; gathered v is not
+    keeps_qkv = sizes.cp == 1 or attention_recomputed  # v is a view of the fused q, k, v; gathered v is not
     if model.qk_layernorm:
         qk_norm = norm_bytes(sizes, t * heads, d, kernels) + 4 * t * groups
-        if kernels == "gpu" or w == 4:  # k's norm keeps its input, a view of q, k, v as well
+        if kernels == "gpu" or w == 4:  # k's norm saves its input, also a view of the fused q, k, v
             keeps_qkv = True
         else:
             qk_norm += 4 * t * groups * d
@@ -143,35 +143,35 @@ def layer_bytes(sizes: Sizes, kernels: Kernels, recompute: tuple[str, ...] = ())
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that one micro-batch saves on its way through one model chunk."""
+    """The bytes of activations of one micro-batch in one model chunk."""
 
     layers: int
-    shared: int  # by all layers: metadata, rotary angles
-    ends: int  # embedding and output layer, where the chunk has them
-    loss: int  # the gradients that the loss forms in its forward
-    working: int  # more that lives for a moment in backward: what is recomputed, and the widest gradient
+    shared: int  # shared by all layers: metadata, rotary angles
+    ends: int  # embedding and output layer, if the chunk has them
+    loss: int  # the gradients that the loss computes in its forward
+    working: int  # not saved but alive for a moment in backward: recomputed activations, and the widest gradient
 
     @property
     def saved(self) -> int:
-        """What saved-tensor hooks count."""
+        """The number of bytes that saved-tensor hooks count."""
         return self.layers + self.shared + self.ends + self.loss
 
 
 def activations_of(sizes: Sizes, first: bool, last: bool, kernels: Kernels) -> Activations:
-    """Of a chunk that is the ``first`` or the ``last`` of the model, or neither."""
+    """Return the activations of a chunk that is the ``first`` or the ``last`` of the model, both, or neither."""
     parallel, t, s, h, w = sizes.config.parallel, sizes.tokens, sizes.residual_tokens, sizes.h, sizes.w
     n, every = sizes.chunk_layers, layer_bytes(sizes, kernels)
     metadata, angles = 16 * sizes.b * sizes.tiles.keys, 4 * sizes.angle_rows * sizes.d
-    # gradients of the feed-forward's first projection and of the residuals; tokens on their way to experts
+    # gradients of the feed-forward's first projection and of the residuals; tokens dispatched to experts
     rows, dispatched = (t, 0) if sizes.experts is None else (sizes.expert_rows, s * sizes.ep * sizes.etp)
     working = rows * 2 * sizes.f * w + 2 * s * h * w + dispatched * h * w
-    working += sizes.tiles.masks * (1 + w * (sizes.heads // sizes.groups))  # one document's, and what they add
+    working += sizes.tiles.masks * (1 + w * (sizes.heads // sizes.groups))  # bool masks, and their biases
     if parallel.recompute_granularity == "full":
         group = min(parallel.recompute_num_layers, n)
         if parallel.recompute_method == "uniform":
             layers = -(-n // group) * s * h * w
             working += group * every
-        else:  # the first layers of the chunk, each for itself
+        else:  # "block": the first layers of the chunk, each on its own
             layers = group * s * h * w + (n - group) * every
             working += every
         shared = metadata + angles
@@ -189,10 +189,10 @@ def activations_of(sizes: Sizes, first: bool, last: bool, kernels: Kernels) -> A
 
 
 def loss_bytes(sizes: Sizes) -> int:
-    """The loss in its forward, at its fullest (``models/cross_entropy.py``).
+    """Return the peak bytes of the loss in its forward (``models/cross_entropy.py``).
 
-    The hidden states and their gradient, the weight's gradient in float32, and a chunk of logits; under bfloat16 those
-    beside their float32 softmax, or beside the chunk's own part of the weight's gradient.
+    These are the hidden states and their gradient, the weight's gradient in float32, and a chunk of logits; under
+    bfloat16 also the larger of the logits' float32 softmax and the chunk's part of the weight's gradient.
     """
     t, h, v, w = sizes.tokens, sizes.h, sizes.vocabulary, sizes.w
     chunk = min(chunk_tokens(h), t)
@@ -201,9 +201,9 @@ def loss_bytes(sizes: Sizes) -> int:
 
 
 def in_flight(sizes: Sizes, stage: int) -> int:
-    """Chunk-micro-batches whose activations a stage holds at once: 1F1B, or its interleaved form.
+    """Return how many forwards of a chunk over a micro-batch a stage holds activations of, in (interleaved) 1F1B.
 
-    Megatron-LM (arXiv 2104.04473, section 2.2): a stage runs ahead by as many forwards as stages follow it.
+    A stage runs ahead by as many forwards as stages follow it (Megatron-LM, arXiv 2104.04473, section 2.2).
     """
     if sizes.vpp == 1:
         return min(sizes.pp - stage, sizes.micro_batches)
@@ -212,12 +212,12 @@ def in_flight(sizes: Sizes, stage: int) -> int:
 
 
 def memory_of(sizes: Sizes, stage: int, kernels: Kernels = "gpu") -> Memory:
-    """A rank of pipeline stage ``stage``."""
+    """Return the peak memory of a rank of pipeline stage ``stage``."""
     parameters = parameters_of(sizes, stage)
     first, last = stage == 0, stage == sizes.pp - 1
     one = activations_of(sizes, first and sizes.vpp == 1, last and sizes.vpp == 1, kernels)
     ends = activations_of(sizes, first, last, kernels)
-    # under interleaving only one chunk in VPP has the ends: as many micro-batches as chunks may be at them
+    # with interleaving only one of a stage's VPP chunks can have the embedding or the output layer
     at_ends = -(-in_flight(sizes, stage) // sizes.vpp)
     return Memory(
         parameters=parameters.total,

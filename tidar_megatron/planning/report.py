@@ -1,4 +1,4 @@
-"""``tools/plan.py``: search, build the ranks of what is shown, and say it as JSON or as tables."""
+"""The report of ``tools/plan.py``: the best layouts, verified by building their ranks, as JSON or as tables."""
 
 import dataclasses
 import json
@@ -22,19 +22,19 @@ from tidar_megatron.planning.sizes import Sizes, require_vocabulary
 
 @dataclass(frozen=True)
 class LayoutReport:
-    """What the tool found."""
+    """The result of a search for layouts."""
 
     gpus: int
     hardware: Hardware
     memory_gib: float
-    total_parameters: int  # of the Hugging Face model
-    found: int  # layouts that fit
-    layouts: list[Estimate]  # the best of them
+    total_parameters: int  # parameters of the Hugging Face model
+    found: int  # the number of layouts that fit
+    layouts: list[Estimate]  # the best of them, fastest first
     configured: Estimate | None  # the YAML's own layout
-    refusal: str  # why there is none
+    refusal: str  # why ``configured`` is None
 
     def as_json(self) -> str:
-        """One object."""
+        """Return the report as one JSON object, the output of ``--json``."""
         own = self.configured
         return json.dumps(
             {
@@ -51,10 +51,17 @@ class LayoutReport:
 
 
 def report_layouts(config: Config, gpus: int, hardware: Hardware, memory_gib: float | None, top: int) -> LayoutReport:
-    """Search, then build the ranks of the layouts that will be shown, so that what is said of them is exact.
+    """Search for layouts, then build the ranks of those to be shown, so that their reported sizes are exact.
+
+    Args:
+        config: the run's configuration.
+        gpus: the number of GPUs to use, all of them.
+        hardware: the kind of GPU.
+        memory_gib: the memory that a rank may use, in GiB; None: all of the GPU's.
+        top: the number of layouts to show.
 
     Raises:
-        UserError: no layout fits, or the configuration lacks something.
+        UserError: no layout fits, or the configuration is incomplete.
     """
     require_vocabulary(config)
     model_type(config.model)  # training refuses a model that cannot be exported
@@ -72,7 +79,7 @@ def report_layouts(config: Config, gpus: int, hardware: Hardware, memory_gib: fl
 
 
 def print_report(report: LayoutReport) -> None:
-    """What a person reads."""
+    """Print the report as text and tables."""
     console = Console(width=None if Console().is_terminal else 150)
     config = report.layouts[0].sizes.config
     doubled, clean = model_flops(report.layouts[0].sizes)
@@ -81,11 +88,11 @@ def print_report(report: LayoutReport) -> None:
         f"products; S = {config.data.seq_length:,}, B = {config.tidar.block_size}, "
         f"masks for {config.chosen_blocks} of {config.blocks} blocks, "
         f"{config.training.global_batch_size} sequences a step: {doubled:.3e} useful FLOPs on clean tokens and masks, "
-        f"{clean:.3e} on the clean ones (plain AR)",
+        f"{clean:.3e} on clean tokens alone (plain AR)",
         highlight=False,
     )
     console.print(layout_table(report))
-    console.print("the best in the YAML, its section parallel being", highlight=False)
+    console.print("The sections of the YAML for the best layout:", highlight=False)
     written = yaml.safe_dump(sections_of(report.layouts[0].sizes), default_flow_style=None, sort_keys=False, width=1000)
     console.print(written, highlight=False, soft_wrap=True)
     if report.configured is None:
@@ -98,15 +105,15 @@ def print_report(report: LayoutReport) -> None:
     console.print(hardware_table(report.hardware))
     console.print(assumption_table())
     console.print(
-        "Activations are counted for chunked attention whose kernel keeps no scores, and fused RMSNorm and SwiGLU; the "
-        "same arithmetic\nwith the CPU's kernels is what saved-tensor hooks count (tests/planning). Nothing here was "
+        "Activations assume chunked attention whose kernel stores no scores, and fused RMSNorm and SwiGLU. With the "
+        "CPU's kernels,\nthe same arithmetic equals what saved-tensor hooks count (tests/planning). Nothing here was "
         "measured on a GPU: leave some GiB free.",
         highlight=False,
     )
 
 
 def sections_of(sizes: Sizes) -> dict[str, dict[str, object]]:
-    """What the YAML must say to train in this layout: its whole ``parallel`` section, and the micro-batch size."""
+    """Return the YAML sections that select this layout: the complete ``parallel`` section and the micro-batch size."""
     parallel = sizes.config.parallel
     unused = {
         "full": ("recompute_modules",),
@@ -122,7 +129,7 @@ def sections_of(sizes: Sizes) -> dict[str, dict[str, object]]:
 
 
 def table(title: str, *columns: str) -> Table:
-    """Numbers to the right."""
+    """Return a table whose first column is left-justified and whose other columns, of numbers, are right-justified."""
     made = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
         made.add_column(column, justify="left" if number == 0 else "right")
@@ -130,7 +137,7 @@ def table(title: str, *columns: str) -> Table:
 
 
 def hardware_table(chosen: Hardware) -> Table:
-    """The whole table, the chosen one marked."""
+    """Return the table of all hardware, with the chosen row marked."""
     made = table(
         "Hardware, per GPU", "", "bf16 dense TFLOP/s", "GiB", "HBM TB/s", "NVLink GB/s", "InfiniBand GB/s", "source"
     )
@@ -149,7 +156,7 @@ def hardware_table(chosen: Hardware) -> Table:
 
 
 def assumption_table() -> Table:
-    """What was chosen, not measured."""
+    """Return the table of assumptions with their reasons."""
     made = Table(title="Assumptions: chosen, not measured by this project", title_justify="left")
     for column in ("", "value", "of what", "why"):
         made.add_column(column)
@@ -159,7 +166,7 @@ def assumption_table() -> Table:
 
 
 def layout_table(report: LayoutReport) -> Table:
-    """The layouts that fit, best first, and the config's own."""
+    """Return the table of the layouts that fit, best first, and the config's own layout."""
     title = f"{report.found} layouts of {report.gpus} {report.hardware.name} fit {report.memory_gib:g} GiB"
     made = table(
         f"{title}; the best {len(report.layouts)}",
@@ -189,7 +196,7 @@ def layout_table(report: LayoutReport) -> Table:
 
 
 def stage_table(title: str, estimate: Estimate) -> Table:
-    """Memory, stage by stage."""
+    """Return the table of a rank's memory in GiB, stage by stage."""
     names = ("weights", "gradients", "optimizer", "activations", "loss", "working", "reserve")
     made = table(f"{title} layout: GiB of a rank", "pipeline stage", "parameters", *names, "sum")
     for stage in estimate.stages:
@@ -200,7 +207,7 @@ def stage_table(title: str, estimate: Estimate) -> Table:
 
 
 def traffic_table(estimate: Estimate) -> Table:
-    """Bytes by group."""
+    """Return the table of bytes sent by a GPU of the last stage per step, by group."""
     made = table("sent by a GPU per step", "group", "ranks", "slowest link", "GB", "s, all links")
     for traffic in estimate.traffic(estimate.sizes.pp - 1):
         made.add_row(
@@ -210,7 +217,7 @@ def traffic_table(estimate: Estimate) -> Table:
 
 
 def time_line(estimate: Estimate) -> str:
-    """Where the step's time goes."""
+    """Return a line with the parts of a step's time and the FLOPs that it executes."""
     parts = ", ".join(f"{name} {value:.3f}" for name, value in vars(estimate.seconds).items())
     executed, sizes = executed_flops(estimate.sizes), estimate.sizes
     return (

@@ -1,8 +1,8 @@
-"""Every layout of a model on a number of GPUs, and of those that fit, the fastest first.
+"""The search over all layouts of a model on a number of GPUs, which returns those that fit, fastest first.
 
-What varies: TP (within a node), PP, VPP, CP, EP, the micro-batch size and what is recomputed. The YAML's model,
-lengths, block and global batch stay; TP brings sequence parallelism; the distributed optimizer is on, or as in the
-YAML.
+It varies TP (within a node), PP, VPP, CP, EP, the micro-batch size and the recomputed modules. Model, lengths, block
+size and global batch size are those of the YAML. TP > 1 implies sequence parallelism. The distributed optimizer is
+tried on, and also off if the YAML turns it off.
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ LARGEST_CP, LARGEST_VPP = 16, 8
 
 
 def divisors(number: int, largest: int) -> list[int]:
-    """Those up to ``largest``, ascending."""
+    """Return the divisors of ``number`` up to ``largest``, in ascending order."""
     return [n for n in range(1, min(number, largest) + 1) if number % n == 0]
 
 
 def candidates(config: Config, gpus: int, hardware: Hardware) -> Iterator[Sizes]:
-    """Layouts that the configuration's own checks let pass."""
+    """Yield the layouts that pass the configuration's own checks."""
     model, parallel = config.model, config.parallel
     recomputes: list[dict[str, object]] = [
         {"recompute_granularity": None},
@@ -64,17 +64,25 @@ def candidates(config: Config, gpus: int, hardware: Hardware) -> Iterator[Sizes]
                 try:
                     whole = Sizes.of(dataclasses.replace(config, parallel=layout, training=training), gpus)
                 except UserError:
-                    break  # what a small micro-batch cannot do, a larger one cannot
+                    break  # a layout that refuses a micro-batch size refuses all larger ones
                 for recompute in recomputes:
                     again = dataclasses.replace(layout, **recompute)  # type: ignore[arg-type]
                     yield Sizes(dataclasses.replace(whole.config, parallel=again), gpus)
 
 
 def search(config: Config, gpus: int, hardware: Hardware, memory_gib: float) -> list[Estimate]:
-    """The layouts that fit, fastest first; of each (TP, PP, VPP, CP, EP) the best micro-batch size and recomputation.
+    """Return the layouts that fit, fastest first.
+
+    For each (TP, PP, VPP, CP, EP) only the fastest micro-batch size and recomputation are kept.
+
+    Args:
+        config: the configuration, complete with its vocabulary size.
+        gpus: the number of GPUs to use, all of them.
+        hardware: the kind of GPU.
+        memory_gib: the memory that a rank may use, in GiB.
 
     Raises:
-        UserError: nothing fits, or no layout can fill the GPUs: what is short, and what would help.
+        UserError: no layout fits, or none can use all GPUs; the message says what is short and what would help.
     """
     best: dict[tuple[int, ...], Estimate] = {}
     smallest: Estimate | None = None
@@ -95,7 +103,7 @@ def search(config: Config, gpus: int, hardware: Hardware, memory_gib: float) -> 
 
 
 def enough_gpus(config: Config, gpus: int, hardware: Hardware, memory_gib: float) -> int | None:
-    """A number of GPUs, twice as many and so on, that some layout fits; None if 64 times as many do not suffice."""
+    """Return the least power of two times ``gpus``, up to 64 times, on which some layout fits; else None."""
     for more in (gpus * 2**n for n in range(1, 7)):
         if any(Estimate(sizes, hardware).fits(memory_gib) for sizes in candidates(config, more, hardware)):
             return more
@@ -103,7 +111,7 @@ def enough_gpus(config: Config, gpus: int, hardware: Hardware, memory_gib: float
 
 
 def no_layout(config: Config, gpus: int) -> str:
-    """Why no layout fills the GPUs: the refusal of the plainest one."""
+    """Return the error message for when no layout can use all GPUs: why data parallelism alone cannot."""
     plain = {
         "tensor_model_parallel_size": 1,
         "pipeline_model_parallel_size": 1,
@@ -117,12 +125,12 @@ def no_layout(config: Config, gpus: int) -> str:
     try:
         Sizes.of(dataclasses.replace(config, parallel=parallel, training=training), gpus)
     except UserError as error:
-        return f"--gpus {gpus}: no layout can use them all; data parallelism alone: {error}"
-    raise AssertionError("the plain layout is one of the candidates")
+        return f"--gpus {gpus}: no layout can use them all; data parallelism alone fails: {error}"
+    raise AssertionError("data parallelism alone is one of the candidates")
 
 
 def too_large(smallest: Estimate, memory_gib: float, enough: int | None) -> str:
-    """What is short where nothing fits, and what would help."""
+    """Return the error message for when no layout fits: what is short, and what would help."""
     memory, sizes = smallest.memory, smallest.sizes
     parts = {
         "weights": memory.weights,
@@ -136,7 +144,7 @@ def too_large(smallest: Estimate, memory_gib: float, enough: int | None) -> str:
     layout = f"TP {sizes.tp}, PP {sizes.pp}, CP {sizes.cp}" + (f", EP {sizes.ep}" if sizes.experts else "")
     return (
         f"no layout of {sizes.world_size} GPUs fits {memory_gib:g} GiB: the smallest ({layout}, recompute "
-        f"{recompute_name(sizes)}) needs {memory.gib:.1f} GiB, of which {most / GIB:.1f} GiB are {name}; "
+        f"{recompute_name(sizes)}) needs {memory.gib:.1f} GiB; {most / GIB:.1f} GiB are {name}; "
         f"{helps} would fit, or --gpu-memory-gib {math.ceil(memory.gib)}"
     )
 
@@ -145,13 +153,13 @@ def verify(sizes: Sizes) -> None:
     """Build the shards of the stages that differ and compare the arithmetic with them.
 
     Raises:
-        AssertionError: the two disagree: a defect of the planner.
+        AssertionError: the arithmetic and a shard disagree, which is a bug in the planner.
     """
     for stage in stages_that_differ(sizes.pp):
         built, planned = build_shard(sizes, stage), memory_of(sizes, stage)
         assert built.parameters == planned.parameters, (sizes, stage, built, planned)
         assert built.weight_bytes == planned.weights, (sizes, stage, built, planned)
-        # the distributed optimizer pads each tensor in its buffers to a multiple of 64 elements, which tiny models feel
+        # the distributed optimizer pads each tensor in its buffers to a multiple of 64 elements, much for a tiny model
         padding = 64 * built.tensors if sizes.config.parallel.use_distributed_optimizer else 0
         for exact, said, each in (
             (built.gradient_bytes, planned.gradients, 4),
@@ -161,7 +169,7 @@ def verify(sizes: Sizes) -> None:
 
 
 def verify_all(estimates: list[Estimate]) -> None:
-    """:func:`verify`, once for layouts whose ranks hold the same: neither VPP nor the division of DP and CP matters."""
+    """Call :func:`verify` once for all layouts with equal shards; VPP and the split of DP and CP do not change them."""
     seen = set()
     for estimate in estimates:
         sizes = estimate.sizes

@@ -1,7 +1,7 @@
-"""What a rank of a layout works on, in numbers: the vocabulary of the planner's arithmetic.
+"""The sizes of the work on one rank of a layout, the quantities of the planner's arithmetic.
 
-Symbols: b sequences of a micro-batch, S clean tokens, h hidden size, d channels of a head, f feed-forward width, V
-padded vocabulary, w bytes of a parameter or activation (bfloat16 2, float32 4).
+Symbols: b sequences per micro-batch, S clean tokens per sequence, h hidden size, d channels per head, f feed-forward
+width, V padded vocabulary, w bytes per parameter or activation (bfloat16 2, float32 4).
 """
 
 from dataclasses import dataclass
@@ -15,17 +15,17 @@ from tidar_megatron.planning.attention_work import Tiles, largest_tiles
 
 @dataclass(frozen=True)
 class Sizes:
-    """A configuration on a number of GPUs. Everything per rank, unless said."""
+    """The sizes of a configuration on a number of GPUs, per rank unless a docstring says otherwise."""
 
     config: ResolvedConfig
     world_size: int
 
     @staticmethod
     def of(config: Config, world_size: int) -> "Sizes":
-        """Checked.
+        """Check the configuration and return its sizes.
 
         Raises:
-            UserError: a layout that contradicts the model, or that ``world_size`` GPUs cannot fill.
+            UserError: the layout contradicts the model, or cannot use exactly ``world_size`` GPUs.
         """
         resolved = require_vocabulary(config)
         check_config(resolved, resolved=True)
@@ -34,110 +34,114 @@ class Sizes:
 
     @cached_property
     def tp(self) -> int:
-        """Tensor-parallel size."""
+        """The tensor-parallel size."""
         return self.config.parallel.tensor_model_parallel_size
 
     @cached_property
     def pp(self) -> int:
-        """Pipeline stages."""
+        """The number of pipeline stages."""
         return self.config.parallel.pipeline_model_parallel_size
 
     @cached_property
     def vpp(self) -> int:
-        """Model chunks a stage, 1 without interleaving."""
+        """The number of model chunks per stage, 1 without interleaving."""
         return self.config.parallel.virtual_pipeline_model_parallel_size or 1
 
     @cached_property
     def cp(self) -> int:
-        """Context-parallel size."""
+        """The context-parallel size."""
         return self.config.parallel.context_parallel_size
 
     @cached_property
     def ep(self) -> int:
-        """Expert-parallel size."""
+        """The expert-parallel size."""
         return self.config.parallel.expert_model_parallel_size
 
     @cached_property
     def etp(self) -> int:
-        """Ranks that share an expert."""
+        """The expert-tensor-parallel size: the number of ranks that share an expert."""
         return self.config.parallel.expert_tensor_parallel_size
 
     @cached_property
     def dp(self) -> int:
-        """Data-parallel size."""
+        """The data-parallel size."""
         return self.world_size // (self.tp * self.pp * self.cp)
 
     @cached_property
     def edp(self) -> int:
-        """Replicas of an expert."""
+        """The number of replicas of an expert."""
         return self.world_size // (self.etp * self.ep * self.pp)
 
     @cached_property
     def micro_batches(self) -> int:
-        """Micro-batches of a step."""
+        """The number of micro-batches per step."""
         return self.config.training.global_batch_size // (self.config.training.micro_batch_size * self.dp)
 
     @cached_property
     def b(self) -> int:
-        """Sequences of a micro-batch."""
+        """The number of sequences per micro-batch."""
         return self.config.training.micro_batch_size
 
     @cached_property
     def rows(self) -> int:
-        """Tokens of one sequence on this rank, clean ones and masks: 2S / CP, fewer where blocks are chosen."""
+        """The clean and mask tokens of one sequence on this rank: 2S / CP, fewer if only some blocks have masks."""
         return (self.config.data.seq_length + self.config.chosen_blocks * self.config.tidar.block_size) // self.cp
 
     @cached_property
     def angle_rows(self) -> int:
-        """Rows of rotary angles: those of one sequence, unless each has masks at places of its own.
+        """The rows of rotary angles: those of one sequence, or of b if their masks are at different positions.
 
-        As everywhere here a sequence is one document; packed ones, whose positions begin anew, have b times as many.
+        As everywhere in the planner, a sequence is one document. Packed documents, whose positions restart, have b
+        times as many rows.
         """
         return self.rows * (self.b if self.config.chosen_blocks < self.config.blocks else 1)
 
     @cached_property
     def tokens(self) -> int:
-        """Tokens of a micro-batch: b times a sequence's."""
+        """The tokens of a micro-batch on this rank, b times those of a sequence."""
         return self.b * self.rows
 
     @cached_property
     def residual_tokens(self) -> int:
-        """Of those, the ones whose residual stream lies here: sequence parallelism cuts it over TP."""
+        """The tokens whose residual stream this rank holds: sequence parallelism shards it over TP."""
         return self.tokens // self.tp if self.config.parallel.sequence_parallel else self.tokens
 
     @cached_property
     def h(self) -> int:
-        """Hidden size."""
+        """The hidden size."""
         return self.config.model.hidden_size
 
     @cached_property
     def d(self) -> int:
-        """Channels of a head."""
+        """The number of channels per head."""
         return self.config.model.head_channels
 
     @cached_property
     def heads(self) -> int:
-        """Query heads on this rank."""
+        """The number of query heads on this rank."""
         return self.config.model.num_attention_heads // self.tp
 
     @cached_property
     def groups(self) -> int:
-        """K/V heads on this rank."""
+        """The number of K/V heads on this rank."""
         return (self.config.model.num_query_groups or self.config.model.num_attention_heads) // self.tp
 
     @cached_property
     def experts(self) -> int | None:
-        """Experts of a layer, over all ranks; None: a dense feed-forward."""
+        """The number of experts per layer over all ranks; None for a dense feed-forward."""
         return self.config.model.num_experts
 
     @property
     def feed_forward(self) -> str:
-        """Its name among ``--recompute-modules``: megatron-core ignores ``mlp`` for experts, and ``moe`` without."""
+        """The feed-forward's name in ``--recompute-modules``.
+
+        megatron-core ignores ``mlp`` in a model with experts, and ``moe`` in one without.
+        """
         return "mlp" if self.experts is None else "moe"
 
     @cached_property
     def f(self) -> int:
-        """Width of the feed-forward, or of one expert, on this rank."""
+        """The width of the feed-forward, or of one expert, on this rank."""
         model = self.config.model
         if model.num_experts is None:
             return model.ffn_hidden_size // self.tp
@@ -145,37 +149,37 @@ class Sizes:
 
     @cached_property
     def expert_rows(self) -> int:
-        """Rows that go through this rank's experts, if the router balances: each token goes to top-k of them."""
+        """The rows that this rank's experts process if the router is balanced: each token goes to top-k experts."""
         return self.residual_tokens * self.config.model.moe_router_topk * self.etp
 
     @cached_property
     def vocabulary(self) -> int:
-        """Rows of the output layer on this rank, padding included."""
+        """The rows of the output layer on this rank, including padding."""
         return padded_vocab_size(self.config.vocab_size, self.config) // self.tp
 
     @cached_property
     def w(self) -> int:
-        """Bytes of a parameter or an activation."""
+        """The number of bytes per parameter or activation."""
         return 2 if self.config.training.bf16 else 4
 
     @cached_property
     def layers(self) -> int:
-        """Layers of a stage, over its chunks."""
+        """The number of layers per stage, over all of its chunks."""
         return self.config.model.num_layers // self.pp
 
     @cached_property
     def chunk_layers(self) -> int:
-        """Layers of one model chunk."""
+        """The number of layers per model chunk."""
         return self.layers // self.vpp
 
     @cached_property
     def tied(self) -> bool:
-        """Whether the output layer is the embedding."""
+        """Return whether the output layer's weight is tied to the embedding."""
         return not self.config.model.untie_embeddings_and_output_weights
 
     @cached_property
     def tiles(self) -> Tiles:
-        """What attention executes for one sequence, on the context-parallel rank with the most work."""
+        """The work of attention for one sequence, on the context-parallel rank with the most work."""
         tidar = self.config.tidar
         chunks = {"dense": self.rows, "chunked": tidar.attention_chunk_size}
         chunk = chunks.get(tidar.attention_backend, FLEX_BLOCK)
@@ -183,13 +187,13 @@ class Sizes:
 
 
 def require_vocabulary(config: Config) -> ResolvedConfig:
-    """Return the configuration as a resolved one: every size of the model must be in the YAML.
+    """Return the configuration as a resolved one, without reading a tokenizer or a model's folder.
 
     Raises:
-        UserError: where the tokenizer, or the folder to start from, would decide.
+        UserError: the config has no vocabulary size, which training would take from the tokenizer or ``--init-from``.
     """
     return ResolvedConfig.of(
         config,
-        "model.vocab_size is not in the config (training takes it from the tokenizer or --init-from), and a plan "
-        "needs it: give --vocab-size N, the ids in use with the mask token's",
+        "model.vocab_size is not in the config (training takes it from the tokenizer or --init-from), but this tool "
+        "needs it; give --vocab-size N, the number of ids in use, including the mask token's",
     )

@@ -1,8 +1,8 @@
-"""Bytes that a GPU sends per step, by group, and over which link: ring collectives, (n - 1) / n of a buffer per pass.
+"""The traffic of a GPU per step, by process group and link. Ring collectives send (n - 1) / n of a buffer per pass.
 
-Groups are laid over ranks as megatron-core lays them: TP innermost, then CP, DP, and PP outermost; experts TP, EP, DP,
-PP. So a group whose ranks all stand in one node uses NVLink; one that reaches further uses a network card of each of
-its ranks in a node, at most NVLink's bandwidth.
+Groups follow megatron-core's rank order: TP is innermost, then CP, DP, and PP outermost; for experts TP, EP, DP, PP.
+A group within one node uses NVLink. A group across nodes uses one network card for each of its ranks in a node, up to
+NVLink's bandwidth.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from tidar_megatron.planning.sizes import Sizes
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a GPU of one pipeline stage sends in a step."""
+    """The bytes that a GPU of one pipeline stage sends within one group per step."""
 
     group: str
     size: int
@@ -24,7 +24,7 @@ class Traffic:
 
 
 def link_of(hardware: Hardware, stride: int, size: int) -> tuple[str, float]:
-    """The link of a group of ``size`` ranks ``stride`` apart, and the bytes/s it is assumed to give each of them."""
+    """Return the link of a group of ``size`` ranks ``stride`` apart, and its assumed bytes/s per rank."""
     nvlink = hardware.nvlink * efficiency("nvlink")
     if stride * size <= hardware.gpus_per_node:
         return "NVLink", nvlink
@@ -33,7 +33,7 @@ def link_of(hardware: Hardware, stride: int, size: int) -> tuple[str, float]:
 
 
 def traffic_of(sizes: Sizes, stage: int, hardware: Hardware) -> list[Traffic]:
-    """Every group's, for a rank of pipeline stage ``stage``; groups of one rank send nothing."""
+    """Return the traffic of each group for a rank of pipeline stage ``stage``, without groups that send nothing."""
     groups = {
         "TP": (sizes.tp, 1, tensor_bytes(sizes, stage)),
         "CP": (sizes.cp, sizes.tp, context_bytes(sizes)),
@@ -41,7 +41,7 @@ def traffic_of(sizes: Sizes, stage: int, hardware: Hardware) -> list[Traffic]:
         "PP": (sizes.pp, sizes.tp * sizes.cp * sizes.dp, pipeline_bytes(sizes, stage)),
         "DP": (sizes.dp * sizes.cp, sizes.tp, data_bytes(sizes, stage)),
     }
-    if sizes.experts is not None and sizes.dp * sizes.cp == 1:  # they may have replicas where nothing else has
+    if sizes.experts is not None and sizes.dp * sizes.cp == 1:  # experts may have replicas even then
         groups["DP"] = (sizes.edp, sizes.etp * sizes.ep, data_bytes(sizes, stage))
     result = []
     for name, (size, stride, sent) in groups.items():
@@ -52,7 +52,7 @@ def traffic_of(sizes: Sizes, stage: int, hardware: Hardware) -> list[Traffic]:
 
 
 def passes(sizes: Sizes) -> float:
-    """Forward passes of a layer per micro-batch: one, and one more where the whole layer is recomputed."""
+    """Return the forward passes of a layer per micro-batch, averaged over layers: one, or two if it is recomputed."""
     parallel, n = sizes.config.parallel, sizes.chunk_layers
     if parallel.recompute_granularity != "full":
         return 1.0
@@ -60,10 +60,11 @@ def passes(sizes: Sizes) -> float:
 
 
 def tensor_bytes(sizes: Sizes, stage: int) -> float:
-    """A layer gathers and reduces its residual stream twice in forward and twice in backward.
+    """Return the bytes that a rank sends to its tensor-parallel group per step.
 
-    Without sequence parallelism these are all-reduces; with it, all-gathers and reduce-scatters of the same sum, and
-    two more gathers in backward for the weights' gradients. A dense feed-forward; experts gather over TP x EP instead.
+    A layer with a dense feed-forward gathers and reduces its residual stream twice in forward and twice in backward.
+    Without sequence parallelism these are all-reduces; with it, all-gathers and reduce-scatters of the same total, and
+    two more gathers in backward for the weights' gradients. Experts gather over TP x EP instead.
     """
     if sizes.tp == 1:
         return 0.0
@@ -74,15 +75,18 @@ def tensor_bytes(sizes: Sizes, stage: int) -> float:
     per_layer += blocks * again
     parallel = sizes.config.parallel
     if sizes.experts is None and parallel.recompute_granularity == "selective" and "mlp" in parallel.recompute_modules:
-        per_layer += 2  # its forward pass once more
+        per_layer += 2  # the feed-forward's forward is run again
     total = per_layer * one * sizes.layers
     total += 2 * one if stage == 0 else 0  # the embedding
-    total += 2 * one if stage == sizes.pp - 1 else 0  # the output layer, whose gradients are formed in forward
+    total += 2 * one if stage == sizes.pp - 1 else 0  # the output layer, whose gradients are computed in forward
     return total * sizes.micro_batches
 
 
 def context_bytes(sizes: Sizes) -> float:
-    """Clean keys and values of all ranks, gathered in forward, their gradients scattered in backward."""
+    """Return the bytes that a rank sends to its context-parallel group per step.
+
+    Clean keys and values are all-gathered in forward, and their gradients reduce-scattered in backward.
+    """
     if sizes.cp == 1:
         return 0.0
     clean = sizes.b * sizes.config.data.seq_length * 2 * sizes.groups * sizes.d * sizes.w
@@ -94,10 +98,11 @@ def context_bytes(sizes: Sizes) -> float:
 
 
 def expert_bytes(sizes: Sizes) -> float:
-    """Tokens to their experts and back, in forward and in backward; routed evenly.
+    """Return the bytes that a rank sends to its expert-parallel group per step, if tokens are routed evenly.
 
-    All-gather dispatcher: every token of the group to every rank, and back in float32, the router's type. All-to-all:
-    each token's top-k copies, of which (n - 1) / n leave the rank. Routing probabilities are left out.
+    Tokens travel to their experts and back, in forward and in backward. The all-gather dispatcher sends every token of
+    the group to every rank, and back in float32, the router's dtype. The all-to-all dispatcher sends top-k copies of
+    each token, and (n - 1) / n of the copies leave the rank. Routing probabilities are not counted.
     """
     size = sizes.ep * sizes.etp
     if sizes.experts is None or size == 1:
@@ -116,9 +121,10 @@ def expert_bytes(sizes: Sizes) -> float:
 
 
 def pipeline_bytes(sizes: Sizes, stage: int) -> float:
-    """Residual streams to the next stage and gradients to the one before, once per chunk.
+    """Return the bytes that a rank sends to other pipeline stages per step.
 
-    Where first and last stage hold the same embeddings, once a step their float32 gradients, to be summed.
+    For each chunk, residual streams go to the next stage and gradients to the previous one. If the embeddings are tied,
+    the first and last stage also sum their float32 gradients once per step.
     """
     if sizes.pp == 1:
         return 0.0
@@ -129,7 +135,11 @@ def pipeline_bytes(sizes: Sizes, stage: int) -> float:
 
 
 def data_bytes(sizes: Sizes, stage: int) -> float:
-    """Float32 gradients reduced once a step; with the distributed optimizer scattered, and the new weights gathered."""
+    """Return the bytes that a rank sends to its data-parallel group per step.
+
+    Float32 gradients are all-reduced once per step; with the distributed optimizer they are reduce-scattered, and the
+    new weights all-gathered.
+    """
     parameters = parameters_of(sizes, stage)
     each = 4 + sizes.w if sizes.config.parallel.use_distributed_optimizer else 8
     dense, expert = sizes.dp * sizes.cp, sizes.edp
