@@ -1,4 +1,4 @@
-"""Attention, forward and backward, over plain causal attention on the same S clean tokens."""
+"""The time of attention, forward and backward, against plain causal attention on the same S clean tokens."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,10 +18,18 @@ DOCUMENTS = 16
 
 
 def attention(seq_lengths: list[int], repeats: int, chunk_size: int = 256, dense_up_to: int = 4096) -> dict[str, Any]:
-    """One row for each S and backend, and what grouped K/V heads and packing change.
+    """Compare each backend with causal attention, and measure the effect of grouped K/V heads and of packing.
 
-    ``peak_extra_bytes`` is the peak of forward and backward, schedule included, beyond the output and the gradients
-    that any backend must give.
+    Args:
+        seq_lengths: clean tokens per sequence, S.
+        repeats: rounds of measurements.
+        chunk_size: the chunk size of the chunked backend, in tokens.
+        dense_up_to: the longest sequence to measure the dense backend on.
+
+    Returns:
+        ``rows``, one for each length and backend; ``grouped`` and ``packed``, one row for each length.
+        ``peak_extra_bytes`` is the peak of forward and backward, including the schedule, beyond the output and the
+        gradients that every backend returns.
     """
     backends = ["chunked", "flex"] if has_gpu() else ["chunked"]
     backends += [best] if (best := choose_backend("auto", device().type, CHANNELS, has_gpu())) not in backends else []
@@ -71,7 +79,7 @@ def attention(seq_lengths: list[int], repeats: int, chunk_size: int = 256, dense
 
 
 def _documents(length: int, count: int) -> Tensor:
-    """The doubled sequence of ``count`` documents of one length."""
+    """Return the metadata of the doubled sequence of ``count`` documents of equal length."""
     place = torch.arange(length)[None]
     each = length // count
     return training_layout(place // each, place % each, BLOCK)
@@ -92,7 +100,7 @@ def _hybrid(
     expanded: bool = False,
     grad: Tensor | None = None,
 ) -> Callable[[], list[Tensor]]:
-    """``expanded``: as peers do it, K/V heads repeated for each query head."""
+    """Return a function that runs hybrid attention both ways; ``expanded`` repeats K/V heads for each query head."""
     schedule = make_schedule(visibility, backend=backend, chunk_size=chunk_size, device=str(device()))
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""The same model in a larger body: it says the same and drafts the same, at a larger model's cost.
+"""Larger bodies for a model: it generates and drafts the same tokens, at the cost of a larger model.
 
-How fast a plan is depends on what forwards cost and on how often drafts are accepted. A model that drafts well takes
-hours to train at each size; one can be grown instead. What is added - channels, heads, feed-forward width, layers -
-takes part in every product and writes zeros to the residual stream, so logits are those of the small model up to
-rounding.
+The speed of a decoding plan depends on the cost of forwards and on the acceptance rate of drafts. Training a model that
+drafts well takes hours for each size, so this module grows one instead. The added channels, heads, feed-forward width
+and layers take part in every product and write zeros to the residual stream, so the logits are those of the small model
+up to rounding.
 """
 
 from copy import deepcopy
@@ -24,22 +24,24 @@ INTO_STREAM = ("o_proj.weight", "down_proj.weight", "embed_tokens.weight", "lm_h
 
 
 def in_body(model: DecodeModel, body: str) -> DecodeModel:
-    """``own``: the model; ``useless``: a copy :func:`with_useless_drafts`; else :func:`grown`."""
+    """Return ``model`` for ``own``, :func:`with_useless_drafts` of it for ``useless``, else :func:`grown` of it."""
     if body == "own":
         return model
     return with_useless_drafts(model) if body == "useless" else grown(model, body)
 
 
 def grown(model: DecodeModel, body: str) -> DecodeModel:
-    """``model``, a Llama or Qwen without biases, in one of :data:`BODIES`; query heads per K/V head stay as they are.
+    """Return ``model``, a Llama or Qwen without biases, grown to one of :data:`BODIES`.
+
+    The number of query heads per K/V head does not change.
 
     Raises:
-        UserError: it does not fit into that body.
+        UserError: the model is larger than that body.
     """
     old = model.causal_lm.config
     sizes = dict(BODIES[body])
     if any(getattr(old, name) > size for name, size in sizes.items()):
-        raise UserError(f"--bodies {body}: the model is larger; use a smaller one, or leave that body out")
+        raise UserError(f"--bodies {body}: the model is larger; use a smaller one, or leave out this body")
     groups = old.num_attention_heads // old.num_key_value_heads
     config = deepcopy(old)
     config.update(sizes | {"num_key_value_heads": sizes["num_attention_heads"] // groups, "head_dim": old.head_dim})
@@ -58,15 +60,15 @@ def grown(model: DecodeModel, body: str) -> DecodeModel:
             if name in small:
                 value[tuple(slice(size) for size in small[name].shape)] = small[name].cpu()
             if weight.dim() == 1 and ".self_attn." not in name:
-                value *= narrower  # the mean square of the wider stream is smaller by its square
+                value *= narrower  # the mean square of the wider stream is smaller by this factor squared
             weight.copy_(value)
     return wrap_model(larger, model.tokenizer)
 
 
 def with_useless_drafts(model: DecodeModel) -> DecodeModel:
-    """A copy whose mask token means something else than what it was trained to: it drafts, and nearly always wrong.
+    """Return a copy with a random embedding for the mask token, whose drafts are nearly always wrong.
 
-    Its autoregression is the same, for the mask token is never in a text.
+    Its AR output is the same, because the mask token never occurs in a text.
     """
     assert model.mask_token_id is not None
     model = wrap_model(deepcopy(model.causal_lm), model.tokenizer)

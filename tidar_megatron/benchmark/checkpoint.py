@@ -1,4 +1,4 @@
-"""How long a save blocks training: asynchronously over synchronously, of a model with Adam's moments, in turns."""
+"""The time that a save blocks training: asynchronous against synchronous saves, of a model with Adam's moments."""
 
 import tempfile
 import time
@@ -36,10 +36,14 @@ MODEL: dict[str, Any] = {
 
 
 def checkpoint(repeats: int, folder: str | Path) -> dict[str, Any]:
-    """Seconds that a save blocks, and a step beside one; written to ``folder``, because disks differ.
+    """Measure how long synchronous and asynchronous saves block, and how long a step takes during a save.
 
-    A synchronous save blocks from its beginning to its publishing. An asynchronous one blocks while it is begun and in
-    each :meth:`Checkpoints.maybe_finalize`, the last of which publishes; steps are taken in between.
+    A synchronous save blocks until the checkpoint is published. An asynchronous save blocks while it starts and in each
+    :meth:`Checkpoints.maybe_finalize` between steps; the last of these calls publishes the checkpoint.
+
+    Args:
+        repeats: saves of each kind.
+        folder: the folder to write checkpoints to, on the disk to measure.
     """
     config = build_config(
         {

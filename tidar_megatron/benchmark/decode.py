@@ -1,4 +1,4 @@
-"""Decoding: every mode of the engine and transformers' own ``generate``, side by side on the same prompts."""
+"""The speed of decoding: every mode of the engine and transformers' own ``generate`` on the same prompts."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -17,15 +17,15 @@ from tidar_megatron.inference.model import DecodeModel
 from tidar_megatron.inference.request import DecodeOptions, distinct_4grams, parse_plan
 from tidar_megatron.inference.sequence import Sequence as Decoding
 
-LOOKUP = 8  # tokens that prompt-lookup drafts, ours and transformers'
+LOOKUP = 8  # tokens drafted by prompt lookup, in the engine and in transformers
 
 
 @dataclass
 class Run:
-    """What one way of decoding did with the texts."""
+    """The result of one way of decoding the texts."""
 
     tokens: list[list[int]]
-    forwards: int | None  # that emitted tokens; None where it is not known
+    forwards: int | None  # forwards that emitted tokens; None if unknown
     first_token_seconds: float
 
 
@@ -39,18 +39,23 @@ def decode(
     repeats: int,
     assistant: Any = None,
 ) -> dict[str, Any]:
-    """One row for each way, batch size and context, over the same texts; EOS is ignored, so all make as many tokens.
+    """Measure each way of decoding for each batch size and context length, on the same texts.
+
+    EOS is ignored, so that all ways generate equally many tokens.
 
     Args:
         model: a model with its tokenizer.
-        folder: where it lies; if it carries a ``custom_generate``, that is run as well.
-        prompts: token ids of texts; put end to end they make contexts of any length.
-        contexts: prompt lengths, the longest of the texts; with the new tokens no longer than the model's context.
-        batches: how many are decoded at a time; there are as many texts as the largest.
+        folder: the model's folder; if it has a ``custom_generate``, that is measured too.
+        prompts: token ids of texts, which are concatenated to contexts of any length.
+        contexts: the lengths of the longest prompt, in tokens.
+        batches: the batch sizes; there are as many texts as the largest.
+        max_new_tokens: tokens to generate for each text.
+        repeats: rounds of measurements.
         assistant: a smaller transformers model that drafts for transformers' ``generate``.
 
     Returns:
-        ``rows`` and ``skipped``, the contexts that do not fit. ``over_ar`` is of whole requests, prefill included.
+        ``rows``, and ``skipped``, the contexts that do not fit. ``over_ar`` compares complete requests, including
+        prefill.
     """
     rows = []
     fitting = [context for context in contexts if context + max_new_tokens <= model.context_limit]
@@ -101,7 +106,7 @@ def decode(
 
 
 def text_of(prompts: Sequence[Sequence[int]], length: int, first: int) -> list[int]:
-    """``length`` tokens: the prompts from ``first`` on, end to end, without the beginning of the first of them."""
+    """Return ``length`` tokens that end with prompt ``first``; the following prompts are put before it, one by one."""
     text: list[int] = []
     number = first
     while len(text) < length:
@@ -118,7 +123,7 @@ def _keep(last: dict[str, Run], name: str, way: Callable[[], Run]) -> Callable[[
 
 
 def _all(way: Callable[[Sequence[Sequence[int]]], Run], groups: Sequence[Sequence[Sequence[int]]]) -> Callable[[], Run]:
-    """One group after the other."""
+    """Return a function that decodes one group after the other and merges their results."""
 
     def run() -> Run:
         runs = [way(group) for group in groups]
@@ -143,30 +148,30 @@ def _ours(model: DecodeModel, options: DecodeOptions, texts: Sequence[Sequence[i
 
 
 class _FirstToken(BaseStreamer):
-    """Notes when transformers gives the first token: it hands over the prompt, then token by token."""
+    """A streamer that records the time of the first token: transformers passes the prompt, then token by token."""
 
     def __init__(self, start: float) -> None:
         self._start, self._puts, self.seconds = start, 0, 0.0
 
     def put(self, value: torch.Tensor) -> None:
-        """Tokens that became known."""
+        """Count calls, and record the time of the second, which has the first token."""
         self._puts += 1
         if self._puts == 2:
             self.seconds = time.perf_counter() - self._start
 
     def end(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing at the end of the stream."""
 
 
 class _Transformers:
-    """Greedy ``generate`` of the same weights with transformers' own attention."""
+    """transformers' own model of the same weights, with greedy ``generate`` and transformers' own attention."""
 
     def __init__(self, model: DecodeModel, folder: str | Path) -> None:
         self._causal_lm = load_stock(folder, model, never_masks=False)
 
     @torch.inference_mode()
     def run(self, texts: Sequence[Sequence[int]], max_new_tokens: int, **more: Any) -> Run:
-        """Shorter texts are padded on the left."""
+        """Decode the texts as one batch; shorter texts are padded on the left."""
         width = max(map(len, texts))
         padded = [[0] * (width - len(text)) + list(text) for text in texts]
         seen = [[0] * (width - len(text)) + [1] * len(text) for text in texts]

@@ -1,4 +1,4 @@
-"""How long a step waits for its batches, how much faster than training they come, and what opening large data costs."""
+"""The loader's benchmark: the wait for a step's batches, throughput against training's, and opening large data."""
 
 import json
 import resource
@@ -31,7 +31,7 @@ from tidar_megatron.training.step import train_step
 BLOCK, SEQUENCES = 16, 8
 TEXTS, CHARACTERS = 400, 4000
 DOCUMENTS = 10_000_000
-READ = (1, 200, 1000)  # packed sequences after which memory is looked at
+READ = (1, 200, 1000)  # numbers of packed sequences after which memory is measured
 # the quickstart's model and step (examples/quickstart/config.yaml)
 QUICKSTART: dict[str, Any] = {
     "tidar": {"block_size": 8, "mask_token_id": 257},
@@ -43,7 +43,13 @@ QUICKSTART: dict[str, Any] = {
 
 
 def loader(seq_lengths: list[int], repeats: int, documents: int = DOCUMENTS) -> dict[str, Any]:
-    """Three tables: waiting for a step's batches; the quickstart's step beside its loader; opening large data."""
+    """Measure the wait for a step's batches, the quickstart's loader against its training, and opening large data.
+
+    Args:
+        seq_lengths: the sequence lengths of the first table, in tokens.
+        repeats: steps per measurement.
+        documents: the number of documents of the large data.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "data"
         _write(folder, Path(scratch))
@@ -55,9 +61,9 @@ def loader(seq_lengths: list[int], repeats: int, documents: int = DOCUMENTS) -> 
 
 
 def _waiting(data: TrainingData, repeats: int) -> dict[str, Any]:
-    """Seconds to build a step of 8 sequences, and to wait for it while a step takes twice as long.
+    """Measure the seconds to build the batches of 8 sequences, and to wait for them if a step takes twice as long.
 
-    The step is a pause, as one on a GPU is for the CPU; a step on the same cores would share them with the thread.
+    The step is a pause, as a step on a GPU is for the CPU. A step on the CPU would compete with the thread for cores.
     """
 
     def build(step: int) -> list:
@@ -82,7 +88,7 @@ def _waiting(data: TrainingData, repeats: int) -> dict[str, Any]:
 
 
 def _quickstart(folder: Path, repeats: int) -> dict[str, Any]:
-    """Clean tokens per second that the quickstart's training consumes in one process, and that its loader delivers."""
+    """Measure the clean tokens per second of the quickstart's loader and of its training in one process."""
     config: Config = build_config(QUICKSTART)
     S, sequences = config.data.seq_length, config.training.global_batch_size
     data = TrainingData(folder, SequenceSettings(S, config.tidar.block_size, 257, seed=0))
@@ -108,7 +114,7 @@ def _quickstart(folder: Path, repeats: int) -> dict[str, Any]:
 
 
 def _opening(folder: Path, like: Manifest, documents: int) -> dict[str, Any]:
-    """In a process of its own; a shard that is one hole in the disk, and a real index of random lengths."""
+    """Measure opening large data in a separate process: a sparse file as the shard, with a real index of documents."""
     draw = np.random.Generator(np.random.Philox(1))
     lengths = draw.integers(1, 2 * 512, documents)
     folder.mkdir()
@@ -134,7 +140,10 @@ def _opening(folder: Path, like: Manifest, documents: int) -> dict[str, Any]:
 
 
 def open_and_seek(folder: str) -> None:
-    """Open the data, read the packed sequence in the middle of an epoch, then others; prints what that took as JSON."""
+    """Open the data, read packed sequences from the middle of an epoch on, and print time and memory as JSON.
+
+    This runs in the process that :func:`loader` starts.
+    """
     start, before = time.perf_counter(), _resident_mib()
     data = TrainingData(folder, SequenceSettings(4096, BLOCK, 257, seed=0))
     opened = time.perf_counter()
@@ -151,7 +160,7 @@ def open_and_seek(folder: str) -> None:
 
 
 def _resident_mib() -> float:
-    """What of this process is in memory now, mapped files included."""
+    """Return this process's resident memory in MiB, including mapped files."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 

@@ -1,4 +1,4 @@
-"""The output layer and its cross-entropy in chunks, over megatron-core's: all logits, then their loss in place."""
+"""The chunked output layer and cross-entropy against megatron-core's, which computes all logits, then their loss."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,11 @@ HIDDEN, VOCABULARY, TOKENS = 256, 49152, 4096
 
 
 def loss(repeats: int) -> dict[str, Any]:
-    """``peak_ratio`` and ``time_ratio`` of forward and backward, and the largest relative error of a gradient."""
+    """Measure the ratios of peak memory and time of forward and backward, and the largest relative gradient error.
+
+    Args:
+        repeats: rounds of measurements.
+    """
     ranks = initialize(ParallelConfig(), seed=0)
     try:
         dtype = torch.bfloat16 if has_gpu() else torch.float32

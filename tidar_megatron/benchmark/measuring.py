@@ -1,4 +1,4 @@
-"""How things are compared: side by side in one process, in turns, so that what disturbs one disturbs the other."""
+"""Tools to compare functions: interleaved in one process, so that noise on the machine affects all of them equally."""
 
 import gc
 import os
@@ -23,7 +23,7 @@ from tidar_megatron.inference.costs import processor
 
 @dataclass(frozen=True)
 class Spread:
-    """Of repeated measurements: the median, and the quartiles."""
+    """The median and the quartiles of repeated measurements."""
 
     median: float
     low: float
@@ -31,16 +31,16 @@ class Spread:
 
     @staticmethod
     def of(values: list[float]) -> "Spread":
-        """Of at least one value."""
+        """Return the spread of one or more values."""
         low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
         return Spread(statistics.median(values), low, high)
 
 
 class Timings:
-    """Seconds of several functions, one run of each a round."""
+    """The seconds of several functions, measured in rounds that run each function once."""
 
     def __init__(self, functions: Mapping[str, Callable[[], object]], repeats: int) -> None:
-        """Run each once to warm up, then ``repeats`` rounds, every second one the other way round."""
+        """Run one round to warm up, then ``repeats`` rounds, in which the order alternates."""
         where = device()
         self.seconds: dict[str, list[float]] = {name: [] for name in functions}
         for number in range(repeats + 1):
@@ -57,22 +57,22 @@ class Timings:
                 print(f"{', '.join(functions)}: {repeats} rounds of about {round_of:.2g} s", file=sys.stderr)
 
     def of(self, name: str) -> Spread:
-        """Seconds of a function."""
+        """Return the spread of a function's seconds."""
         return Spread.of(self.seconds[name])
 
     def ratio(self, name: str, other: str) -> Spread:
-        """How many times as long ``name`` takes as ``other``, from the pairs of each round."""
+        """Return the spread of the ratio of ``name``'s time to ``other``'s, paired by round."""
         return Spread.of([a / b for a, b in zip(self.seconds[name], self.seconds[other], strict=True)])
 
 
 def synchronize(where: torch.device) -> None:
-    """Wait for the device."""
+    """Wait until the device has finished its work."""
     if where.type == "cuda":
         torch.cuda.synchronize(where)
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """The most bytes that tensors made during ``run`` held at one time; what kernels allocate inside is not seen."""
+    """Return the peak bytes of tensors made during ``run``; on a CPU, memory that kernels allocate is not counted."""
     where = device()
     if where.type == "cuda":
         torch.cuda.synchronize(where)
@@ -87,7 +87,7 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
 
 def allocated_bytes(run: Callable[[], object]) -> int:
-    """All bytes that ``run`` took from the allocator, at whatever time and for however long; kernels' own included."""
+    """Return the total bytes that ``run`` takes from the allocator, freed or not, including memory inside kernels."""
     where = device()
     if where.type == "cuda":
         before = torch.cuda.memory_stats(where)["allocated_bytes.all.allocated"]
@@ -125,7 +125,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Return a description of this machine and its software, to publish with figures measured on it."""
     where = device()
     shown = {
         "processor": processor(),
@@ -140,5 +140,5 @@ def machine() -> dict[str, Any]:
 
 
 def rounded(spread: Spread) -> dict[str, float]:
-    """For JSON."""
+    """Return a spread as a dictionary of numbers rounded for JSON."""
     return {name: round(value, 4) for name, value in asdict(spread).items()}

@@ -1,4 +1,4 @@
-"""The planner against every fixed plan: a sweep, then its winner, ``auto`` and plain AR in turn."""
+"""The planner against every fixed plan: a sweep, then interleaved passes of its winner, ``auto`` and plain AR."""
 
 import sys
 import time
@@ -17,12 +17,12 @@ from tidar_megatron.inference.request import DecodeOptions, parse_plan
 
 LENGTHS = (2, 3, 4, 6, 8, 12, 16)
 KINDS = ("linear", "1", "2", "3", "all")
-PASS_SECONDS = 2.0  # of plain AR, about
+PASS_SECONDS = 2.0  # the approximate time of a pass with plain AR
 
 
 @dataclass
 class Pass:
-    """All prompts, once: the prefill's token and its time are left out."""
+    """Totals over all prompts, without the prefill's token and time."""
 
     tokens: int = 0
     forwards: int = 0
@@ -36,16 +36,18 @@ def planner(
     max_new_tokens: int,
     repeats: int,
 ) -> dict[str, Any]:
-    """Greedy, one request at a time, end of text ignored.
+    """Measure the planner and every fixed plan in greedy decoding, one request at a time, ignoring EOS.
 
     Args:
-        prompts: token ids; a measurement decodes some of them, more of a fast model.
-        settings: bodies (``own``, ``useless``, or one of :data:`~tidar_megatron.benchmark.bodies.BODIES`) and threads.
-        max_new_tokens: of each, at least 2.
+        model: the model to decode with.
+        prompts: token ids of the prompts; a measurement decodes up to 8 of them, more for a faster model.
+        settings: pairs of a body (``own``, ``useless``, or one of :data:`~tidar_megatron.benchmark.bodies.BODIES`) and
+            a number of threads.
+        max_new_tokens: tokens to generate for each prompt, at least 2.
         repeats: rounds in which the sweep's winner, ``auto`` and AR are measured again.
 
     Returns:
-        ``compared``, a row for each setting with ratios of the rounds; ``sweep``, every fixed plan, the fastest first.
+        ``compared``, a row for each setting with ratios paired by round; ``sweep``, every fixed plan, fastest first.
     """
     compared, swept = [], []
     for body, threads in settings:
@@ -96,7 +98,7 @@ def _setting(
 def _rounds(
     model: DecodeModel, prompts: Sequence[Sequence[int]], plans: Mapping[str, DecodeOptions], count: int
 ) -> dict[str, list[Pass]]:
-    """``count`` passes of each, in turns, every second round the other way round; one to warm up before them."""
+    """Run ``count`` rounds with one pass of each plan, in alternating order, after one prompt each to warm up."""
     done: dict[str, list[Pass]] = {name: [] for name in plans}
     for options in plans.values():
         _pass(model, prompts[:1], options)

@@ -1,4 +1,4 @@
-"""Results as files, as tables, as a plot."""
+"""The output of benchmarks: JSON files, tables and a plot."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from rich.table import Table
 
 
 def write(result: dict[str, Any], folder: str | Path) -> Path:
-    """``FOLDER/NAME.json``; ``NAME.cuda.json`` where a GPU was measured."""
+    """Write a result to ``FOLDER/NAME.json``, or ``FOLDER/NAME.cuda.json`` if a GPU was measured; return the path."""
     gpu = ".cuda" if "gpu" in result["machine"] else ""
     path = Path(folder) / f"{result['benchmark']}{gpu}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -18,7 +18,7 @@ def write(result: dict[str, Any], folder: str | Path) -> Path:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Each list of rows as a table; what was skipped as a line."""
+    """Print each list of rows as a table, and each list of other values, such as skipped contexts, as a line."""
     console = Console()
     lists = {name: value for name, value in result.items() if isinstance(value, list)}
     if not lists:
@@ -36,14 +36,14 @@ def show(result: dict[str, Any]) -> None:
 
 
 def _cell(value: object) -> str:
-    """A spread as the median and the quartiles."""
+    """Return the text of a cell; a spread is shown as its median and quartiles."""
     if not isinstance(value, dict):
         return f"{value:,}" if isinstance(value, int) else str(value)
     return f"{value['median']:.3g} ({value['low']:.3g} to {value['high']:.3g})"
 
 
 def plot(result: dict[str, Any], path: str | Path) -> None:
-    """Step time over tokens, AR and each fraction of the blocks, from the rows of ``training``."""
+    """Plot step time and its ratio to AR's against sequence length, from the result of the ``training`` benchmark."""
     import matplotlib
 
     matplotlib.use("Agg")

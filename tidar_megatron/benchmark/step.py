@@ -1,4 +1,4 @@
-"""What a decode step costs beside a bare forward of the same tokens under the same mask, and over the context."""
+"""The time of a decode step against a bare forward of the same tokens under the same mask, and by context length."""
 
 import time
 from collections.abc import Sequence
@@ -24,12 +24,12 @@ from tidar_megatron.inference.sequence import Sequence as Decoding
 
 @dataclass
 class Pass:
-    """A text's decode steps, and the bare forwards of what was in them."""
+    """The decode steps of one text, and the bare forwards of the same tokens."""
 
     step_seconds: list[float] = field(default_factory=list)
     bare_seconds: list[float] = field(default_factory=list)
     tokens: int = 0
-    bytes: list[int] = field(default_factory=list)  # allocated by a step
+    bytes: list[int] = field(default_factory=list)  # bytes allocated by each step
 
 
 def step(
@@ -40,16 +40,25 @@ def step(
     max_new_tokens: int,
     repeats: int,
 ) -> dict[str, Any]:
-    """One row for each plan and context. Every step of the engine is followed by its bare forward: ``over_bare`` is of
-    such pairs. ``over_nearest``: how many times as long as behind the first context, and the same of bare forwards.
+    """Time decode steps and bare forwards for each plan and context length.
 
-    The bare forward is transformers' own model, with the engine's RMSNorms and torch's scaled-dot-product attention
-    under the mask of the step's tokens, keys and values in a cache that copies nothing, and the output layer on as many
-    rows as the step needs.
-    Not in its time: making the mask, choosing and accepting tokens, drafting.
+    Each step of the engine is followed by the bare forward of its tokens. That is transformers' own model with the
+    engine's RMSNorms, torch's scaled-dot-product attention under the mask of the step's tokens, a cache that copies no
+    keys or values, and the output layer on as many rows as the step needs. Its time excludes making the mask, choosing
+    and accepting tokens, and drafting.
 
     Args:
-        prompts: token ids of texts; put end to end they make contexts of any length.
+        model: the model to decode with.
+        folder: the model's folder, from which transformers loads its own copy.
+        prompts: token ids of texts, which are concatenated to contexts of any length.
+        contexts: the context lengths, in tokens, with the shortest first.
+        max_new_tokens: tokens to generate for each text.
+        repeats: passes over all plans and contexts, after one that measures allocations.
+
+    Returns:
+        ``rows``, one for each plan and context, and ``skipped``, the contexts that do not fit. ``over_bare`` is the
+        ratio of a step's time to its bare forward's, pair by pair; ``over_nearest`` and ``bare_over_nearest`` are the
+        ratios of step and bare forward to those at the first context.
     """
     block = model.block_size or 8
     names = ["ar", *(f"{kind}:{block}" for kind in ("linear", "1", "2", "all")), "auto"]
@@ -77,7 +86,7 @@ def step(
 
 
 def _usual(passes: Sequence[Pass], which: str) -> float:
-    """Of a step: the mean of each pass, for steps differ in size; the median of the passes."""
+    """Return the median over passes of the mean over steps, which differ in size."""
     return median(fmean(getattr(done, which)) for done in passes)
 
 
@@ -103,7 +112,7 @@ def _pass(model: DecodeModel, bare: "Bare", text: Sequence[int], options: Decode
 
 
 class Bare:
-    """Transformers' model of the same weights, called directly."""
+    """transformers' own model of the same weights, called directly."""
 
     def __init__(self, model: DecodeModel, folder: str | Path) -> None:
         self._causal_lm = load_stock(folder, model)
@@ -112,12 +121,12 @@ class Bare:
         self._pool = KVPool(1, 1)
 
     def make_room(self, capacity: int) -> None:
-        """For texts of so many tokens; what is in it does not matter."""
+        """Make a cache for texts of up to ``capacity`` tokens; its contents do not matter."""
         self._pool = KVPool(1, capacity)
 
     @torch.inference_mode()
     def seconds(self, part: Part, rows: int) -> float:
-        """Of one forward of the part, with logits of so many rows."""
+        """Return the seconds of one forward of the part, with logits for ``rows`` rows."""
         layout, device = part.layout, self._causal_lm.device
         tokens = decode_layout(0, layout.num_drafts, layout.branches, layout.draft_length)
         visible = may_attend(tokens, torch.cat([prefix_layout(0), tokens]))
@@ -140,7 +149,7 @@ class Bare:
 
 
 class _Room:
-    """A pool as the cache that transformers' models expect: what they read is a view."""
+    """A pool behind the cache interface of transformers' models, which read views of it."""
 
     is_compileable = False
 

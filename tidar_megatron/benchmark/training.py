@@ -1,4 +1,4 @@
-"""A whole training step, optimizer included, over a step of plain AR training of the same model on the same tokens."""
+"""The time of a training step, including the optimizer, against a step of plain AR training on the same tokens."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ from tidar_megatron.training.optimizer import build_optimizer, wrap_model
 from tidar_megatron.training.step import train_step
 
 VOCABULARY = 4096
-TOKENS = 4096  # clean ones of a step: one micro-batch of as many sequences as that takes, or of a longer one
+TOKENS = 4096  # clean tokens per step: one micro-batch of sequences with that total, or of one longer sequence
 MODEL: dict[str, Any] = {
     "num_layers": 6,
     "hidden_size": 384,
@@ -30,7 +30,16 @@ MODEL: dict[str, Any] = {
 
 
 def training(seq_lengths: list[int], fractions: list[float], repeats: int, chunk_size: int = 256) -> dict[str, Any]:
-    """One row for each S and fraction of the blocks; one document fills a sequence."""
+    """Compare training steps with plain AR's, one row for each sequence length and fraction of the blocks with masks.
+
+    A sequence is one document.
+
+    Args:
+        seq_lengths: clean tokens per sequence, S.
+        fractions: the fractions of the blocks that have masks.
+        repeats: rounds of measurements.
+        chunk_size: the chunk size of attention's tiles, in tokens.
+    """
     rows = []
     for S in seq_lengths:
         config = _config(S, chunk_size)
@@ -73,7 +82,7 @@ def _config(seq_length: int, chunk_size: int) -> Config:
 
 
 def _steps(config: Config, fractions: list[float]) -> tuple[dict[str, Callable[[], object]], int]:
-    """Steps of one model to take in turns, AR and each fraction; and the model's parameters."""
+    """Return functions that take a step, of AR and of each fraction, and the model's number of parameters."""
     ranks = initialize(config.parallel, config.training.seed)
     chunks = build_model(config, VOCABULARY, ranks)
     initialize_weights(chunks, config.training.seed)
