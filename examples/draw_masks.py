@@ -20,7 +20,15 @@ COLOURS = ListedColormap(["#f4f4f2", "#3b6ea8", "#e0883a"])
 
 
 def draw(axis: Axes, queries: torch.Tensor, keys: torch.Tensor, title: str, names: tuple[list[str], list[str]]) -> None:
-    """One mask: blue where a query sees a clean token, orange where a mask token sees a mask token."""
+    """Draw one mask: blue where a query sees a clean token, orange where a mask token sees a mask token.
+
+    Args:
+        axis: the axes to draw on.
+        queries: metadata of the rows, int32 ``[q, 4]``.
+        keys: metadata of the columns, int32 ``[k, 4]``.
+        title: the title of the axes.
+        names: the labels of the rows and of the columns.
+    """
     seen = may_attend(queries, keys).int()
     seen[:, keys[:, 3] >= 0] *= ON_MASKS
     axis.imshow(seen, cmap=COLOURS, vmin=HIDDEN, vmax=ON_MASKS)
@@ -34,7 +42,11 @@ def draw(axis: Axes, queries: torch.Tensor, keys: torch.Tensor, title: str, name
 
 
 def main(path: str) -> None:
-    """Training: S = 12, B = 4, documents of 8 and 4. Decoding: K = 3 behind a prefix of 4, all branches."""
+    """Write the figure of both masks to ``path``.
+
+    The training mask has S = 12, B = 4 and documents of 8 and 4 tokens. The decode mask has K = 3 drafts after a prefix
+    of 4 tokens, with all branches.
+    """
     document = torch.tensor([0] * 8 + [1] * 4)
     index = torch.tensor([*range(8), *range(4)])
     training = training_layout(document, index, block_size=4)

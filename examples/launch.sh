@@ -1,20 +1,21 @@
 #!/usr/bin/env bash
-# tools/pretrain.py on one node or on many: one torchrun agent per node, one rank per GPU. Flags go to the program.
+# Run tools/pretrain.py on one or more nodes: one torchrun agent per node, one rank per GPU. Flags are passed to it.
 #
 #   examples/launch.sh --config FILE.yaml --save runs/x --load runs/x                               # one node
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 examples/launch.sh --config FILE.yaml --save ...         # on node0
 #   NNODES=2 NODE_RANK=1 MASTER_ADDR=node0 examples/launch.sh --config FILE.yaml --save ...         # on the other
 #
-# MASTER_ADDR     a name or address of the node of rank 0 that all nodes reach; MASTER_PORT a free port there [29500]
-# GPUS_PER_NODE   processes per node [all GPUs]; give a number on machines without
-# LOG_DIR         folder for one log per rank (each node its own sub-folder), beside the console
-# Where gloo or NCCL choose a wrong network interface, set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the right one.
+# MASTER_ADDR     a name or address of the node of rank 0 that all nodes can reach
+# MASTER_PORT     a free port on that node [29500]
+# GPUS_PER_NODE   processes per node [all GPUs]; set a number on machines without GPUs
+# LOG_DIR         folder for one log per rank, in a sub-folder per node, in addition to the console
+# If gloo or NCCL choose the wrong network interface, set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the right one.
 #
-# SIGUSR1 or SIGTERM to this script: the ranks save, and leave. SIGINT (Ctrl-C): they leave at once.
+# On SIGUSR1 or SIGTERM to this script, the ranks save and exit. On SIGINT (Ctrl-C) they exit at once.
 set -euo pipefail
-# so they are ignored in torchrun too, and in each rank until it has its own handlers (training/signals.py)
+# torchrun inherits that these are ignored, and so does each rank until it sets its own handlers (training/signals.py)
 trap '' USR1 TERM
-export PET_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT # torchrun's, where it knows that
+export PET_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT # for torchrun versions that read it
 NNODES=${NNODES:-1}
 if [[ $NNODES == 1 ]]; then
   NODE_RANK=0 where=(--standalone) # takes any free port
@@ -27,20 +28,20 @@ logs=()
 [[ -z ${LOG_DIR:-} ]] || logs=(--log-dir "$LOG_DIR/node$NODE_RANK" --tee 3)
 
 export PYTHONUNBUFFERED=1
-set -m # job control: otherwise what is started with & would not hear SIGINT
+set -m # job control: without it, a process started with & ignores SIGINT
 torchrun "${where[@]}" --nproc-per-node "${GPUS_PER_NODE:-gpu}" ${logs[@]+"${logs[@]}"} \
   "$(dirname "$0")/../tools/pretrain.py" "$@" &
 agent=$!
 
-# torchrun would pass a SIGTERM on and kill the ranks 30 seconds later, in the midst of a save; so they alone hear of it
-ask_ranks() { # fails while there are none
+# torchrun would forward SIGTERM and kill the ranks 30 seconds later, during a save, so only the ranks are signalled
+ask_ranks() { # fails while there are no ranks
   local ranks
   ranks=$(cat "/proc/$agent/task/"*/children 2>/dev/null) && [[ -n $ranks ]] && kill -USR1 $ranks
 }
 trap 'ask_ranks || true' USR1
 trap 'ask_ranks || kill -INT "$agent"' TERM
 trap 'kill -INT "$agent"' INT
-while kill -0 "$agent" 2>/dev/null; do # a signal ends the wait, not the agent
+while kill -0 "$agent" 2>/dev/null; do # a signal interrupts the wait but not the agent
   wait "$agent" && status=0 || status=$?
 done
 exit "$status"

@@ -1,11 +1,12 @@
-"""Which of transformers' causal LM classes the engine decodes exactly, and which it refuses: the table in README.md.
+"""Test which of transformers' causal LM classes the engine decodes exactly, and which it refuses (README.md's table).
 
     python examples/architectures/survey.py [MODEL_TYPE ...]
 
 Each class is built small and random (``tiny.py``), with windows and chunks of 16 tokens, and again with each kind of
-rotary scaling that it takes. What the engine does not refuse must give the tokens of transformers' own greedy
-``generate`` in every plan, alone and in a batch of five prompts of different lengths, past 64 tokens. Any other outcome
-ends the program with status 1. Without model types it writes the table; a few minutes of one core.
+rotary scaling that it supports. If the engine does not refuse a class, it must return the tokens of transformers' own
+greedy ``generate`` with every plan, one prompt at a time and in a batch of five prompts of different lengths, up to a
+context of more than 64 tokens. Otherwise the program exits with status 1. Without model types it tests all of them and
+writes the table, which takes a few minutes on one core.
 """
 
 import argparse
@@ -43,7 +44,7 @@ tried.
 
 
 class Outcome(NamedTuple):
-    """What became of one configuration: ``exact``, ``refused``, ``not built`` or ``DIFFERS``, and why."""
+    """The outcome of one configuration (``exact``, ``refused``, ``not built`` or ``DIFFERS``) with its reason."""
 
     model_type: str
     variant: str
@@ -52,7 +53,7 @@ class Outcome(NamedTuple):
 
 
 def variants(model_type: str) -> dict[str, dict[str, object]]:
-    """The configurations of ``model_type`` by name: as it is, without its windows, and with each rope type."""
+    """Return the configurations of ``model_type`` by name: as it is, without windows, and with each rope type."""
     settings = tiny.settings_of(model_type)
     found: dict[str, dict[str, object]] = {"as it is": {}}
     if "sliding_window" in settings:
@@ -67,7 +68,7 @@ def variants(model_type: str) -> dict[str, dict[str, object]]:
 
 
 def outcome_of(model_type: str, variant: str, changes: dict[str, object]) -> Outcome:
-    """Build one configuration and try it."""
+    """Build one configuration, decode with it in every plan, and return the outcome."""
     try:
         causal_lm = tiny.build(model_type, **changes)
     except tiny.NotBuiltError as error:
@@ -77,7 +78,7 @@ def outcome_of(model_type: str, variant: str, changes: dict[str, object]) -> Out
     prompts = [torch.randint(3, MASK, (length,), generator=draw).tolist() for length in PROMPT_LENGTHS]
     try:
         wanted = [stock_tokens(causal_lm, prompt) for prompt in prompts]
-    except Exception as error:  # whatever its own generate raises
+    except Exception as error:  # its own generate may raise anything
         wanted, stock_error = None, error
     try:
         model = wrap_model(causal_lm)
@@ -101,7 +102,7 @@ def outcome_of(model_type: str, variant: str, changes: dict[str, object]) -> Out
 
 @torch.inference_mode()
 def stock_tokens(causal_lm: PreTrainedModel, prompt: list[int]) -> list[int]:
-    """Greedy tokens of transformers' own ``generate``, without the mask token."""
+    """Return the greedy tokens of transformers' own ``generate`` with the mask token suppressed."""
     found = causal_lm.generate(
         torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
@@ -116,7 +117,7 @@ def stock_tokens(causal_lm: PreTrainedModel, prompt: list[int]) -> list[int]:
 
 
 def table(outcomes: list[Outcome]) -> str:
-    """The README: counts, then each class with the configurations that had the same outcome for the same reason."""
+    """Return README.md's text: counts, then a row for the configurations of a class with equal outcome and reason."""
     counts = Counter(one.outcome for one in outcomes)
     kinds = ", ".join(f"{counts[kind]} {kind}" for kind in ("exact", "refused", "not built", "DIFFERS") if counts[kind])
     lines = [
@@ -135,7 +136,7 @@ def table(outcomes: list[Outcome]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model_types", nargs="*", help="default: all, and write the table")
+    parser.add_argument("model_types", nargs="*", help="model types to test [all, and write the table]")
     asked = parser.parse_args().model_types
     warnings.filterwarnings("ignore")
     transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)

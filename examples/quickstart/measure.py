@@ -1,4 +1,4 @@
-"""Decode held-out prompts with every plan: a table, ``summary.json`` and one picture, in the run's folder.
+"""Decode held-out prompts with every plan; print a table, and write ``summary.json`` and a plot to the run's folder.
 
 python examples/quickstart/measure.py --run runs/quickstart --valid-data data/quickstart/valid
 """
@@ -13,12 +13,12 @@ from tidar_megatron.program import OneLineParser, run_tool
 
 PROMPTS_WRITTEN, PROMPTS_DECODED, NEW_TOKENS = 240, 24, 128
 PROMPT_BYTES = 128
-HEADLINE = "tidar, 2 branches, K=8"  # named before measuring, not picked after
+HEADLINE = "tidar, 2 branches, K=8"  # chosen before measuring, not after
 EXAMPLE = '{"geonameid": 2950159, "name":'
 
 
 def plans() -> dict[str, Any]:
-    """The plans of the table: how many drafts, and for which outcomes the next drafts are prepared."""
+    """Return the decoding plans of the table by name; they differ in mode, draft length and branches."""
     from tidar_megatron.inference.request import DecodeOptions
 
     return {
@@ -32,9 +32,12 @@ def plans() -> dict[str, Any]:
 
 
 def heldout_prompts(folder: str, count: int) -> list[str]:
-    """``count`` prompts spread over the held-out documents, each the first 128 bytes of a row.
+    """Return ``count`` prompts spread over the held-out documents, each the first 128 bytes of a row.
 
-    Prompt and output together are 256 tokens then, the length the model was trained on: nothing is extrapolated.
+    Prompt and output together have 256 tokens, the sequence length of training, so no position is extrapolated.
+
+    Raises:
+        UserError: the held-out documents have too few rows.
     """
     from tidar_megatron.data.shards import ShardedDocuments
 
@@ -46,12 +49,12 @@ def heldout_prompts(folder: str, count: int) -> list[str]:
         prompts += [row.encode()[:PROMPT_BYTES].decode(errors="ignore") for row in rows]
     step = max(len(prompts) // count, 1)
     if len(prompts) < count:
-        raise UserError(f"{folder}: holds {len(prompts)} prompts, {count} are wanted; hold more documents out")
+        raise UserError(f"{folder}: has {len(prompts)} prompts, but {count} are needed; hold out more documents")
     return prompts[::step][:count]
 
 
 def main() -> None:
-    """Measure, then report."""
+    """Measure all plans, then write and print the results."""
     parser = OneLineParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--run", required=True, help="the training run's folder, with its export in hf/")
     parser.add_argument("--valid-data", required=True, help="folder of held-out shards")
@@ -65,7 +68,7 @@ def main() -> None:
     heldout = run / "heldout.jsonl"
     heldout.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts), encoding="utf-8")
 
-    model = load_model(folder, dtype="float32")  # identity is of float32: narrower types round ties away
+    model = load_model(folder, dtype="float32")  # bfloat16 rounds logits to ties, so outputs could differ from AR's
     decoded = [encode_prompt(model, prompt) for prompt in prompts[:: PROMPTS_WRITTEN // PROMPTS_DECODED]]
     print(f"decoding {len(decoded)} prompts with {len(plans()) + 2} plans ...", flush=True)
     figures = compare_plans(model, decoded, plans(), NEW_TOKENS, transformers_folder=folder)
@@ -93,11 +96,11 @@ def main() -> None:
     print(f"{run / 'summary.json'}, {run / 'quickstart.png'}")
     print(f"try it: . .venv/bin/activate; python tools/generate.py --model {folder} --branches 2 --prompt '{EXAMPLE}'")
     if not summary["identical_to_ar"]:
-        raise UserError(f"{run / 'summary.json'}: a plan's output differs from AR's; please report the machine and it")
+        raise UserError(f"{run / 'summary.json'}: a plan's output differs from AR's; report it with your machine")
 
 
 def machine() -> str:
-    """The processor and the libraries, as they matter for the figures."""
+    """Return the processor, threads and library versions, on which the figures depend."""
     import torch
 
     from tidar_megatron.inference.costs import processor
@@ -110,7 +113,7 @@ def machine() -> str:
 
 
 def print_table(figures: dict[str, Any], summary: dict[str, Any]) -> None:
-    """The table of the README."""
+    """Print the README's table."""
     from rich.console import Console
     from rich.table import Table
 
@@ -126,7 +129,7 @@ def print_table(figures: dict[str, Any], summary: dict[str, Any]) -> None:
 
 
 def draw(path: Path, metrics: list[dict[str, Any]], figures: dict[str, Any]) -> None:
-    """Losses, acceptance by offset, and what each plan gains."""
+    """Plot the training losses, acceptance by offset, and each plan's tokens per forward and speed-up."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The quickstart: real data, shards, a two-process training run, export, generation. Started by `make quickstart`.
-# Flags given here go to the training program (CI trains for fewer steps: --train-iters 60).
+# Run the quickstart: real data, shards, a training run with two processes, export, decoding. `make quickstart` runs it.
+# Flags are passed to tools/pretrain.py (CI trains for fewer steps: --train-iters 150).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export CUDA_VISIBLE_DEVICES= # a demonstration for CPUs; the model is far too small for a GPU
 DATA=data/quickstart RUN=runs/quickstart
 rm -rf "$DATA" "$RUN"
 
-# GeoNames cities as JSON lines (CC BY 4.0), 64 rows a document; 5% of the documents are held out
+# GeoNames cities as JSON lines (CC BY 4.0), 64 rows per document; 5% of the documents are held out
 python examples/quickstart/cities.py $DATA/cities.jsonl
 python tools/prepare_data.py --input $DATA/cities.jsonl --tokenizer byte \
   --output $DATA/train --held-out-fraction 0.05 --held-out-output $DATA/valid
@@ -16,8 +16,8 @@ python tools/prepare_data.py --input $DATA/cities.jsonl --tokenizer byte \
 OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 tools/pretrain.py --config examples/quickstart/config.yaml \
   --train-data $DATA/train --valid-data $DATA/valid --save $RUN "$@"
 
-# an ordinary Hugging Face folder
+# export a standard Hugging Face folder
 python tools/convert_checkpoint.py export --checkpoint $RUN --hf $RUN/hf
 
-# draft and verify against AR and prompt-lookup in the same engine, on held-out prompts
+# compare draft-and-verify decoding with AR and prompt lookup in the same engine, on held-out prompts
 python examples/quickstart/measure.py --run $RUN --valid-data $DATA/valid

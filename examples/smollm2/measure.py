@@ -1,4 +1,4 @@
-"""SmolLM2 before and after it learned to draft: AR loss on held-out text, acceptance, tokens per forward, what it says.
+"""Measure SmolLM2 before and after it learned to draft: held-out AR loss, acceptance, tokens per forward, samples.
 
 python examples/smollm2/measure.py --before FOLDER --after RUN --valid-data SHARDS --output FILE.json
 """
@@ -11,17 +11,17 @@ from typing import Any
 
 from tidar_megatron.program import OneLineParser, run_tool
 
-WINDOW, PROMPT = 512, 128  # tokens of a held-out window, for the AR loss; of a prompt, for the speed
+WINDOW, PROMPT = 512, 128  # tokens per held-out window (for the AR loss) and per prompt (for the speed)
 
 
 def main() -> None:
-    """Measure both, write JSON, print what came out."""
+    """Measure both models, write the JSON file and print the tables."""
     parser = OneLineParser(description=(__doc__ or "").split("\n")[0])
     for name in ("before", "after", "valid-data", "output"):
         parser.add_argument(f"--{name}", required=True)
-    parser.add_argument("--windows", type=int, default=48, help=f"of {WINDOW} held-out tokens, for the AR loss [48]")
-    parser.add_argument("--prompts", type=int, default=24, help=f"of {PROMPT} held-out tokens, for the speed [24]")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="after every prompt [64]")
+    parser.add_argument("--windows", type=int, default=48, help=f"windows of {WINDOW} tokens, for the AR loss [48]")
+    parser.add_argument("--prompts", type=int, default=24, help=f"prompts of {PROMPT} tokens, for the speed [24]")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens to generate for each prompt [64]")
     args = parser.parse_args()
     from tidar_megatron.benchmark.measuring import machine
     from tidar_megatron.data.shards import ShardedDocuments
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def table(found: dict[str, Any]) -> str:
-    """What benchmarks/README.md shows of it."""
+    """Return the tables that benchmarks/README.md shows."""
     last, losses = found["evaluations"][-1], found["ar_loss"]
     lines = [
         f"AR loss of held-out text: {losses['before']:.3f} before, {losses['after']:.3f} after "
@@ -111,7 +111,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text as a cell of a table holds it."""
+    """Return text escaped for a cell of a Markdown table."""
     return "`" + text.replace("\n", "\u21b5").replace("`", "'").replace("|", "\\|").strip() + "`"
 
 

