@@ -96,7 +96,7 @@ def main() -> None:
     print(f"{run / 'summary.json'}, {run / 'quickstart.png'}")
     print(f"try it: . .venv/bin/activate; python tools/generate.py --model {folder} --branches 2 --prompt '{EXAMPLE}'")
     if not summary["identical_to_ar"]:
-        raise UserError(f"{run / 'summary.json'}: a plan's output differs from AR's; report it with your machine")
+        raise UserError(f"{run / 'summary.json'}: a plan's output differs from AR's; please report this file")
 
 
 def machine() -> str:
