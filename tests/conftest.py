@@ -1,9 +1,8 @@
-"""What tests of several folders share: shards of ragged documents, tiny Hugging Face folders, launching ranks."""
+"""What tests of several folders share: profiles, tiers, and shards of ragged documents."""
 
+import gc
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,9 @@ from hypothesis import settings
 # `make test` draws some examples, `make test-slow` many
 settings.register_profile("quick", max_examples=60, deadline=None)
 settings.register_profile("thorough", max_examples=500, deadline=None)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "quick")
+THOROUGH = PROFILE == "thorough"
+settings.load_profile(PROFILE)
 
 # the tests are of the CPU everywhere, also where there is a GPU; `make test-gpu` runs the few that are of the GPU
 if not os.environ.get("TIDAR_TEST_GPU"):
@@ -32,6 +33,24 @@ def pytest_ignore_collect(collection_path, config):
     """What takes minutes, or a model unpacked first, is run by its name: make test-faults, test-slurm, test-slow."""
     named = any(collection_path.name in given for given in config.args)
     return True if collection_path in APART and not named else None
+
+
+def pytest_collection_finish():
+    """Leave what the imports made out of every later garbage collection: the end of each run in a test collects."""
+    gc.collect()
+    gc.freeze()
+
+
+# files that take longest, the longest first: begun last, one of them would keep one core busy alone
+HEAVY = """
+training/test_layout_check training/test_parity launch/test_signals launch/test_two_nodes
+""".split()
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the heavy files; the rest stays in order."""
+    order = {ROOT / "tests" / f"{name}.py": number for number, name in enumerate(HEAVY)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -59,11 +78,3 @@ def shards(tmp_path_factory):
         held_out_output=folder / "valid",
     )
     return folder / "train", folder / "valid"
-
-
-def torchrun(processes, *arguments, timeout=300):
-    """Run ``python -m torch.distributed.run``; its output on failure becomes the assertion's message."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run([*command, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
-    return done

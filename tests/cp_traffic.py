@@ -7,6 +7,7 @@ prints one JSON object a line: the CP size, TiDAR or plain AR, bytes per layer, 
 
 import inspect
 import json
+import sys
 
 import torch.distributed as dist
 
@@ -32,11 +33,22 @@ def counted(function):
     return call
 
 
+def count_everywhere(name):
+    """Replace a collective in torch.distributed, and wherever a module has bound it to a name of its own."""
+    original = getattr(dist, name)
+    replacement = counted(original)
+    for module in list(sys.modules.values()):
+        for own_name, value in list(getattr(module, "__dict__", {}).items()):
+            if value is original:
+                setattr(module, own_name, replacement)
+
+
 def main():
-    # before megatron-core binds them to names of its own
+    import megatron.core.tensor_parallel  # noqa: F401 - binds collectives to names of its own
+
     gathers = "all_gather_into_tensor reduce_scatter_tensor all_gather".split()
     for name in [*gathers, "all_reduce", "all_to_all_single", "broadcast"]:
-        setattr(dist, name, counted(getattr(dist, name)))
+        count_everywhere(name)
 
     from tidar_megatron.distributed.groups import initialize, shut_down
     from tidar_megatron.models.gpt import build_model, run_model

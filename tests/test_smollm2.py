@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.checkpoint.test_convert import same_folder
-from tests.conftest import ROOT, torchrun
+from tests.conftest import ROOT
+from tests.ranks import run_ranks
 from tidar_megatron.data.prepare import prepare
 from tidar_megatron.evaluation.tasks import run_tasks
 from tidar_megatron.huggingface.convert import export_run, import_run, verify
@@ -40,7 +41,7 @@ def test_there_and_back_through_six_ranks(original, imported, tmp_path):
     texts.write_text("".join(json.dumps(f"{PROMPT} {n}.") + "\n" for n in range(60)))
     prepare([texts], tmp_path / "data", str(original))
     layout = json.dumps({"tensor_model_parallel_size": 3, "pipeline_model_parallel_size": 2})
-    torchrun(
+    run_ranks(
         6, "-m", "tests.checkpoint.start_and_save", imported, tmp_path / "out", tmp_path / "data",
         f"--parallel={layout}", "--init-mask-token=mean", "smollm2", timeout=900,
     )  # fmt: skip

@@ -1,15 +1,13 @@
 """The benchmark program measures what it says: small runs of each kind, and its instruments on known functions."""
 
 import json
-import subprocess
-import sys
 import time
 import types
 
 import pytest
 import torch
 
-from tests.conftest import ROOT
+from tests.programs import call
 from tidar_megatron.benchmark import attention as attention_benchmark
 from tidar_megatron.benchmark import loss as loss_benchmark
 from tidar_megatron.benchmark.measuring import Spread, Timings, peak_bytes
@@ -18,8 +16,7 @@ from tidar_megatron.distributed.groups import shut_down
 
 
 def run(*arguments):
-    command = [sys.executable, "-W", "ignore", "tools/benchmark.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return call("tools/benchmark.py", *arguments)
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,7 @@ import errno
 import json
 import math
 import re
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -15,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import normalizers
 
-from tests.conftest import ROOT, torchrun
+from tests import ranks
+from tests.conftest import ROOT
 from tests.random_models import MODELS, write_random_model
 from tidar_megatron.config import ParallelConfig
 from tidar_megatron.data.tokenizer import byte_tokenizer, free_id, reserved_ids, train_bpe
@@ -77,7 +76,7 @@ def test_both_sides_have_the_same_logits_and_a_changed_weight_is_seen(imported, 
 def test_through_tp2_pp2(imported, tmp_path, shards):
     """Four ranks start from what was imported, save without a step, and one process exports."""
     names = [name for name in MODELS if "moe" not in name]
-    torchrun(4, "-m", "tests.checkpoint.start_and_save", imported, tmp_path, shards[0], *names)
+    ranks.run_ranks(4, "-m", "tests.checkpoint.start_and_save", imported, tmp_path, shards[0], *names)
     for name in names:
         export_run(tmp_path / name, tmp_path / f"{name}-hf")
         mask = json.loads((tmp_path / f"{name}-hf" / "config.json").read_text())["tidar"]["mask_token_id"]
@@ -166,13 +165,7 @@ def test_what_a_model_learned_of_drafting_comes_along(tmp_path):
 
 
 def tool(*arguments, largest_file=None):
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails, as on a full disk
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-
-    command = [sys.executable, "tools/convert_checkpoint.py", *map(str, arguments)]
-    before = limit if largest_file else None
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=before)
+    return ranks.run("tools/convert_checkpoint.py", *arguments, largest_file=largest_file)
 
 
 def test_a_used_id_is_no_mask_token(tmp_path):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import torchrun
 from tests.random_models import write_random_model
+from tests.ranks import run_ranks
 from tidar_megatron.config import CONFIG_FILE, build_config, load_config
 from tidar_megatron.data.prepare import prepare
 from tidar_megatron.data.sources import tokenizer_of
@@ -169,7 +169,9 @@ def test_a_damaged_run_is_named_by_every_rank(imported, tmp_path, shards):
         stream.seek(file.stat().st_size // 2)
         stream.write(b"damage")
     with pytest.raises(AssertionError, match=rf"--init-from .*{file.name}"):
-        torchrun(2, "tools/pretrain.py", "--init-from", tmp_path / "run", "--train-data", shards[0], "--seq-length", 32)
+        run_ranks(
+            2, "tools/pretrain.py", "--init-from", tmp_path / "run", "--train-data", shards[0], "--seq-length", 32
+        )
 
 
 def test_a_new_row_cannot_be_kept(tmp_path):

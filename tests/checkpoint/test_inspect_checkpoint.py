@@ -3,12 +3,10 @@
 import json
 import os
 import pickle
-import subprocess
-import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.programs import call
 from tests.training.small_runs import small
 from tidar_megatron.checkpoint.folder import checkpoint_folder
 from tidar_megatron.checkpoint.integrity import FILE_NAME, seal, write_manifest
@@ -45,8 +43,8 @@ def test_what_is_in_it(run, shards):
 
 
 def test_the_program(run, tmp_path):
-    command = [sys.executable, "tools/inspect_checkpoint.py", str(run), "--verify"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    command = ["tools/inspect_checkpoint.py", run, "--verify"]
+    done = call(*command)
     assert done.returncode == 0, done.stderr
     assert "the tracker names 8; a run goes on from 8" in done.stdout
     assert [line.split(":")[0] for line in done.stdout.splitlines()[1:]] == ["iter_0000004", "iter_0000008"]
@@ -54,7 +52,7 @@ def test_the_program(run, tmp_path):
     sound = path.read_bytes()
     path.write_bytes(sound.replace(b'"iteration": 8', b'"iteration": 9'))
     try:
-        done = subprocess.run([*command, "--json"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        done = call(*command, "--json")
     finally:
         path.write_bytes(sound)
     assert done.returncode == 1

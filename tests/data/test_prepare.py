@@ -3,18 +3,16 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.programs import call
 from tidar_megatron.data.prepare import prepare
 from tidar_megatron.data.shards import ShardedDocuments
 from tidar_megatron.data.texts import find_texts
 from tidar_megatron.data.tokenizer import fingerprint, train_bpe
 from tidar_megatron.errors import UserError
-
-ROOT = Path(__file__).parents[2]
 
 
 def texts_of(folder: Path) -> list[str]:
@@ -171,9 +169,7 @@ def test_options_that_cannot_be(
 
 
 def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "prepare_data.py"), *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=120)
+    return call("tools/prepare_data.py", *arguments)
 
 
 def test_the_program(corpus: Path, tmp_path: Path) -> None:

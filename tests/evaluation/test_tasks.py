@@ -3,15 +3,15 @@
 import copy
 import dataclasses
 import json
-import subprocess
 import sys
 import time
 
 import pytest
 import torch
 
-from tests.conftest import ROOT
+from tests.programs import call
 from tests.random_models import write_random_model
+from tests.ranks import run
 from tidar_megatron.data.tokenizer import byte_tokenizer
 from tidar_megatron.errors import UserError
 from tidar_megatron.evaluation import tasks
@@ -201,9 +201,8 @@ def test_scores_that_differ_are_told(folder, files, monkeypatch):
 
 def test_the_tool(folder, files):
     named = [files / "answers.jsonl", files / "texts.jsonl"]
-    command = [sys.executable, "tools/evaluate.py", "--model", folder, "--tasks", *named]
-    command += ["--plan", "1:4", "--max-new-tokens", "6", "--json"]
-    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    options = ["--plan", "1:4", "--max-new-tokens", "6", "--json"]
+    done = call("tools/evaluate.py", "--model", folder, "--tasks", *named, *options)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])["rows"]
     assert [(row["task"], row["scores_differ"]) for row in rows] == [("answers", False), ("texts", False)]
@@ -295,13 +294,12 @@ def test_lm_evals_own_command_line(folder, tmp_path):
     (tmp_path / "texts.jsonl").write_text('{"text": "alpha beta"}\n')
     task = {key: value for key, value in local_task(tmp_path / "texts.jsonl").items() if key != "metric_list"}
     (tmp_path / "texts.yaml").write_text(json.dumps(task))
-    command = [sys.executable, "-m", "tidar_megatron.evaluation", "--model", "tidar", "--limit", "1"]
-    command += ["--model_args", f"pretrained={folder}", "--tasks", tmp_path / "texts.yaml"]
-    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    command = ["-m", "tidar_megatron.evaluation", "--model", "tidar", "--limit", "1"]
+    command += ["--tasks", tmp_path / "texts.yaml", "--model_args"]
+    done = run(*command, f"pretrained={folder}")
     assert done.returncode == 0, done.stderr
     assert "word_perplexity" in done.stdout
-    command[command.index("--model_args") + 1] = f"pretrained={tmp_path}"
-    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    done = run(*command, f"pretrained={tmp_path}")
     assert (done.returncode, done.stderr.splitlines()[-1][:7]) == (2, "error: ")
 
 

@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 from tests.launch.launching import CONFIG, TINY, started, wait_for
+from tests.ranks import started as forked
 
 SAVE_EVERY = 4
 SMALL = "--num-layers 1 --hidden-size 32 --ffn-hidden-size 48 --kv-channels 16 --seq-length 32 --block-size 4".split()
@@ -12,9 +13,11 @@ SMALL = "--num-layers 1 --hidden-size 32 --ffn-hidden-size 48 --kv-channels 16 -
 
 def begin(run, data, log, processes=1, *flags):
     """Start training, in ``processes`` data-parallel ranks, going on with what ``run`` holds."""
-    launcher = ["torchrun", "--standalone", "--nproc-per-node", processes] if processes > 1 else ["python"]
-    command = [*launcher, "tools/pretrain.py", "--config", CONFIG, *TINY, *SMALL, "--train-data", data, "--save", run]
-    return started([*command, "--load", run, "--save-interval", SAVE_EVERY, "--log-sample-ids", *flags], log)
+    program = ["tools/pretrain.py", "--config", CONFIG, *TINY, *SMALL, "--train-data", data, "--save", run]
+    program += ["--load", run, "--save-interval", SAVE_EVERY, "--log-sample-ids", *flags]
+    if processes > 1:
+        return started(["torchrun", "--standalone", "--nproc-per-node", processes, *program], log)
+    return forked(program, log)
 
 
 def finish(run, data, log, processes=1, *flags):

@@ -1,12 +1,11 @@
 """One run of two ranks, killed again and again: ``killed_runs.py TRAIN FOLDER KILLS [SEED]``.
 
-Each life is tools/pretrain.py on two ranks (forked_ranks.py: only the imports are the parent's), and ends by SIGKILL to
+Each life is tools/pretrain.py on two ranks (tests/ranks.py: only the imports are another's), and ends by SIGKILL to
 rank 0, rank 1 or both, at a random moment: while the ranks meet, load, train, save (synchronously or not, by turns) or
 publish. A rank that is left over is ended as torchrun ends it. After every kill all that was ever published is read
 and hashed. The last life ends by itself; an undisturbed run of its length says what it should have been.
 """
 
-import os
 import random
 import signal
 import sys
@@ -16,8 +15,8 @@ from pathlib import Path
 import torch
 
 from tests.faults.data_runs import SMALL, ids_of
-from tests.faults.forked_ranks import ended, start_ranks
 from tests.launch.launching import CONFIG, TINY, losses
+from tests.ranks import start_ranks
 from tidar_megatron.checkpoint.folder import TRACKER, checkpoint_folder, latest_iteration, saved_iterations
 from tidar_megatron.checkpoint.integrity import check_hashes
 
@@ -31,18 +30,26 @@ def flags(data, run, until, asynchronous=False):
     return [*given, "--async-save"] if asynchronous else given
 
 
+def ranks_of(flags, logs):
+    """Start two ranks; rank r writes to ``logs``/rank-r.log."""
+    files = [logs / f"rank-{rank}.log" for rank in (0, 1)]
+    for file in files:
+        file.write_text("")
+    return start_ranks(2, ["tools/pretrain.py", *flags], files)
+
+
 def life(draw, data, run, asynchronous):
     """Start two ranks, kill at random; whom, and after how long."""
-    processes = start_ranks(flags(data, run, FAR, asynchronous), run.parent)
+    processes = ranks_of(flags(data, run, FAR, asynchronous), run.parent)
     seconds, whom = draw.uniform(0, LIFE), draw.choice([[0], [1], [0, 1]])
     time.sleep(seconds)
     for rank in whom:
-        os.kill(processes[rank], signal.SIGKILL)
+        processes[rank].kill()
     for number in (signal.SIGTERM, signal.SIGKILL):
         time.sleep(0.2 if len(whom) == 1 else 0)
         for rank in {0, 1} - set(whom):
-            os.kill(processes[rank], number)  # not yet waited for: the id is still its own
-    statuses = [ended(process) for process in processes]
+            processes[rank].send_signal(number)
+    statuses = [process.wait() for process in processes]
     assert all(statuses[rank] == -signal.SIGKILL for rank in whom), (statuses, (run.parent / "rank-0.log").read_text())
     return whom, seconds
 
@@ -62,7 +69,7 @@ def check_published(run, before):
 
 
 def to_the_end(data, run, until):
-    statuses = [ended(process) for process in start_ranks(flags(data, run, until), run.parent)]
+    statuses = [process.wait() for process in ranks_of(flags(data, run, until), run.parent)]
     assert statuses == [0, 0], (run.parent / "rank-0.log").read_text()[-5000:]
 
 

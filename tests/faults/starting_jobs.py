@@ -1,22 +1,15 @@
-"""Jobs of a few ranks that meet trouble as they start: ``starting_jobs.py DATA FOLDER``.
+"""Jobs of a few ranks that meet trouble as they start: the real program on forked ranks (tests/ranks.py)."""
 
-Each is the real program on forked ranks (tests/faults/forked_ranks.py), so that the imports are paid once. Prints one
-JSON object: job -> [the ranks' exit statuses, negative for signals; their logs].
-"""
-
-import json
 import os
 import signal
-import sys
 import time
-from pathlib import Path
+from functools import partial
 
-import torch
 from megatron.core import parallel_state
 
 from tests.faults.data_runs import SMALL
-from tests.faults.forked_ranks import ended, start_ranks
 from tests.launch.launching import CONFIG, TINY, steps, wait_for
+from tests.ranks import start_ranks
 from tidar_megatron.checkpoint.checkpoints import Checkpoints
 from tidar_megatron.distributed import startup
 from tidar_megatron.errors import UserError
@@ -59,16 +52,12 @@ TROUBLES = {
 }
 
 
-def troubled(name):
-    """What rank r does before it begins."""
+def trouble(name, rank):
+    """What rank ``rank`` does before it begins."""
     whose, (place, function), what = TROUBLES[name]
-
-    def prepare(rank):
-        startup.BEAT, startup.SILENT, startup.GRACE, startup.ALIKE = 0.2, 20.0, 3.0, 3.0
-        if rank in whose:
-            setattr(place, function, lambda *arguments, **named: what())
-
-    return prepare
+    startup.BEAT, startup.SILENT, startup.GRACE, startup.ALIKE = 0.2, 20.0, 3.0, 3.0
+    if rank in whose:
+        setattr(place, function, lambda *arguments, **named: what())
 
 
 def ends(processes, stopped=()):
@@ -77,20 +66,19 @@ def ends(processes, stopped=()):
     while len(statuses) < len(processes) - len(stopped) and time.monotonic() < end:
         for rank, process in enumerate(processes):
             if rank not in statuses:
-                pid, status = os.waitpid(process, os.WNOHANG)
-                if pid:
-                    statuses[rank] = os.waitstatus_to_exitcode(status)
+                status = process.poll()
+                if status is not None:
+                    statuses[rank] = status
         time.sleep(0.02)
     for rank, process in enumerate(processes):
         if rank not in statuses:
-            os.kill(process, signal.SIGKILL)
-            ended(process)
+            process.kill()
+            process.wait()
     return [statuses.get(rank) for rank in range(len(processes))]
 
 
-def main():
-    torch.set_num_threads(1)
-    data, folder = Path(sys.argv[1]), Path(sys.argv[2])
+def all_jobs(data, folder):
+    """{job: [the ranks' exit statuses, negative for signals; their logs]}."""
     found = {}
 
     def logs(name):
@@ -100,8 +88,10 @@ def main():
     def said(name):
         return [path.read_text() for path in sorted((folder / name).glob("rank-*.log"))]
 
-    def start(name, run, until, *extra, **more):
-        return start_ranks([*flags(data, run, until), *extra], logs(name), **more)
+    def start(name, run, until, *extra, count=2, prepare=None):
+        files = [logs(name) / f"rank-{rank}.log" for rank in range(count)]
+        program = ["tools/pretrain.py", *flags(data, run, until), *extra]
+        return start_ranks(count, program, files, prepare, TORCH_CPP_LOG_LEVEL="ERROR")
 
     # two runs into one folder
     run = folder / "run"
@@ -111,13 +101,13 @@ def main():
     after = len(steps(run))
     wait_for(lambda: len(steps(run)) > after, 60, "the first goes on", folder / "living" / "rank-0.log", every=0.05)
     for process in living:
-        os.kill(process, signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
     found["living"] = [ends(living), said("living")]
     killed = start("killed", run, 1_000_000)
     before = len(steps(run))
     wait_for(lambda: len(steps(run)) > before, 60, "steps", folder / "killed" / "rank-0.log", every=0.05)
     for process in killed:
-        os.kill(process, signal.SIGKILL)
+        process.kill()
     found["killed"] = [ends(killed), said("killed")]
     until = before + 20
     both = [start(name, run, until) for name in ("one", "other")]
@@ -126,11 +116,7 @@ def main():
     )
     # ranks that go missing
     for name in TROUBLES:
-        processes = start(name, run, until + 1, "--global-batch-size", 6, count=3, prepare=troubled(name))
+        processes = start(name, run, until + 1, "--global-batch-size", 6, count=3, prepare=partial(trouble, name))
         statuses = ends(processes, TROUBLES[name][0] if TROUBLES[name][2] is hang else ())
         found[name] = [statuses, said(name)]
-    print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()
+    return found

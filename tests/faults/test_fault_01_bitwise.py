@@ -6,8 +6,8 @@ import random
 import pytest
 import torch
 
-from tests.conftest import torchrun
 from tests.faults.checkpoint_jobs import LAYOUTS, job, run_jobs, tensors
+from tests.ranks import run_ranks
 from tests.training.small_runs import losses
 from tidar_megatron.checkpoint.folder import checkpoint_folder
 
@@ -62,6 +62,6 @@ def test_layouts(shards, tmp_path, ranks, layouts):
         (tmp_path / name).mkdir()
         todo += jobs(shards, tmp_path / name, layout)
     (tmp_path / "jobs.json").write_text(json.dumps(todo))
-    torchrun(ranks, "tests/faults/checkpoint_jobs.py", tmp_path / "jobs.json")
+    run_ranks(ranks, "tests/faults/checkpoint_jobs.py", tmp_path / "jobs.json")
     for name in layouts:
         same(tmp_path / name)

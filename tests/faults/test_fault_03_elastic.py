@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from tests.conftest import torchrun
 from tests.faults.checkpoint_jobs import LAYOUTS, job, run_jobs, tensors
+from tests.ranks import run_ranks
 from tests.training.small_runs import losses
 from tidar_megatron.checkpoint.folder import checkpoint_folder
 
@@ -63,7 +63,7 @@ def test_every_change_of_layout(shards, tmp_path):
     for name, layout in LAYOUTS.items():
         todo += start(shards, tmp_path / name, layout) + change(shards, one, tmp_path / f"one to {name}", layout)
     (tmp_path / "jobs.json").write_text(json.dumps(todo))
-    torchrun(2, "tests/faults/checkpoint_jobs.py", tmp_path / "jobs.json")
+    run_ranks(2, "tests/faults/checkpoint_jobs.py", tmp_path / "jobs.json")
     for name in LAYOUTS:
         run_jobs(change(shards, tmp_path / name, tmp_path / f"{name} to one", {}))
     for name in LAYOUTS:

@@ -1,19 +1,15 @@
 """SIGKILL at every phase of a save, and at random moments: what the tracker names is whole, and a resume goes on."""
 
-import subprocess
-import sys
-
 import pytest
 
-from tests.conftest import ROOT
+from tests.ranks import run
 
 
 @pytest.mark.parametrize("what", ["phases", "random"])
 @pytest.mark.parametrize("how", ["sync", "async"])
 def test_a_killed_save(shards, tmp_path, how, what):
     """Fault 5: SIGKILL at every phase of a save and at random: the tracker's checkpoint is whole, the run goes on"""
-    command = [sys.executable, "-m", "tests.faults.killed_saves", *map(str, shards), str(tmp_path), how, what]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = run("-m", "tests.faults.killed_saves", *shards, tmp_path, how, what)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     held = done.stdout.count("held:")
     assert held == (17 if what == "phases" else 1), done.stdout[-3000:]

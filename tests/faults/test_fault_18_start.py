@@ -1,14 +1,10 @@
 """What goes wrong as a job starts: a folder in use, and ranks that die, hang or refuse before the first step."""
 
-import json
-import os
 import signal
-import subprocess
-import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.faults.starting_jobs import all_jobs
 
 pytestmark = pytest.mark.timeout(450)  # ten jobs, one after the other
 KILLED = -signal.SIGKILL
@@ -19,11 +15,7 @@ GONE = "no sign of life, it hangs or is gone (while "
 def jobs(shards, tmp_path_factory):
     """What became of every job of starting_jobs.py."""
     folder = tmp_path_factory.mktemp("jobs")
-    command = [sys.executable, "-m", "tests.faults.starting_jobs", shards[0], folder]
-    env = {**os.environ, "TORCH_CPP_LOG_LEVEL": "ERROR"}  # torch was imported before the program could set it
-    done = subprocess.run([*map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout)
+    return all_jobs(shards[0], folder)
 
 
 def errors(said):

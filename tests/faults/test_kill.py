@@ -1,12 +1,10 @@
 """Random SIGKILLs over one run of two ranks, by ``make test-kill``."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.ranks import run
 
 KILLS = int(os.environ.get("TIDAR_KILLS", "5"))
 
@@ -14,8 +12,7 @@ KILLS = int(os.environ.get("TIDAR_KILLS", "5"))
 @pytest.mark.timeout(120 + 60 * KILLS)
 def test_killed_again_and_again(shards, tmp_path):
     """Kills: random SIGKILLs over a run of two ranks: always resumed, no sample lost, nothing unreadable published"""
-    command = [sys.executable, "-m", "tests.faults.killed_runs", str(shards[0]), str(tmp_path), str(KILLS)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = run("-m", "tests.faults.killed_runs", shards[0], tmp_path, KILLS, timeout=120 + 60 * KILLS)
     print(done.stdout)
     assert done.returncode == 0, done.stderr[-5000:]
     assert done.stdout.count("kill ") == KILLS

@@ -1,20 +1,18 @@
 """``tools/certify.py`` as a user runs it."""
 
 import json
-import subprocess
-import sys
 
-from tests.conftest import ROOT
+from tests.programs import call
 
 
 def test_the_program(checkpoint, tmp_path):
     (tmp_path / "prompts.jsonl").write_text('"hello"\n"abc"\n')
-    command = [sys.executable, "tools/certify.py", "--model", checkpoint, "--prompts", tmp_path / "prompts.jsonl"]
+    command = ["tools/certify.py", "--model", checkpoint, "--prompts", tmp_path / "prompts.jsonl"]
     more = ["--max-new-tokens", 8, "--draft-lengths", 2, "--samples", 50, "--json"]
-    done = subprocess.run(list(map(str, [*command, *more])), cwd=ROOT, capture_output=True, text=True, timeout=200)
+    done = call(*command, *more)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert (found["prompts"], found["identical"], found["ties"]) == (2, 2, 0)
     assert len(found["runs"]) == 2 * 7
-    done = subprocess.run(list(map(str, [*command, "--samples", -1])), cwd=ROOT, capture_output=True, text=True)
+    done = call(*command, "--samples", -1)
     assert done.returncode == 2 and "--samples -1: must be at least 0" in done.stderr

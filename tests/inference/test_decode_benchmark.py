@@ -1,12 +1,10 @@
 """``tools/benchmark.py decode``: what it counts, on a model of seconds."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.programs import call
 from tidar_megatron.benchmark.decode import decode, text_of
 from tidar_megatron.inference.loading import load_model
 
@@ -48,17 +46,16 @@ def test_rows(checkpoint):
     ],
 )
 def test_bad_input(arguments, message, tmp_path):
-    command = [sys.executable, "tools/benchmark.py", "decode", *arguments, "--output", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = call("tools/benchmark.py", "decode", *arguments, "--output", tmp_path)
     assert done.returncode == 2 and message in done.stderr, done.stderr[-2000:]
 
 
 def test_the_program(checkpoint, tmp_path):
     (tmp_path / "prompts.jsonl").write_text('"hello"\n"abc"\n')
-    command = [sys.executable, "tools/benchmark.py", "decode", "--model", checkpoint]
+    command = ["tools/benchmark.py", "decode", "--model", checkpoint]
     command += ["--prompts", tmp_path / "prompts.jsonl"]
     more = ["--contexts", 16, "--batch-sizes", 1, "--max-new-tokens", 6, "--repeats", 1, "--output", tmp_path, "--json"]
-    done = subprocess.run(list(map(str, [*command, *more])), cwd=ROOT, capture_output=True, text=True, timeout=200)
+    done = call(*command, *more)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert json.loads((tmp_path / "decode.json").read_text()) == result

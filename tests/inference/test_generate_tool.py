@@ -1,21 +1,21 @@
 """tools/generate.py as a user runs it: as a program where the process matters, else in this process (it is quicker)."""
 
-import importlib.util
 import json
 import os
 import pty
 import re
+import select
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-from tidar_megatron.program import run_tool
+from tests import ranks
+from tests.conftest import ROOT
+from tests.programs import call
 
-ROOT = Path(__file__).parents[2]
 PROGRAM = ROOT / "tools" / "generate.py"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
 
@@ -25,22 +25,14 @@ def run(*args: object) -> subprocess.CompletedProcess[bytes]:
 
 
 @pytest.fixture
-def tool(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
-    """Calls the program's main with arguments: (exit status, standard output, standard error)."""
-    spec = importlib.util.spec_from_file_location("generate_tool", PROGRAM)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def tool() -> Callable[..., tuple[int, str, str]]:
+    """Calls the program in this process: (exit status, standard output, standard error)."""
 
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", [str(PROGRAM), *map(str, args)])
-        status = 0
-        try:
-            run_tool(module.main)
-        except SystemExit as end:
-            status = end.code
-        return status, *capsys.readouterr()
+    def run(*arguments):
+        done = call("tools/generate.py", *arguments)
+        return done.returncode, done.stdout, done.stderr
 
-    return call
+    return run
 
 
 def test_json_is_one_object_on_standard_output(checkpoint):
@@ -88,18 +80,14 @@ def test_streams_text_then_the_figures(checkpoint, tool):
 def test_colours_in_a_terminal(checkpoint):
     ours, theirs = pty.openpty()
     arguments = ["--model", str(checkpoint), "--prompt", "hello", "--max-new-tokens", "12"]
-    environment = ENVIRONMENT | {"TERM": "xterm-256color"}
-    environment.pop("NO_COLOR", None)
-    process = subprocess.Popen([sys.executable, PROGRAM, *arguments], stdout=theirs, env=environment)
-    os.close(theirs)
+    variables = {"TERM": "xterm-256color", "NO_COLOR": "", "PYTHONIOENCODING": "utf-8"}
+    process = ranks.Process(["tools/generate.py", *arguments], os.ttyname(theirs), "/dev/null", variables=variables)
     out = b""
-    try:
-        while chunk := os.read(ours, 4096):
-            out += chunk
-    except OSError:  # how Linux ends a pseudo-terminal
-        pass
+    while (ready := select.select([ours], [], [], 0.1)[0]) or process.poll() is None:
+        out += os.read(ours, 4096) if ready else b""
     os.close(ours)
-    assert process.wait(timeout=60) == 0
+    os.close(theirs)
+    assert process.wait() == 0
     assert len(set(re.findall(rb"\x1b\[3[236]m", out))) >= 2
     assert b"tokens per forward" in out
 
@@ -113,11 +101,10 @@ def test_more_drafts_than_were_learned_are_remarked_upon(checkpoint, tool):
 
 def test_the_prompt_of_standard_input(checkpoint, tool):
     arguments = ["--model", checkpoint, "--max-new-tokens", 8, "--json", "--prompt"]
-    command = [sys.executable, PROGRAM, *map(str, arguments), "-"]
-    piped = subprocess.run(command, input=b"he\xc3\xa9\n", capture_output=True, env=ENVIRONMENT, timeout=300)
+    piped = call("tools/generate.py", *arguments, "-", stdin=b"he\xc3\xa9\n")
     assert json.loads(piped.stdout)["token_ids"] == json.loads(tool(*arguments, "heé\n")[1])["token_ids"]
-    bad = subprocess.run(command, input=b"\xff", capture_output=True, env=ENVIRONMENT, timeout=300)
-    assert bad.returncode == 2 and bad.stderr.startswith(b"error: --prompt -: standard input is not UTF-8")
+    bad = call("tools/generate.py", *arguments, "-", stdin=b"\xff")
+    assert bad.returncode == 2 and bad.stderr.startswith("error: --prompt -: standard input is not UTF-8")
 
 
 def test_what_only_a_draw_knows_is_said_to_be_idle(checkpoint, tool):
@@ -160,13 +147,12 @@ def test_bad_input_is_one_line_and_status_2(checkpoint, tool, arguments, message
 
 @pytest.mark.parametrize(("arguments", "message"), BAD_INPUT[:1])
 def test_bad_input_of_the_program_itself(checkpoint, arguments, message):
-    done = run("--model", checkpoint, *arguments, "--json")
+    done = ranks.run("tools/generate.py", "--model", checkpoint, *arguments, "--json")
     assert done.returncode == 2
-    assert done.stdout == b""
-    error = done.stderr.decode()
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert message in error
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
 
 
 def test_a_folder_without_a_tidar_section(checkpoint, tool, tmp_path):

@@ -1,14 +1,12 @@
 """``tools/benchmark.py planner`` and ``step``: what they compare, on models of seconds; bodies that say the same."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from tests.conftest import ROOT
 from tests.inference.conftest import make_causal_lm
+from tests.programs import call
 from tidar_megatron.benchmark import bodies, planner
 from tidar_megatron.benchmark.bodies import grown, in_body, with_useless_drafts
 from tidar_megatron.benchmark.measuring import allocated_bytes
@@ -117,16 +115,15 @@ def test_bytes_of_a_step_do_not_grow_with_the_context(causal_lm, plan, batch):
     ],
 )
 def test_bad_input(arguments, message, tmp_path):
-    command = [sys.executable, "tools/benchmark.py", *arguments, "--output", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = call("tools/benchmark.py", *arguments, "--output", tmp_path)
     assert done.returncode == 2 and message in done.stderr, done.stderr[-2000:]
 
 
 def test_the_program(checkpoint, tmp_path):
     (tmp_path / "prompts.jsonl").write_text('"hello"\n"abc"\n')
-    command = [sys.executable, "tools/benchmark.py", "step", "--model", checkpoint]
+    command = ["tools/benchmark.py", "step", "--model", checkpoint]
     command += ["--prompts", tmp_path / "prompts.jsonl", "--contexts", 16, "--max-new-tokens", 4, "--repeats", 1]
     command += ["--output", tmp_path, "--json"]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=200)
+    done = call(*command)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "step.json").read_text()) == json.loads(done.stdout.splitlines()[-1])

@@ -5,12 +5,14 @@ import signal
 import socket
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
 from tests.launch.launching import CONFIG, TINY, catches, children, losses, started, steps, wait_for
+from tests.ranks import free_port
+from tests.ranks import started as forked
 from tests.training.small_runs import small
 from tidar_megatron.checkpoint.folder import latest_iteration, saved_iterations
 from tidar_megatron.errors import Interrupted
@@ -27,6 +29,12 @@ def program(shards, folder, iterations=10_000):
     return [*flags, "--save", folder, "--load", folder]
 
 
+def go_on(shards, folder, until, log):
+    """Two ranks, forked, to iteration ``until``."""
+    with forked(["tools/pretrain.py", *program(shards, folder, until)], log, count=2) as ranks:
+        assert [rank.wait(400) for rank in ranks] == [0, 0], log.read_text()[-4000:]
+
+
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="examples/launch.sh reads Linux's /proc")
 
 
@@ -34,37 +42,45 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="ex
 def whole(shards, tmp_path_factory):
     """An uninterrupted run of two ranks."""
     folder = tmp_path_factory.mktemp("whole")
-    command = ["examples/launch.sh", *program(shards, folder, 40)]
-    with started(command, folder / "log", GPUS_PER_NODE=2) as run:
-        assert run.wait(400) == 0, (folder / "log").read_text()[-4000:]
+    go_on(shards, folder, 40, folder / "log")
     assert (folder / RUN_STATE).read_text() == "finished\n"
     return folder
 
 
+@contextmanager
+def two_ranks(shards, folder, log, launcher):
+    """Two ranks that have made three steps, launched or forked; gives the process that is to get the signal."""
+    if launcher:
+        with started(["examples/launch.sh", *program(shards, folder)], log, GPUS_PER_NODE=2) as run:
+            wait_for(lambda: len(steps(folder)) >= 3, 240, "three steps", log)
+            (agent,) = children(run.pid)
+            assert len(children(agent)) == 2
+            yield run
+            assert run.wait(240) == 1  # torchrun's; the ranks' own stands in its log
+        assert f"exitcode  : {INTERRUPTED_STATUS}" in log.read_text()
+    else:
+        with forked(["tools/pretrain.py", *program(shards, folder)], log, count=2) as ranks:
+            wait_for(lambda: len(steps(folder)) >= 3, 240, "three steps", log)
+            yield ranks[1]
+            assert [rank.wait(240) for rank in ranks] == [INTERRUPTED_STATUS] * 2, log.read_text()[-4000:]
+
+
 @pytest.mark.parametrize("whom", ["one rank", "launch.sh"])
 def test_all_ranks_save_and_the_run_goes_on(shards, tmp_path, whole, whom):
+    """Whoever gets the signal: launch.sh with torchrun's agent, or one rank, which tells the other."""
     folder, log = tmp_path / "run", tmp_path / "log"
-    with started(["examples/launch.sh", *program(shards, folder)], log, GPUS_PER_NODE=2) as run:
-        wait_for(lambda: len(steps(folder)) >= 3, 240, "three steps", log)
+    with two_ranks(shards, folder, log, launcher=whom == "launch.sh") as run:
         assert not (folder / RUN_STATE).exists()
-        (agent,) = children(run.pid)
-        ranks = children(agent)
-        assert len(ranks) == 2
         for _ in range(2):  # twice is not worse than once
-            if whom == "one rank":
-                os.kill(ranks[1], signal.SIGTERM)
-            else:
-                run.send_signal(signal.SIGTERM)
-        assert run.wait(240) == 1  # torchrun's; the ranks' own stands in its log
+            run.send_signal(signal.SIGTERM)
     text = log.read_text()
-    assert f"exitcode  : {INTERRUPTED_STATUS}" in text and "SIGTERM)" not in text, text[-4000:]
+    assert "SIGTERM)" not in text, text[-4000:]
     assert (folder / RUN_STATE).read_text() == "interrupted\n"
     last = latest_iteration(folder)
     assert saved_iterations(folder) == [last] == [len(steps(folder))]
     assert f"leaving after iteration {last}: a signal asked for it; --load continues it" in text
     until = max(last + 2, 6)
-    with started(["examples/launch.sh", *program(shards, folder, until)], log, GPUS_PER_NODE=2) as run:
-        assert run.wait(400) == 0, log.read_text()[-4000:]
+    go_on(shards, folder, until, log)
     assert (folder / RUN_STATE).read_text() == "finished\n"
     assert [row["iteration"] for row in steps(folder)] == list(range(1, until + 1))
     both = min(until, 40)
@@ -76,7 +92,7 @@ def test_a_signal_during_the_imports_and_to_every_process_of_the_job(shards, tmp
     folder, log = tmp_path / "run", tmp_path / "log"
     folder.mkdir()
     (folder / RUN_STATE).write_text("finished\n")  # of an earlier attempt
-    command = [sys.executable, ROOT / "tools" / "pretrain.py", *program(shards, folder), "--save-interval", 1]
+    command = [sys.executable, "tools/pretrain.py", *program(shards, folder), "--save-interval", 1]
     with started(command, log) as run:
         wait_for(lambda: catches(run.pid, signal.SIGUSR1), 120, "the handlers", log, every=0.005)
         run.send_signal(signal.SIGUSR1)
@@ -84,11 +100,11 @@ def test_a_signal_during_the_imports_and_to_every_process_of_the_job(shards, tmp
         assert run.wait(240) == INTERRUPTED_STATUS, log.read_text()[-4000:]
     assert (folder / RUN_STATE).read_text() == "interrupted\n"
     assert saved_iterations(folder) == [1] == [len(steps(folder))]
-    with started(command, log) as run:
+    with forked(command[1:], log) as run:
         wait_for(lambda: (latest_iteration(folder) or 0) >= 4, 240, "saves", log)
         assert not (folder / RUN_STATE).exists()
         while run.poll() is None:
-            os.killpg(run.pid, signal.SIGUSR1)  # `started` made it the leader of a session
+            os.killpg(run.pid, signal.SIGUSR1)  # `forked` made it the leader of a session
             time.sleep(0.05)
         assert run.returncode == INTERRUPTED_STATUS, log.read_text()[-4000:]
     assert (folder / RUN_STATE).read_text() == "interrupted\n"
@@ -97,8 +113,7 @@ def test_a_signal_during_the_imports_and_to_every_process_of_the_job(shards, tmp
 
 def test_without_a_folder_nothing_is_kept_and_it_says_so(shards, tmp_path):
     log = tmp_path / "log"
-    command = [sys.executable, ROOT / "tools" / "pretrain.py", *program(shards, tmp_path)[:-4]]
-    with started(command, log) as run:
+    with forked(["tools/pretrain.py", *program(shards, tmp_path)[:-4]], log) as run:
         wait_for(lambda: "step" in log.read_text(), 240, "a step", log)
         run.send_signal(signal.SIGTERM)
         assert run.wait(240) == INTERRUPTED_STATUS
@@ -136,17 +151,14 @@ def test_what_the_launcher_is_told(shards, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_waiting_for_ranks_that_do_not_come_can_be_ended(shards, tmp_path, number):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
 
     def listens():
         with socket.socket() as caller:
             return caller.connect_ex(("127.0.0.1", port)) == 0
 
     alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, "tools/pretrain.py", *program(shards, tmp_path / "run")]
-    with started(command, tmp_path / "log", **alone) as run:
+    with forked(["tools/pretrain.py", *program(shards, tmp_path / "run")], tmp_path / "log", **alone) as run:
         wait_for(listens, 120, "rank 0 keeps the store", tmp_path / "log")
         wait_for(lambda: not catches(run.pid, signal.SIGTERM), 120, "rank 0 waits for rank 1", tmp_path / "log")
         run.send_signal(number)

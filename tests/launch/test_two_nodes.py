@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 import pytest
 
 from tests.launch.launching import CONFIG, TINY, losses, started, steps
+from tests.ranks import run_ranks
 
 STEPS = 8
 LAYOUTS = {"DP 2": [], "PP 2": ["--pipeline-model-parallel-size", 2, "--num-layers", 2]}
@@ -102,18 +103,15 @@ def free_port(address):
 def test_losses_of_two_nodes_equal_those_of_one(shards, tmp_path, layout):
     flags = [*LAYOUTS[layout], "--config", CONFIG, *TINY, "--train-iters", STEPS, "--train-data", shards[0]]
 
-    def command(folder):
-        return ["examples/launch.sh", *flags, "--save", tmp_path / folder]
-
-    with started(command("one"), tmp_path / "one.log", GPUS_PER_NODE=2) as run:
-        assert run.wait(240) == 0, (tmp_path / "one.log").read_text()[-6000:]
+    run_ranks(2, "tools/pretrain.py", *flags, "--save", tmp_path / "one")
+    command = ["examples/launch.sh", *flags, "--save", tmp_path / "two"]
     with network() as nodes, ExitStack() as stack:
         port = 29555 if nodes.crosses else free_port(nodes.addresses[0])
         agents = []
         for rank in range(2):
             variables = {"NNODES": 2, "NODE_RANK": rank, "MASTER_ADDR": nodes.addresses[0], "MASTER_PORT": port}
             variables |= {"GPUS_PER_NODE": 1, "GLOO_SOCKET_IFNAME": nodes.devices[rank]}
-            on_node = nodes.on(rank, command("two"))
+            on_node = nodes.on(rank, command)
             agents.append(stack.enter_context(started(on_node, tmp_path / f"two{rank}.log", **variables)))
         for rank, agent in enumerate(agents):
             assert agent.wait(240) == 0, (tmp_path / f"two{rank}.log").read_text()[-6000:]

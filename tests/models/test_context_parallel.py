@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from tests.conftest import torchrun
+from tests.ranks import run_ranks
 from tidar_megatron.attention_mask import clean_tokens, may_attend, training_layout
 from tidar_megatron.context_parallel import key_tokens, own_positions, own_tokens, query_slices
 from tidar_megatron.data.blocks import choose_blocks
@@ -67,7 +67,7 @@ def test_the_work_is_shared_evenly(size, fraction):
 
 @pytest.fixture(scope="module")
 def traffic():
-    return [json.loads(line) for line in torchrun(4, "-m", "tests.cp_traffic").stdout.splitlines() if line[:1] == "{"]
+    return [json.loads(line) for line in run_ranks(4, "-m", "tests.cp_traffic").stdout.splitlines() if line[:1] == "{"]
 
 
 def test_only_clean_keys_and_values_travel(traffic):

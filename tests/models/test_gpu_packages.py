@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
+from tests.ranks import run
 from tidar_megatron.config import build_config
 from tidar_megatron.distributed.platform import check_backend
 from tidar_megatron.errors import UserError
@@ -21,37 +22,44 @@ import tidar_megatron.models.gpt as gpt
 from tidar_megatron.distributed.groups import initialize, shut_down
 from tidar_megatron.training.layout_check import variant_config
 
-config = variant_config(VARIANT, 1, model={"transformer_impl": IMPL, "moe_grouped_gemm": GROUPED})
-ranks = initialize(config.parallel, 0)
-gpt.has_gpu = lambda: True
-transformer = gpt.transformer_config(config)
-gpt.has_gpu = lambda: False
+from megatron.core.optimizer import Adam
 
 def name(part):
     part = getattr(part, "func", part)  # a partial
     part = getattr(part, "module", part)  # a ModuleSpec
     return getattr(part, "__name__", str(part))
 
-block = gpt.layer_spec(config, transformer, None, None)
-layer = block.layer_specs[0].submodules
-attention = layer.self_attention.submodules
-mlp = layer.mlp
-parts = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
-names = {"qkv": attention.linear_qkv, "proj": attention.linear_proj, "core": attention.core_attention}
-names |= {"input_norm": layer.input_layernorm, "q_norm": attention.q_layernorm, "final_norm": block.layer_norm}
-names |= {key: getattr(parts, key) for key in ("linear_fc1", "experts", "router") if hasattr(parts, key)}
-seen = {key: name(part) for key, part in names.items()}
-seen["accumulation"] = transformer.gradient_accumulation_fusion
-from megatron.core.optimizer import Adam
-seen["adam"] = f"{Adam.__module__}.{Adam.__name__}"  # what get_megatron_optimizer builds
-shut_down()
-print(json.dumps(seen))
+
+def choose(impl, variant, grouped):
+    config = variant_config(variant, 1, model={"transformer_impl": impl, "moe_grouped_gemm": grouped})
+    ranks = initialize(config.parallel, 0)
+    gpt.has_gpu = lambda: True
+    transformer = gpt.transformer_config(config)
+    gpt.has_gpu = lambda: False
+    block = gpt.layer_spec(config, transformer, None, None)
+    layer = block.layer_specs[0].submodules
+    attention = layer.self_attention.submodules
+    mlp = layer.mlp
+    parts = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
+    names = {"qkv": attention.linear_qkv, "proj": attention.linear_proj, "core": attention.core_attention}
+    names |= {"input_norm": layer.input_layernorm, "q_norm": attention.q_layernorm, "final_norm": block.layer_norm}
+    names |= {key: getattr(parts, key) for key in ("linear_fc1", "experts", "router") if hasattr(parts, key)}
+    seen = {key: name(part) for key, part in names.items()}
+    seen["accumulation"] = transformer.gradient_accumulation_fusion
+    seen["adam"] = f"{Adam.__module__}.{Adam.__name__}"  # what get_megatron_optimizer builds
+    shut_down()
+    return seen
+
+print(json.dumps([choose(*asked) for asked in ASKED]))
 """
 
+LOCAL, ENGINE = ("local", "long", False), ("transformer_engine", "long", False)
+EXPERTS = ("transformer_engine", "experts", True)
 
-def choices(packages, impl="local", variant="long", grouped=False):
-    """What is chosen in a process where the stubs of ``packages`` are importable."""
-    program = f"VARIANT, IMPL, GROUPED = {variant!r}, {impl!r}, {grouped}\n{CHOICES}"
+
+def choices(packages, *asked):
+    """What is chosen in an interpreter where the stubs of ``packages`` are importable, for each configuration."""
+    program = f"ASKED = {asked!r}\n{CHOICES}"
     command = [sys.executable, "-W", "ignore", "-m", "tests.stubs", packages, program]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -60,10 +68,13 @@ def choices(packages, impl="local", variant="long", grouped=False):
 
 @pytest.fixture(scope="module")
 def engine():
-    return choices("transformer_engine,transformer_engine_torch", impl="transformer_engine")
+    """{what was asked: what is chosen} where transformer-engine is installed."""
+    asked = (LOCAL, ENGINE, EXPERTS)
+    return dict(zip(asked, choices("transformer_engine,transformer_engine_torch", *asked), strict=True))
 
 
 def test_transformer_engines_layers_around_our_attention(engine):
+    engine = engine[ENGINE]
     assert engine["core"] == "HybridCoreAttention"
     assert engine["qkv"] == "TELayerNormColumnParallelLinear"  # the norm is in it
     assert engine["input_norm"] == "IdentityOp"
@@ -74,22 +85,23 @@ def test_transformer_engines_layers_around_our_attention(engine):
     assert engine["adam"] == "transformer_engine.pytorch.optimizers.FusedAdam"
 
 
-def test_grouped_experts_around_our_router():
-    seen = choices("transformer_engine,transformer_engine_torch", "transformer_engine", "experts", grouped=True)
+def test_grouped_experts_around_our_router(engine):
+    seen = engine[EXPERTS]
     assert seen["experts"].endswith("GroupedMLP") and seen["experts"].startswith("TE")
     assert (seen["router"], seen["core"]) == ("BalancedRouter", "HybridCoreAttention")
 
 
 @pytest.mark.parametrize("packages", ["apex,amp_C,fused_weight_gradient_mlp_cuda", "transformer_engine"])
-def test_fused_adam_and_accumulation_where_installed(packages):
-    seen = choices(packages)
+def test_fused_adam_and_accumulation_where_installed(packages, engine):
+    (seen,) = choices(packages, LOCAL) if "apex" in packages else [engine[LOCAL]]
     assert (seen["core"], seen["qkv"], seen["final_norm"]) == ("HybridCoreAttention", "ColumnParallelLinear", "RMSNorm")
     assert seen["adam"].startswith(packages.split(",")[0]) and seen["adam"].endswith("optimizers.FusedAdam")
     assert seen["accumulation"] is ("apex" in packages)  # transformer-engine's kernel is for its own layers
 
 
 def test_nothing_installed():
-    seen = choices("nothing")
+    done = run("-c", f"ASKED = {[LOCAL]!r}\n{CHOICES}")
+    (seen,) = json.loads(done.stdout.splitlines()[-1])
     assert seen["adam"].startswith("torch.optim")
     assert seen["accumulation"] is False
 

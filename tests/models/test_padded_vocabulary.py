@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import torchrun
 from tests.models.padded_vocabulary import CASES, MULTIPLES, measure
+from tests.ranks import run_ranks
 from tests.training.small_runs import small
 from tidar_megatron.distributed.fake import play_rank
 from tidar_megatron.distributed.groups import shut_down
@@ -25,7 +25,7 @@ TOLERANCE = 1e-6  # of a loss or a metric, absolute; of a gradient, relative to 
 def results(tmp_path_factory):
     """{(layout, untied, multiple): what each rank measured}; one launch of two ranks for all but one rank's own."""
     folder = tmp_path_factory.mktemp("padded")
-    torchrun(2, "-m", "tests.models.padded_vocabulary", folder)
+    run_ranks(2, "-m", "tests.models.padded_vocabulary", folder)
     ranks = [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
     found = {case: [rank[case] for rank in ranks] for case in ranks[0]}
     for untied in (False, True):

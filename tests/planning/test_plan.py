@@ -1,9 +1,6 @@
 """The plan: whole models counted, layouts found, and what people and programs are told."""
 
 import json
-import runpy
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,8 +8,8 @@ import yaml
 
 from tests.conftest import ROOT
 from tests.planning.models_to_plan import CP2, MODEL, MOE, PP2, QWEN3_8B, QWEN3_30B_A3B, TP2, sizes_of
+from tests.programs import call
 from tidar_megatron.config import build_config
-from tidar_megatron.errors import UserError
 from tidar_megatron.planning.built_ranks import count_distinct_parameters
 from tidar_megatron.planning.estimate import Estimate
 from tidar_megatron.planning.flops import executed_flops, model_flops
@@ -85,8 +82,7 @@ def recipe(tmp_path, model, **sections):
 
 
 def run_tool(*arguments):
-    command = [sys.executable, ROOT / "tools/plan.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    return call("tools/plan.py", *arguments)
 
 
 def test_the_8b_recipe_on_64_gpus():
@@ -132,14 +128,9 @@ def test_a_plan_for_people():
 
 
 def refusal(tmp_path, *arguments, model=QWEN3_8B, **sections):
-    main = runpy.run_path(str(ROOT / "tools/plan.py"))["main"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["plan.py", "--config", str(recipe(tmp_path, model, **sections)), *arguments])
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        with pytest.raises(UserError) as caught:
-            main()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    done = run_tool("--config", recipe(tmp_path, model, **sections), *arguments)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    return done.stderr
 
 
 def test_bad_input(tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from tests.ranks import ForkedSubprocess
 from tests.training.small_runs import losses, metrics, small
 from tidar_megatron.errors import UserError
 from tidar_megatron.training import generations as samples_of_runs
@@ -90,8 +91,9 @@ def history(file):
     ]
 
 
-def test_wandb_goes_on_as_the_same_run_and_shows_what_was_asked_for(shards, tmp_path):
+def test_wandb_goes_on_as_the_same_run_and_shows_what_was_asked_for(shards, tmp_path, monkeypatch):
     """Read back from the offline run's own record: the chart by offset, the samples' table, a checkpoint's artifact."""
+    monkeypatch.setattr(samples_of_runs, "subprocess", ForkedSubprocess)
     run = tmp_path / "the run"
     board = {
         "wandb_project": "test",
@@ -160,6 +162,7 @@ def test_samples_arrive_and_what_failed_is_said(shards, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(chatty), os.environ["PYTHONPATH"]]))
     samples = Samples(run, Documents(3), 3)
     samples.start(8)
+    monkeypatch.setattr(samples_of_runs, "subprocess", ForkedSubprocess)  # the others need not import anything
     samples.start(8)  # it is under way: passed over, and made at the end
     (said, last) = samples.poll(wait=True)
     assert said == last

@@ -1,4 +1,7 @@
-"""tools/check_layout.py: every layout that four ranks can fill equals one rank, and a layout that does not is found."""
+"""tools/check_layout.py: every layout that four ranks can fill equals one rank, and a layout that does not is found.
+
+The quick profile runs one layout of each kind, the thorough profile all of them, and .ci/run all of them by torchrun.
+"""
 
 import dataclasses
 import json
@@ -6,7 +9,8 @@ import json
 import pytest
 import torch
 
-from tests.conftest import torchrun
+from tests.conftest import THOROUGH
+from tests.ranks import run_ranks
 from tidar_megatron.distributed.groups import shut_down
 from tidar_megatron.training import layout_check
 from tidar_megatron.training.layout_check import ALL_LAYOUTS, VARIANTS, compare, layouts_for, measure, variant_config
@@ -15,18 +19,34 @@ PROMISED = """TP4 | TP2xPP2+SP | PP4 | PP2xVPP2 | PP2xTP2xVPP2+SP | CP2 | CP4 | 
 | CP2xPP2, distributed optimizer | DP2xTP2 | DP4, distributed optimizer, both overlaps
 | full recompute | selective recompute | bf16 | CP2, packed documents"""
 
-pytestmark = pytest.mark.timeout(1000)  # two minutes, but more on a machine that has other work
+# each way to divide the work alone at its largest size, and each pair of ways that share code, once
+QUICK = """TP4+SP | PP4 | CP4, packed documents | DP4, distributed optimizer, both overlaps
+| TP2xPP2+SP, untied | PP2xTP2xVPP2+SP | CP2xTP2+SP | CP2xPP2xVPP2, distributed optimizer, overlaps
+| CP2, distributed optimizer, both overlaps, full recompute | selective recompute
+| TP2xPP2+SP, bf16, distributed optimizer | half of the blocks, CP2xTP2+SP | three quarters of the blocks, CP2xPP2
+| half of the blocks, experts, EP2xCP2 | experts, EP4, all-to-all, distributed optimizer
+| experts, TP4+SP, ETP2, all-to-all | experts, EP2xTP2xPP2+SP"""
+
+pytestmark = [pytest.mark.process, pytest.mark.timeout(1000)]  # much more than it takes on a quiet machine
+
+
+def names(text):
+    return [" ".join(name.split()) for name in text.split("|")]
 
 
 @pytest.fixture(scope="module")
 def report():
-    """The tool's one object, of the same launch that a user makes."""
-    return json.loads(torchrun(4, "tools/check_layout.py", "--json", timeout=900).stdout.splitlines()[-1])
+    """The tool's one object, and the layouts that were asked for."""
+    asked = [layout.name for layout in layouts_for(4)] if THOROUGH else names(QUICK)
+    flags = [flag for name in asked for flag in ("--layout", name)]
+    done = run_ranks(4, "tools/check_layout.py", "--json", *([] if THOROUGH else flags), timeout=900)
+    return json.loads(done.stdout.splitlines()[-1]), asked
 
 
 def test_every_layout_equals_one_rank(report):
+    report, asked = report
     assert report["ok"] is True
-    assert len(report["layouts"]) == len(layouts_for(4)) >= 35
+    assert sorted(line["name"] for line in report["layouts"]) == sorted(asked)
     variants = {layout.name: VARIANTS[layout.variant] for layout in layouts_for(4)}
     for line in report["layouts"]:
         assert set(line) == {"name", "loss_rel_err", "grad_rel_err", "ok"}
@@ -36,9 +56,9 @@ def test_every_layout_equals_one_rank(report):
             assert line["loss_rel_err"] <= 1e-5 and line["grad_rel_err"] <= 1e-4
 
 
-def test_the_promised_layouts_are_there(report):
-    names = {line["name"] for line in report["layouts"]}
-    assert names >= {" ".join(name.split()) for name in PROMISED.split("|")}
+def test_the_promised_layouts_are_there():
+    there = [layout.name for layout in layouts_for(4)]
+    assert len(there) >= 35 and {*there} >= {*names(PROMISED), *names(QUICK)}
 
 
 def test_layouts_of_other_worlds():

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from tests import reference
-from tests.conftest import torchrun
+from tests.conftest import THOROUGH
 from tests.layouts import LAYOUTS, run_layout
 from tests.random_models import write_random_model
+from tests.ranks import run_ranks
 from tidar_megatron.attention_mask import DOCUMENT, INDEX
 from tidar_megatron.config import build_config
 from tidar_megatron.data.loader import SequenceSettings, TrainingData
@@ -37,11 +38,25 @@ FAMILIES = {  # GQA in all of them
     "llama-untied": {"kind": "llama", "tie": False},
     "qwen2-tied": {"kind": "qwen2", "tie": True},
 }
+PARALLEL = [name for name in LAYOUTS if name not in ("one", "ep2")]
+# each layout with one family, and tensor parallelism, which cuts each family's parameters, with all: the quick profile
+QUICK = {
+    "qwen3-tied": ["dp2", "tp2", "pp2", "cp2", "dp2sharded"],
+    "llama-untied": ["tp2", "pp2vpp2"],
+    "qwen2-tied": ["tp2sp"],
+}
+RUN = {family: PARALLEL if THOROUGH else QUICK[family] for family in FAMILIES}
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
+def layouts(*wanted):
+    """Parametrise with the families and those of the ``wanted`` layouts that run with each."""
+    cases = [(family, layout) for family in FAMILIES for layout in wanted if layout in ["one", *RUN[family]]]
+    return pytest.mark.parametrize(("runs", "layout"), cases, indirect=["runs"], scope="module")
+
+
+@pytest.fixture(scope="module")
 def runs(request, shards, tmp_path_factory):
-    """{layout: results of its ranks}; one torchrun launch for all layouts of a family."""
+    """{layout: results of its ranks}; one launch for all layouts of a family."""
     folder = tmp_path_factory.mktemp(request.param)
     write_random_model(folder / "hf", **FAMILIES[request.param])
     setup = {
@@ -57,8 +72,8 @@ def runs(request, shards, tmp_path_factory):
         "optimizer": {"lr": 1e-3, "lr_decay_style": "constant", "clip_grad": 0.5},
     }
     (folder / "setup.json").write_text(json.dumps(setup))
-    parallel = [name for name in LAYOUTS if name not in ("one", "ep2")]
-    torchrun(2, "-m", "tests.layouts", folder / "setup.json", folder, *parallel)
+    parallel = RUN[request.param]
+    run_ranks(2, "-m", "tests.layouts", folder / "setup.json", folder, *parallel)
     results = {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in (0, 1)] for name in parallel}
     results["one"] = [run_layout(setup, "one", folder)]
     shut_down()
@@ -107,7 +122,8 @@ def gather(ranks, key):
     return whole
 
 
-def test_counts_differ_between_micro_batches_and_ranks(runs):
+@layouts("dp2")
+def test_counts_differ_between_micro_batches_and_ranks(runs, layout):
     _, results, _ = runs
     counts = [rank["supervised"] for rank in results["dp2"]]
     assert len({count for rank in counts for count in rank}) > 1
@@ -115,7 +131,7 @@ def test_counts_differ_between_micro_batches_and_ranks(runs):
     assert all(ar != diffusion for rank in counts for ar, diffusion in rank)
 
 
-@pytest.mark.parametrize("layout", ["one", "dp2"])
+@layouts("one", "dp2")
 def test_equals_the_independent_model(runs, layout):
     """Per-token losses and every gradient, to 1e-5 relative in float32."""
     setup, results, _ = runs
@@ -133,7 +149,7 @@ def test_equals_the_independent_model(runs, layout):
             close(grad, grads[name])
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in ("one", "ep2")])
+@layouts(*PARALLEL)
 def test_equals_one_rank(runs, layout):
     """Losses of three optimizer steps to 5 decimals, gradient norms to 1e-5; gradients parameter by parameter."""
     _, results, _ = runs
@@ -148,7 +164,7 @@ def test_equals_one_rank(runs, layout):
         close(grad, one["grads"][name])
 
 
-@pytest.mark.parametrize("layout", ["tp2", "pp2", "pp2vpp2", "cp2", "dp2sharded"])
+@layouts("tp2", "pp2", "pp2vpp2", "cp2", "dp2sharded")
 def test_checkpoint_of_a_layout_goes_on_in_one_rank(runs, layout):
     """The steps after the checkpoint, taken by one rank, give the losses that the layout itself gave.
 
@@ -164,7 +180,7 @@ def test_checkpoint_of_a_layout_goes_on_in_one_rank(runs, layout):
     shut_down()
 
 
-@pytest.mark.parametrize("layout", ["tp2", "pp2vpp2", "dp2sharded"])
+@layouts("tp2", "pp2vpp2", "dp2sharded")
 def test_export_knows_no_layout(runs, layout):
     """A tensor- or pipeline-parallel run exports the Hugging Face folder that one rank's run exports."""
     _, _, folder = runs
@@ -190,7 +206,7 @@ def from_scratch(shards, tmp_path_factory):
         "optimizer": {"lr": 1e-3},
     }
     (folder / "setup.json").write_text(json.dumps(setup))
-    torchrun(2, "-m", "tests.layouts", folder / "setup.json", folder, "tp2", "pp2")
+    run_ranks(2, "-m", "tests.layouts", folder / "setup.json", folder, "tp2", "pp2")
     results = {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in (0, 1)] for name in ("tp2", "pp2")}
     results["one"] = [run_layout(setup, "one", folder)]
     shut_down()
@@ -228,7 +244,7 @@ def expert_runs(shards, tmp_path_factory):
         "optimizer": {"lr": 1e-3},
     }
     (folder / "setup.json").write_text(json.dumps(setup))
-    torchrun(2, "-m", "tests.layouts", folder / "setup.json", folder, "ep2", "tp2sp")
+    run_ranks(2, "-m", "tests.layouts", folder / "setup.json", folder, "ep2", "tp2sp")
     return setup, {name: torch.load(folder / f"{name}-0.pt") for name in ("ep2", "tp2sp")}, folder
 
 

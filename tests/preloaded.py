@@ -1,0 +1,20 @@
+"""What the processes of tests/ranks.py find imported: nothing here starts a thread or a process group."""
+
+import gc
+import os
+import warnings
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of packages that are not installed
+    import torch  # noqa: F401
+    import transformers.models.llama.modeling_llama
+    import transformers.models.qwen3.modeling_qwen3  # noqa: F401
+
+    import tidar_megatron.huggingface.convert
+    import tidar_megatron.inference.engine
+    import tidar_megatron.training.layout_report
+    import tidar_megatron.training.loop  # noqa: F401
+
+gc.collect()
+gc.freeze()  # the collections of a forked process leave the imports alone, and their memory shared
