@@ -1,6 +1,14 @@
 # make quickstart   set everything up, train on real data, draft and verify: minutes on two CPU cores
-# make test         set everything up and run the tests
+# make test-fast    the tests that start no program: under two minutes
+# make test         set everything up and run the tests: minutes; what the tiers below do is left out
+# make test-all     every tier, in turn: test-slow, test-faults, test-kill, test-slurm, test
+#
+# make test-slow    hundreds of random cases, every layout and all samples: over an hour
 # make test-faults  kill, stop, cut and fill what a run lives on, and print one line a fault
+# make test-kill    random SIGKILLs over one run
+# make test-slurm   a real SLURM of one node
+# make test-gpu     on a machine with a CUDA device
+#
 # make PYTHON=python3.12 test   with another interpreter
 
 PYTHON ?= python3
@@ -16,7 +24,7 @@ TRAIN_ARGS ?=
 MEASURE_ARGS ?=
 TEST_ARGS ?=
 
-.PHONY: setup eval quickstart smollm2 study study-smollm2 test test-faults test-kill test-slow test-gpu test-slurm check masks clean
+.PHONY: setup eval quickstart smollm2 study study-smollm2 test test-fast test-all test-faults test-kill test-slow test-gpu test-slurm check masks clean
 
 setup: $(STAMP)
 
@@ -37,11 +45,17 @@ $(STAMP)-eval: $(STAMP)
 quickstart: setup
 	$(RUN) examples/quickstart/run.sh $(TRAIN_ARGS)
 
-# a process a core; a file's tests stay together, for they share what their fixtures made
-SIDE_BY_SIDE := --numprocesses=logical --maxprocesses=8 --dist=loadfile
+# a process a core; a file's tests stay together, for they share what their fixtures made, and tests/conftest.py orders
+# the files
+SIDE_BY_SIDE := --numprocesses=logical --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 
 test: setup eval
 	@$(RUN) python -m pytest $(SIDE_BY_SIDE) $(TEST_ARGS)
+
+test-fast: setup eval
+	@$(RUN) python -m pytest $(SIDE_BY_SIDE) -m "not process" $(TEST_ARGS)
+
+test-all: test-slow test-faults test-kill test-slurm test
 
 # the faults that a run must survive, each done for real; one line a fault, pytest's summary last
 test-faults: setup
@@ -66,11 +80,11 @@ study: setup
 study-smollm2: smollm2
 	$(RUN) MEASURE_ARGS="$(MEASURE_ARGS)" examples/smollm2/study.sh $(TRAIN_ARGS)
 
-# hundreds of random cases of every property instead of dozens, and so many samples of every way to draft, which take
-# about an hour of a core; SAMPLES=20000 is much quicker
+# hundreds of random cases of every property instead of dozens, every layout and family, and so many samples of every
+# way to draft, which take about an hour of a core; SAMPLES=20000 is much quicker
 SAMPLES ?= 100000
 test-slow: setup eval smollm2
-	@$(RUN) HYPOTHESIS_PROFILE=thorough TIDAR_SAMPLES=$(SAMPLES) python -m pytest $(SIDE_BY_SIDE) --timeout=3600 tests/test_attention_mask.py tests/test_config.py tests/models tests/data tests/inference tests/evaluation tests/test_smollm2.py tests/test_fuzz_folders.py tests/test_architectures.py $(TEST_ARGS)
+	@$(RUN) HYPOTHESIS_PROFILE=thorough TIDAR_SAMPLES=$(SAMPLES) python -m pytest $(SIDE_BY_SIDE) --timeout=3600 tests/test_attention_mask.py tests/test_config.py tests/models tests/data tests/inference tests/evaluation tests/test_smollm2.py tests/test_fuzz_folders.py tests/test_architectures.py tests/training/test_layout_check.py tests/training/test_parity.py $(TEST_ARGS)
 	$(RUN) python tools/certify.py --model runs/smollm2/hf --prompts examples/smollm2/prompts.jsonl --mask-token-id 3 \
 	  --max-new-tokens 32 --draft-lengths 4 8 --samples 0
 

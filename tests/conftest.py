@@ -3,6 +3,7 @@
 import gc
 import os
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,23 @@ def pytest_collection_modifyitems(items):
     """Begin with the heavy files; the rest stays in order."""
     order = {ROOT / "tests" / f"{name}.py": number for number, name in enumerate(HEAVY)}
     items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
+def pytest_runtest_setup(item):
+    """From here on: whether the test may start a process."""
+    _running["marked"] = item.get_closest_marker("process") is not None
+
+
+_running = {"marked": True}
+
+
+def _watch(event, arguments):
+    """Fail a test that starts a program or a rank and is not marked so; make test-fast relies on the mark."""
+    if event in ("subprocess.Popen", "tests.ranks.Process") and not _running["marked"]:
+        raise AssertionError(f"@pytest.mark.process is missing: the test starts {arguments[:2]}")
+
+
+sys.addaudithook(_watch)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -41,6 +41,7 @@ class Process:
     """
 
     def __init__(self, arguments, output, errors=None, *, variables=None, stdin=b"", session=False, prepare=None):
+        sys.audit("tests.ranks.Process", *map(str, arguments))
         environment = {**os.environ, **{name: str(value) for name, value in (variables or {}).items()}}
         program = [str(argument) for argument in arguments]
         files = str(output), str(errors or output)

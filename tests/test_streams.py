@@ -70,6 +70,7 @@ def test_closed_streams_raise_nothing(program, monkeypatch):
         stream.write("into nothing")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("program", QUICK)
 def test_a_real_process(program, unread):
     """Its end too, where the interpreter flushes what is left; no file that it opens is taken for a closed stream."""
@@ -82,6 +83,7 @@ def test_a_real_process(program, unread):
     assert (piped.communicate(timeout=120)[1], piped.returncode) == (b"", 141)
 
 
+@pytest.mark.process
 def test_closed_descriptors_are_not_given_to_files():
     program = "from tidar_megatron.errors import run_tool; run_tool(lambda: exit(40 + open('README.md').fileno()))"
     shell = f'{sys.executable} -c "{program}" <&- >&- 2>&-'

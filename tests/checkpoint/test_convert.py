@@ -5,8 +5,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from tokenizers import normalizers
 
 from tests import ranks
-from tests.conftest import ROOT
 from tests.random_models import MODELS, write_random_model
 from tidar_megatron.config import ParallelConfig
 from tidar_megatron.data.tokenizer import byte_tokenizer, free_id, reserved_ids, train_bpe
@@ -73,6 +70,7 @@ def test_both_sides_have_the_same_logits_and_a_changed_weight_is_seen(imported, 
     assert verify(tmp_path / "hf", run)["max_logit_difference"] > TOLERANCE
 
 
+@pytest.mark.process
 def test_through_tp2_pp2(imported, tmp_path, shards):
     """Four ranks start from what was imported, save without a step, and one process exports."""
     names = [name for name in MODELS if "moe" not in name]
@@ -235,6 +233,7 @@ def test_into_the_folder_where_one_stands(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*/.*"))
 
 
+@pytest.mark.process
 def test_a_disk_that_is_full_leaves_nothing(tmp_path):
     """Full at the weights, or at the tokenizer that comes after them: each library has its own words for it."""
     hf = write_random_model(tmp_path / "hf", "llama")
@@ -262,6 +261,7 @@ def test_what_transformers_shall_not_say_grows_by_the_mask_token(tmp_path):
     assert json.loads((tmp_path / "out/generation_config.json").read_text())["suppress_tokens"] == [5, 6, 258]
 
 
+@pytest.mark.process
 def test_the_tool(tmp_path):
     hf, run = write_random_model(tmp_path / "hf", "mistral"), tmp_path / "run"
     layout = ["--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2]
@@ -342,6 +342,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(imported, tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("mask", [[], ["mean", 16000]])
 def test_importing_holds_one_layer_at_a_time(tmp_path, mask):
     """Peak memory beyond the mapped files: measured in a process of its own, by the kernel."""
@@ -350,10 +351,7 @@ def test_importing_holds_one_layer_at_a_time(tmp_path, mask):
         num_attention_heads=8, num_key_value_heads=8, head_dim=64, vocab_size=16384,
     )  # fmt: skip
     size = (hf / "model.safetensors").stat().st_size
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.checkpoint.import_memory", hf, tmp_path / "run", *map(str, mask)],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+    done = ranks.run("-m", "tests.checkpoint.import_memory", hf, tmp_path / "run", *mask)
     assert done.returncode == 0, done.stderr
     grown = json.loads(done.stdout)["anonymous_bytes"]
     assert size > 450e6

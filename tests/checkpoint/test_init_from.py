@@ -162,6 +162,7 @@ def test_a_tidar_section_that_is_none_is_refused(imported, tmp_path):
             open_origin(tmp_path)
 
 
+@pytest.mark.process
 def test_a_damaged_run_is_named_by_every_rank(imported, tmp_path, shards):
     shutil.copytree(imported / "qwen3-tied" / "run", tmp_path / "run")
     file = next((tmp_path / "run").rglob("*.distcp"))

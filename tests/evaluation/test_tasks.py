@@ -289,6 +289,7 @@ def test_a_tokenizer_without_ends(folder, tmp_path):
         TidarLM(dataclasses.replace(model, tokenizer=None))
 
 
+@pytest.mark.process
 def test_lm_evals_own_command_line(folder, tmp_path):
     """As the README has it: no device is named, and none is a GPU."""
     (tmp_path / "texts.jsonl").write_text('{"text": "alpha beta"}\n')

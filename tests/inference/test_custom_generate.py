@@ -63,6 +63,7 @@ def test_the_files_are_the_package_s_own(checkpoint):
         assert set(re.findall(r"(?m)^from \.(\w+) import", text)) <= set(MODULES), "a module that no export carries"
 
 
+@pytest.mark.process
 def test_transformers_alone_decodes_with_them(checkpoint, tmp_path):
     script = tmp_path / "alone.py"
     script.write_text(ALONE)

@@ -35,6 +35,7 @@ def tool() -> Callable[..., tuple[int, str, str]]:
     return run
 
 
+@pytest.mark.process
 def test_json_is_one_object_on_standard_output(checkpoint):
     done = run("--model", checkpoint, "--prompt", "hello", "--max-new-tokens", 8, "--ignore-eos", "--json")
     assert done.returncode == 0, done.stderr
@@ -77,6 +78,7 @@ def test_streams_text_then_the_figures(checkpoint, tool):
     assert "\x1b[" not in out
 
 
+@pytest.mark.process
 def test_colours_in_a_terminal(checkpoint):
     ours, theirs = pty.openpty()
     arguments = ["--model", str(checkpoint), "--prompt", "hello", "--max-new-tokens", "12"]
@@ -145,6 +147,7 @@ def test_bad_input_is_one_line_and_status_2(checkpoint, tool, arguments, message
     assert message in err
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("arguments", "message"), BAD_INPUT[:1])
 def test_bad_input_of_the_program_itself(checkpoint, arguments, message):
     done = ranks.run("tools/generate.py", "--model", checkpoint, *arguments, "--json")
@@ -199,6 +202,7 @@ def test_a_folder_without_a_tokenizer(checkpoint, tool, tmp_path):
     assert "has no tokenizer" in err
 
 
+@pytest.mark.process
 def test_help_does_not_wait_for_torch():
     code = (
         "import runpy, sys\n"

@@ -122,6 +122,7 @@ print("graphs:", *counts, "shapes:", len(engine._forwards.shapes))
 """
 
 
+@pytest.mark.process
 def test_nothing_is_compiled_per_step():
     """torch.compile sees every shape once: as many graphs as it made for a first text serve all later ones.
 

@@ -35,7 +35,10 @@ def go_on(shards, folder, until, log):
         assert [rank.wait(400) for rank in ranks] == [0, 0], log.read_text()[-4000:]
 
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="examples/launch.sh reads Linux's /proc")
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="examples/launch.sh reads Linux's /proc"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,8 @@ import pytest
 from tests.conftest import ROOT
 from tests.launch.launching import wait_for
 
+pytestmark = pytest.mark.process
+
 SCRIPT = ROOT / "examples" / "slurm" / "pretrain.sbatch"
 STAGE = ROOT / "examples" / "slurm" / "stage.sh"
 

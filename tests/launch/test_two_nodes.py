@@ -1,21 +1,27 @@
-"""Two nodes on one machine: examples/launch.sh once on each, DP 2 and PP 2 across them, the losses of one node.
+"""Two nodes on one machine, DP 2 and PP 2 across them, the losses of one node.
 
+DP 2 is launched as a user does, by examples/launch.sh once on each node; the ranks of PP 2 are forked into the nodes.
 The nodes are two network namespaces joined by a cable (a veth pair), so nothing but the network connects the two
 agents and their ranks; that takes root and iproute2. Elsewhere the agents meet on two loopback addresses.
 """
 
+import ctypes
 import os
 import shutil
 import socket
 import subprocess
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import pytest
 
 from tests.launch.launching import CONFIG, TINY, losses, started, steps
-from tests.ranks import run_ranks
+from tests.ranks import Process, run_ranks
+
+pytestmark = pytest.mark.process
 
 STEPS = 8
+CLONE_NEWNET = 0x40000000
 LAYOUTS = {"DP 2": [], "PP 2": ["--pipeline-model-parallel-size", 2, "--num-layers", 2]}
 
 
@@ -51,6 +57,9 @@ class Cable:
     def on(self, node, command):
         return ["ip", "netns", "exec", self.names[node], *command]
 
+    def entering(self, node):
+        return partial(enter, self.names[node])
+
     def sent(self, node):
         """Bytes that have left a node."""
         counter = f"/sys/class/net/{self.devices[node]}/statistics/tx_bytes"
@@ -67,6 +76,16 @@ class Loopback:
 
     def on(self, node, command):
         return command
+
+    def entering(self, node):
+        return None
+
+
+def enter(name):
+    """Move this process into a network namespace."""
+    with open(f"/run/netns/{name}") as namespace:
+        if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), "setns")
 
 
 @contextmanager
@@ -107,14 +126,21 @@ def test_losses_of_two_nodes_equal_those_of_one(shards, tmp_path, layout):
     command = ["examples/launch.sh", *flags, "--save", tmp_path / "two"]
     with network() as nodes, ExitStack() as stack:
         port = 29555 if nodes.crosses else free_port(nodes.addresses[0])
-        agents = []
+        running = []
         for rank in range(2):
-            variables = {"NNODES": 2, "NODE_RANK": rank, "MASTER_ADDR": nodes.addresses[0], "MASTER_PORT": port}
-            variables |= {"GPUS_PER_NODE": 1, "GLOO_SOCKET_IFNAME": nodes.devices[rank]}
-            on_node = nodes.on(rank, command)
-            agents.append(stack.enter_context(started(on_node, tmp_path / f"two{rank}.log", **variables)))
-        for rank, agent in enumerate(agents):
-            assert agent.wait(240) == 0, (tmp_path / f"two{rank}.log").read_text()[-6000:]
+            log = tmp_path / f"two{rank}.log"
+            variables = {"MASTER_ADDR": nodes.addresses[0], "MASTER_PORT": port}
+            variables["GLOO_SOCKET_IFNAME"] = nodes.devices[rank]
+            if layout == "DP 2":
+                variables |= {"NNODES": 2, "NODE_RANK": rank, "GPUS_PER_NODE": 1}
+                running.append(stack.enter_context(started(nodes.on(rank, command), log, **variables)))
+            else:
+                variables |= {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+                program = ["tools/pretrain.py", *command[1:]]
+                running.append(Process(program, log, variables=variables, prepare=nodes.entering(rank)))
+                stack.callback(running[-1].kill)
+        for rank, node in enumerate(running):
+            assert node.wait(240) == 0, (tmp_path / f"two{rank}.log").read_text()[-6000:]
         if nodes.crosses:  # both ways at least the gradients, or the activations and their gradients, of each step
             crossed = [nodes.sent(node) for node in range(2)]
             assert min(crossed) > floor(layout), crossed

@@ -70,6 +70,7 @@ def traffic():
     return [json.loads(line) for line in run_ranks(4, "-m", "tests.cp_traffic").stdout.splitlines() if line[:1] == "{"]
 
 
+@pytest.mark.process
 def test_only_clean_keys_and_values_travel(traffic):
     """Bytes sent in attention per layer are plain AR training's of the same S: S / CP clean tokens, once each way."""
     assert len(traffic) == 8

@@ -73,6 +73,7 @@ def engine():
     return dict(zip(asked, choices("transformer_engine,transformer_engine_torch", *asked), strict=True))
 
 
+@pytest.mark.process
 def test_transformer_engines_layers_around_our_attention(engine):
     engine = engine[ENGINE]
     assert engine["core"] == "HybridCoreAttention"
@@ -85,12 +86,14 @@ def test_transformer_engines_layers_around_our_attention(engine):
     assert engine["adam"] == "transformer_engine.pytorch.optimizers.FusedAdam"
 
 
+@pytest.mark.process
 def test_grouped_experts_around_our_router(engine):
     seen = engine[EXPERTS]
     assert seen["experts"].endswith("GroupedMLP") and seen["experts"].startswith("TE")
     assert (seen["router"], seen["core"]) == ("BalancedRouter", "HybridCoreAttention")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("packages", ["apex,amp_C,fused_weight_gradient_mlp_cuda", "transformer_engine"])
 def test_fused_adam_and_accumulation_where_installed(packages, engine):
     (seen,) = choices(packages, LOCAL) if "apex" in packages else [engine[LOCAL]]
@@ -99,6 +102,7 @@ def test_fused_adam_and_accumulation_where_installed(packages, engine):
     assert seen["accumulation"] is ("apex" in packages)  # transformer-engine's kernel is for its own layers
 
 
+@pytest.mark.process
 def test_nothing_installed():
     done = run("-c", f"ASKED = {[LOCAL]!r}\n{CHOICES}")
     (seen,) = json.loads(done.stdout.splitlines()[-1])

@@ -51,6 +51,7 @@ def whole(ranks, key):
     return joined
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("layout", "untied"), [("one", False), ("one", True), *CASES])
 def test_figures_and_gradients_do_not_depend_on_the_padding(results, layout, untied):
     (one,) = results["one", untied, MULTIPLES[0]]

@@ -18,6 +18,8 @@ from tidar_megatron.training.dashboards import WandB
 from tidar_megatron.training.generations import Samples
 from tidar_megatron.training.loop import pretrain
 
+pytestmark = pytest.mark.process
+
 
 def test_wandb_is_kept_offline_and_never_stops_a_run(shards, tmp_path, monkeypatch, capsys):
     import wandb

@@ -27,7 +27,7 @@ QUICK = """TP4+SP | PP4 | CP4, packed documents | DP4, distributed optimizer, bo
 | half of the blocks, experts, EP2xCP2 | experts, EP4, all-to-all, distributed optimizer
 | experts, TP4+SP, ETP2, all-to-all | experts, EP2xTP2xPP2+SP"""
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(1000)]  # much more than it takes on a quiet machine
+pytestmark = pytest.mark.timeout(1000)  # much more than it takes on a quiet machine
 
 
 def names(text):
@@ -43,6 +43,7 @@ def report():
     return json.loads(done.stdout.splitlines()[-1]), asked
 
 
+@pytest.mark.process
 def test_every_layout_equals_one_rank(report):
     report, asked = report
     assert report["ok"] is True

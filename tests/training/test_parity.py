@@ -24,6 +24,8 @@ from tidar_megatron.models.parameters import VOCABULARY, kind_of
 from tidar_megatron.training.resolve import resolve
 from tidar_megatron.training.trainer import Trainer
 
+pytestmark = pytest.mark.process
+
 SEQUENCES, MICRO, ALPHA, BLOCK, LENGTH = 8, 2, 0.8, 4, 32
 LAYOUT_SETUP = {
     "num_layers": 2,
