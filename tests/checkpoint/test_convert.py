@@ -342,14 +342,19 @@ def test_a_full_disk_is_said_and_leaves_nothing(imported, tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    return write_random_model(
+        tmp_path_factory.mktemp("large") / "hf", "llama", tie=False, num_hidden_layers=24, hidden_size=512,
+        intermediate_size=2048, num_attention_heads=8, num_key_value_heads=8, head_dim=64, vocab_size=16384,
+    )  # fmt: skip
+
+
 @pytest.mark.process
 @pytest.mark.parametrize("mask", [[], ["mean", 16000]])
-def test_importing_holds_one_layer_at_a_time(tmp_path, mask):
+def test_importing_holds_one_layer_at_a_time(large, tmp_path, mask):
     """Peak memory beyond the mapped files: measured in a process of its own, by the kernel."""
-    hf = write_random_model(
-        tmp_path / "hf", "llama", tie=False, num_hidden_layers=24, hidden_size=512, intermediate_size=2048,
-        num_attention_heads=8, num_key_value_heads=8, head_dim=64, vocab_size=16384,
-    )  # fmt: skip
+    hf = large
     size = (hf / "model.safetensors").stat().st_size
     done = ranks.run("-m", "tests.checkpoint.import_memory", hf, tmp_path / "run", *mask)
     assert done.returncode == 0, done.stderr

@@ -3,6 +3,7 @@
 The batches are packed documents with fill, and their supervised counts differ between micro-batches and ranks.
 """
 
+import functools
 import json
 
 import pytest
@@ -53,33 +54,43 @@ RUN = {family: PARALLEL if THOROUGH else QUICK[family] for family in FAMILIES}
 def layouts(*wanted):
     """Parametrise with the families and those of the ``wanted`` layouts that run with each."""
     cases = [(family, layout) for family in FAMILIES for layout in wanted if layout in ["one", *RUN[family]]]
-    return pytest.mark.parametrize(("runs", "layout"), cases, indirect=["runs"], scope="module")
+    return pytest.mark.parametrize(("runs", "layout"), cases, indirect=["runs"])
 
 
 @pytest.fixture(scope="module")
-def runs(request, shards, tmp_path_factory):
-    """{layout: results of its ranks}; one launch for all layouts of a family."""
-    folder = tmp_path_factory.mktemp(request.param)
-    write_random_model(folder / "hf", **FAMILIES[request.param])
-    setup = {
-        "tidar": {"block_size": BLOCK, "ar_loss_weight": ALPHA, "attention_chunk_size": 8},
-        "model": {"make_vocab_size_divisible_by": 8},
-        "data": {"train_data": str(shards[0]), "valid_data": str(shards[1]), "seq_length": LENGTH},
-        "training": {
-            "global_batch_size": SEQUENCES,
-            "micro_batch_size": MICRO,
-            "init_from": str(folder / "hf"),
-            "eval_sequences": 9,
-        },
-        "optimizer": {"lr": 1e-3, "lr_decay_style": "constant", "clip_grad": 0.5},
-    }
-    (folder / "setup.json").write_text(json.dumps(setup))
-    parallel = RUN[request.param]
-    run_ranks(2, "-m", "tests.layouts", folder / "setup.json", folder, *parallel)
-    results = {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in (0, 1)] for name in parallel}
-    results["one"] = [run_layout(setup, "one", folder)]
-    shut_down()
-    return setup, results, folder
+def run_family(shards, tmp_path_factory):
+    """family -> setup, {layout: results of its ranks}, folder; one launch for all layouts of a family."""
+
+    @functools.cache
+    def run(family):
+        folder = tmp_path_factory.mktemp(family)
+        write_random_model(folder / "hf", **FAMILIES[family])
+        setup = {
+            "tidar": {"block_size": BLOCK, "ar_loss_weight": ALPHA, "attention_chunk_size": 8},
+            "model": {"make_vocab_size_divisible_by": 8},
+            "data": {"train_data": str(shards[0]), "valid_data": str(shards[1]), "seq_length": LENGTH},
+            "training": {
+                "global_batch_size": SEQUENCES,
+                "micro_batch_size": MICRO,
+                "init_from": str(folder / "hf"),
+                "eval_sequences": 9,
+            },
+            "optimizer": {"lr": 1e-3, "lr_decay_style": "constant", "clip_grad": 0.5},
+        }
+        (folder / "setup.json").write_text(json.dumps(setup))
+        parallel = RUN[family]
+        run_ranks(2, "-m", "tests.layouts", folder / "setup.json", folder, *parallel)
+        results = {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in (0, 1)] for name in parallel}
+        results["one"] = [run_layout(setup, "one", folder)]
+        shut_down()
+        return setup, results, folder
+
+    return run
+
+
+@pytest.fixture
+def runs(run_family, request):
+    return run_family(request.param)
 
 
 def plain(setup, weights):
