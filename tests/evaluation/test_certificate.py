@@ -119,7 +119,7 @@ def test_every_family_in_every_plan(family, tmp_path):
     """Random weights: exactness may not depend on training, nor on a family's details."""
     make_causal_lm(family, torch.float32).save_pretrained(tmp_path)
     draw = random.Random(0)
-    lengths = (1, 2, 7, 20, 33, 50) if not THOROUGH else range(1, 60)
+    lengths = (1, 7, 50) if not THOROUGH else range(1, 60)
     prompts = [[draw.randrange(MASK) for _ in range(length)] for length in lengths]
     found = certify(load_model(tmp_path), tmp_path, prompts, 24, plans(), 0)
     assert found.holds and found.identical == len(prompts) and len(found.runs) == 2 * 22

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import sys
 import time
@@ -11,7 +12,6 @@ import torch
 
 from tests.programs import call
 from tests.random_models import write_random_model
-from tests.ranks import run
 from tidar_megatron.data.tokenizer import byte_tokenizer
 from tidar_megatron.errors import UserError
 from tidar_megatron.evaluation import tasks
@@ -22,6 +22,19 @@ from tidar_megatron.inference.planner import planner_of
 from tidar_megatron.inference.request import parse_plan
 
 TEXTS = ["alpha beta gamma", " delta", "epsilon, zeta! " * 12, "x"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _lm_eval_reads_its_tasks_once():
+    """Its index of thousands of YAML files takes ten seconds each time; what it says of the machine starts programs."""
+    import lm_eval.evaluator
+    import lm_eval.tasks
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lm_eval.tasks, "TaskManager", functools.cache(lm_eval.tasks.TaskManager))
+        patch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
+        patch.setattr(lm_eval.evaluator, "get_git_commit_hash", lambda: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -289,18 +302,17 @@ def test_a_tokenizer_without_ends(folder, tmp_path):
         TidarLM(dataclasses.replace(model, tokenizer=None))
 
 
-@pytest.mark.process
 def test_lm_evals_own_command_line(folder, tmp_path):
     """As the README has it: no device is named, and none is a GPU."""
     (tmp_path / "texts.jsonl").write_text('{"text": "alpha beta"}\n')
     task = {key: value for key, value in local_task(tmp_path / "texts.jsonl").items() if key != "metric_list"}
     (tmp_path / "texts.yaml").write_text(json.dumps(task))
-    command = ["-m", "tidar_megatron.evaluation", "--model", "tidar", "--limit", "1"]
+    command = ["tidar_megatron/evaluation/__main__.py", "--model", "tidar", "--limit", "1"]
     command += ["--tasks", tmp_path / "texts.yaml", "--model_args"]
-    done = run(*command, f"pretrained={folder}")
+    done = call(*command, f"pretrained={folder}")
     assert done.returncode == 0, done.stderr
     assert "word_perplexity" in done.stdout
-    done = run(*command, f"pretrained={tmp_path}")
+    done = call(*command, f"pretrained={tmp_path}")
     assert (done.returncode, done.stderr.splitlines()[-1][:7]) == (2, "error: ")
 
 
