@@ -1,5 +1,5 @@
 # make quickstart   set everything up, train on real data, draft and verify: minutes on two CPU cores
-# make test-fast    the tests that start no program: under two minutes
+# make test-fast    the tests that start no program and take no seconds: under two minutes
 # make test         set everything up and run the tests: minutes; what the tiers below do is left out
 # make test-all     every tier, in turn: test-slow, test-faults, test-kill, test-slurm, test
 #
@@ -53,7 +53,7 @@ test: setup eval
 	@$(RUN) python -m pytest $(SIDE_BY_SIDE) $(TEST_ARGS)
 
 test-fast: setup eval
-	@$(RUN) python -m pytest $(SIDE_BY_SIDE) -m "not process" $(TEST_ARGS)
+	@$(RUN) python -m pytest $(SIDE_BY_SIDE) -m "not process and not slow" $(TEST_ARGS)
 
 test-all: test-slow test-faults test-kill test-slurm test
 

@@ -100,14 +100,14 @@ def run(*arguments, timeout=300, input=b"", largest_file=None, **variables):
         return subprocess.CompletedProcess(arguments, status, *(path.read_text() for path in (out, err)))
 
 
-def run_ranks(count, *arguments, timeout=300):
+def run_ranks(count, *arguments, timeout=300, prepare=None):
     """Run a program on ``count`` ranks, as ``torchrun --standalone`` would; return rank 0's ``CompletedProcess``.
 
     Once a rank has failed the others are ended; the output of all becomes the assertion's message.
     """
     with tempfile.TemporaryDirectory() as folder:
         logs = [(Path(folder, f"{rank}.out"), Path(folder, f"{rank}.err")) for rank in range(count)]
-        ranks = start_ranks(count, arguments, logs)
+        ranks = start_ranks(count, arguments, logs, prepare)
         waiting, end = {rank.sentinel: rank for rank in ranks}, time.monotonic() + timeout
         try:
             while waiting and time.monotonic() < end:

@@ -10,6 +10,7 @@ import torch
 from tests.programs import call
 from tidar_megatron.benchmark import attention as attention_benchmark
 from tidar_megatron.benchmark import loss as loss_benchmark
+from tidar_megatron.benchmark import training as training_benchmark
 from tidar_megatron.benchmark.measuring import Spread, Timings, peak_bytes
 from tidar_megatron.benchmark.report import plot, show
 from tidar_megatron.distributed.groups import shut_down
@@ -19,15 +20,17 @@ def run(*arguments):
     return call("tools/benchmark.py", *arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "keys"),
     [
         ("attention", {"seq_length", "backend", "over_causal", "peak_extra_bytes"}),
         ("training", {"seq_length", "parameters", "diffusion_block_fraction", "tidar_over_ar"}),
-        ("loader", {"seq_length", "building_seconds", "waiting_over_building"}),
+        pytest.param("loader", {"seq_length", "building_seconds", "waiting_over_building"}, marks=pytest.mark.process),
     ],
 )
-def test_rows(what, keys, tmp_path):
+def test_rows(what, keys, tmp_path, monkeypatch):
+    monkeypatch.setattr(training_benchmark, "TOKENS", 512)  # as the program has it: .ci/run
     done = run(what, "--seq-lengths", 256, "--repeats", 1, "--threads", 1, "--output", tmp_path, "--json")
     assert done.returncode == 0, done.stderr[-4000:]
     result = json.loads(done.stdout.splitlines()[-1])

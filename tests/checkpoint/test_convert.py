@@ -345,7 +345,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(imported, tmp_path, monkeypatch)
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
     return write_random_model(
-        tmp_path_factory.mktemp("large") / "hf", "llama", tie=False, num_hidden_layers=24, hidden_size=512,
+        tmp_path_factory.mktemp("large") / "hf", "llama", tie=False, num_hidden_layers=16, hidden_size=512,
         intermediate_size=2048, num_attention_heads=8, num_key_value_heads=8, head_dim=64, vocab_size=16384,
     )  # fmt: skip
 
@@ -359,5 +359,5 @@ def test_importing_holds_one_layer_at_a_time(large, tmp_path, mask):
     done = ranks.run("-m", "tests.checkpoint.import_memory", hf, tmp_path / "run", *mask)
     assert done.returncode == 0, done.stderr
     grown = json.loads(done.stdout)["anonymous_bytes"]
-    assert size > 450e6
+    assert size > 300e6
     assert grown < 0.2 * size, grown / size

@@ -47,6 +47,7 @@ def starts_from(folder, shards, **tidar):
     return trainer.config, weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3-tied", "llama-untied-llama3", "qwen3_moe-untied"])
 def test_a_run_starts_alike_from_the_folder_and_from_what_was_imported(imported, shards, name):
     one, two = (starts_from(imported / name / kind, shards) for kind in ("hf", "run"))

@@ -188,6 +188,7 @@ for options in ({"temperature": 0.0}, {"temperature": 2.0, "seed": 1, "logit_bia
 """
 
 
+@pytest.mark.process
 def test_vllm_emits_no_mask_token(tmp_path):
     """Greedy as transformers, and never the mask token, whose learned row would win half of the time."""
     python = os.environ.get("TIDAR_VLLM_PYTHON", sys.executable)

@@ -32,6 +32,7 @@ def run(folder, names=("ar", "all:4", "1:3"), samples=0, new=20):
     return certify(load_model(folder), folder, PROMPTS, new, runs, samples)
 
 
+@pytest.mark.slow
 def test_it_holds(folder):
     found = run(folder, ("ar", "auto", "lookup:4", "linear:4", "all:4", "1:3"), samples=300)
     assert (found.prompts, found.identical, found.ties, found.holds) == (3, 3, 0, True)
@@ -79,6 +80,7 @@ def test_a_tie_is_told_apart(folder, monkeypatch):
     assert not found.holds  # more than 1% of the prompts
 
 
+@pytest.mark.slow
 def test_another_distribution_is_noticed(folder, monkeypatch):
     monkeypatch.setattr(sampling, "residual", lambda p, draft, q: p)
     found = run(folder, ("ar", "all:4"), samples=1500, new=4)
@@ -114,6 +116,7 @@ def test_prompts_are_read(tmp_path):
         read_prompts(tmp_path / "none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_in_every_plan(family, tmp_path):
     """Random weights: exactness may not depend on training, nor on a family's details."""

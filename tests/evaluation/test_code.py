@@ -11,6 +11,8 @@ from tidar_megatron.evaluation import code
 from tidar_megatron.evaluation.code import human_eval, passes
 from tidar_megatron.inference.loading import load_model
 
+pytestmark = pytest.mark.process
+
 PROBLEM = {
     "prompt": "def double(n):\n",
     "test": "def check(f):\n    assert f(2) == 4\n    assert f(-1) == -2\n",

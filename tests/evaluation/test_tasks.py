@@ -30,8 +30,9 @@ def _lm_eval_reads_its_tasks_once():
     import lm_eval.evaluator
     import lm_eval.tasks
 
+    manager = functools.cache(lm_eval.tasks.TaskManager)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lm_eval.tasks, "TaskManager", functools.cache(lm_eval.tasks.TaskManager))
+        patch.setattr(lm_eval.tasks, "TaskManager", lambda **unused: manager())
         patch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
         patch.setattr(lm_eval.evaluator, "get_git_commit_hash", lambda: None)
         yield

@@ -15,6 +15,7 @@ from tidar_megatron.inference.sampling import SamplingOptions
 # ---- the same tokens ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_mode_equals_stock_generate(tiny, stock_generate, family, dtype):
@@ -32,6 +33,7 @@ def test_every_mode_equals_stock_generate(tiny, stock_generate, family, dtype):
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("branches", ["all", 1, 2, 3])
 @pytest.mark.parametrize("draft_length", range(1, 10))
 def test_every_plan_equals_ar_where_drafts_are_accepted(trained, prompts, draft_length, branches):

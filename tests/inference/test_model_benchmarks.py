@@ -35,6 +35,7 @@ def test_a_larger_body_says_the_same(family, monkeypatch):
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)  # norms are float32 whatever the dtype
 
 
+@pytest.mark.slow
 def test_a_body_must_be_larger(trained):
     with pytest.raises(UserError, match="--bodies 11M: the model is larger"):
         grown(grown(trained, "88M"), "11M")
@@ -52,6 +53,7 @@ def test_useless_drafts_change_no_text_and_are_not_accepted(trained, prompts):
     assert in_body(trained, "own") is trained
 
 
+@pytest.mark.slow
 def test_the_planner_against_every_plan(trained, prompts, monkeypatch):
     monkeypatch.setattr(planner, "LENGTHS", (2, 4))
     threads = torch.get_num_threads()

@@ -166,6 +166,7 @@ if not THOROUGH:
     CASES = [(mode, setting) for mode, setting in CASES if mode == "all" or setting == "temperature 1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "setting"), CASES)
 def test_every_mode_samples_as_ar(small, mode, setting):
     texts, expected = enumerated(small, SETTINGS[setting])
@@ -190,6 +191,7 @@ def confident(choose):
     return wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["correction from p", "cut-off on the drawn token"])
 def test_wrong_rules_are_caught(small, monkeypatch, rule):
     if rule == "correction from p":
@@ -201,6 +203,7 @@ def test_wrong_rules_are_caught(small, monkeypatch, rule):
     assert chi_square([counts[text] for text in texts], expected) < 1e-6
 
 
+@pytest.mark.slow
 def test_every_path_is_taken_and_p_and_q_differ(small, monkeypatch):
     """Else the tests above prove less than they say: counted where drafts decide the tokens that are compared."""
     paths, distances = Counter(), []

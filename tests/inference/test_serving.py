@@ -73,6 +73,7 @@ def test_the_queue_and_the_slots_have_bounds(trained, prompts):
         serving.submit(prompts[0], ar())
 
 
+@pytest.mark.slow
 def test_nothing_piles_up_over_a_thousand_requests(trained):
     """Cancelled and failing ones among them; memory after the first two hundred stays what it is."""
     draw = random.Random(0)

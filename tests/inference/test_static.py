@@ -63,6 +63,7 @@ def test_hidden_states_are_those_of_packed_forwards(tiny, groups):
     torch.testing.assert_close(hidden[True], hidden[False], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_shapes_are_few(trained, prompts):
     """Whatever plans, lengths and numbers of sequences: sizes are rounded up to a few."""
     steps = 0

@@ -97,6 +97,7 @@ def test_chunked_equals_dense_in_float64(total, block, chunk, lengths, doubled, 
         equal(run(make_schedule(visibility, backend="chunked", chunk_size=chunk), *tensors), dense)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(
     size=st.integers(1, 4),
@@ -141,6 +142,7 @@ def test_context_parallel_ranks_compute_the_whole(size, blocks, block, chunk, le
     equal(got, wanted)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(**CASES)
 def test_flex_equals_dense_in_float64(total, block, chunk, lengths, doubled, alike, groups, seed):
@@ -194,6 +196,7 @@ def test_chunked_equals_dense_in_lower_precision(dtype):
         assert (ours - theirs).norm() <= tolerance * theirs.norm()
 
 
+@pytest.mark.process
 def test_flex_compiles_once():
     """As a compiled CPU forward: other documents of the same shape are other inputs, not another kernel."""
     torch._dynamo.reset()

@@ -77,6 +77,7 @@ def test_two_ranks_hold_padding_in_part_and_alone():
     assert [max(IDS - -(-IDS // m) * m // 2, 0) for m in MULTIPLES] == [48, 33, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distributed", [False, True])
 def test_a_checkpoint_goes_on_under_more_padding_and_under_less(shards, tmp_path, distributed):
     """As one of another TP may have: weights, Adam's state, and an export of a checkpoint with other padding."""

@@ -182,6 +182,7 @@ class LiveStorages:
 VPP2 = {"virtual_pipeline_model_parallel_size": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("world_size", "parallel"),
     [

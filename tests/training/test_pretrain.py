@@ -83,6 +83,7 @@ def test_evaluation_is_of_the_held_out_data(whole, shards):
     assert means[0]["ar_loss"] != pytest.approx(means[1]["ar_loss"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_bf16_follows_float32_and_resumes(shards, tmp_path):
     """bfloat16 compute with float32 main weights: the same run within bfloat16's rounding, also when interrupted."""
     for name, bf16 in (("fp32", False), ("bf16", True)):
