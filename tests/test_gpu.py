@@ -20,6 +20,7 @@ from tidar_megatron.training.loop import pretrain
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.process,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device and make test-gpu"),
 ]
 

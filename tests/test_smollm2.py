@@ -17,6 +17,8 @@ from tidar_megatron.inference.engine import generate
 from tidar_megatron.inference.loading import load_model
 from tidar_megatron.inference.request import parse_plan
 
+pytestmark = pytest.mark.process
+
 PROMPT = "The capital of France is"
 
 

@@ -19,6 +19,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if Path(__file__).parent not in item.path.parents:
             continue
+        item.add_marker("process")
         match = NAMED.match(" ".join((item.function.__doc__ or "").split("\n\n")[0].split()))
         if match is None:
             raise pytest.UsageError(f"{item.nodeid}: its docstring must begin with 'Fault N: '")

@@ -22,7 +22,7 @@ from tests.launch.launching import CONFIG, TINY, environment, losses, started, s
 from tidar_megatron.checkpoint.folder import latest_iteration, saved_iterations
 from tidar_megatron.training.signals import RUN_STATE
 
-pytestmark = pytest.mark.timeout(1800)  # minutes, but more on a machine that has other work
+pytestmark = [pytest.mark.process, pytest.mark.timeout(1800)]  # minutes, but more on a machine that has other work
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
 REFERENCE_SECONDS = 45  # of steps; SLURM signals the job 2 to 32 seconds after its start
 SIGNAL = ("--time=2", "--signal=B:USR1@88")  # SLURM looks every 30 seconds, and may be 60 seconds early
