@@ -5,6 +5,7 @@ import os
 import warnings
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read as torch is imported; tools/pretrain.py sets it as well
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of packages that are not installed
     import torch  # noqa: F401

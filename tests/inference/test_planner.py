@@ -254,6 +254,9 @@ def test_costs_are_timed_once_and_kept(trained, tmp_path, monkeypatch):
     assert first.sizes[0] == 1 and all(seconds > 0 for row in first.seconds for seconds in row)
     assert first.sizes[-1] + first.contexts[-1] <= trained.context_limit
     monkeypatch.setattr(timing, "measure_costs", lambda model: 1 / 0)
+    slow = Costs(first.sizes, first.contexts, [[1000 * seconds for seconds in row] for row in first.seconds])
+    assert not timing._still_holds(slow, trained)
+    monkeypatch.setattr(timing, "_still_holds", lambda costs, model: True)  # other tests keep the machine busy
     assert load_costs(trained) == first
     (path,) = tmp_path.iterdir()
     path.write_text("{")
