@@ -193,6 +193,7 @@ class _Prepare:
 
 def _be(program, environment, files, stdin, session, prepare):
     """Be the program, in a process that has just been forked. Its SystemExit becomes the exit status."""
+    assert "tests.preloaded" in sys.modules, "the server failed to import it: python -m tests.preloaded says why"
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: killed with the server, which ends with the tests
     if session:
         os.setsid()

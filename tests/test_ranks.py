@@ -34,7 +34,7 @@ def test_a_forked_program_is_a_process_of_its_own(tmp_path):
 def test_ranks_know_their_places_and_one_that_fails_is_said():
     place = "import os; print(*(os.environ[name] for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')))"
     assert run_ranks(2, "-c", place).stdout == "0 2 0\n"
-    with pytest.raises(AssertionError, match=r"statuses=\[0, 1\](.|\n)*rank 1 cannot"):
+    with pytest.raises(AssertionError, match=r"statuses: \[0, 1\](.|\n)*rank 1 cannot"):
         run_ranks(2, "-c", "import os, sys; os.environ['RANK'] == '0' or sys.exit('rank 1 cannot')")
 
 

@@ -1,11 +1,11 @@
 """The certificate: it holds where it should, and notices another token, another distribution, and a tie."""
 
-import os
 import random
 
 import pytest
 import torch
 
+from tests.conftest import THOROUGH
 from tests.inference.conftest import FAMILIES, MASK, make_causal_lm
 from tidar_megatron.errors import UserError
 from tidar_megatron.evaluation import certificate
@@ -15,7 +15,6 @@ from tidar_megatron.inference import sampling
 from tidar_megatron.inference.loading import load_model
 from tidar_megatron.inference.sequence import Sequence
 
-THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 PROMPTS = [[1, 2, 3], [40, 5, 6, 7, 9], [9]]
 
 
@@ -124,7 +123,7 @@ def test_every_family_in_every_plan(family, tmp_path):
     draw = random.Random(0)
     lengths = (1, 7, 50) if not THOROUGH else range(1, 60)
     prompts = [[draw.randrange(MASK) for _ in range(length)] for length in lengths]
-    found = certify(load_model(tmp_path), tmp_path, prompts, 24, plans(), 0)
+    found = certify(load_model(tmp_path), tmp_path, prompts, 24 if THOROUGH else 14, plans(), 0)
     assert found.holds and found.identical == len(prompts) and len(found.runs) == 2 * 22
 
 

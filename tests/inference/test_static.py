@@ -1,13 +1,10 @@
 """Forwards of few shapes: as those without padding; few shapes, and nothing compiled per step."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from tests.conftest import ROOT
+from tests.ranks import run
+from tidar_megatron.inference.attention import PackedForward, Part
 from tidar_megatron.inference.cache import KVPool
 from tidar_megatron.inference.engine import Engine
 from tidar_megatron.inference.forward import ForwardLayout, PackedForward, Part
@@ -127,11 +124,9 @@ print("graphs:", *counts, "shapes:", len(engine._forwards.shapes))
 def test_nothing_is_compiled_per_step():
     """torch.compile sees every shape once: as many graphs as it made for a first text serve all later ones.
 
-    In a process of its own, for what others have imported may make torch.compile break graphs.
+    In a process of its own, for what others have done may make torch.compile break graphs.
     """
-    command = [sys.executable, "-c", COMPILED]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = run("-c", COMPILED)
     assert done.returncode == 0, done.stderr[-3000:]
     _, *counts, _, shapes = done.stdout.split()
     assert len(set(counts)) == 1
