@@ -36,8 +36,12 @@ def pytest_ignore_collect(collection_path, config):
     return True if collection_path in APART and not named else None
 
 
-def pytest_collection_finish():
-    """Leave what the imports made out of every later garbage collection: the end of each run in a test collects."""
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_old_is_collected():
+    """Leave what is alive before a file's tests out of their garbage collections: the end of each run collects twice.
+
+    That is what was imported; collecting it takes longer than most runs.
+    """
     gc.collect()
     gc.freeze()
 

@@ -102,6 +102,7 @@ def test_a_living_process_is_refused_and_a_killed_one_is_not(tmp_path):
     process.join()
 
 
+@pytest.mark.process
 def test_another_process_with_the_same_id_is_dead(tmp_path):
     sleeping = subprocess.Popen(["sleep", "60"])
     try:
@@ -187,7 +188,9 @@ def test_a_lock_that_another_run_made_anew_is_lost(tmp_path):
 
 def race(folder, start, winners):
     start.wait()
-    for _ in range(40):
+    tries, end = 0, time.monotonic() + 60
+    while tries < 40 or (winners[2] < 8 and time.monotonic() < end):  # a busy machine needs more
+        tries += 1
         with contextlib.suppress(UserError):
             lock = take_lock(folder)
             with winners.get_lock():
