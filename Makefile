@@ -1,3 +1,4 @@
+# make help         this list
 # make quickstart   set everything up, train on real data, draft and verify: minutes on two CPU cores
 # make test-fast    the tests that start no program and take no seconds: under two minutes
 # make test         set everything up and run the tests: minutes; what the tiers below do is left out
@@ -24,7 +25,11 @@ TRAIN_ARGS ?=
 MEASURE_ARGS ?=
 TEST_ARGS ?=
 
-.PHONY: setup eval quickstart smollm2 study study-smollm2 test test-fast test-all test-faults test-kill test-slow test-gpu test-slurm check masks clean
+# the list at the head of this file
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+.PHONY: help setup eval quickstart smollm2 study study-smollm2 test test-fast test-all test-faults test-kill test-slow test-gpu test-slurm check masks clean
 
 setup: $(STAMP)
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from tests.ranks import run
-from tidar_megatron.inference.attention import PackedForward, Part
 from tidar_megatron.inference.cache import KVPool
 from tidar_megatron.inference.engine import Engine
 from tidar_megatron.inference.forward import ForwardLayout, PackedForward, Part
