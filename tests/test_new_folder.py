@@ -41,7 +41,7 @@ def test_a_folder_is_written_whole_or_not_at_all(kind, tmp_path, monkeypatch):
     check_free("--output", folder)
     with pytest.raises(RuntimeError):
         write(folder, error=RuntimeError())
-    with pytest.raises(UserError, match=r"--output .*: nothing was written \(\[Errno 28\] No space.*\); mend that"):
+    with pytest.raises(UserError, match=r"--output .*: nothing was written \(\[Errno 28\] No space.*\); fix that"):
         write(folder, error=OSError(28, "No space left on device"))
     check_free("--output", folder)
     assert written(tmp_path) == {}
@@ -73,10 +73,10 @@ def test_what_another_process_put_there_meanwhile_stays(there, name, tmp_path):
         folder.mkdir(exist_ok=True)
         (folder / name).write_text("theirs")
 
-    with pytest.raises(UserError, match=r"nothing was written \(.*meanwhile it holds something"):
+    with pytest.raises(UserError, match=r"nothing was written \(.*it is no longer empty"):
         write(folder, "sub/z", meanwhile=other)
     assert written(tmp_path) == {f"folder/{name}": "theirs"}
-    with pytest.raises(UserError, match="meanwhile it holds something"):
+    with pytest.raises(UserError, match="it is no longer empty"):
         write(folder)
     assert written(tmp_path) == {f"folder/{name}": "theirs"}
 
@@ -104,7 +104,7 @@ def test_a_folder_that_holds_something_gives_way_where_that_is_meant(error, tmp_
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "old").write_text("old")
-    with pytest.raises(UserError, match="meanwhile it holds something"):
+    with pytest.raises(UserError, match="it is no longer empty"):
         write(folder)
     rename = Path.rename
 

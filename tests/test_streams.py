@@ -126,4 +126,4 @@ def test_a_run_that_trains_goes_on_without_its_output(shards, tmp_path, capsys, 
         run_tool(lambda: pretrain(small(shards, checkpoint={"save": str(tmp_path / "run")})))
     assert [row["iteration"] for row in metrics(tmp_path / "run") if "loss" in row] == [*range(1, STEPS + 1)]
     assert saved_iterations(tmp_path / "run") == [STEPS]
-    assert capsys.readouterr().err.count("warning: standard output: Broken pipe; the run goes on without it\n") == 1
+    assert capsys.readouterr().err.count("warning: standard output: Broken pipe; the run continues without it\n") == 1

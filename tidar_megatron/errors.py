@@ -2,20 +2,20 @@
 
 
 class UserError(ValueError):
-    """Bad input. The message is one line, names what is wrong, and says how to mend it."""
+    """An error in the user's input. The message is one line that names what is wrong and says how to fix it."""
 
 
 class LocalError(UserError):
-    """Bad input that not every rank met; the message names the rank."""
+    """A :class:`UserError` that only some ranks raise; the message names the rank."""
 
 
 class Interrupted(Exception):  # noqa: N818 - nothing went wrong
-    """The run was asked to leave before its end, saved, and has said so."""
+    """A request to stop: the run ends early, after it has saved and printed why."""
 
 
-class Diverged(Exception):  # noqa: N818 - said of a run
-    """Training does not get on: step after step had to be skipped. The message is one line."""
+class Diverged(Exception):  # noqa: N818 - describes a run
+    """Too many skipped steps in a row: training makes no progress. The message is one line."""
 
 
-class Stalled(Exception):  # noqa: N818 - said of a rank
-    """A rank waits in vain, for another or for its data. The message is one line and names the rank and the step."""
+class Stalled(Exception):  # noqa: N818 - describes a rank
+    """A timeout of a rank that waits for another rank or for data. The message is one line: the rank, the step."""

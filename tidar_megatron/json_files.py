@@ -1,4 +1,4 @@
-"""Read JSON files that others wrote: what is wrong with one is told in one line that names the file."""
+"""Read JSON files that other programs wrote; an error is one line that names the file."""
 
 import json
 import math
@@ -16,16 +16,16 @@ def read_object(path: Path, missing: str = "copy the folder again") -> dict[str,
     """Return the JSON object in a file.
 
     Args:
-        path: a regular file.
-        missing: what to do where there is no such file.
+        path: The file to read; it must be a regular file.
+        missing: The remedy that the message gives when the file is missing.
 
     Raises:
-        UserError: the file is missing, cannot be read, is not UTF-8, is not JSON, holds NaN, or holds something else
-            than an object.
+        UserError: The file is missing, unreadable, not UTF-8 or not JSON, contains NaN, or holds another type than an
+            object.
     """
     value = parse(read_text(path, missing), path)
     if not isinstance(value, dict):
-        raise UserError(f"{path}: holds no JSON object but {type_name(value)}; copy it again")
+        raise UserError(f"{path}: holds {type_name(value)}, not a JSON object; copy it again")
     return value
 
 
@@ -33,7 +33,7 @@ def read_text(path: Path, missing: str = "copy the folder again") -> str:
     """Return the text of a UTF-8 file.
 
     Raises:
-        UserError: the file is missing, cannot be read, or is not UTF-8.
+        UserError: The file is missing, cannot be read, or is not UTF-8.
     """
     problem = not_a_file(path)
     if problem:
@@ -47,7 +47,7 @@ def read_text(path: Path, missing: str = "copy the folder again") -> str:
 
 
 def not_a_file(path: Path) -> str | None:
-    """Return why ``path`` is no regular file (missing, a folder, a loop of links, a pipe), or None where it is one."""
+    """Return why ``path`` is not a regular file (missing, a folder, a loop of links, a pipe), or None if it is one."""
     try:
         if path.is_file():
             return None
@@ -62,16 +62,16 @@ def not_a_file(path: Path) -> str | None:
 
 
 def parse(text: str, where: object) -> Any:
-    """Return the value of a JSON text; ``where`` is what a message names.
+    """Return the value of a JSON text; ``where`` is the file or flag that an error message names.
 
     Raises:
-        UserError: it is not JSON, or it holds NaN, which is no JSON and compares with nothing.
+        UserError: The text is not JSON, or it contains NaN, which is not JSON and equals nothing, not even itself.
     """
     try:
         value = json.loads(text)
     except RecursionError:
         raise UserError(f"{where}: is nested too deeply; copy it again") from None
-    except ValueError as error:  # numbers of thousands of digits too
+    except ValueError as error:  # json raises it for integers of thousands of digits too
         raise UserError(f"{where}: is not JSON ({error}); copy it again") from None
     for key in _keys_of_nan(value):
         raise UserError(f"{where}: {key} is NaN, which is not a value; correct it")
@@ -91,32 +91,32 @@ def _keys_of_nan(value: Any, key: str = "") -> Iterator[str]:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Return whether a value of JSON is a number that a float can hold."""
+    """Return whether a JSON value is a number that a float can hold."""
     is_one = isinstance(value, int | float) and not isinstance(value, bool)
     return is_one and -sys.float_info.max <= value <= sys.float_info.max
 
 
 def is_count(value: Any) -> TypeGuard[int]:
-    """Return whether a value of JSON is a positive integer."""
+    """Return whether a JSON value is a positive integer."""
     return type(value) is int and value > 0
 
 
 def type_name(value: Any) -> str:
-    """Return JSON's name of a value's type."""
+    """Return the JSON name of a value's type."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
 
 
 def shown(value: Any) -> str:
-    """Return a value as a message shows it: JSON, on one line, cut where it is long."""
+    """Return a value as JSON on one line, truncated to :data:`SHOWN` characters, for a message."""
     return cut(json.dumps(value, default=str), SHOWN)
 
 
 def one_line(error: BaseException, most: int = 200) -> str:
-    """Return an exception's message on one line, cut where it is long; its type where it has none."""
+    """Return an exception's message on one line, truncated to ``most`` characters; its type if it has no message."""
     return cut(" ".join(str(error).split()) or type(error).__name__, most)
 
 
 def cut(text: str, most: int = 200) -> str:
-    """Return at most so many characters of a text, and a sign where there were more."""
+    """Return the first ``most`` characters of a text, followed by ``..`` if there are more."""
     return text if len(text) <= most else text[:most] + ".."

@@ -1,4 +1,4 @@
-"""A folder that is written whole or not at all: what an import, an export and the preparation of data make."""
+"""Create a folder atomically: imports, exports and data preparation leave a complete folder or none."""
 
 import errno
 import os
@@ -14,14 +14,14 @@ from tidar_megatron.files import sync
 
 
 def check_free(option: str, folder: str | Path) -> None:
-    """Refuse a folder to write that holds something already, or is none: before the work for it begins.
+    """Refuse an output folder that is not empty or is not a folder, before the work begins.
 
     Raises:
-        UserError: names ``option``, the flag that gave it.
+        UserError: The folder cannot be used; the message names ``option``, the flag that gave it.
     """
     path = Path(folder)
     try:
-        found = next(path.iterdir(), None) if path.exists() else None  # perhaps hidden, as a killed process leaves it
+        found = next(path.iterdir(), None) if path.exists() else None  # also a hidden folder of a killed process
     except OSError as error:
         raise UserError(f"{option} {folder}: {error.strerror}; choose another folder") from None
     if found is not None:
@@ -32,20 +32,19 @@ def check_free(option: str, folder: str | Path) -> None:
 
 @contextmanager
 def new_folder(option: str, folder: str | Path, last: str, replace: bool = False) -> Iterator[Path]:
-    """A hidden folder to write into, which becomes ``folder`` when the block ends; if that raises, none of it is left.
+    """Yield a hidden folder to write into; it becomes ``folder`` when the block ends, or is removed if it raises.
 
-    All is on the disk before the name is. A folder that is there and empty is filled, for it may be a mount, or where
-    a shell stands; a process that is killed leaves the hidden folder.
+    The contents are flushed to the disk before the folder gets its name. An existing empty folder is filled, not
+    replaced, because it may be a mount or a shell's working directory. A killed process leaves the hidden folder.
 
     Args:
-        option: the flag that gave ``folder``, for the error.
-        folder: need not be there.
-        last: the file without which the folder means nothing; where an empty one is filled, it comes last.
-        replace: whether what ``folder`` holds gives way.
+        option: The flag that gave ``folder``, for the error message.
+        folder: The folder to create; it may exist.
+        last: The file that makes the folder valid; it is moved last into an existing empty folder.
+        replace: Whether to replace an existing folder that is not empty.
 
     Raises:
-        UserError: an OSError of the block or of these steps; or ``folder`` holds something and ``replace`` is not
-            given.
+        UserError: The block or the publication raised an OSError; or ``folder`` is not empty and ``replace`` is false.
     """
     target = Path(os.path.realpath(folder))
     partial_name = f".{target.name}.partial-{secrets.token_hex(4)}"
@@ -59,7 +58,7 @@ def new_folder(option: str, folder: str | Path, last: str, replace: bool = False
         _publish(partial, target, last, replace)
     except OSError as error:
         raise UserError(
-            f"{option} {folder}: nothing was written ({error}); mend that, or choose another folder"
+            f"{option} {folder}: nothing was written ({error}); fix that, or choose another folder"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -68,14 +67,14 @@ def new_folder(option: str, folder: str | Path, last: str, replace: bool = False
 def _publish(partial: Path, folder: Path, last: str, replace: bool) -> None:
     there = [path for path in folder.iterdir() if path != partial] if folder.is_dir() else None
     if there and not replace:
-        raise FileExistsError(errno.ENOTEMPTY, "meanwhile it holds something", str(there[0]))
+        raise FileExistsError(errno.ENOTEMPTY, "it is no longer empty", str(there[0]))
     if there:
         _replace(partial, folder)
     elif there is None:
         partial.rename(folder)
     else:
         _fill(partial, folder, last)
-    with suppress(OSError):  # it is there
+    with suppress(OSError):  # the folder is already published
         sync(folder.parent)
 
 
@@ -101,10 +100,10 @@ def _replace(fresh: Path, folder: Path) -> None:
     except BaseException:
         old.rename(folder)
         raise
-    shutil.rmtree(old, ignore_errors=True)  # of a network's file system somebody may still read it
+    shutil.rmtree(old, ignore_errors=True)  # on a network file system another machine may still read it
 
 
 def os_error(error: Exception) -> OSError:
-    """The refusal of a file in the words of a Rust library (tokenizers, safetensors), as Python says it."""
+    """Return the OSError for a file error that a Rust library (tokenizers, safetensors) reports in its own words."""
     number = re.search(r"\(os error (\d+)\)", str(error))
     return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))

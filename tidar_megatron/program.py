@@ -1,7 +1,7 @@
-"""How every program in ``tools/`` runs: arguments, standard streams, and errors that become one line.
+"""Run the programs in ``tools/``: check arguments, guard the standard streams, and print an error as one line.
 
-A :class:`~tidar_megatron.errors.UserError` exits with status 2. A training run that was asked to leave by a signal
-exits with 75 (EX_TEMPFAIL: start it again and it continues), one that makes no progress with 76.
+A :class:`~tidar_megatron.errors.UserError` exits with status 2. A training run that a signal stopped exits with 75
+(EX_TEMPFAIL: start it again and it resumes), one that makes no progress with 76.
 """
 
 import argparse
@@ -20,18 +20,17 @@ from tidar_megatron.errors import Diverged, Interrupted, LocalError, Stalled, Us
 from tidar_megatron.streams import standard_streams
 
 INTERRUPTED_STATUS, DIVERGED_STATUS = 75, 76
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what a disk can refuse at any write
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # errors that any write can raise
 
 
 def run_tool(main: Callable[[], None], rank: int = 0) -> None:
     """Run a program's ``main``; a :class:`UserError` becomes one line on standard error and exit status 2.
 
-    Under torchrun every rank fails alike, so only ``rank`` 0 speaks; a rank that fails alone speaks too. Any other
-    exception is a defect of ours and keeps its traceback. ``streams.py`` says what becomes of a program whose output
-    is no longer read.
+    Under torchrun most errors are raised by every rank, so only ``rank`` 0 prints them; a rank that fails alone prints
+    its own. Any other exception is a bug and keeps its traceback. ``streams.py`` handles output that nobody reads.
     """
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers': they garble what a program prints
-    # megatron-core says at import, once per module and process, which optional packages it does without
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the bars of transformers garble the program's output
+    # at import megatron-core warns, in each process and module, about optional packages that are not installed
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*(ShardedTensor|load_state_dict)")
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*(all_gather_into|reduce_scatter)_tensor")
@@ -45,10 +44,10 @@ def run_tool(main: Callable[[], None], rank: int = 0) -> None:
             main()
     except (UserError, Diverged) as error:
         alone = isinstance(error, LocalError)
-        if rank != 0 and not alone:  # the launcher ends all ranks once one has left: let the one that speaks be first
+        if rank != 0 and not alone:  # the launcher ends all ranks once one exits: let the rank that prints exit first
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(10)
-            alone = os.environ.get("LOCAL_RANK") == "0"  # nobody has ended this node: it may have failed alone
+            alone = os.environ.get("LOCAL_RANK") == "0"  # the launcher did not end this node: it may have failed alone
         if rank == 0 or alone:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, UserError) else DIVERGED_STATUS)
@@ -58,7 +57,7 @@ def run_tool(main: Callable[[], None], rank: int = 0) -> None:
         where = f": {error.filename}" if error.filename else ""
         print(f"error: {os.strerror(error.errno)}{where}; free space, or choose another folder", file=sys.stderr)
         sys.exit(2)
-    except Stalled as error:  # on whichever rank; threads and connections that hang must not hold up the end
+    except Stalled as error:  # on any rank; threads and connections that hang must not delay the exit
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)
@@ -77,7 +76,7 @@ def _check_arguments() -> None:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaint is a :class:`UserError`, with the flag that was probably meant."""
+    """An ArgumentParser that raises :class:`UserError` and suggests the flag that was probably meant."""
 
     def error(self, message: str) -> NoReturn:
         if "unrecognized arguments:" in message:

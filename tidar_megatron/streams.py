@@ -1,11 +1,12 @@
-"""Standard input, output and error of a program, so that neither a closed one nor an encoding ends it badly.
+"""Make a program's standard streams safe against closed descriptors, closed pipes and narrow encodings.
 
-===================================  ==================================================================================
-closed at the start (``>&-``)        the stream is ``/dev/null``
-the reader of the output has left    the program ends with status 141 and without a word, as Unix tools do; one that
-(``| head``)                         trains goes on without its console
-text that the encoding cannot hold   is written with ``backslashreplace``
-===================================  ==================================================================================
+====================================  =================================================================================
+a stream is closed at the start       it becomes ``/dev/null``
+(``>&-``)
+the reader of the output has exited   the program ends silently with status 141, as Unix tools do; a training run
+(``| head``)                          continues without its console
+the encoding cannot hold a text       the text is written with ``backslashreplace``
+====================================  =================================================================================
 """
 
 import errno
@@ -22,17 +23,17 @@ _goes_on = False
 
 @contextmanager
 def standard_streams() -> Iterator[None]:
-    """Make the standard streams of this process safe to use, and flush them at the end.
+    """Make the standard streams of this process safe in this block, and flush them at its end.
 
     Streams that a test has replaced stay as they are.
 
     Raises:
-        SystemExit: with :data:`PIPE_CLOSED_STATUS`, from whatever writes the output, once nobody reads it.
+        SystemExit: The reader of the output has exited. A write raises it, with status :data:`PIPE_CLOSED_STATUS`.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
-        except OSError:  # else the next file to be opened gets this number, and all that is printed
+        except OSError:  # otherwise the next file to be opened gets this number, and receives all that is printed
             _discard(number)
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w" if number else "r", encoding="utf-8"))  # noqa: SIM115
@@ -54,7 +55,7 @@ def standard_streams() -> Iterator[None]:
 
 @contextmanager
 def outliving_output() -> Iterator[None]:
-    """In this block the program goes on, with a warning, when its output cannot be written."""
+    """Let the program continue in this block, with a warning, when its output cannot be written."""
     global _goes_on
     before, _goes_on = _goes_on, True
     try:
@@ -64,16 +65,16 @@ def outliving_output() -> Iterator[None]:
 
 
 def _flush() -> None:
-    sys.stdout.flush()  # at the interpreter's own end it is too late for an exit status
+    sys.stdout.flush()  # the interpreter's own flush at exit comes too late to set an exit status
     sys.stderr.flush()
 
 
 class _Output(io.FileIO):
-    """A file descriptor that is replaced by ``/dev/null`` once it cannot be written.
+    """A raw output stream that switches its descriptor to ``/dev/null`` at the first failed write.
 
     Args:
-        number: the descriptor.
-        on_failure: called with the error, once.
+        number: The file descriptor.
+        on_failure: A function that is called once, with the error.
     """
 
     def __init__(self, number: int, on_failure: Callable[[OSError], None]) -> None:
@@ -90,7 +91,7 @@ class _Output(io.FileIO):
 
 
 def _guarded(stream: io.TextIOWrapper, on_failure: Callable[[OSError], None]) -> io.TextIOWrapper:
-    """Return ``stream`` over an :class:`_Output`, with its encoding and buffering."""
+    """Return a copy of ``stream`` over an :class:`_Output`, with the same encoding and buffering."""
     stream.flush()
     raw = _Output(stream.fileno(), on_failure)
     return io.TextIOWrapper(
@@ -112,7 +113,7 @@ def _discard(number: int) -> None:
 
 def _output_failed(error: OSError) -> None:
     if _goes_on:
-        print(f"warning: standard output: {error.strerror}; the run goes on without it", file=sys.stderr)
+        print(f"warning: standard output: {error.strerror}; the run continues without it", file=sys.stderr)
     elif error.errno == errno.EPIPE:
         sys.exit(PIPE_CLOSED_STATUS)
     else:

@@ -160,7 +160,7 @@ def test_a_start_refuses_what_the_export_would(tmp_path, file, given):
     ("content", "said"),
     [
         ("{", "not JSON"),
-        ("[]", "holds no JSON object"),
+        ("[]", "holds a list, not a JSON object"),
         ('{"eos_token_id": "2"}', 'eos_token_id "2" is not a token id'),
         ('{"pad_token_id": [1]}', r"pad_token_id \[1\] is not a token id"),
         ('{"suppress_tokens": 5}', "suppress_tokens 5 is not a list of token ids"),

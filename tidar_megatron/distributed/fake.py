@@ -1,8 +1,8 @@
-"""One process plays any rank of a layout of any size: torch's fake process group, in which collectives do nothing.
+"""Simulate one rank of any layout in a single process, with torch's fake process group, whose collectives do nothing.
 
-What a rank *holds* (parameters, buffers, the optimizer's shards) is then exactly what it holds in the real job, built
-by the same code; on the meta device it takes no memory. What a rank *computes* has the right shapes, and with TP, PP,
-CP or EP values that mean nothing.
+The rank *holds* exactly what it holds in the real job (parameters, buffers, optimizer shards), because the same code
+builds it; on the meta device it takes no memory. What the rank *computes* has the right shapes, but under TP, PP, CP or
+EP the values are meaningless.
 """
 
 from collections.abc import Iterator
@@ -21,12 +21,12 @@ from tidar_megatron.distributed.groups import Ranks, lay_out, shut_down
 def play_rank(
     parallel: ParallelConfig, rank: int, world_size: int, device: str = "meta", seed: int = 0
 ) -> Iterator[Ranks]:
-    """Be ``rank`` of ``world_size`` for a while; what is built meanwhile lies on ``device`` (``meta`` or ``cpu``).
+    """Simulate ``rank`` of ``world_size`` in this block; tensors are created on ``device`` (``meta`` or ``cpu``).
 
-    It needs a process without a job of its own and without a GPU in sight (``CUDA_VISIBLE_DEVICES=``).
+    The process must not have joined a job, and must not see a GPU (``CUDA_VISIBLE_DEVICES=``).
     """
-    assert not dist.is_initialized(), "a process plays a rank or is one"
-    assert not platform.has_gpu(), "hide the GPUs from it: CUDA_VISIBLE_DEVICES= before torch is imported"
+    assert not dist.is_initialized(), "torch.distributed is initialized: a process that is a rank cannot simulate one"
+    assert not platform.has_gpu(), "hide the GPUs: set CUDA_VISIBLE_DEVICES= before torch is imported"
     platform.make_cpu_first_class()
     where = torch.device(device)
     try:

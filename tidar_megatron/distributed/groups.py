@@ -1,4 +1,4 @@
-"""Process groups and seeds: the only place that initialises torch.distributed and reads ``parallel_state``."""
+"""Process groups and seeds. Only this module initializes torch.distributed and reads ``parallel_state``."""
 
 import gc
 import os
@@ -21,7 +21,7 @@ from tidar_megatron.errors import UserError
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands in the layout."""
+    """The process groups, device and rank of this process."""
 
     groups: ProcessGroupCollection
     device: torch.device
@@ -30,25 +30,25 @@ class Ranks:
 
     @property
     def is_first_stage(self) -> bool:
-        """Holds the embedding."""
+        """Return whether this rank is in the first pipeline stage, which holds the embedding."""
         return self.groups.pp.rank() == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """Holds the output layer and sees the loss."""
+        """Return whether this rank is in the last pipeline stage, which computes the logits and the loss."""
         return self.groups.pp.rank() == self.groups.pp.size() - 1
 
     def holds_embedding(self, vp_stage: int) -> bool:
-        """Whether this rank's model chunk ``vp_stage`` is the first of the whole model."""
+        """Return whether this rank's model chunk ``vp_stage`` is the first of the model."""
         return self.is_first_stage and vp_stage == 0
 
     def holds_output(self, vp_stage: int, vp_size: int) -> bool:
-        """Whether this rank's model chunk ``vp_stage`` of ``vp_size`` is the last of the whole model."""
+        """Return whether this rank's model chunk ``vp_stage`` of ``vp_size`` is the last of the model."""
         return self.is_last_stage and vp_stage == vp_size - 1
 
     @property
     def is_main(self) -> bool:
-        """The one process that writes files and prints."""
+        """Return whether this is rank 0, the only process that writes files and prints."""
         return self.rank == 0
 
     def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
@@ -75,30 +75,33 @@ class Ranks:
         return told[0]
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether ``flag`` is set on any rank of the job; the same answer everywhere."""
+        """Return, on every rank, whether ``flag`` is set on any rank of the job. Collective."""
         return bool(self.largest(flag))
 
     def largest(self, number: int) -> int:
-        """The largest that any rank of the job brings; the same answer everywhere."""
+        """Return, on every rank, the maximum of ``number`` (int32) over all ranks of the job. Collective."""
         value = torch.tensor([number], dtype=torch.int32, device=self.device)
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return int(value.item())
 
 
 def world_size_from_environment() -> int:
-    """The number of processes torchrun started; 1 without it."""
+    """Return the number of processes that torchrun started; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank_from_environment() -> int:
-    """Which of them this one is; 0 without torchrun."""
+    """Return the global rank of this process; 0 without torchrun."""
     return int(os.environ.get("RANK", "0"))
 
 
 def initialize(parallel: ParallelConfig, seed: int) -> Ranks:
-    """Join the job that torchrun describes in the environment (one process without it), and lay out the groups.
+    """Join the job that torchrun describes in the environment (one process without it), and make the process groups.
 
-    May be called again with another layout in the same process: the old groups are destroyed first.
+    It may be called again with another layout in the same process: the old groups are destroyed first.
+
+    Raises:
+        UserError: This machine has fewer GPUs than processes.
     """
     platform.make_cpu_first_class()
     timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
@@ -122,14 +125,14 @@ def _join_process_group(timeout: timedelta) -> None:
     store = startup.store()
     if store is None:
         dist.init_process_group(platform.backend(), timeout=timeout)
-    else:  # all ranks have met there
+    else:  # all ranks have already joined this store
         rank, world_size = rank_from_environment(), world_size_from_environment()
         store.set_timeout(timeout)
         dist.init_process_group(platform.backend(), store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def lay_out(parallel: ParallelConfig, seed: int, device: torch.device) -> Ranks:
-    """Lay the groups out over the job that was joined; the groups of an earlier layout are destroyed first."""
+    """Make the process groups of a layout over the joined job; the groups of an earlier layout are destroyed first."""
     _end_groups()
     parallel_state.initialize_model_parallel(**group_sizes(parallel), create_gloo_process_groups=not is_played())
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -138,12 +141,12 @@ def lay_out(parallel: ParallelConfig, seed: int, device: torch.device) -> Ranks:
 
 
 def is_played() -> bool:
-    """Whether this process only plays a rank (``distributed/fake.py``): there is nobody for gloo to talk to."""
+    """Return whether this process only simulates a rank (``distributed/fake.py``), so that gloo has no peers."""
     return dist.get_backend() == "fake"
 
 
 def group_sizes(parallel: ParallelConfig) -> dict[str, Any]:
-    """The layout in the words of ``initialize_model_parallel``."""
+    """Return the layout as keyword arguments of ``initialize_model_parallel``."""
     vpp = parallel.virtual_pipeline_model_parallel_size
     return {
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
@@ -157,7 +160,7 @@ def group_sizes(parallel: ParallelConfig) -> dict[str, Any]:
 
 
 def seed_everything(seed: int, pipeline_rank: int) -> None:
-    """Seed every generator. Stages differ, so that their layers do; data-parallel ranks agree (as in Megatron-LM)."""
+    """Seed all generators: differently per pipeline stage, equally on data-parallel ranks, as Megatron-LM does."""
     seed = seed + 100 * pipeline_rank
     random.seed(seed)
     np.random.seed(seed)
@@ -166,21 +169,21 @@ def seed_everything(seed: int, pipeline_rank: int) -> None:
 
 
 def shut_down(orderly: bool = True) -> None:
-    """Leave the job; where it is not ``orderly``, the other ranks may be anywhere, so nobody is waited for."""
+    """Leave the job; wait for the other ranks first if ``orderly`` (after a failure they may never answer)."""
     if dist.is_initialized():
         _end_groups(orderly)
         dist.destroy_process_group()
 
 
 def _end_groups(orderly: bool = True) -> None:
-    """megatron-core forgets its groups without ending them: gloo's threads would pile up, layout by layout."""
+    """Destroy the groups, which megatron-core only forgets: otherwise gloo's threads pile up with each layout."""
     groups = [group for group in parallel_state._global_process_group_list or [] if group is not None]
     if groups and orderly:
-        dist.barrier()  # nobody still waits for a message in one of them
+        dist.barrier()  # no rank still waits for a message in one of them
     for group in groups:
         dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
-    # models hold their groups, in cycles: what is left of them must go now and on all ranks, for where one rank's end
-    # of a connection is gone, the other's thread runs in circles
+    # models refer to their groups in reference cycles; collect them now, on all ranks, because a gloo thread spins once
+    # the other end of its connection is gone
     del groups
     gc.collect()
