@@ -14,7 +14,7 @@ class Interrupted(Exception):  # noqa: N818 - nothing went wrong
 
 
 class Diverged(Exception):  # noqa: N818 - describes a run
-    """Too many skipped steps in a row: training makes no progress. The message is one line."""
+    """A run that makes no progress, with too many skipped steps in a row. The message is one line."""
 
 
 class Stalled(Exception):  # noqa: N818 - describes a rank

@@ -74,7 +74,7 @@ def test_a_bit_of_every_file(shards, copy, capsys):
         starting_point(trainer.config, fingerprint)
         assert whole_checkpoint(copy) == checkpoint_folder(copy, OLD), path.name
         said = capsys.readouterr().err
-        assert said.startswith(f"warning: {path} ") and said.endswith(f"; going on from iteration {OLD}\n")
+        assert said.startswith(f"warning: {path} ") and said.endswith(f"; resuming from iteration {OLD}\n")
         path.write_bytes(content)
     shut_down()
 
@@ -83,7 +83,7 @@ def test_a_run_and_init_from_pass_over_it(shards, copy, capsys):
     flip(checkpoint_folder(copy, NEW) / STATE_FILE, 300, 0)
     assert build(shards, checkpoint={"load": str(copy)}).iteration == OLD
     build(shards, training={"init_from": str(copy)})
-    assert f"going on from iteration {OLD}" in capsys.readouterr().err
+    assert f"resuming from iteration {OLD}" in capsys.readouterr().err
 
 
 def test_inspecting_believes_no_flipped_bit(copy):

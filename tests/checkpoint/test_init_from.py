@@ -131,7 +131,7 @@ def test_what_was_imported_is_no_run_to_go_on_with(imported, shards):
     tree = {"data": {"train_data": str(shards[0]), "seq_length": 32}}
     run = imported / "qwen3-tied" / "run"
     config = build_config({**tree, "checkpoint": {"load": str(run)}, "training": {"init_from": str(run)}})
-    with pytest.raises(UserError, match=r"holds a model's weights, no run; start from them with --init-from"):
+    with pytest.raises(UserError, match=r"holds only a model's weights, not a run; start from them with --init-from"):
         Trainer.build(config)
 
 

@@ -46,7 +46,7 @@ def test_the_program(run, tmp_path):
     command = ["tools/inspect_checkpoint.py", run, "--verify"]
     done = call(*command)
     assert done.returncode == 0, done.stderr
-    assert "the tracker names 8; a run goes on from 8" in done.stdout
+    assert "the tracker names 8; a run resumes from 8" in done.stdout
     assert [line.split(":")[0] for line in done.stdout.splitlines()[1:]] == ["iter_0000004", "iter_0000008"]
     path = checkpoint_folder(run, 8) / "state.json"
     sound = path.read_bytes()

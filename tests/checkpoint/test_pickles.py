@@ -133,7 +133,7 @@ def test_metadata_that_leads_elsewhere(shards, stranger, path):
     next(iter(metadata.storage_data.values())).relative_path = path
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
     reseal(checkpoint)
-    refused(shards, run, marker, "it leads to")
+    refused(shards, run, marker, "it names the file")
 
 
 def test_the_payloads_do_run_where_nobody_looks(stranger, tmp_path):

@@ -207,7 +207,7 @@ def midway(shards, where, asynchronous, reference):
 
     assert fork(dead) == 0
     assert f"iteration {NEW} is not saved" in said.read_text()
-    assert f"iteration {OLD} is whole" in said.read_text()
+    assert f"iteration {OLD} is intact" in said.read_text()
     check_after_kill(run, OLD)
     print("held: writer killed")
 

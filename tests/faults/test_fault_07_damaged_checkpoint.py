@@ -58,7 +58,7 @@ def test_every_file_and_every_damage(run, shards, tmp_path, capsys):
             assert build(shards, folder) == OLD, name
             said = capsys.readouterr().err
             assert f"{checkpoint_folder(folder, NEW) / name} " in said
-            assert f"going on from iteration {OLD}" in said
+            assert f"resuming from iteration {OLD}" in said
             shutil.rmtree(folder)
 
 
@@ -68,7 +68,7 @@ def test_none_is_whole(run, shards, tmp_path):
     shutil.copytree(run, folder)
     (checkpoint_folder(folder, OLD) / "state.json").unlink()
     flip(checkpoint_folder(folder, NEW) / "__0_0.distcp")
-    with pytest.raises(UserError, match=r"no checkpoint in it is whole: .*__0_0.distcp was changed"):
+    with pytest.raises(UserError, match=r"no checkpoint in it is intact: .*__0_0.distcp was changed"):
         build(shards, folder)
     truncate(checkpoint_folder(folder, NEW) / "__0_0.distcp")
     with pytest.raises(UserError, match=r"__0_0.distcp has \d+ bytes, its manifest says \d+; .* is missing"):

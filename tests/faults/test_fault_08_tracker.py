@@ -37,7 +37,7 @@ def test_a_bad_tracker(run, shards, tmp_path, capsys, content):
     assert build(shards, folder) == 8
     said = capsys.readouterr().err
     assert TRACKER in said
-    assert "going on from iteration 8" in said
+    assert "resuming from iteration 8" in said
 
 
 @pytest.mark.parametrize("content", [b"", b"8"])
@@ -46,7 +46,7 @@ def test_a_tracker_and_nothing_else(run, shards, tmp_path, content):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / TRACKER).write_bytes(content)
-    with pytest.raises(UserError, match=r"no checkpoint in it is whole: .*" + TRACKER):
+    with pytest.raises(UserError, match=r"no checkpoint in it is intact: .*" + TRACKER):
         build(shards, folder)
 
 

@@ -23,7 +23,7 @@ def check_saved(run, log):
     assert [row["iteration"] for row in steps(run)] == list(range(1, last + 1))
     assert sorted(ids_of(run)) == list(range(1, last + 1))
     assert all(len(samples) == 4 for samples in ids_of(run).values())
-    assert f"leaving after iteration {last}: a signal asked for it" in Path(log).read_text()
+    assert f"stopping after iteration {last}: it received a signal" in Path(log).read_text()
     return last
 
 
@@ -85,7 +85,7 @@ def test_the_time_of_a_program(shards, tmp_path):
         assert job.wait(170) == 1, log.read_text()[-4000:]  # torchrun's; the ranks' own is 75
     last = latest_iteration(run)
     said = log.read_text()
-    assert f"leaving after iteration {last}: its time is over (--exit-duration-in-mins); --load continues it" in said
+    assert f"stopping after iteration {last}: its time is up (--exit-duration-in-mins); --load resumes it" in said
     assert "exitcode  : 75" in said
     assert (run / "run_state").read_text() == "interrupted\n"
     assert [row["iteration"] for row in steps(run)] == list(range(1, last + 1))

@@ -24,6 +24,6 @@ def test_a_killed_rank(shards, tmp_path, rank):
         assert job.wait(100) == 1, log.read_text()[-4000:]
         assert time.monotonic() - killed < 60  # and not the ten minutes of a time-out
     said = log.read_text()
-    assert f"a collective failed: rank {rank} does not answer, it hangs or is gone in step " in said, said[-4000:]
+    assert f"a collective failed: rank {rank} does not answer, it hangs or has died in step " in said, said[-4000:]
     assert not [process for process in ranks if Path(f"/proc/{process}").exists()]
     assert not (run / "run_state").exists()

@@ -32,7 +32,7 @@ def test_a_rank_that_hangs(shards, tmp_path, how):
     statuses, logs = two_ranks(shards, tmp_path, how, 1, "--distributed-timeout-minutes", 0.2)
     assert statuses == [1], logs
     (line,) = [line for line in logs[0].splitlines() if line.startswith("error: ")]
-    assert "rank 0, step 4: a collective failed: rank 1 does not answer, it hangs or is gone in step 4" in line
+    assert "rank 0, step 4: a collective failed: rank 1 does not answer, it hangs or has died in step 4" in line
     assert len(steps(tmp_path / "run")) == 3
 
 

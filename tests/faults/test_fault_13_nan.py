@@ -26,7 +26,7 @@ def test_all_ranks_skip_together(shards, tmp_path, ranks):
     else:
         assert done.returncode == 1 and f"exitcode  : {DIVERGED_STATUS}" in done.stderr, said
     (line,) = [line for line in done.stderr.splitlines() if "error: " in line]
-    assert "error: step 6: " in line and "4 steps in a row had to be skipped" in line
+    assert "error: step 6: " in line and "4 steps in a row were skipped" in line
     assert "step 3: loss nan" in done.stdout and "skipped, 1 in a row" in done.stdout
     logged = [row["skipped_iterations"] for row in metrics(tmp_path) if "skipped_iterations" in row]
     assert logged == [0, 0, 1, 2, 3]

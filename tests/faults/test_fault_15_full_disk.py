@@ -50,7 +50,7 @@ def test_full_disk(disk, shards, asynchronous, leave):
         pretrain(small(shards, checkpoint=checkpoint, training={"exit_interval": 6}))
     shut_down()
     said = str(refused.value)
-    assert "iteration 6 is not saved: No space left on device; iteration 3 is whole" in said
+    assert "iteration 6 is not saved: No space left on device; iteration 3 is intact" in said
     assert "\n" not in said
     assert saved_iterations(run) == [latest_iteration(run)] == [3]
     check_hashes(checkpoint_folder(run, 3))
@@ -68,7 +68,7 @@ def test_not_a_byte_left(disk, shards):
     trainer = Trainer.build(small(shards, checkpoint=checkpoint))
     trainer.step()
     fill(disk, 0)
-    with pytest.raises(UserError, match="iteration 4 is not saved: No space left on device; iteration 3 is whole"):
+    with pytest.raises(UserError, match="iteration 4 is not saved: No space left on device; iteration 3 is intact"):
         trainer.save()
     trainer.close()
     shut_down()
@@ -104,7 +104,7 @@ def test_full_disk_with_two_ranks(disk, shards, tmp_path):
     assert done.returncode != 0
     ours = [line for line in done.stderr.splitlines() if "error: --save" in line]
     assert len(ours) == 1, done.stderr
-    assert "iteration 6 is not saved: No space left on device; iteration 3 is whole" in ours[0]
+    assert "iteration 6 is not saved: No space left on device; iteration 3 is intact" in ours[0]
     check_hashes(checkpoint_folder(run, 3))
 
 

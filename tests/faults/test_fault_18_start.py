@@ -8,7 +8,7 @@ from tests.faults.starting_jobs import all_jobs
 
 pytestmark = pytest.mark.timeout(450)  # ten jobs, one after the other
 KILLED = -signal.SIGKILL
-GONE = "no sign of life, it hangs or is gone (while "
+GONE = "no heartbeat, it hangs or has died (while "
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def test_a_folder_in_use(jobs):
     statuses, said = jobs["second"]
     assert statuses == [2, 2]
     ((line,), none) = errors(said)
-    assert ": a run holds this folder: host " in line and ", process " in line and ", since " in line
+    assert ": another run is using this folder: host " in line and ", process " in line and ", since " in line
     assert not none
     assert jobs["living"][0] == [75, 75]
     assert jobs["killed"][0] == [KILLED, KILLED]
@@ -40,7 +40,7 @@ def test_a_folder_in_use(jobs):
         (
             "killed before it joins",
             [1, 1, KILLED],
-            "rank 2: has not come (within 0.2 minutes; its own log may say why, "
+            "rank 2: has not joined (within 0.2 minutes; its own log may say why, "
             "--distributed-timeout-minutes gives more time)",
         ),
         ("killed while it waits", [1, KILLED, 1], "rank 1: " + GONE),
@@ -48,7 +48,7 @@ def test_a_folder_in_use(jobs):
         (
             "rank 0 killed while groups are made",
             [KILLED, 1, 1],
-            "rank 0, or the agent that keeps the job's store, is gone",
+            "rank 0, or the agent that keeps the job's store, has died",
         ),
         ("stopped while groups are made", [1, 1, None], f"rank 2: {GONE}"),
         ("killed while loading", [1, KILLED, 1], f"rank 1: {GONE}"),

@@ -81,7 +81,7 @@ def test_all_ranks_save_and_the_run_goes_on(shards, tmp_path, whole, whom):
     assert (folder / RUN_STATE).read_text() == "interrupted\n"
     last = latest_iteration(folder)
     assert saved_iterations(folder) == [last] == [len(steps(folder))]
-    assert f"leaving after iteration {last}: a signal asked for it; --load continues it" in text
+    assert f"stopping after iteration {last}: it received a signal; --load resumes it" in text
     until = max(last + 2, 6)
     go_on(shards, folder, until, log)
     assert (folder / RUN_STATE).read_text() == "finished\n"
@@ -120,7 +120,7 @@ def test_without_a_folder_nothing_is_kept_and_it_says_so(shards, tmp_path):
         wait_for(lambda: "step" in log.read_text(), 240, "a step", log)
         run.send_signal(signal.SIGTERM)
         assert run.wait(240) == INTERRUPTED_STATUS
-    assert "nothing is kept: there is no --save" in log.read_text()
+    assert "nothing is saved: there is no --save" in log.read_text()
 
 
 def test_what_the_launcher_is_told(shards, tmp_path, monkeypatch):

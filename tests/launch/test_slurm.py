@@ -180,7 +180,7 @@ def test_signalled_saved_requeued_and_finished(slurm, uninterrupted, shards, tmp
 
     # two attempts, a save in between, every step once
     assert re.findall(r"^== .*attempt (\d)", text, re.M) == ["1", "1", "2", "2"]
-    assert f"saved iteration {between} in" in text and f"continuing {run} from iteration {between}" in text
+    assert f"saved iteration {between} in" in text and f"resuming {run} from iteration {between}" in text
     assert "attempt 2 ended: finished" in text
     assert saved_iterations(run) == [between, last]
     assert [int(step) for step in re.findall(r"step +(\d+)/", text)] == list(range(1, last + 1))

@@ -46,7 +46,7 @@ def test_wandb_is_kept_offline_and_never_stops_a_run(shards, tmp_path, monkeypat
         small(shards, checkpoint={"save": str(run)}, training=short, optimizer={"lr_warmup_iters": 0}, logging=board)
     )
     said = capsys.readouterr().out
-    assert "W&B is left out: RuntimeError: no such server" in said
+    assert "W&B is disabled: RuntimeError: no such server" in said
     assert max(losses(run)) == 2
     monkeypatch.undo()
     monkeypatch.setattr(wandb.sdk.wandb_run.Run, "finish", lambda *args, **kwargs: broken())
@@ -54,7 +54,7 @@ def test_wandb_is_kept_offline_and_never_stops_a_run(shards, tmp_path, monkeypat
     pretrain(
         small(shards, checkpoint={"save": str(run)}, training=short, optimizer={"lr_warmup_iters": 0}, logging=board)
     )
-    assert "WandB is left out from here on" in capsys.readouterr().out
+    assert "WandB is disabled from here on" in capsys.readouterr().out
     monkeypatch.undo()
     wandb.finish()  # one that is open would be what the next init returns
 

@@ -39,7 +39,7 @@ def test_another_rank_sees_it():
     watched = health()
     watched._ranks.others = 2
     assert not watched.approve(5, "joint", 1.0, 1.0)
-    assert watched.said == ["step 5: loss 1 or gradient norm 1 is no number on some rank; skipped, 1 in a row"]
+    assert watched.said == ["step 5: loss 1 or gradient norm 1 is NaN or infinite on some rank; skipped, 1 in a row"]
 
 
 def test_only_skips_in_a_row_end_a_run():

@@ -53,7 +53,7 @@ def test_those_that_wake_name_the_one_that_does_not(rank, monkeypatch):
         thread.start()
     for thread in blaming:
         thread.join()
-    who = "rank 1 does not answer, it hangs or is gone in step 4"
+    who = "rank 1 does not answer, it hangs or has died in step 4"
     assert said == {
         0: f"rank 0, step 5: a collective failed: {who} (timed out)",
         2: f"rank 2, step 5: a collective failed: {who} ({GLOO})",
@@ -69,4 +69,4 @@ def test_a_store_that_is_gone(rank, monkeypatch):
     monkeypatch.setattr(dist, "PrefixStore", lambda name, store: store)
     alone = rank(0, Gone())
     alone.beat(7)
-    assert "rank 0, step 7: a collective failed: no rank is silent by now" in str(alone.blame(RuntimeError(GLOO)))
+    assert "rank 0, step 7: a collective failed: no silent rank was found" in str(alone.blame(RuntimeError(GLOO)))

@@ -103,7 +103,7 @@ def test_a_save_that_fails_publishes_nothing(shards, tmp_path, monkeypatch):
         return real(*args, **kwargs)
 
     monkeypatch.setattr(dist_checkpointing, "save", failing)
-    with pytest.raises(UserError, match=r"iteration 6 is not saved: OSError: disk full; iteration 3 is whole"):
+    with pytest.raises(UserError, match=r"iteration 6 is not saved: OSError: disk full; iteration 3 is intact"):
         pretrain(small(shards, checkpoint=run))
     assert not list(tmp_path.glob(".iter_*"))
     assert latest_iteration(tmp_path) == 3
@@ -127,7 +127,7 @@ def test_export_of_an_older_iteration(shards, tmp_path):
 def test_load_and_save_folders_that_do_not_fit(whole, shards, tmp_path):
     with pytest.raises(UserError, match="holds no checkpoint"):
         Trainer.build(small(shards, checkpoint={"load": str(tmp_path)}))
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already holds a run"):
         Trainer.build(small(shards, checkpoint={"save": str(whole)}))
 
 

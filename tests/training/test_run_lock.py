@@ -85,12 +85,12 @@ def test_a_living_process_is_refused_and_a_killed_one_is_not(tmp_path):
     wait = multiprocessing.get_context("fork").Event()
     process = other_process(tmp_path, wait)
     with pytest.raises(
-        UserError, match=rf"--save .*: a run holds this folder: host \S+, process {process.pid}, since "
+        UserError, match=rf"--save .*: another run is using this folder: host \S+, process {process.pid}, since "
     ):
         take_lock(tmp_path)
     os.kill(process.pid, signal.SIGSTOP)  # it does not renew the lock, and is not gone
     time.sleep(0.6)
-    with pytest.raises(UserError, match="holds this folder"):
+    with pytest.raises(UserError, match="is using this folder"):
         take_lock(tmp_path)
     os.kill(process.pid, signal.SIGKILL)
     began = time.monotonic()
@@ -121,7 +121,7 @@ ELSEWHERE = {"host": "node7", "machine": "another boot"}
 @pytest.mark.parametrize("content", [None, "", '{"host": "no'])
 def test_another_machine_is_watched(tmp_path, content, capsys):
     path = held_by(tmp_path, content, **ELSEWHERE, job="cluster 123")
-    with renewed(path), pytest.raises(UserError, match="a run holds this folder: ") as refused:
+    with renewed(path), pytest.raises(UserError, match="another run is using this folder: ") as refused:
         take_lock(tmp_path)
     if content is None:
         assert "host node7, SLURM job 123, process 1, since " in str(refused.value)
@@ -142,7 +142,7 @@ def test_a_requeued_job_takes_over_at_once_and_a_second_step_of_it_does_not(tmp_
     take_lock(tmp_path).release()
     for job, attempt in (("one 123", 2), ("two 123", 1), ("one 124", 1)):
         path = held_by(tmp_path, None, 10, host="node7", machine="x", job=job, attempt=attempt)
-        with renewed(path), pytest.raises(UserError, match="holds this folder"):
+        with renewed(path), pytest.raises(UserError, match="is using this folder"):
             take_lock(tmp_path)
 
 
@@ -248,7 +248,7 @@ def test_a_run_holds_its_folder(shards, tmp_path):
     run = {"save": str(tmp_path), "load": str(tmp_path), "save_interval": 2}
     path = held_by(tmp_path, **ELSEWHERE)
     before = sorted(tmp_path.iterdir())
-    with renewed(path), pytest.raises(UserError, match="a run holds this folder: host node7"):
+    with renewed(path), pytest.raises(UserError, match="another run is using this folder: host node7"):
         pretrain(small(shards, checkpoint=run))
     assert sorted(tmp_path.iterdir()) == before
     path.unlink()
@@ -277,7 +277,7 @@ def test_a_run_holds_its_folder(shards, tmp_path):
     (tmp_path / ".lock-000099").unlink()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "lock_lost", property(lambda self: self.iteration == 5))
-        with pytest.raises(UserError, match=r"another run has taken this folder over, .* so iteration 5 is not saved"):
+        with pytest.raises(UserError, match=r"another run has taken over this folder, .* so iteration 5 is not saved"):
             pretrain(small(shards, checkpoint=run))
     assert saved_iterations(tmp_path) == [2, 4]
     assert max(losses(tmp_path)) == 5

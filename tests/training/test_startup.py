@@ -77,7 +77,7 @@ def test_a_silent_rank_is_named(job, gone, others, broken):
     if broken:  # a collective of one of the others has failed: the time is shorter
         threading.Thread(target=leave_quietly, args=(ranks[others[0]], RuntimeError(GLOO)), daemon=True).start()
     for rank, how in zip(others, job.wait(*others), strict=True):
-        said = f"rank {rank}, loading: rank {gone}: no sign of life, it hangs or is gone (while loading)"
+        said = f"rank {rank}, loading: rank {gone}: no heartbeat, it hangs or has died (while loading)"
         assert how == (said, 1)
     assert (time.monotonic() - began < 0.9) == broken
 
@@ -85,7 +85,7 @@ def test_a_silent_rank_is_named(job, gone, others, broken):
 def test_a_rank_that_never_comes(job):
     ranks = [job.rank(number, 12, patience=0.3) for number in (0, 2)]
     said, status = job.wait(0, 2)[0]
-    assert said.startswith("rank 0, starting: ranks 1, 3, 4, 5, 6, 7, 8, 9, ..: has not come (within 0.005 minutes; ")
+    assert said.startswith("rank 0, starting: ranks 1, 3, 4, 5, 6, 7, 8, 9, ..: has not joined (within 0.005 minutes; ")
     assert status == 1
     del ranks
 
@@ -97,7 +97,7 @@ def test_a_phase_that_ends_as_the_last_one_does_is_watched(job):
         start.phase = "loading --init-from runs/pretraining"
     time.sleep(0.1)
     stop(ranks[1])
-    assert "rank 1: no sign of life" in job.wait(0)[0][0]
+    assert "rank 1: no heartbeat" in job.wait(0)[0][0]
 
 
 class Clock:
@@ -197,7 +197,7 @@ def test_a_refusal_of_all_is_rank_0s_to_say(job):
 
 @pytest.mark.parametrize(
     "error",
-    [UserError("parts of unequal size, which gloo cannot"), PermissionError(13, "Permission denied", "/igloo/x")],
+    [UserError("unequal size, which gloo does not support"), PermissionError(13, "Permission denied", "/igloo/x")],
 )
 def test_what_names_gloo_without_being_its_failure(job, error):
     start = job.rank(0, 1)
@@ -208,7 +208,7 @@ def test_what_names_gloo_without_being_its_failure(job, error):
 
 def test_nobody_is_to_blame(job):
     ranks = [job.rank(number, 2) for number in range(2)]
-    with pytest.raises(Stalled, match=r"rank 0, starting: a collective failed: no rank is silent by now .*closed by"):
+    with pytest.raises(Stalled, match=r"rank 0, starting: a collective failed: no silent rank was found .*closed by"):
         leave(ranks[0], RuntimeError(GLOO))
     stop(ranks[1])
     stop(ranks[0])
@@ -222,5 +222,5 @@ def test_a_store_that_is_gone(job):
     job.store = Gone()
     job.rank(1)
     assert job.wait(1) == [
-        ("rank 1, starting: rank 0, or the agent that keeps the job's store, is gone (Broken pipe)", 1)
+        ("rank 1, starting: rank 0, or the agent that keeps the job's store, has died (Broken pipe)", 1)
     ]

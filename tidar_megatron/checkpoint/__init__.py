@@ -1,1 +1,1 @@
-"""A run's own checkpoints: written, published, verified, loaded in any layout."""
+"""A run's own checkpoints: write, publish, verify, and load them in any layout."""

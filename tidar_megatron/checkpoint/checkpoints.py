@@ -1,9 +1,10 @@
-"""A run's checkpoints, as the loop sees them: save, go on training, finalize; and at the start, load.
+"""Save and load a run's checkpoints: the interface that the training loop uses.
 
-Every call is collective. A save has three parts. All ranks prepare it, and with ``--async-save`` go on training then.
-Each writes and seals its own files (``writer.py``). When the last one has, rank 0 publishes the checkpoint
-(``folder.py``). Nothing is published, named by the tracker or pruned before; a run that dies meanwhile goes on from the
-checkpoint before. A rank that could not write tells the others, and all leave with the same error.
+Every call is collective. A save has three parts. All ranks prepare it; with ``--async-save`` they then continue
+training. Each rank writes and seals its own files (``writer.py``). When all have finished, rank 0 publishes the
+checkpoint (``folder.py``). Only then does the tracker name it and are older checkpoints pruned, so a run that dies
+during a save resumes from the previous checkpoint. A rank that cannot write tells the others, and all ranks fail with
+the same error.
 """
 
 import dataclasses
@@ -33,21 +34,21 @@ from tidar_megatron.distributed.groups import Ranks
 from tidar_megatron.distributed.platform import literals_as_they_are
 from tidar_megatron.errors import UserError
 
-NO_SPACE = 2**20  # bytes; torch's archives do not say why they could not be written
+NO_SPACE = 2**20  # free bytes below which a failed write counts as a full disk: torch's archives do not report why
 
 
 @dataclass
 class Resumed:
-    """Where a run goes on."""
+    """The position from which a run resumes."""
 
     iteration: int
     consumed_sequences: int
-    states: dict[str, Any]  # of single parts, by the names they were saved under
+    states: dict[str, Any]  # the states of parts of the loop, by the names they were saved under
 
 
 @dataclass
 class _Pending:
-    """One that is under way."""
+    """A save in progress."""
 
     iteration: int
     partial: Path
@@ -56,16 +57,17 @@ class _Pending:
 
 
 class Checkpoints:
-    """Saves into ``--save``, loads from ``--load``.
+    """The checkpoints of a run, saved to ``--save`` and loaded from ``--load``.
 
     Args:
-        config: resolved.
-        ranks: of this process.
-        fingerprint: what the run is.
-        check_lock: called on rank 0 before a checkpoint is published; a :class:`UserError` of it is the save's.
+        config: The resolved configuration.
+        ranks: The process groups and rank of this process.
+        fingerprint: The identity of the run (``fingerprint.py``).
+        check_lock: A function that rank 0 calls before it publishes a checkpoint; if it raises a :class:`UserError`,
+            the save fails with it.
 
     Attributes:
-        on_published: called on every rank with each iteration that is published.
+        on_published: A function that every rank calls with each published iteration.
     """
 
     def __init__(
@@ -83,16 +85,16 @@ class Checkpoints:
     # ---- saving
 
     def save(self, run: Trained, iteration: int, consumed_sequences: int, states: dict[str, Any]) -> None:
-        """Save this moment; with ``--async-save`` it is only begun.
+        """Save the current state; with ``--async-save`` only start the save.
 
         Args:
-            run: its tensors.
-            iteration: optimizer steps so far.
-            consumed_sequences: packed sequences so far.
-            states: of single parts of the loop, by name, as JSON can hold them; :meth:`load` gives them back.
+            run: The tensors of the run.
+            iteration: The number of optimizer steps so far.
+            consumed_sequences: The number of packed sequences so far.
+            states: The states of parts of the loop, by name, as JSON values; :meth:`load` returns them.
 
         Raises:
-            UserError: it, or the save before, could not be written.
+            UserError: This save, or the previous one, could not be written.
         """
         self.wait()
         partial = self._new_partial(iteration)
@@ -108,7 +110,7 @@ class Checkpoints:
         )
         try:
             request = self._prepare(run, partial)
-        except Exception as error:  # rank 0 writes a small file here: the others are left waiting, and end with it
+        except Exception as error:  # only rank 0 writes a file here; the others wait for it, and end when it exits
             raise self._failure(self._reason(error)) from error
         self._pending.request = request
         work = functools.partial(write, request, partial, contents.texts_to_save(state))
@@ -121,7 +123,7 @@ class Checkpoints:
         """Publish an asynchronous save if every rank has written its part.
 
         Raises:
-            UserError: it could not be written.
+            UserError: The save could not be written.
         """
         if self._pending is None or self._pending.background is None:
             return
@@ -130,19 +132,23 @@ class Checkpoints:
 
     @property
     def saving(self) -> bool:
-        """Whether a save is under way."""
+        """Return whether a save is in progress."""
         return self._pending is not None
 
     def wait(self) -> None:
-        """The same, as soon as it is possible."""
+        """Wait until every rank has written its part, and publish the save.
+
+        Raises:
+            UserError: The save could not be written.
+        """
         while self._pending is not None:
             self.maybe_finalize()
             time.sleep(0.01)
         if self._deleting is not None:
-            self._deleting.join()  # disks are small, and the next writer is forked without a thread beside it
+            self._deleting.join()  # frees disk space, and no other thread may run when the next writer is forked
 
     def close(self) -> None:
-        """At the end of the run, however it ends: what is not published by now is given up."""
+        """Abandon a save that is not published yet, at the end of the run."""
         if self._pending is not None and self._pending.background is not None:
             self._pending.background.abandon()
         self._pending = None
@@ -161,7 +167,7 @@ class Checkpoints:
 
     def _prepare(self, run: Trained, partial: Path) -> Any:
         settings: dict[str, Any] = {"async_strategy": "mcore"} if "async_strategy" in _PARAMETERS else {}
-        settings["validate_access_integrity"] = not self._prepared  # the ranks' parts are the same at every save
+        settings["validate_access_integrity"] = not self._prepared  # the shards are the same at every save
         state = contents.tensors_to_save(run)
         with literals_as_they_are():
             request = dist_checkpointing.save(state, str(partial), async_sharded_save=True, **settings)
@@ -169,7 +175,7 @@ class Checkpoints:
         return staged(request)
 
     def _finish(self, report: Report) -> None:
-        """All ranks have written: gather what, and publish."""
+        """Gather what all ranks have written, and publish the checkpoint."""
         assert self._pending is not None
         save = self._pending
         problem = self._reason(report.error) if report.error else None
@@ -181,7 +187,7 @@ class Checkpoints:
         if save.request.async_fn is not None:
             RESULTS.put(report.results)
         try:
-            for finalize in save.request.finalize_fns:  # megatron-core's: gathers, writes .metadata and metadata.json
+            for finalize in save.request.finalize_fns:  # megatron-core gathers, writes .metadata and metadata.json
                 finalize()
         except Exception as error:
             raise self._failure(self._reason(error)) from error
@@ -204,7 +210,7 @@ class Checkpoints:
         self._deleting.start()
 
     def _on_main(self, do: Callable[[], None]) -> str | None:
-        """Let rank 0 do something with files; what went wrong, on every rank."""
+        """Call ``do`` on rank 0; return on every rank why it failed, or None."""
         problem: str | None = None
         if self._ranks.is_main:
             try:
@@ -224,7 +230,7 @@ class Checkpoints:
         return " ".join(f"{type(error).__name__}: {error}".split())
 
     def _failure(self, reason: str) -> UserError:
-        """The save is over, its folder is removed, and this is what to say."""
+        """End the save, remove its folder, and return the error to raise."""
         assert self._pending is not None
         save, into = self._pending, self._config.checkpoint.save or ""
         self.close()
@@ -233,7 +239,7 @@ class Checkpoints:
         whole = (
             [i for i in folder.restart_points(into)[0] if i != save.iteration] if folder.saved_iterations(into) else []
         )
-        kept = f"iteration {whole[0]} is whole, --load {into} continues it" if whole else "nothing was saved before"
+        kept = f"iteration {whole[0]} is intact, --load {into} resumes it" if whole else "nothing was saved before"
         return UserError(f"--save {into}: iteration {save.iteration} is not saved: {reason}; {kept}")
 
     def _layout(self) -> dict[str, Any]:
@@ -244,15 +250,15 @@ class Checkpoints:
     # ---- loading
 
     def load(self, run: Trained) -> Resumed:
-        """Fill ``run`` from the best checkpoint of ``--load`` that is whole; what was passed over is said.
+        """Load the best intact checkpoint of ``--load`` into ``run``, and print which checkpoints were skipped.
 
         Raises:
-            UserError: none is whole, or it is another run's.
+            UserError: No checkpoint is intact, or the checkpoint belongs to another run.
         """
         source, settings = self._config.checkpoint.load, self._config.checkpoint
         assert source is not None
         checkpoint = contents.whole_checkpoint(source, settings.verify_checkpoint)
-        state = contents.read_state(checkpoint, verify=False)  # that was done
+        state = contents.read_state(checkpoint, verify=False)  # whole_checkpoint has verified it
         check_fingerprint(source, state.fingerprint, self._fingerprint, settings.override_fingerprint)
         try:
             contents.load(checkpoint, run, same_layout=state.layout == self._layout())
@@ -261,4 +267,4 @@ class Checkpoints:
         return Resumed(state.iteration, state.consumed_sequences, state.states)
 
 
-_PARAMETERS = inspect.signature(dist_checkpointing.save).parameters  # async_strategy: from 0.19 on
+_PARAMETERS = inspect.signature(dist_checkpointing.save).parameters  # megatron-core 0.19 adds async_strategy

@@ -1,15 +1,15 @@
-"""What of a run goes into a checkpoint, and back: megatron-core's distributed checkpoints (``torch_dist``).
+"""Map a run to the contents of a checkpoint and back, with megatron-core's distributed checkpoints (``torch_dist``).
 
 ===========================  ==========================================================================================
-``*.distcp``, ``.metadata``  weights and Adam's moments by their global names: they know no layout, and can be loaded
-                             under another (TP, PP, VPP, CP, EP, DP, the distributed optimizer on or off)
-``state.json``               where the run stands: iteration, sequences consumed, states of single parts by name; and
-                             what it is: configuration, fingerprint, layout
-``random_00000.json``, ..    the random generators, by rank
-``manifest.json``            sizes and hashes of all of these
+``*.distcp``, ``.metadata``  the weights and Adam's moments by their global names, independent of the layout: they can
+                             be loaded under another one (TP, PP, VPP, CP, EP, DP, distributed optimizer on or off)
+``state.json``               the run's progress (iteration, consumed sequences, states of parts of the loop by name) and
+                             its identity (configuration, fingerprint, layout)
+``random_00000.json``, ..    the states of the random generators, by rank
+``manifest.json``            the sizes and hashes of all these files
 ===========================  ==========================================================================================
 
-The data has no state beyond the number of packed sequences consumed, because packed sequence n is a pure function of
+The data has no state beyond the number of consumed packed sequences, because packed sequence n is a pure function of
 (seed, epoch, n).
 """
 
@@ -41,23 +41,23 @@ STATE_FILE = "state.json"
 
 
 class State(BaseModel):
-    """``state.json``."""
+    """The schema of ``state.json``."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     iteration: Count
     consumed_sequences: Count
-    states: dict[str, Any]  # of single parts of the loop
+    states: dict[str, Any]  # the states of parts of the loop, by name
     fingerprint: dict[str, Any]
     layout: dict[str, int | None]
     config: dict[str, dict[str, Any]]
     megatron_core: str
-    weights_only: bool = False  # an imported model: there is no run to go on with
+    weights_only: bool = False  # true for an imported model, which has no run to resume
 
 
 @dataclass
 class Trained:
-    """What a checkpoint saves and fills: the tensors of a run."""
+    """The objects whose tensors a checkpoint saves and loads."""
 
     model: list[GPTModel]
     optimizer: MegatronOptimizer
@@ -65,7 +65,7 @@ class Trained:
 
 
 def tensors_to_save(run: Trained) -> dict[str, Any]:
-    """The state dict for ``dist_checkpointing.save``; collective (the distributed optimizer is gathered)."""
+    """Return the state dict for ``dist_checkpointing.save``. Collective: the distributed optimizer is gathered."""
     weights = _weights(run.model)
     return {
         **weights,
@@ -75,7 +75,7 @@ def tensors_to_save(run: Trained) -> dict[str, Any]:
 
 
 def texts_to_save(state: State) -> dict[str, str]:
-    """This rank's small files by name."""
+    """Return the texts of this rank's JSON files, by file name."""
     texts = {_random_file(dist.get_rank()): json.dumps(random_states())}
     if dist.get_rank() == 0:
         texts[STATE_FILE] = state.model_dump_json(indent=1)
@@ -83,10 +83,10 @@ def texts_to_save(state: State) -> dict[str, str]:
 
 
 def read_state(checkpoint: Path, verify: bool = True) -> State:
-    """``state.json`` of a checkpoint; with ``verify`` its hash is compared first.
+    """Return the ``state.json`` of a checkpoint; with ``verify`` compare its hash first.
 
     Raises:
-        Damaged: it is missing, garbled, or not what was written.
+        Damaged: The file is missing or garbled, or differs from its hash.
     """
     if verify:
         check_hash(checkpoint, STATE_FILE)
@@ -98,9 +98,9 @@ def read_state(checkpoint: Path, verify: bool = True) -> State:
 
 
 def damage(checkpoint: Path, verify: bool = True) -> str | None:
-    """What is wrong with a checkpoint, the same on every rank; with ``verify`` each hashes its share of the files.
+    """Return, on every rank, what is damaged in a checkpoint, or None. Collective.
 
-    Nothing in a file is believed before the hashes of all have been compared.
+    With ``verify`` each rank hashes its share of the files. No file is parsed before all hashes have been compared.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
 
@@ -117,7 +117,7 @@ def damage(checkpoint: Path, verify: bool = True) -> str | None:
 
 
 def _first_damage(check: Callable[[], None]) -> str | None:
-    """What the first rank that finds something finds; collective."""
+    """Return, on every rank, the damage that the lowest such rank finds, or None. Collective."""
     problems: list[str | None] = [None] * dist.get_world_size()
     try:
         check()
@@ -129,20 +129,20 @@ def _first_damage(check: Callable[[], None]) -> str | None:
 
 
 def whole_checkpoint(folder: str | Path, verify: bool = True) -> Path:
-    """The best checkpoint of a run's folder that is whole; which were passed over is said. Collective.
+    """Return the best intact checkpoint in a run's folder, and print which checkpoints were skipped. Collective.
 
     Args:
-        folder: the run's.
-        verify: whether hashes are compared, or sizes alone.
+        folder: The run's folder.
+        verify: Whether to compare hashes; otherwise only file sizes are compared.
 
     Raises:
-        UserError: none is whole, or there is none.
+        UserError: There is no checkpoint, or none is intact.
     """
     found: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
             found = [restart_points(folder)]
-        except UserError as error:  # the others wait to be told
+        except UserError as error:  # the other ranks wait in the broadcast
             found = [error]
     dist.broadcast_object_list(found, src=0)
     if isinstance(found[0], UserError):
@@ -153,23 +153,23 @@ def whole_checkpoint(folder: str | Path, verify: bool = True) -> Path:
         if (problem := damage(checkpoint, verify)) is None:
             if passed_over and dist.get_rank() == 0:
                 said = "; ".join(passed_over)
-                print(f"warning: {said}; going on from iteration {iteration}", file=sys.stderr, flush=True)
+                print(f"warning: {said}; resuming from iteration {iteration}", file=sys.stderr, flush=True)
             return checkpoint
         passed_over.append(problem)
     raise no_whole_checkpoint(folder, passed_over)
 
 
 def load(checkpoint: Path, run: Trained, same_layout: bool) -> None:
-    """Fill a run's tensors, its schedule, and in the same layout its random generators; collective.
+    """Load a run's tensors, its learning-rate schedule, and in the same layout its random generators. Collective.
 
     Raises:
-        Damaged: the checkpoint holds what is not ours.
+        Damaged: The checkpoint contains something that this package does not write.
     """
     saved = read_metadata(checkpoint).state_dict_metadata
     load_weights(checkpoint, run.model)
     weights = _weights(run.model)
     asked, frame = state_to_fill(run.optimizer, weights, saved)
-    # a key of its own, so that the tensors are not hung into the frame of the checkpoint's optimizer
+    # a separate key, so that the tensors are not merged into the checkpoint's own optimizer dict
     loaded = _read(checkpoint, {"asked": asked})
     fill(run.optimizer, frame, loaded["asked"], loaded["optimizer"])
     run.scheduler.load_state_dict(loaded["opt_param_scheduler"])
@@ -178,10 +178,10 @@ def load(checkpoint: Path, run: Trained, same_layout: bool) -> None:
 
 
 def load_weights(checkpoint: Path, model: list[GPTModel]) -> None:
-    """Fill the model alone, whatever layout it was trained in; the optimizer's state is not read.
+    """Load the weights of a model that was trained in any layout, without the optimizer's state. Collective.
 
     Raises:
-        Damaged: the checkpoint holds what is not ours.
+        Damaged: The checkpoint contains something that this package does not write.
     """
     read_metadata(checkpoint)
     loaded = _read(checkpoint, _weights(model))
@@ -203,7 +203,7 @@ def _weights(model: list[GPTModel]) -> dict[str, Any]:
 
 
 def _names(model: list[GPTModel]) -> list[str]:
-    """Megatron-LM's keys: "model", or "model0", "model1", .. of the chunks of an interleaved pipeline."""
+    """Return Megatron-LM's keys: "model", or "model0", "model1", .. for the chunks of an interleaved pipeline."""
     return ["model"] if len(model) == 1 else [f"model{number}" for number in range(len(model))]
 
 

@@ -1,6 +1,7 @@
-"""What a run is, part by part: its model, its tokenizer, its data. A resume that changes a part is refused by its name.
+"""The fingerprint of a run: its model, tokenizer and data, part by part. A resume that changes a part is refused.
 
-A change may be meant (more data, another rotary base): ``--override-fingerprint PART`` lets that one part pass.
+Where the change is intended (more data, another rotary base), ``--override-fingerprint PART`` allows that one part to
+differ.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ from typing import Any
 from tidar_megatron.config import CONFIG_FILE, FIELDS, ModelConfig, flag
 from tidar_megatron.errors import UserError
 
-SHAPES = (  # settings that decide which tensors a model has, and their shapes (but for the padding of the vocabulary)
+SHAPES = (  # settings that decide a model's tensors and their shapes, except for the padding of the vocabulary
     "num_layers",
     "hidden_size",
     "ffn_hidden_size",
@@ -26,25 +27,25 @@ SHAPES = (  # settings that decide which tensors a model has, and their shapes (
     "add_qkv_bias",
     "untie_embeddings_and_output_weights",
 )
-Fingerprint = dict[str, Any]  # part -> a value of JSON; a flag's name where a flag decides it
+Fingerprint = dict[str, Any]  # part -> a JSON value; a part that a flag sets has the name of its field
 
 
 def plain(fingerprint: Fingerprint) -> Fingerprint:
-    """As JSON gives it back."""
+    """Return a fingerprint after a round trip through JSON, so that it compares equal to a saved one."""
     return json.loads(json.dumps(fingerprint))
 
 
 def check_fingerprint(run: str | Path, before: Fingerprint, now: Fingerprint, override: Collection[str]) -> None:
-    """Refuse to continue a run as another one.
+    """Refuse to resume a run whose fingerprint has changed.
 
     Args:
-        run: the folder that is continued.
-        before: the fingerprint in its checkpoint.
-        now: that of this start.
-        override: the parts that may differ.
+        run: The folder of the run.
+        before: The fingerprint in its checkpoint.
+        now: The fingerprint of this start.
+        override: The parts that may differ.
 
     Raises:
-        UserError: names the parts that differ, or one to override that does not exist.
+        UserError: Parts differ, or ``override`` names a part that does not exist; the message names them.
     """
     now = plain(now)
     parts = [*now, *(part for part in before if part not in now)]
@@ -56,13 +57,13 @@ def check_fingerprint(run: str | Path, before: Fingerprint, now: Fingerprint, ov
         return
     said = "; ".join(_difference(part, before.get(part), now.get(part), run) for part in differing)
     raise UserError(
-        f"{said}; continue it with its own settings (--config {Path(run) / CONFIG_FILE}), export it and start a new "
-        f"run with --init-from, or if the change is meant add --override-fingerprint {' '.join(differing)}"
+        f"{said}; resume it with its own settings (--config {Path(run) / CONFIG_FILE}), export it and start a new "
+        f"run with --init-from, or if the change is intended add --override-fingerprint {' '.join(differing)}"
     )
 
 
 def _difference(part: str, before: Any, now: Any, run: str | Path) -> str:
-    if part in FIELDS and part != "tokenizer":  # whose flag names a folder; what counts is what is in it
+    if part in FIELDS and part != "tokenizer":  # --tokenizer names a folder, but its contents are compared
         return f"{flag(part)} {now}: the run in {run} has {before}"
     return f"{part} {_short(now)}: the run in {run} was started with another {part}, {_short(before)}"
 
@@ -74,15 +75,15 @@ def _short(value: Any) -> str:
 
 
 def check_shapes(path: Path, saved: dict[str, Any], model: ModelConfig) -> None:
-    """Refuse a run's configuration that is of another model than its checkpoint.
+    """Refuse a run's configuration that describes another model than its checkpoint, before that model is built.
 
     Args:
-        path: of the configuration.
-        saved: the model's settings in the checkpoint's ``state.json``.
-        model: those of the configuration.
+        path: The file of the configuration.
+        saved: The model's settings in the checkpoint's ``state.json``.
+        model: The model's settings in the configuration.
 
     Raises:
-        UserError: names the setting, before a model of its size is built.
+        UserError: A setting differs; the message names it.
     """
     for name in SHAPES:
         now, before = getattr(model, name), saved.get(name)

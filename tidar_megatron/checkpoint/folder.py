@@ -1,11 +1,11 @@
-"""A run's folder of checkpoints: what is in it, how a new one is published, which one a run goes on from.
+"""A run's folder of checkpoints: list them, publish and prune them, choose the one to resume from.
 
-``FOLDER/iter_0000100/`` is one checkpoint, ``FOLDER/latest_checkpointed_iteration.txt`` (the tracker, as Megatron-LM
-names it) says which one is the newest. A checkpoint is written into ``.iter_0000100.partial-XXXXXXXX``, closed by its
-manifest, renamed, and only then named by the tracker; each step is on the disk before the next begins. A process that
-is killed anywhere in between leaves the checkpoint before, the tracker that names it, and perhaps a hidden folder,
-which the next start removes. Its name is drawn anew for every save: a writer that outlives a killed run finds its
-folder gone and can do no harm.
+``FOLDER/iter_0000100/`` is one checkpoint; ``FOLDER/latest_checkpointed_iteration.txt`` (the tracker, named as in
+Megatron-LM) names the newest one. A checkpoint is written into ``.iter_0000100.partial-XXXXXXXX``, closed by its
+manifest and renamed, and only then does the tracker name it. Each step is flushed to the disk before the next begins. A
+process that is killed in between leaves the previous checkpoint, the tracker that names it, and perhaps a hidden
+folder, which the next start removes. Every save draws a new random name for that folder, so a writer that outlives a
+killed run finds its folder removed and does no harm.
 """
 
 import secrets
@@ -23,16 +23,16 @@ from tidar_megatron.errors import UserError
 from tidar_megatron.files import replace_text, sync
 
 TRACKER = "latest_checkpointed_iteration.txt"
-DIGITS = 18  # of an iteration
+DIGITS = 18  # the most digits of an iteration in the tracker
 
 
 def checkpoint_folder(folder: str | Path, iteration: int) -> Path:
-    """Where the checkpoint of ``iteration`` lives."""
+    """Return the folder of the checkpoint of ``iteration``."""
     return Path(folder) / folder_name(iteration)
 
 
 def saved_iterations(folder: str | Path) -> list[int]:
-    """The iterations that have a folder, ascending; whether it is whole is another question."""
+    """Return the iterations that have a folder, intact or damaged, in ascending order."""
     return sorted(int(path.name[5:]) for path in Path(folder).glob("iter_*") if path.name[5:].isdecimal())
 
 
@@ -40,7 +40,7 @@ def saved_iterations(folder: str | Path) -> list[int]:
 
 
 def new_partial(folder: str | Path, iteration: int) -> Path:
-    """An empty hidden folder to write the checkpoint of ``iteration`` into."""
+    """Create and return an empty hidden folder to write the checkpoint of ``iteration`` into."""
     target = checkpoint_folder(folder, iteration)
     partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
     partial.mkdir(parents=True)
@@ -48,7 +48,7 @@ def new_partial(folder: str | Path, iteration: int) -> Path:
 
 
 def remove_leftovers(folder: str | Path) -> None:
-    """Remove what a killed save or pruning left behind."""
+    """Remove the hidden files and folders that a killed save or pruning left."""
     for kind in ("partial", "removed"):
         for path in Path(folder).glob(f".iter_*.{kind}-*"):
             shutil.rmtree(path, ignore_errors=True)
@@ -57,16 +57,16 @@ def remove_leftovers(folder: str | Path) -> None:
 
 
 def publish(partial: Path, iteration: int, files: dict[str, FileEntry], keep_last: int | None) -> list[Path]:
-    """Make a checkpoint of what lies in ``partial``, and prune older ones.
+    """Publish the files in ``partial`` as a checkpoint, and prune older ones.
 
     Args:
-        partial: the folder of :func:`new_partial`, every file but the manifest written and sealed.
-        iteration: of the checkpoint.
-        files: the sealed files by name.
-        keep_last: whole checkpoints to keep, this one included; None: all.
+        partial: A folder from :func:`new_partial` in which every file but the manifest is written and sealed.
+        iteration: The iteration of the checkpoint.
+        files: The sealed files by name.
+        keep_last: The number of intact checkpoints to keep, including this one; None keeps all.
 
     Returns:
-        Folders that are no checkpoints any more and wait to be deleted, which may take a while (:func:`delete`).
+        The folders of removed checkpoints, for :func:`delete`, which may take a while.
     """
     folder = partial.parent
     write_manifest(partial, iteration, files)
@@ -76,7 +76,7 @@ def publish(partial: Path, iteration: int, files: dict[str, FileEntry], keep_las
 
 
 def move_into_place(partial: Path, target: Path) -> list[Path]:
-    """Rename; a checkpoint of the same iteration (a damaged one that was passed over) gives way."""
+    """Rename ``partial`` to ``target``, and hide a damaged checkpoint of that iteration; return the hidden folders."""
     removed = [_remove(target)] if target.exists() else []
     partial.rename(target)
     sync(target.parent)
@@ -84,19 +84,22 @@ def move_into_place(partial: Path, target: Path) -> list[Path]:
 
 
 def point_tracker(folder: Path, iteration: int) -> None:
-    """Let the tracker name ``iteration``; who reads it sees the old number or the new one."""
+    """Make the tracker name ``iteration``, atomically."""
     replace_text(folder / TRACKER, str(iteration))
 
 
 def prune(folder: Path, newest: int, keep_last: int) -> list[Path]:
-    """Remove the oldest whole checkpoints until ``keep_last`` are left; damaged ones neither count nor go."""
+    """Hide the oldest intact checkpoints until ``keep_last`` are left, and return the hidden folders.
+
+    Damaged checkpoints are neither counted nor removed.
+    """
     older = [i for i in saved_iterations(folder) if i < newest and _damage(folder, i) is None]
     surplus = older[: max(0, len(older) - (keep_last - 1))]
     return [_remove(checkpoint_folder(folder, iteration)) for iteration in surplus]
 
 
 def _remove(checkpoint: Path) -> Path:
-    """Under another name: a half deleted folder must not look like a checkpoint."""
+    """Hide a checkpoint under another name, because a partly deleted folder must not look like a checkpoint."""
     hidden = checkpoint.with_name(f".{checkpoint.name}.removed-{secrets.token_hex(4)}")
     checkpoint.rename(hidden)
     sync(checkpoint.parent)
@@ -104,7 +107,7 @@ def _remove(checkpoint: Path) -> Path:
 
 
 def delete(removed: list[Path]) -> None:
-    """Give the disk back what :func:`publish` left; if this is cut off, the next start does it."""
+    """Delete the folders that :func:`publish` returned; if this is interrupted, the next start does it."""
     for path in removed:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -113,15 +116,17 @@ def delete(removed: list[Path]) -> None:
 
 
 def restart_points(folder: str | Path) -> tuple[list[int], list[str]]:
-    """Where a run can go on from.
+    """Return the iterations that a run can resume from, and the checkpoints that were skipped.
+
+    Only file sizes are compared here, not hashes.
 
     Returns:
-        The iterations whose checkpoint is whole, the best first: the one that the tracker names, then older ones. Where
-        the tracker is missing or garbled: all, the newest first. Empty where nothing was ever published.
-        And what was passed over, as sentences.
+        The iterations of intact checkpoints, the best first: the one that the tracker names, then older ones; all of
+        them, the newest first, if the tracker is missing or garbled. The list is empty if nothing was ever published.
+        The second list says, one sentence each, what was skipped and why.
 
     Raises:
-        UserError: there are checkpoints, or a tracker, and not one whole checkpoint to go on from.
+        UserError: There are checkpoints, or a tracker, but no intact checkpoint.
     """
     named, passed_over = _tracker(folder)
     iterations = [i for i in saved_iterations(folder) if named is None or i <= named]
@@ -140,14 +145,15 @@ def restart_points(folder: str | Path) -> tuple[list[int], list[str]]:
 
 
 def no_whole_checkpoint(folder: str | Path, damage: list[str]) -> UserError:
-    """The error where nothing is left to go on from."""
+    """Return the error for a folder without an intact checkpoint."""
     return UserError(
-        f"{folder}: no checkpoint in it is whole: {'; '.join(damage)}; restore one, or start anew in another folder"
+        f"{folder}: no checkpoint in it is intact: {'; '.join(damage)}; restore one, or start from scratch in another "
+        "folder"
     )
 
 
 def _tracker(folder: str | Path) -> tuple[int | None, list[str]]:
-    """The iteration that the tracker names, and what is wrong with the tracker."""
+    """Return the iteration that the tracker names, if any, and what is wrong with the tracker."""
     path = Path(folder) / TRACKER
     try:
         text = path.read_text(errors="replace").strip()
@@ -169,10 +175,10 @@ def _damage(folder: str | Path, iteration: int) -> str | None:
 
 
 def latest_iteration(folder: str | Path) -> int | None:
-    """The iteration that a run would go on from; None where nothing was saved yet.
+    """Return the iteration that a run would resume from; None if nothing was saved yet.
 
     Raises:
-        UserError: no checkpoint is whole.
+        UserError: No checkpoint is intact.
     """
     whole, _ = restart_points(folder)
     return whole[0] if whole else None

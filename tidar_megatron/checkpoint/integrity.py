@@ -1,7 +1,7 @@
-"""What a checkpoint promises, as ``manifest.json``: the size and SHA-256 of every file, written last, checked first.
+"""Checkpoint manifests: ``manifest.json`` holds the size and SHA-256 of every file; written last, checked first.
 
-A checkpoint whose sizes agree with its manifest is *whole*: nothing is missing or cut. Whether a byte has changed since
-it was written, only the hashes tell; they cost one reading of every file.
+A checkpoint whose sizes agree with its manifest is *intact*: nothing is missing or truncated. Only the hashes tell
+whether a byte has changed since; comparing them reads every file once.
 """
 
 import hashlib
@@ -16,9 +16,9 @@ from tidar_megatron.files import sha256_of, sync, write_durably
 FILE_NAME = "manifest.json"
 FORMAT: Final = "tidar-checkpoint-1"
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0)]  # a non-negative integer
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-PlainName = Annotated[str, Field(pattern=r"^\.?[A-Za-z0-9_][A-Za-z0-9_.-]*$")]  # leads nowhere else
+PlainName = Annotated[str, Field(pattern=r"^\.?[A-Za-z0-9_][A-Za-z0-9_.-]*$")]  # cannot leave the folder
 
 
 class _Strict(BaseModel):
@@ -26,14 +26,14 @@ class _Strict(BaseModel):
 
 
 class FileEntry(_Strict):
-    """One file as it was written."""
+    """The size in bytes and the SHA-256 of a file when it was written."""
 
     bytes: Count
     sha256: Sha256
 
 
 class Manifest(_Strict):
-    """One checkpoint; ``sha256`` is of the rest, so that a changed manifest is not taken for a changed file."""
+    """The manifest of a checkpoint; ``sha256`` covers its other fields, to detect changes of the manifest itself."""
 
     format: Literal["tidar-checkpoint-1"]
     iteration: Count
@@ -41,27 +41,27 @@ class Manifest(_Strict):
     sha256: Sha256
 
     def digest(self) -> str:
-        """What ``sha256`` must be."""
+        """Return the value that ``sha256`` must have."""
         return hashlib.sha256(json.dumps(self.model_dump(exclude={"sha256"})).encode()).hexdigest()
 
 
-class Damaged(Exception):  # noqa: N818 - said of a checkpoint
-    """A checkpoint is not what it promises; the message names the file."""
+class Damaged(Exception):  # noqa: N818 - describes a checkpoint
+    """A checkpoint that does not match its manifest or cannot be read; the message names the file."""
 
 
 def folder_name(iteration: int) -> str:
-    """The name of a checkpoint in its run's folder, Megatron-LM's."""
+    """Return the name of a checkpoint's folder, as in Megatron-LM."""
     return f"iter_{iteration:07d}"
 
 
 def seal(path: Path) -> FileEntry:
-    """What the manifest says of a file just written; the file is on the disk when this returns."""
+    """Flush a file that was just written to the disk, and return its manifest entry."""
     sync(path)
     return FileEntry(bytes=path.stat().st_size, sha256=sha256_of(path))
 
 
 def write_manifest(folder: Path, iteration: int, files: dict[str, FileEntry]) -> None:
-    """Close a checkpoint: after this its folder holds nothing that is not on the disk."""
+    """Write the manifest of a checkpoint, and flush it and the folder's entries to the disk."""
     manifest = Manifest(format=FORMAT, iteration=iteration, files=dict(sorted(files.items())), sha256="0" * 64)
     manifest = manifest.model_copy(update={"sha256": manifest.digest()})
     write_durably(folder / FILE_NAME, manifest.model_dump_json(indent=1))
@@ -69,10 +69,10 @@ def write_manifest(folder: Path, iteration: int, files: dict[str, FileEntry]) ->
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint.
+    """Return the manifest of a checkpoint.
 
     Raises:
-        Damaged: it is missing, or not one, or another checkpoint's.
+        Damaged: The manifest is missing or invalid, or belongs to another checkpoint.
     """
     path = folder / FILE_NAME
     try:
@@ -85,17 +85,17 @@ def read_manifest(folder: Path) -> Manifest:
     except (OSError, ValueError):
         raise Damaged(f"{path} cannot be read") from None
     if manifest.sha256 != manifest.digest():
-        raise Damaged(f"{path} was changed: its SHA-256 is not that of the rest of it")
+        raise Damaged(f"{path} was changed: its SHA-256 does not match its contents")
     if folder.name != folder_name(manifest.iteration):
         raise Damaged(f"{folder} is the checkpoint of iteration {manifest.iteration}")
     return manifest
 
 
 def check_sizes(folder: Path) -> Manifest:
-    """The manifest of a whole checkpoint.
+    """Check the sizes of a checkpoint's files, and return its manifest.
 
     Raises:
-        Damaged: a file is missing or has another size.
+        Damaged: A file is missing or has another size.
     """
     manifest = read_manifest(folder)
     for name, entry in manifest.files.items():
@@ -109,10 +109,10 @@ def check_sizes(folder: Path) -> Manifest:
 
 
 def check_hash(folder: Path, name: str) -> None:
-    """Compare one file of a checkpoint with its manifest, before anything in it is believed.
+    """Compare the hash of one file of a checkpoint with the manifest, before the file is parsed.
 
     Raises:
-        Damaged: it is missing, or differs from what was written.
+        Damaged: The file is missing, or differs from what was written.
     """
     files = read_manifest(folder).files
     if name not in files:
@@ -121,10 +121,10 @@ def check_hash(folder: Path, name: str) -> None:
 
 
 def check_hashes(folder: Path, share: int = 0, shares: int = 1) -> None:
-    """Read the files of a checkpoint, or those of the ``share`` of so many readers, and compare their hashes.
+    """Compare the hashes of a checkpoint's files, or of reader ``share``'s part of them among ``shares`` readers.
 
     Raises:
-        Damaged: a file differs from what was written.
+        Damaged: A file differs from what was written.
     """
     manifest = check_sizes(folder)
     by_size = sorted(manifest.files, key=lambda name: -manifest.files[name].bytes)
@@ -140,4 +140,4 @@ def _check_hash(path: Path, entry: FileEntry) -> None:
     except OSError as error:
         raise Damaged(f"{path} cannot be read ({error.strerror})") from None
     if found != entry.sha256:
-        raise Damaged(f"{path} was changed: its SHA-256 is not its manifest's")
+        raise Damaged(f"{path} was changed: its SHA-256 differs from its manifest")

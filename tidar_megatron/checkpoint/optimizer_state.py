@@ -1,11 +1,11 @@
-"""Adam's state, out of a checkpoint into whichever of megatron-core's optimizers a run has.
+"""Save and load Adam's state, so that a checkpoint of either megatron-core optimizer loads into the other.
 
 The plain optimizer and the distributed one (``--use-distributed-optimizer``) save the same tensors under the same
-names, ``optimizer.state.exp_avg.WEIGHT`` and ``exp_avg_sq``, in the shape of the weights, so either can be filled
-from the other's checkpoint. They differ in three things, which are settled here: the name of the float32 copy of a
-bfloat16 weight (``param`` or ``fp32_param``; a float32 run of the plain optimizer has none, its weights are that copy),
-where the number of steps is kept, and the frame that the tensors hang in. The frame, with the learning rates and betas
-in it, is the run's own: its configuration rules, not the checkpoint's.
+names, ``optimizer.state.exp_avg.WEIGHT`` and ``exp_avg_sq``, in the shape of the weights. They differ in three ways,
+which this module reconciles: the name of the float32 copy of a bfloat16 weight (``param`` or ``fp32_param``; a float32
+run of the plain optimizer has none, because its weights are that copy), where the number of steps is stored, and the
+frame, the nested dict around the tensors. The frame, with its learning rates and betas, comes from the run's own
+configuration, not from the checkpoint.
 """
 
 from collections.abc import Collection
@@ -18,22 +18,34 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from tidar_megatron.checkpoint.torch_adam import begin, prepare_to_load, separate_steps
 
-# of the distributed optimizer's formats the one that knows no layout, gathered on one rank of each group alone
+# the distributed optimizer's layout-independent format, gathered on only one rank of each group
 FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": True}
 
-COPIES = ("optimizer.state.param.", "optimizer.state.fp32_param.", "")  # of a weight, by whose checkpoint it is
+# prefixes of a weight's float32 copy in a checkpoint, by the optimizer that saved it
+COPIES = ("optimizer.state.param.", "optimizer.state.fp32_param.", "")
 
 
 def state_to_save(optimizer: MegatronOptimizer, weights: dict[str, Any]) -> dict[str, Any]:
-    """The optimizer's part of a state dict for ``dist_checkpointing.save``; ``weights`` is the model's."""
-    begin(optimizer)  # a run whose steps were all skipped can be saved too
+    """Return the optimizer's part of a state dict for ``dist_checkpointing.save``.
+
+    Args:
+        optimizer: The optimizer of the run.
+        weights: The model's sharded state dict.
+    """
+    begin(optimizer)  # so that a run whose steps were all skipped can be saved too
     return optimizer.sharded_state_dict(weights, is_loading=False, metadata=FORMAT)
 
 
 def state_to_fill(
     optimizer: MegatronOptimizer, weights: dict[str, Any], saved: Collection[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What to ask ``dist_checkpointing.load`` for, by names that are among those ``saved``, and the frame around it."""
+    """Return what to request from ``dist_checkpointing.load``, and the frame around it.
+
+    Args:
+        optimizer: The optimizer of the run.
+        weights: The model's sharded state dict.
+        saved: The names in the checkpoint; each requested tensor is renamed to one of them.
+    """
     prepare_to_load(optimizer)
     state = optimizer.sharded_state_dict(weights, is_loading=True, metadata=FORMAT)
     for entry in nested_values(state):
@@ -53,13 +65,13 @@ def _name_among(saved: Collection[str], key: str) -> str:
 
 
 def fill(optimizer: MegatronOptimizer, frame: dict[str, Any], loaded: dict[str, Any], saved_state: Any) -> None:
-    """Put what was loaded into the optimizer.
+    """Load the checkpoint's state into the optimizer.
 
     Args:
-        optimizer: of this run.
-        frame: of :func:`state_to_fill`.
-        loaded: what it asked for, with the tensors of the checkpoint in their places.
-        saved_state: the optimizer's state in the checkpoint but for its tensors; the number of steps is taken from it.
+        optimizer: The optimizer of the run.
+        frame: The frame from :func:`state_to_fill`.
+        loaded: The request from :func:`state_to_fill`, filled with the checkpoint's tensors.
+        saved_state: The optimizer's state in the checkpoint without its tensors; it holds the number of steps.
     """
     state = merge(frame, loaded)
     optimizers = getattr(optimizer, "chained_optimizers", [optimizer])
@@ -71,7 +83,7 @@ def fill(optimizer: MegatronOptimizer, frame: dict[str, Any], loaded: dict[str, 
 
 
 def _steps(state: Any) -> float:
-    """Adam's count in a saved state, wherever it is; all parameters have the same."""
+    """Return Adam's number of steps from any place in a saved state; it is the same for all parameters."""
     if isinstance(state, dict):
         for name in ("common_step", "step"):
             if name in state:

@@ -1,9 +1,9 @@
-"""Checkpoints hold pickles, and a pickle can be a program. Nothing in one is called that is not on a short list.
+"""Read the pickles in a checkpoint without executing code: only names on an allow list can be called.
 
-torch's distributed checkpoints have three kinds of them. ``.metadata`` is one pickle, which torch reads with plain
-``pickle.load``: it is read here first, by an unpickler that knows the classes of our own checkpoints alone. The objects
-inside of ``*.distcp`` files (layers' extra states) and megatron-core's ``common.pt`` are torch's archives: while a
-checkpoint is loaded, ``torch.load`` is held to ``weights_only`` wherever it is called from, by torch's own switch.
+A distributed checkpoint of torch has three kinds of pickles. ``.metadata`` is a plain pickle, which torch reads with
+``pickle.load``, so this module reads it first, with an unpickler that allows only the classes of our own checkpoints.
+The objects in ``*.distcp`` files (extra states of layers) and megatron-core's ``common.pt`` are torch archives: while a
+checkpoint is loaded, torch's own switch forces every ``torch.load`` to ``weights_only``.
 """
 
 import os
@@ -22,7 +22,7 @@ METADATA = ".metadata"
 
 ALLOWED = {
     "collections": {"OrderedDict"},
-    "torch": {"Size"},  # and torch's dtypes
+    "torch": {"Size"},  # and the dtypes
     "torch.serialization": {"_get_layout"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.distributed.checkpoint.metadata": {
@@ -44,14 +44,15 @@ class _Unpickler(pickle.Unpickler):
         allowed = name in ALLOWED.get(module, ())
         if allowed or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"asks for {module}.{name}, which no checkpoint of ours holds")
+        raise pickle.UnpicklingError(f"asks for {module}.{name}, which is not allowed in a checkpoint")
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """The table of contents of a distributed checkpoint, and nothing executed.
+    """Return the metadata (the table of contents) of a distributed checkpoint, without executing code.
 
     Raises:
-        Damaged: it is missing, no table of contents, holds something that is not ours, or leads out of the folder.
+        Damaged: The file is missing or is not such metadata, contains a class that is not allowed, or names a file
+            outside the folder.
     """
     path = folder / METADATA
     try:
@@ -59,7 +60,7 @@ def read_metadata(folder: Path) -> Metadata:
             metadata = _Unpickler(stream).load()
     except FileNotFoundError:
         raise Damaged(f"{path} is missing") from None
-    except Exception as error:  # a garbled pickle raises anything
+    except Exception as error:  # a garbled pickle can raise any exception
         raise Damaged(f"{path} is refused: {' '.join(str(error).split()) or type(error).__name__}") from None
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
         raise Damaged(f"{path} is not the metadata of a distributed checkpoint")
@@ -69,13 +70,13 @@ def read_metadata(folder: Path) -> Metadata:
     for stored in metadata.storage_data.values():
         name = getattr(stored, "relative_path", None)
         if not isinstance(name, str) or Path(name).name != name or getattr(stored, "transform_descriptors", None):
-            raise Damaged(f"{path} is refused: it leads to {name!r}")
+            raise Damaged(f"{path} is refused: it names the file {name!r}")
     return metadata
 
 
 @contextmanager
 def weights_only() -> Iterator[None]:
-    """In this block ``torch.load`` builds tensors and plain containers alone, whatever its caller asks for."""
+    """Restrict ``torch.load`` in this block to tensors and plain containers, whatever its caller requests."""
     switch = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(switch)
     os.environ[switch] = "1"

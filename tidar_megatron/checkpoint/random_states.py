@@ -1,8 +1,8 @@
-"""The random generators of one rank, as plain JSON: Python's, numpy's, torch's, the GPU's and megatron-core's streams.
+"""The random states of one rank as plain JSON: Python's, numpy's, torch's, the GPU's and megatron-core's streams.
 
-They are restored where a run goes on in the layout that it was saved in. In another layout a rank has no predecessor
-and keeps what the seed gave it. Nothing that TiDAR trains today draws from them (there is no dropout, the order of the
-data and the choice of blocks are pure functions of the seed), so the numbers of a run do not depend on it.
+They are restored when a run resumes in the layout in which it was saved. In another layout a rank has no predecessor
+and keeps the states that the seed gives. TiDAR's training does not draw from these generators (there is no dropout, and
+the order of the data and the choice of blocks are pure functions of the seed), so the results do not depend on them.
 """
 
 import random
@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 
 def random_states() -> dict[str, Any]:
-    """All of them, of this moment."""
+    """Return the current states of all random generators as JSON values."""
     version, words, gauss = random.getstate()
     _, keys, position, has_gauss, cached = cast(tuple[Any, ...], np.random.get_state(legacy=True))
     states = {
@@ -29,7 +29,7 @@ def random_states() -> dict[str, Any]:
 
 
 def restore_random_states(states: dict[str, Any]) -> None:
-    """Go on where :func:`random_states` was called."""
+    """Restore the states that :func:`random_states` returned."""
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))
     keys, *rest = states["numpy"]

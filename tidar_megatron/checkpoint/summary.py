@@ -1,4 +1,4 @@
-"""What is in a checkpoint, is it whole, and of which run; read without building a model or running anything in it."""
+"""Inspect checkpoints: contents, integrity and origin, without building a model or executing a pickle."""
 
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,19 @@ OPTIMIZER = "optimizer."
 
 
 def inspect(folder: str | Path, verify: bool) -> dict[str, Any]:
-    """A run's folder with all its checkpoints, or one checkpoint.
+    """Inspect a run's folder with all its checkpoints, or a single checkpoint.
+
+    Args:
+        folder: The folder of a run, or one ``iter_..`` folder in it.
+        verify: Whether to compare hashes; otherwise only file sizes are compared.
 
     Returns:
-        ``checkpoints``: one summary each (:func:`summary`); of a run's folder also ``tracker`` and ``continues_from``;
-        of one checkpoint also ``tensors``, ``files`` and ``state`` as far as they can be read.
+        A JSON object. ``checkpoints`` holds one :func:`summary` each. A run's folder also has ``tracker``,
+        ``continues_from`` and ``passed_over``; a single checkpoint has ``tensors``, ``files`` and ``state`` as far as
+        they can be read.
 
     Raises:
-        UserError: it holds no checkpoint.
+        UserError: The folder holds no checkpoint.
     """
     folder = Path(folder)
     if folder.name.startswith("iter_"):
@@ -50,7 +55,13 @@ def inspect(folder: str | Path, verify: bool) -> dict[str, Any]:
 
 
 def summary(checkpoint: Path, verify: bool) -> dict[str, Any]:
-    """One line's worth: ``whole`` (sizes, and with ``verify`` hashes, agree), ``damage`` (what does not), sizes."""
+    """Summarize one checkpoint.
+
+    Returns:
+        ``whole``: whether the sizes match the manifest, and with ``verify`` the hashes; ``damage``: what does not
+        match, or None; ``name``, ``verified``; and as far as they are known ``bytes``, ``files`` (a count),
+        ``parameters`` (a count) and ``optimizer`` (whether it holds the optimizer's state).
+    """
     row: dict[str, Any] = {"name": checkpoint.name, "whole": True, "verified": verify, "damage": None}
     try:
         manifest = check_sizes(checkpoint)
@@ -90,23 +101,23 @@ def _tensors(checkpoint: Path) -> list[dict[str, Any]]:
 
 
 def describe(found: dict[str, Any]) -> list[str]:
-    """The same in lines."""
+    """Return the result of :func:`inspect` as lines of text."""
     lines = []
     if "tracker" in found:
         point = found["continues_from"]
-        goes_on = "no checkpoint is whole" if point is None else f"a run goes on from {point}"
+        goes_on = "no checkpoint is intact" if point is None else f"a run resumes from {point}"
         lines.append(f"{found['folder']}: the tracker names {found['tracker']}; {goes_on}")
-        lines += [f"  passed over: {said}" for said in found["passed_over"]]
+        lines += [f"  skipped: {said}" for said in found["passed_over"]]
     lines += [f"{row['name']}: {_one_line(row)}" for row in found["checkpoints"]]
     if state := found.get("state"):
         config, sizes = state["config"], {name: size for name, size in state["layout"].items() if size}
         lines += [
             f"  iteration {state['iteration']}, {state['consumed_sequences']:,} sequences consumed",
-            f"  of the run in {config.get('checkpoint', {}).get('save')}",
-            f"  trained on {config.get('data', {}).get('train_data')}",
-            f"  saved under {', '.join(f'{name} {size}' for name, size in sizes.items())}",
-            f"  by megatron-core {state['megatron_core']}",
-            f"  with the states of: {', '.join(state['states']) or 'nothing more'}",
+            f"  run folder: {config.get('checkpoint', {}).get('save')}",
+            f"  training data: {config.get('data', {}).get('train_data')}",
+            f"  layout: {', '.join(f'{name} {size}' for name, size in sizes.items())}",
+            f"  saved by megatron-core {state['megatron_core']}",
+            f"  states of: {', '.join(state['states']) or 'no other part'}",
             *(f"  fingerprint: {part} {value}" for part, value in state["fingerprint"].items()),
             *(f"  config: {name} {values}" for name, values in config.items()),
         ]
@@ -115,13 +126,13 @@ def describe(found: dict[str, Any]) -> list[str]:
     for name, entry in found.get("files", {}).items():
         lines.append(f"  {name}  {entry['bytes']:,} bytes  {entry['sha256']}")
     if "unreadable" in found:
-        lines.append(f"  cannot be read further: {found['unreadable']}")
+        lines.append(f"  the rest cannot be read: {found['unreadable']}")
     return lines
 
 
 def _one_line(row: dict[str, Any]) -> str:
     if not row["whole"]:
         return f"DAMAGED: {row['damage']}"
-    known = "whole, hashes compared" if row["verified"] else "whole by its sizes"
+    known = "intact (sizes and hashes match)" if row["verified"] else "intact (sizes match)"
     held = f"{row['parameters']:,} parameters {'with' if row['optimizer'] else 'without'} optimizer state"
     return f"{known}; {held}, {row['bytes']:,} bytes in {row['files']} files"

@@ -1,9 +1,9 @@
-"""megatron-core's distributed optimizer around torch's AdamW: what its loading forgets.
+"""Work around defects in how megatron-core's distributed optimizer loads the state of torch's AdamW.
 
-With transformer-engine's or apex's Adam nothing here applies. torch's AdamW, which stands in where neither is
-installed (also on a GPU host), counts its steps per parameter. megatron-core's loading (0.16.1 to 0.19.x) asks for
-that count before there is one, leaves it out where it copies the state, and then lets all parameters share one tensor,
-so that AdamW counts one step per *parameter*: the second step after a resume would be wrong without a word.
+None of this applies to the Adam of transformer-engine or apex. torch's AdamW, the fallback where neither is installed
+(also on a GPU host), counts its steps per parameter. When loading, megatron-core (0.16.1 to 0.19.x) reads that count
+before it exists, omits it when it copies the state, and then makes all parameters share one tensor, so that AdamW
+counts one step per *parameter*: the second step after a resume would be silently wrong.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ def _torch_adams(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:
 
 
 def begin(optimizer: MegatronOptimizer) -> None:
-    """Give parameters without a state, those before the first step, the one that a step begins with."""
+    """Give every parameter that has no state yet the state with which AdamW begins its first step."""
     for part in _torch_adams(optimizer):
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
@@ -34,7 +34,7 @@ def begin(optimizer: MegatronOptimizer) -> None:
 
 
 def prepare_to_load(optimizer: MegatronOptimizer) -> None:
-    """Give every parameter the state that loading will fill, and its copying the count it leaves out."""
+    """Give every parameter a state for loading to fill, and patch the copying of states to include the step count."""
     begin(optimizer)
     for part in _torch_adams(optimizer):
         if isinstance(part, DistributedOptimizer):
@@ -53,7 +53,7 @@ def _keep_step(part: DistributedOptimizer) -> None:
 
 
 def separate_steps(optimizer: MegatronOptimizer) -> None:
-    """After loading: every parameter counts for itself."""
+    """Give every parameter its own step count again after loading."""
     for part in _torch_adams(optimizer):
         for state in part.optimizer.state.values():
             state["step"] = state["step"].detach().clone()

@@ -1,10 +1,10 @@
-"""One rank's part of a save: megatron-core says which tensors go into which file; here they are written and sealed.
+"""Write and seal one rank's files of a checkpoint; megatron-core decides which tensors go into which file.
 
-megatron-core's own ways of writing do not do: they start processes from processes (one that is killed leaves the rest
-waiting for ever), and collect the results through a server that re-imports the program at the first save, which takes
-ten seconds and more. So the rank itself writes, or, for an asynchronous save, one process forked from it. A fork sees
-the memory of its moment, copied only where training changes it: nothing is copied in advance on a CPU, and a GPU's
-tensors are brought to the host before. Hashing happens beside the writing, so it blocks no step either.
+megatron-core's own writers are not used: they start processes from processes (if one is killed, the rest wait
+indefinitely), and they collect the results through a server that re-imports the program at the first save, which takes
+ten seconds or more. Instead the rank itself writes or, for an asynchronous save, one process that is forked from it.
+The fork sees a copy-on-write snapshot of the memory, so CPU tensors are not copied in advance; GPU tensors are copied
+to the host before the fork. The forked process also hashes the files, so that hashing blocks no step.
 """
 
 import contextlib
@@ -25,27 +25,27 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from tidar_megatron.checkpoint.integrity import FileEntry, seal
 from tidar_megatron.files import write_durably
 
-# Where megatron-core looks for what was written, when a save is finished; one rank has one save under way.
+# megatron-core reads here what was written when it finalizes a save; a rank has at most one save in progress
 RESULTS: queue.SimpleQueue = queue.SimpleQueue()
 filesystem_async._results_queue = RESULTS
 
 
 @dataclass
 class Report:
-    """What one rank has written."""
+    """The files that one rank has written, or the error that stopped it."""
 
     files: dict[str, FileEntry] = field(default_factory=dict)  # by name
-    results: dict[int, Any] = field(default_factory=dict)  # megatron-core's, by file
+    results: dict[int, Any] = field(default_factory=dict)  # megatron-core's write results, by file number
     error: Exception | None = None
 
 
 def write(request: Any, folder: Path, texts: dict[str, str]) -> Report:
-    """Write and seal this rank's files.
+    """Write and seal this rank's files; an error is returned in the report, not raised.
 
     Args:
-        request: megatron-core's ``AsyncRequest``, its tensors on the host (:func:`staged`).
-        folder: to write into.
-        texts: further small files by name.
+        request: megatron-core's ``AsyncRequest``, with its tensors on the host (:func:`staged`).
+        folder: The folder to write into.
+        texts: The contents of further small files, by name.
     """
     report = Report()
     try:
@@ -53,7 +53,7 @@ def write(request: Any, folder: Path, texts: dict[str, str]) -> Report:
             write_durably(folder / name, text)
             report.files[name] = seal(folder / name)
         if request.async_fn is None:
-            return report  # this rank holds nothing that no other rank holds
+            return report  # other ranks save everything that this rank holds
         transforms, buckets = request.async_fn.args[0], request.async_fn_args[1]
         for number, bucket in enumerate(buckets):
             written: queue.SimpleQueue = queue.SimpleQueue()
@@ -65,7 +65,7 @@ def write(request: Any, folder: Path, texts: dict[str, str]) -> Report:
                 write_bucket=bucket,
                 results_queue=written,
                 count_queue=waiting,
-                use_fsync=False,  # sealing does it, after the last buffer is flushed
+                use_fsync=False,  # seal() syncs the file, after the last buffer is flushed
             )
             _, result = written.get_nowait()
             if isinstance(result, Exception):
@@ -78,7 +78,7 @@ def write(request: Any, folder: Path, texts: dict[str, str]) -> Report:
 
 
 def staged(request: Any) -> Any:
-    """``request`` with its tensors on the host."""
+    """Return ``request`` with its tensors copied to the host."""
     if request.async_fn is None or request.preload_fn is None:
         return request
     rank, _, results = request.async_fn_args
@@ -86,21 +86,21 @@ def staged(request: Any) -> Any:
 
 
 class InBackground:
-    """``work``, done by a forked process; nothing it does to its memory is seen here, only its report."""
+    """A forked process that runs ``work`` and sends its report back; its memory is separate from this process."""
 
     def __init__(self, work: Callable[[], Report]) -> None:
         context = multiprocessing.get_context("fork")
         self._receiving, sending = context.Pipe(duplex=False)
         self._process = context.Process(target=_child, args=(work, sending, os.getpid()), daemon=True)
         self._process.start()
-        sending.close()  # the child holds the only end now: if it dies, that is noticed
+        sending.close()  # only the child holds this end now, so that its death closes the pipe
 
     def done(self) -> bool:
-        """Whether there is a report, good or bad."""
+        """Return whether the process has sent a report, of success or failure, or has died."""
         return self._receiving.poll()
 
     def report(self) -> Report:
-        """What was written; waits for it."""
+        """Wait for the report and return it; if the process was killed, the report says so."""
         try:
             report = self._receiving.recv()
         except EOFError:
@@ -110,16 +110,16 @@ class InBackground:
         return report
 
     def abandon(self) -> None:
-        """End it; what it wrote is worthless."""
+        """Kill the process; the files it has written are unusable."""
         self._process.kill()
         self._process.join()
         self._receiving.close()
 
 
 def _child(work: Callable[[], Report], sending: Connection, parent: int) -> None:
-    gc.disable()  # nothing of the parent's may be finalised here, least of all what lives on a GPU
+    gc.disable()  # the parent's objects must not be finalized here, above all those that live on a GPU
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)  # meant for the run: it waits for this save and then leaves
+        signal.signal(number, signal.SIG_IGN)  # they concern the run, which waits for this save before it exits
     _die_with(parent)
     report = work()
     try:
@@ -129,7 +129,7 @@ def _child(work: Callable[[], Report], sending: Connection, parent: int) -> None
 
 
 def _die_with(parent: int) -> None:
-    """A killed run leaves no writer behind (Linux)."""
+    """Make this process die with its parent, so that a killed run leaves no writer behind (Linux only)."""
     with contextlib.suppress(OSError, AttributeError):
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

@@ -1,11 +1,11 @@
-"""Which rank is it? When a collective times out or breaks, the ranks that are awake find out who is not.
+"""Name the rank that hangs or has died when a collective fails.
 
-The error of gloo names neither a rank nor a step. So every rank notes in the job's store (under torchrun: its agent's)
-which step it has begun; and one whose collective fails signs there that it is awake, waits for the others to sign, and
-names those that do not: they hang, or are dead. All that wait for a rank began to do so within one step, so they wake
-within one step's time, and those that do not wait for it but for one of these with them.
+gloo's error names neither a rank nor a step. So every rank records in the job's store (under torchrun: the agent's)
+which step it has begun. A rank whose collective fails signs in the store that it is alive, waits for the others to
+sign, and names those that do not. All ranks that wait for the missing one, directly or through another rank, began to
+wait within the same step, so their timeouts expire within the duration of one step.
 
-NCCL's own watchdog ends a process without giving the program a say; its message names the rank and the collective.
+NCCL's watchdog ends the process before the program can act; its message names the rank and the collective.
 """
 
 import contextlib
@@ -16,11 +16,11 @@ import torch.distributed as dist
 
 from tidar_megatron.errors import Stalled
 
-GRACE = 5.0  # seconds that the others may sign later, beyond the time of a step
+GRACE = 5.0  # seconds to wait for the other ranks' signatures, beyond the longest step
 
 
 def failed_collective(error: BaseException) -> BaseException | None:
-    """The failure of a collective that ``error`` is or comes from; None for other errors."""
+    """Return the collective failure in the exception chain of ``error``, or None if no collective failed."""
     failed: BaseException | None = error
     while failed is not None:
         said = str(failed).strip().split("\n")[0].lower()
@@ -31,9 +31,9 @@ def failed_collective(error: BaseException) -> BaseException | None:
 
 
 class Heartbeat:
-    """One rank's place in the job; does nothing in a job of one.
+    """The heartbeat of one rank in the job's store; a no-op in a job of one rank.
 
-    The store is never worth a run: where it does not answer, nothing is noted.
+    A store that does not answer never ends a run: the beat is dropped.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Heartbeat:
         self._store = dist.PrefixStore("heartbeat", store) if self._world_size > 1 else None
 
     def beat(self, step: int) -> None:
-        """This rank begins ``step``."""
+        """Record that this rank begins ``step``."""
         now = time.monotonic()
         self._step, self._began, self._longest = step, now, max(self._longest, now - self._began)
         if self._store is not None:
@@ -51,16 +51,19 @@ class Heartbeat:
                 self._store.set(f"step of {self._rank}", str(step))
 
     def blame(self, error: BaseException) -> Stalled | None:
-        """The error to end with after ``error``: it names who does not answer. None if no collective has failed."""
+        """Return the error that names the ranks that do not answer after ``error``; None if no collective failed.
+
+        It waits up to the longest step plus :data:`GRACE` seconds for the other ranks, twice that if the store hangs.
+        """
         failed = failed_collective(error)
         if self._store is None or failed is None:
             return None
         said = str(failed).strip().split("\n")[0]
         silent: list[str] = []
         asking = threading.Thread(target=self._ask, args=(silent,), daemon=True)
-        asking.start()  # beside, because the store itself may be what hangs
+        asking.start()  # in a thread, because the store itself may hang
         asking.join(2 * (GRACE + self._longest) + 1)
-        who = "; ".join(silent) or "no rank is silent by now"
+        who = "; ".join(silent) or "no silent rank was found"
         return Stalled(f"rank {self._rank}, step {self._step}: a collective failed: {who} ({said})")
 
     def _ask(self, silent: list[str]) -> None:
@@ -75,4 +78,4 @@ class Heartbeat:
             for rank in others:
                 begun = self._store.check([f"step of {rank}"])
                 step = self._store.get(f"step of {rank}").decode() if begun else "?"
-                silent.append(f"rank {rank} does not answer, it hangs or is gone in step {step}")
+                silent.append(f"rank {rank} does not answer, it hangs or has died in step {step}")

@@ -1,8 +1,8 @@
-"""The only place that knows a GPU may be missing.
+"""Differences between CPU and GPU hosts. Only this module handles a missing GPU.
 
-megatron-core assumes CUDA in a handful of calls. Where there is none, :func:`make_cpu_first_class` puts CPU
-equivalents in their place, so the same training code runs under gloo on a laptop and under NCCL on a cluster. With a
-GPU it does nothing. It changes process-wide state: call it once, before building anything of megatron-core.
+megatron-core assumes CUDA in a handful of calls. Without CUDA, :func:`make_cpu_first_class` replaces them with CPU
+equivalents, so the same training code runs under gloo on a laptop and under NCCL on a cluster. With a GPU it is a
+no-op. It changes process-wide state: call it once, before building any megatron-core object.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from tidar_megatron.config import Config
 from tidar_megatron.errors import UserError
 
-# megatron-core's optimizer tells dtypes apart by the CUDA spelling that Tensor.type() gives on a GPU
+# megatron-core's optimizer distinguishes dtypes by the CUDA type name that Tensor.type() returns on a GPU
 _CUDA_TYPE_NAMES = {
     torch.float32: "torch.cuda.FloatTensor",
     torch.float16: "torch.cuda.HalfTensor",
@@ -28,25 +28,25 @@ _CUDA_TYPE_NAMES = {
 
 
 def has_gpu() -> bool:
-    """Whether this process computes on a CUDA device."""
+    """Return whether this process computes on a CUDA device."""
     return torch.cuda.is_available()
 
 
 def device(local_rank: int = 0) -> torch.device:
-    """The device of this process."""
+    """Return the device of this process: GPU ``local_rank`` of this machine, or the CPU."""
     return torch.device("cuda", local_rank) if has_gpu() else torch.device("cpu")
 
 
 def backend() -> str:
-    """The torch.distributed backend of that device."""
+    """Return the torch.distributed backend for that device: ``nccl`` or ``gloo``."""
     return "nccl" if has_gpu() else "gloo"
 
 
 def check_backend(config: Config) -> None:
-    """Refuse what is not installed, or what gloo cannot do.
+    """Refuse backends that are not installed, and collectives that gloo does not support.
 
     Raises:
-        UserError: names the flag and what works instead.
+        UserError: The backend cannot run here; the message names the flag and what works instead.
     """
     if config.model.transformer_impl == "transformer_engine" and find_spec("transformer_engine") is None:
         raise UserError(
@@ -66,8 +66,8 @@ def check_backend(config: Config) -> None:
         )
     if attention in ("flex", "transformer_engine") and config.model.head_channels < 16:
         raise UserError(
-            f"--attention-backend {attention}: its kernels have no heads of {config.model.head_channels} channels, "
-            "16 at least; use --attention-backend auto"
+            f"--attention-backend {attention}: its kernels need at least 16 channels per head, the model has "
+            f"{config.model.head_channels}; use --attention-backend auto"
         )
     if attention == "transformer_engine" and not config.training.bf16:
         raise UserError(
@@ -79,14 +79,14 @@ def check_backend(config: Config) -> None:
     if parallel.expert_model_parallel_size > 1 and parallel.expert_tensor_parallel_size > 1:
         raise UserError(
             f"--moe-token-dispatcher-type {dispatcher} with --expert-tensor-parallel-size "
-            f"{parallel.expert_tensor_parallel_size}: gathers parts of unequal size, which gloo cannot; "
+            f"{parallel.expert_tensor_parallel_size}: gathers parts of unequal size, which gloo does not support; "
             "on CPUs use --moe-token-dispatcher-type allgather"
         )
 
 
 @contextlib.contextmanager
 def pretend_current_device(where: torch.device) -> Iterator[None]:
-    """What megatron-core puts on the current CUDA device (gradient buffers, main weights) goes to ``where``."""
+    """Make megatron-core allocate on ``where`` what it puts on the current CUDA device (gradients, main weights)."""
     before = torch.cuda.current_device
     torch.cuda.current_device = lambda: where
     try:
@@ -96,7 +96,7 @@ def pretend_current_device(where: torch.device) -> Iterator[None]:
 
 
 class _CudaLiteralsToCpu(TorchFunctionMode):
-    """``device="cuda"`` -> cpu, ``Tensor.cuda()`` -> itself, ``Tensor.type()`` -> the CUDA spelling."""
+    """A mode in which ``device="cuda"`` means cpu, ``Tensor.cuda()`` is a no-op, ``Tensor.type()`` gives CUDA names."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple = (), kwargs: dict | None = None
@@ -117,15 +117,15 @@ _installed: _CudaLiteralsToCpu | None = None
 
 
 def make_cpu_first_class() -> None:
-    """Let megatron-core (0.16.1 to 0.19.x) run without CUDA; nothing happens where CUDA is available."""
+    """Patch megatron-core (0.16.1 to 0.19.x) so that it runs without CUDA; a no-op where CUDA is available."""
     global _installed
     if has_gpu() or _installed is not None:
         return
     keep_freed_memory()
     cpu = torch.device("cpu")
-    torch.cuda.current_device = lambda: cpu  # always used as device=...
+    torch.cuda.current_device = lambda: cpu  # megatron-core uses it only as device=...
     torch.cuda.synchronize = lambda *args, **kwargs: None
-    torch.cuda.current_stream = lambda *args, **kwargs: None  # from 0.19 on
+    torch.cuda.current_stream = lambda *args, **kwargs: None  # megatron-core 0.19 and later call it
     _install_cpu_rng_tracker()
     _install_cpu_dispatcher()
     _installed = _CudaLiteralsToCpu()
@@ -134,9 +134,9 @@ def make_cpu_first_class() -> None:
 
 @contextlib.contextmanager
 def literals_as_they_are() -> Iterator[None]:
-    """In this block CUDA's names mean CUDA: for code that has none of them and makes tens of thousands of small calls.
+    """Suspend the CUDA-to-CPU translation in this block, for code that names no CUDA device but makes many small calls.
 
-    Looking at a call costs some microseconds, which would be a third of the time that preparing a save takes.
+    The translation costs some microseconds per call: a third of the time that preparing a save takes.
     """
     if _installed is None:
         yield
@@ -149,10 +149,11 @@ def literals_as_they_are() -> Iterator[None]:
 
 
 def stopwatch(where: torch.device) -> Callable[[], Callable[[], float]]:
-    """Begin to time what ``where`` does.
+    """Start to time the work of device ``where``.
 
     Returns:
-        What ends it. That returns what tells the seconds, and waits for a GPU only then.
+        A function that stops the clock. It returns another function, which returns the seconds; only that one waits
+        for the GPU.
     """
     if where.type != "cuda":
         begin = time.perf_counter()
@@ -178,12 +179,12 @@ def stopwatch(where: torch.device) -> Callable[[], Callable[[], float]]:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed for the next tensors.
+    """Make glibc keep freed memory for the next tensors.
 
-    It gives tensors of more than 32 MiB back to the system at once, and gets them back page by page, zeroed: a sixth of
-    a small model's step at S = 4096.
+    By default it returns tensors of more than 32 MiB to the system at once and gets them back page by page, zeroed.
+    That takes a sixth of a small model's step at S = 4096.
     """
-    mmap_max, trim_threshold, top_pad = -4, -1, -2  # names of malloc.h
+    mmap_max, trim_threshold, top_pad = -4, -1, -2  # M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD of malloc.h
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(mmap_max, 0)
@@ -192,13 +193,13 @@ def keep_freed_memory() -> None:
 
 
 def _install_cpu_dispatcher() -> None:
-    """Mixture of experts: no side stream for the split sizes, and Python ints for gloo's all-to-all."""
+    """Patch the MoE dispatcher: no side stream for the split sizes, and Python ints for gloo's all-to-all."""
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None  # 0.16.1 reads it without transformer-engine too
+        moe_utils.te_general_gemm = None  # 0.16.1 reads it even without transformer-engine
     dispatcher = token_dispatcher.MoEAlltoAllTokenDispatcher
-    dispatcher.cuda_dtoh_stream = object()  # else its __init__ makes a CUDA stream
+    dispatcher.cuda_dtoh_stream = object()  # otherwise its __init__ makes a CUDA stream
 
     def to_host(self: Any, point: str, tokens_per_expert: torch.Tensor | None = None) -> torch.Tensor | None:
         if not self.drop_and_pad and point == self.cuda_dtoh_point:
@@ -211,7 +212,7 @@ def _install_cpu_dispatcher() -> None:
 
 
 def _install_cpu_rng_tracker() -> None:
-    """megatron-core's named random streams on the CPU generator."""
+    """Implement megatron-core's named random streams on the CPU generator."""
     from megatron.core.tensor_parallel import random as mcore_random
 
     class CpuRNGStatesTracker(mcore_random.CudaRNGStatesTracker):
@@ -233,7 +234,7 @@ def _install_cpu_rng_tracker() -> None:
                 yield
             finally:
                 self.states_[name] = torch.get_rng_state()
-                # a nested fork of the outer stream has moved it on
+                # a nested fork of the outer stream has advanced it
                 torch.set_rng_state(self.states_.get(outer_name, outer_state))
                 self._current_state_name = outer_name
 
@@ -251,7 +252,7 @@ def _install_cpu_rng_tracker() -> None:
 
 
 def peak_memory() -> int:
-    """Bytes: the most that tensors took of this process's GPU so far, else what the process took of the machine."""
+    """Return the peak memory of this process so far, in bytes: of its tensors on the GPU, else its resident set."""
     if has_gpu():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

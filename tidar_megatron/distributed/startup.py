@@ -1,12 +1,12 @@
-"""Which rank is missing? From its first lines to its first step every rank says that it lives, and what it does.
+"""Detect ranks that are missing, hang or fail between the start of the program and the first step.
 
-A rank that dies or refuses while the others wait for it to join, to make process groups or to load a checkpoint leaves
-them in gloo, which names nobody and waits for minutes. So each rank joins the job's store first of all, and a thread
-of its own says there every second what the rank is doing. Rank 0 watches the others, they watch rank 0. Whoever first
-knows of a failure writes it into the store: of its own, of a rank that is silent, of one that never came. All others
-read it within a second, say it in one line and end.
+A rank that dies or fails while the others wait for it (to join, to make process groups, to load a checkpoint) leaves
+them in gloo, which names no rank and waits for minutes. So each rank joins the job's store first, and a thread writes a
+heartbeat into it every second, with what the rank is doing. Rank 0 watches the others; they watch rank 0. The first
+rank that learns of a failure writes it into the store: its own failure, a rank that is silent, or one that never
+joined. All others read it within a second, print it in one line and exit.
 
-Once training has begun, the steps' own heartbeat (``heartbeat.py``) takes over.
+Once training has begun, the heartbeat of the steps (``heartbeat.py``) takes over.
 """
 
 import contextlib
@@ -27,11 +27,11 @@ import torch.distributed as dist
 from tidar_megatron.distributed.heartbeat import failed_collective
 from tidar_megatron.errors import LocalError, Stalled, UserError
 
-BEAT = 1.0  # seconds between two signs of life
-SILENT = 120.0  # seconds without one, after which a rank is given up; reading can hold up its thread for a while
-HELD_UP = 15.0  # seconds after which a rank knows that it was held up itself, as in a suspended job
-GRACE = 5.0  # the same, once a collective has failed somewhere
-ALIKE = 10.0  # seconds that a refusal waits for rank 0's: most refusals are every rank's
+BEAT = 1.0  # seconds between two heartbeats
+SILENT = 120.0  # seconds without a heartbeat after which a rank counts as dead; reading files can delay its thread
+HELD_UP = 15.0  # seconds between two rounds from which a rank infers that it was suspended itself
+GRACE = 5.0  # as SILENT, once a collective has failed on some rank
+ALIKE = 10.0  # seconds that a rank's UserError waits for rank 0's: most of these errors occur on every rank
 
 VERDICT, FAILED, ALL_HERE = "verdict", "a collective failed", "all are here"  # keys of the store
 DONE = "training"
@@ -39,17 +39,17 @@ LONGER = "--distributed-timeout-minutes gives more time"
 
 
 class Startup:
-    """One rank's start, a context: its exception, if any, is told to the other ranks.
+    """The startup of one rank, as a context manager that reports its exception to the other ranks.
 
-    Only the thread talks to the store, so that a store that hangs holds up nobody.
+    Only its thread talks to the store, so that a store that hangs blocks nobody.
 
     Args:
-        store: the job's; None for a job of one, which has nobody to watch.
-        rank: this one's.
-        world_size: of the job.
-        patience: seconds to wait for a rank that has not come at all.
-        keeps_store: whether the store ends with this process, which then stays until the others have heard it.
-        end: called with a line (None: say nothing) and an exit status where another rank has failed.
+        store: The job's store; None in a job of one rank, which has no other rank to watch.
+        rank: The rank of this process.
+        world_size: The number of ranks in the job.
+        patience: Seconds to wait for a rank that has not joined.
+        keeps_store: Whether this process hosts the store; it then stays until the others have read a failure.
+        end: A function that is called when another rank has failed, with a line to print (or None) and an exit status.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Startup:
         keeps_store: bool = False,
         end: Callable[[str | None, int], None] | None = None,
     ) -> None:
-        self.at_end: Callable[[], None] = lambda: None  # called before the process is ended
+        self.at_end: Callable[[], None] = lambda: None  # called before this process exits because another rank failed
         self.phase = "starting"
         self._store, self._rank, self._patience = store, rank, patience
         self._watched = range(1, world_size) if rank == 0 else range(1)
@@ -69,17 +69,17 @@ class Startup:
         self._end = end or self._end_process
         self._began = self._round = time.monotonic()
         self._beats, self._to_tell = 0, list[tuple[str, str]]()  # keys and values
-        self._seen: dict[int, tuple[str, float]] = {}  # rank -> its last sign of life, and when it was new
+        self._seen: dict[int, tuple[str, float]] = {}  # rank -> its last heartbeat, and when it was first seen
         self._met, self._over, self._leaving = threading.Event(), threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="startup")
         if store is not None:
             self._thread.start()
 
     def meet(self) -> None:
-        """Wait until every rank is here, for as long as all of them live.
+        """Wait until every rank has joined.
 
         Raises:
-            Stalled: the store does not answer.
+            Stalled: The store does not answer.
         """
         self.phase = "waiting for the other ranks"
         asked = time.monotonic()
@@ -94,24 +94,24 @@ class Startup:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End it.
+        """End the startup, and report an exception to the other ranks.
 
         Raises:
-            Stalled: a collective failed, and no rank is known to be the reason.
-            LocalError: this rank alone met a :class:`UserError`.
+            Stalled: A collective failed, and no rank is known to be the cause.
+            LocalError: Only this rank raised a :class:`UserError`.
         """
         if self._store is None:
             return
         if error is not None and (failed := failed_collective(error)) is not None:
             self._to_tell.append((FAILED, "1"))
-            self._thread.join(2 * GRACE + ALIKE + 3 * BEAT)  # if it learns who it is, it ends the process
+            self._thread.join(2 * GRACE + ALIKE + 3 * BEAT)  # if it learns which rank failed, it ends the process
             said = str(failed).strip().split("\n")[0]
             raise Stalled(
-                f"rank {self._rank}, {self.phase}: a collective failed: no rank is silent by now ({said})"
+                f"rank {self._rank}, {self.phase}: a collective failed: no silent rank was found ({said})"
             ) from None
         refused = isinstance(error, UserError)
         if refused and self._rank:
-            self._thread.join(ALIKE)  # if rank 0 refuses too, it ends the process
+            self._thread.join(ALIKE)  # if rank 0 raises it too, the thread ends this process
         where = f"rank {self._rank} ({socket.gethostname()}), {self.phase}"
         said = f"{where}: {error}" if refused else f"{where}: {type(error).__name__}: {error}"
         if isinstance(error, Exception):
@@ -130,7 +130,7 @@ class Startup:
     def _watch(self) -> None:
         over = False
         while not over:
-            over = self._over.is_set()  # then the last round
+            over = self._over.is_set()  # if set, this is the last round
             try:
                 self._tell()
                 if self._store.check([VERDICT]):
@@ -140,11 +140,11 @@ class Startup:
                     return self._leave(**verdict)
                 if not over:
                     self._judge()
-            except Exception as error:  # most of all that the store is gone
-                if self._over.is_set():  # the start is over, and this round was only to say so
+            except Exception as error:  # usually the store no longer exists
+                if self._over.is_set():  # startup has ended, and this round was only to report that
                     return None
                 said = str(error).split("\n")[0]
-                return self._leave([0], f"rank 0, or the agent that keeps the job's store, is gone ({said})", 1)
+                return self._leave([0], f"rank 0, or the agent that keeps the job's store, has died ({said})", 1)
             self._round = time.monotonic()
             self._over.wait(BEAT)
 
@@ -156,10 +156,10 @@ class Startup:
             self._store.compare_set(key, "", value)  # the first one counts
 
     def _judge(self) -> None:
-        """Find out who is missing."""
+        """Find the ranks that are missing or silent, and report them in the store."""
         now, silent, absent = time.monotonic(), list[int](), list[int]()
         allowed = GRACE if self._store.check([FAILED]) else SILENT
-        if now - self._round > HELD_UP:  # perhaps the others were too: their time begins anew
+        if now - self._round > HELD_UP:  # the other ranks may have been suspended too: restart their clocks
             self._seen = {rank: (beat, now) for rank, (beat, _) in self._seen.items()}
         for rank in self._watched:
             if rank not in self._seen and not self._store.check([_key(rank)]):
@@ -172,10 +172,10 @@ class Startup:
                 silent.append(rank)
         if silent:
             phases = sorted({self._seen[rank][0].partition(" ")[2] for rank in silent})
-            self._accuse(silent, "no sign of life, it hangs or is gone", "while " + ", ".join(phases))
+            self._accuse(silent, "no heartbeat, it hangs or has died", "while " + ", ".join(phases))
         elif absent and now - self._began > self._patience:
             self._accuse(
-                absent, "has not come", f"within {self._patience / 60:.2g} minutes; its own log may say why, {LONGER}"
+                absent, "has not joined", f"within {self._patience / 60:.2g} minutes; its own log may say why, {LONGER}"
             )
         elif not absent and self._rank == 0:
             self._store.set(ALL_HERE, "1")
@@ -183,7 +183,7 @@ class Startup:
             self._met.set()
 
     def _linger(self, gone: Sequence[int]) -> None:
-        """Keep the store until the other ranks have heard what has happened."""
+        """Keep the store alive until the other ranks have read the verdict."""
         end = time.monotonic() + ALIKE
         waiting = [rank for rank in self._watched if self._keeps_store and rank not in gone]
         while waiting and time.monotonic() < end:
@@ -197,14 +197,14 @@ class Startup:
 
     def _leave(self, ranks: list[int], said: str, status: int) -> None:
         if self._leaving.is_set() or (self._over.is_set() and self._rank in ranks):
-            return  # by itself, with its own error
+            return  # this rank exits with its own error
         if status == 2 and self._rank != 0:
-            time.sleep(5 * BEAT)  # the launcher ends all ranks once one has left: let those that speak be first
+            time.sleep(5 * BEAT)  # the launcher ends all ranks once one exits: let those that print exit first
             return self._end(None, status)
         self._end(said if status == 2 else f"rank {self._rank}, {self.phase}: {said}", status)
 
     def _end_process(self, line: str | None, status: int) -> None:
-        """The main thread waits in some library, where no exception reaches it."""
+        """Print a line and exit at once: the main thread waits in a library, where no exception reaches it."""
         if line is not None:
             print(f"error: {line}", file=sys.stderr, flush=True)
         with contextlib.suppress(Exception):
@@ -217,7 +217,7 @@ def _key(rank: int) -> str:
     return f"rank {rank}"
 
 
-# ---- the one of this process
+# ---- the startup of this process
 
 current = Startup(None)
 _count = itertools.count()
@@ -225,14 +225,14 @@ _joined: dist.Store | None = None
 
 
 def join(timeout_minutes: float) -> Startup:
-    """Join the job's store that torchrun describes in the environment; nothing happens in a job of one.
+    """Join the job's store that torchrun describes in the environment; a no-op in a job of one rank.
 
     Args:
-        timeout_minutes: of collectives, and of ranks that have not come.
+        timeout_minutes: The timeout of collectives, and of ranks that have not joined.
 
     Raises:
-        Stalled: the process that keeps the store does not answer.
-        UserError: the port of the store is taken.
+        Stalled: The process that keeps the store does not answer.
+        UserError: The store's port is taken.
     """
     global current, _joined
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
@@ -241,7 +241,7 @@ def join(timeout_minutes: float) -> Startup:
         return current
     patience = 60 * timeout_minutes
     keeps_store = rank == 0 and not _agents_keep_it()
-    stores = [_connect(rank, world_size, patience, keeps_store) for _ in range(2)]  # one for each thread
+    stores = [_connect(rank, world_size, patience, keeps_store) for _ in range(2)]  # one per thread
     number = next(_count)
     _joined = dist.PrefixStore(f"job {number}", stores[0])
     current = Startup(dist.PrefixStore(f"startup {number}", stores[1]), rank, world_size, patience, keeps_store)
@@ -249,7 +249,7 @@ def join(timeout_minutes: float) -> Startup:
 
 
 def store() -> dist.Store | None:
-    """The job's store, for the process group; None where :func:`join` has not joined one."""
+    """Return the job's store, for the process group; None if :func:`join` has not joined one."""
     return _joined
 
 
@@ -258,7 +258,7 @@ def _agents_keep_it() -> bool:
 
 
 def _connect(rank: int, world_size: int, patience: float, keeps_store: bool) -> dist.Store:
-    """A connection to the store where ``torch.distributed`` would look for it: torchrun's, else rank 0's own."""
+    """Return a connection to the store that ``torch.distributed`` would use: torchrun's, else one on rank 0."""
     host, port = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))
     if not keeps_store:
         _await(host, port, rank, patience)
@@ -276,7 +276,7 @@ def _connect(rank: int, world_size: int, patience: float, keeps_store: bool) -> 
 
 
 def _await(host: str, port: int, rank: int, patience: float) -> None:
-    """Wait until the store's port answers; torch does it too, but fills the log when it gives up."""
+    """Wait until the store's port answers; torch waits too, but fills the log when it times out."""
     end, said = time.monotonic() + patience, "no time"
     while time.monotonic() < end:
         try:
@@ -287,6 +287,6 @@ def _await(host: str, port: int, rank: int, patience: float) -> None:
             time.sleep(0.1)
     whose = "torchrun's agent" if _agents_keep_it() else "rank 0"
     raise Stalled(
-        f"rank {rank}, joining: {whose} at {host}:{port} (MASTER_ADDR, MASTER_PORT) has not come within "
+        f"rank {rank}, joining: {whose} at {host}:{port} (MASTER_ADDR, MASTER_PORT) does not answer within "
         f"{patience / 60:.2g} minutes ({said}; {LONGER})"
     )

@@ -1,4 +1,4 @@
-"""W&B and TensorBoard: for looking at a run while it goes on. ``metrics.jsonl`` is the record."""
+"""W&B and TensorBoard dashboards to watch a run; the authoritative record is ``metrics.jsonl``."""
 
 import json
 import netrc
@@ -15,33 +15,33 @@ from tidar_megatron.files import replace_text
 
 Values = dict[str, Any]
 SAMPLE_COLUMNS = ("prompt", "text", "tokens_per_forward", "distinct_4grams")
-RUN_ID = "wandb_run_id"  # a file of the run's folder
+RUN_ID = "wandb_run_id"  # a file in the run's folder
 
 
 class Dashboard(Protocol):
-    """A place to look at a run."""
+    """The interface of a dashboard."""
 
     def write(self, iteration: int, values: Values) -> None:
-        """Take numbers of ``iteration``; nested names are joined by ``/``."""
+        """Show the values of ``iteration``; nested names are joined by ``/``."""
         ...
 
     def samples(self, iteration: int, rows: list[Values]) -> None:
-        """Take generations of the checkpoint of ``iteration``, one row each (``SAMPLE_COLUMNS``)."""
+        """Show generations from the checkpoint of ``iteration``, one row each (``SAMPLE_COLUMNS``)."""
         ...
 
     def published(self, iteration: int, checkpoint: Path) -> None:
-        """A checkpoint is whole."""
+        """Note that the checkpoint of ``iteration`` is published in the folder ``checkpoint``."""
         ...
 
     def close(self) -> None:
-        """Flush and leave."""
+        """Flush and close the dashboard."""
         ...
 
 
 class WandB:
-    """A Weights & Biases run, online where a key is at hand, else offline; a run that is continued goes on as the same.
+    """A Weights & Biases run: online if there is an API key, else offline.
 
-    ``--wandb-log-checkpoints`` makes each checkpoint an artifact.
+    A resumed run continues the same W&B run. ``--wandb-log-checkpoints`` logs each checkpoint as an artifact.
     """
 
     def __init__(self, config: Config, folder: Path, console: Console) -> None:
@@ -84,7 +84,7 @@ class WandB:
         import wandb
 
         self._samples += [[iteration, *(row[name] for name in SAMPLE_COLUMNS)] for row in rows]
-        # part of the step that is logged just now: a step of its own would make W&B drop what is logged of this one yet
+        # logged with the current step: a separate step would make W&B drop later values of the current one
         table = wandb.Table(data=list(self._samples), columns=["iteration", *SAMPLE_COLUMNS])
         self.run.log({"samples": table}, commit=False)
 
@@ -92,7 +92,7 @@ class WandB:
         import wandb
 
         if self._artifacts:
-            name = re.sub(r"[^A-Za-z0-9_.-]", "-", self._name)  # of artifacts; a run's may hold anything
+            name = re.sub(r"[^A-Za-z0-9_.-]", "-", self._name)  # artifact names allow fewer characters than run names
             artifact = wandb.Artifact(f"{name}-checkpoint", "model", metadata={"iteration": iteration})
             artifact.add_dir(str(checkpoint))
             self.run.log_artifact(artifact, aliases=["latest", f"iteration-{iteration}"])
@@ -102,7 +102,7 @@ class WandB:
 
 
 def has_wandb_key() -> bool:
-    """Whether 'wandb login' was done here, or the environment holds a key."""
+    """Return whether W&B has an API key, from 'wandb login' or the environment."""
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].rstrip("/")
     try:
         return bool(os.environ.get("WANDB_API_KEY") or netrc.netrc(os.environ.get("NETRC")).authenticators(host))
@@ -111,7 +111,7 @@ def has_wandb_key() -> bool:
 
 
 class TensorBoard:
-    """TensorBoard event files."""
+    """A dashboard that writes TensorBoard event files."""
 
     def __init__(self, folder: str, config: Config) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -138,7 +138,10 @@ class TensorBoard:
 
 
 def flatten(values: Values, prefix: str = "") -> Values:
-    """``{"eval": {"acceptance_by_offset": [..]}}`` -> ``{"eval/acceptance_by_offset/1": ..}``."""
+    """Flatten nested values: ``{"eval": {"acceptance_by_offset": [..]}}`` -> ``{"eval/acceptance_by_offset/1": ..}``.
+
+    Items of a list are numbered from 1.
+    """
     flat: Values = {}
     for name, value in values.items():
         if isinstance(value, dict):

@@ -1,14 +1,14 @@
-"""Whether a step is to be trusted: gradients that are no numbers, losses that jump, and what is done about them.
+"""Detect and skip bad steps: NaN or infinite losses and gradients, and loss spikes.
 
-After the backward, and before anything is changed, every rank judges the step by the global loss and the norm of the
-whole gradient, and the ranks agree on the worst of their verdicts. A step whose loss or gradient is NaN or infinite is
-always skipped: weights, Adam's moments and step count and the learning rate's schedule stay as they are to the last
-bit, its samples count as consumed. A loss spike, more than ``--loss-spike-factor`` times the median of the last losses,
-is told or skipped, as ``--loss-spike-action`` says. Too many skipped steps in a row end the run: by then it is not one
-bad sample.
+After the backward pass, before the update, every rank judges the step by the global loss and the norm of the full
+gradient, and the ranks agree on the worst verdict. A step whose loss or gradient is NaN or infinite is always skipped:
+weights, Adam's moments and step count and the learning-rate schedule stay bitwise unchanged, and its samples count as
+consumed. A loss spike, more than ``--loss-spike-factor`` times the median of the last losses, is reported or skipped,
+as ``--loss-spike-action`` says. Too many skipped steps in a row end the run, because a single bad sample cannot be the
+cause.
 
-The last losses outlive a restart, in the checkpoint. They begin anew with the joint objective, whose losses are others
-than the AR warm-up's.
+The checkpoint keeps the last losses across a restart. They are cleared when the joint objective begins, because its
+losses are not comparable to those of the AR warm-up.
 """
 
 import math
@@ -25,16 +25,16 @@ SOUND, SPIKE, NO_NUMBER = range(3)  # verdicts, the worst last
 
 
 class Health:
-    """One run's.
+    """The health checks of a run.
 
     Args:
-        config: the limits.
-        ranks: who has to agree.
+        config: The limits.
+        ranks: The ranks that have to agree on a verdict.
 
     Attributes:
-        skipped: steps without an update since the run began.
-        spikes: steps since then whose loss was a spike.
-        on_trouble: called on every rank with a sentence for each step that is not sound.
+        skipped: The number of skipped steps since the run began.
+        spikes: The number of steps since then whose loss was a spike.
+        on_trouble: A function that every rank calls with a sentence about each bad step.
     """
 
     def __init__(self, config: HealthConfig, ranks: Ranks) -> None:
@@ -46,16 +46,16 @@ class Health:
         self._losses: deque[float] = deque(maxlen=config.loss_spike_window)
 
     def approve(self, step: int, phase: str, loss: float, grad_norm: float) -> bool:
-        """Whether the optimizer may take this step; the same answer on every rank. Collective.
+        """Return, on every rank, whether the optimizer may take this step. Collective.
 
         Args:
-            step: its number, from 1.
-            phase: the objective's name; losses are compared within one.
-            loss: of the global batch.
-            grad_norm: of the whole gradient.
+            step: The number of the step, from 1.
+            phase: The name of the objective; losses are compared only within one phase.
+            loss: The loss of the global batch.
+            grad_norm: The norm of the full gradient.
 
         Raises:
-            Diverged: so many steps in a row were not approved.
+            Diverged: ``--max-skipped-iterations-in-a-row`` steps in a row were skipped.
         """
         if phase != self._phase:
             self._phase = phase
@@ -73,8 +73,8 @@ class Health:
         self.on_trouble(f"{what}; skipped, {self._in_a_row} in a row")
         if self._in_a_row >= self._config.max_skipped_iterations_in_a_row:
             raise Diverged(
-                f"{what}; {self._in_a_row} steps in a row had to be skipped (--max-skipped-iterations-in-a-row); go on "
-                "from an older checkpoint with a lower --lr, or look at what these steps read (--log-sample-ids)"
+                f"{what}; {self._in_a_row} steps in a row were skipped (--max-skipped-iterations-in-a-row); resume "
+                "from an older checkpoint with a lower --lr, or look at the data of these steps (--log-sample-ids)"
             )
         return False
 
@@ -88,16 +88,16 @@ class Health:
         if verdict == SOUND:
             return "sound"
         if verdict == NO_NUMBER:
-            return f"loss {loss:.4g} or gradient norm {grad_norm:.4g} is no number on some rank"
+            return f"loss {loss:.4g} or gradient norm {grad_norm:.4g} is NaN or infinite on some rank"
         last = f"the median of the last {len(self._losses)} is {median(self._losses or [math.nan]):.4g}"
         return f"loss {loss:.4g} is a spike, {last}"
 
     def log_values(self) -> dict[str, int]:
-        """What stands in every line of the log."""
+        """Return the counts for each line of the log."""
         return {"skipped_iterations": self.skipped, "loss_spikes": self.spikes}
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a restart must know, as JSON can hold it."""
+        """Return the state that a restart needs, as JSON values."""
         return {
             "skipped": self.skipped,
             "spikes": self.spikes,
@@ -107,7 +107,7 @@ class Health:
         }
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
-        """Go on from :meth:`state_dict`; of a longer window the last losses are kept."""
+        """Restore a state from :meth:`state_dict`; only the last losses are kept if the window is now shorter."""
         self.skipped, self.spikes, self._in_a_row = state["skipped"], state["spikes"], state["in_a_row"]
         self._phase = state["phase"]
         self._losses = deque(state["losses"], maxlen=self._config.loss_spike_window)

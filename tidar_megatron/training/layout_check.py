@@ -1,8 +1,8 @@
-"""Every layout against one rank: a tiny model trained in each, its losses and gradients compared.
+"""Check every layout against one rank: train a tiny model in each, and compare its losses and gradients.
 
-The batches are packed documents with fill, so supervised counts differ between micro-batches and between data- and
-context-parallel ranks; the second of the three steps is one of plain AR (the warm-up). The reference is a separate
-process of one rank, which knows nothing of the layouts.
+The batches are packed documents with fill, so the supervised counts differ between micro-batches and between data- and
+context-parallel ranks. The second of the three steps trains plain AR (the warm-up). The reference is a separate process
+of one rank, independent of the layouts.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from tidar_megatron.training.step import Model, evaluate, forward_backward, trai
 
 Tree = dict[str, dict[str, Any]]
 MASK_TOKEN_ID = 96
-STEPS = (True, False, True)  # doubled, or the clean half alone
+STEPS = (True, False, True)  # per step: doubled sequences, or only the clean half
 MODEL: Tree = {
     "tidar": {"block_size": 4, "ar_loss_weight": 0.8, "mask_token_id": MASK_TOKEN_ID, "attention_chunk_size": 12},
     "model": {
@@ -49,13 +49,13 @@ MODEL: Tree = {
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """What is trained, whatever the layout, and how closely the layouts must agree."""
+    """A layout-independent training setup, and the tolerances within which the layouts must agree."""
 
     changes: Tree = dataclasses.field(default_factory=dict)  # to MODEL
     longest_document: int = 200
     loss_tolerance: float = 1e-5  # relative
     grad_tolerance: float = 1e-4
-    argmax: bool = True  # compare the greedy figures too: a tie that rounding turns changes them by a token
+    argmax: bool = True  # compare the greedy metrics too; rounding may break a tie differently, and changes them
 
 
 VARIANTS = {
@@ -67,7 +67,7 @@ VARIANTS = {
     "experts": Variant(
         {"model": {"num_experts": 4, "moe_ffn_hidden_size": 48, "moe_aux_loss_coeff": 0.1}}, longest_document=30
     ),
-    # half of the blocks, in strata of two; and three quarters, in strata of one and of two
+    # stratified sampling of half of the blocks, in strata of two, and of three quarters, in strata of one and two
     "half": Variant({"tidar": {"diffusion_block_fraction": 0.5}}, longest_document=30),
     "three quarters": Variant({"tidar": {"diffusion_block_fraction": 0.75}}),
     "half, experts": Variant(
@@ -77,14 +77,14 @@ VARIANTS = {
         },
         longest_document=30,
     ),
-    # a bfloat16 has 8 significant bits, and layouts add in another order
+    # bfloat16 has 8 significant bits, and the order of additions depends on the layout
     "bf16": Variant({"training": {"bf16": True}}, loss_tolerance=5e-3, grad_tolerance=5e-2, argmax=False),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A way to lay the model over ranks; data parallelism takes what is left, or must be ``data_parallel_size``."""
+    """A parallel layout; the data-parallel size follows from the number of ranks, or must be ``data_parallel_size``."""
 
     name: str
     parallel: dict[str, Any]
@@ -93,10 +93,10 @@ class Layout:
     data_parallel_size: int | None = None
 
     def config(self, world_size: int) -> ResolvedConfig:
-        """The whole configuration.
+        """Return the full configuration for ``world_size`` ranks.
 
         Raises:
-            UserError: the layout does not fit ``world_size`` ranks.
+            UserError: The layout does not fit ``world_size`` ranks.
         """
         config = variant_config(self.variant, world_size, self.parallel, self.model)
         dp = check_world_size(config, world_size)
@@ -188,7 +188,7 @@ ALL_LAYOUTS = (
 
 
 def layouts_for(world_size: int) -> list[Layout]:
-    """Those of the list that ``world_size`` ranks can fill."""
+    """Return the layouts that fit ``world_size`` ranks."""
 
     def fits(layout: Layout) -> bool:
         try:
@@ -203,7 +203,7 @@ def layouts_for(world_size: int) -> list[Layout]:
 def variant_config(
     variant: str, world_size: int, parallel: dict[str, Any] | None = None, model: dict[str, Any] | None = None
 ) -> ResolvedConfig:
-    """The tiny model's configuration; as many sequences a step as make every rank of ``world_size`` work twice."""
+    """Return the tiny model's configuration, with at least two sequences per step for every rank of ``world_size``."""
     tree = {name: dict(section) for name, section in MODEL.items()}
     tree["training"]["global_batch_size"] = world_size * max(2, -(-8 // world_size))
     for name, section in {**VARIANTS[variant].changes, "parallel": parallel or {}}.items():
@@ -213,7 +213,12 @@ def variant_config(
 
 
 class Documents:
-    """Random documents in memory, packed as training packs those of shards."""
+    """Random documents in memory, packed in the same way as the documents of shards.
+
+    Args:
+        config: The resolved configuration.
+        longest: The most tokens in a document.
+    """
 
     def __init__(self, config: Config, longest: int) -> None:
         draw = np.random.Generator(np.random.Philox(7))
@@ -223,7 +228,15 @@ class Documents:
         self.packed = PackedSequences(LengthsInMemory(lengths), config.data.seq_length, self.block_size, seed=1)
 
     def batches(self, step: int, config: Config, ranks: Ranks, doubled: bool, every_block: bool = False) -> list[Batch]:
-        """This rank's micro-batches of a step: as ``data/loader.py`` deals them out."""
+        """Return this rank's micro-batches of a step, distributed as in ``data/loader.py``.
+
+        Args:
+            step: The number of the step, from 0.
+            config: The resolved configuration.
+            ranks: The process groups of this rank.
+            doubled: Whether the sequences are doubled, or only their clean half is used.
+            every_block: Whether every block has masks, whatever ``diffusion_block_fraction`` says.
+        """
         dp, cp = ranks.groups.dp, ranks.groups.cp
         first = step * config.training.global_batch_size
         own = range(first + dp.rank(), first + config.training.global_batch_size, dp.size())
@@ -238,16 +251,16 @@ class Documents:
 
 @dataclasses.dataclass
 class Measured:
-    """What one rank saw."""
+    """The measurements of one rank."""
 
-    losses: list[list[float]]  # of each step: AR, diffusion (0 in an AR step), gradient norm
+    losses: list[list[float]]  # per step: AR, diffusion (0 in an AR step), gradient norm, balancing loss if any
     evaluation: list[float]
-    grads: dict[str, tuple[int, int, Tensor]]  # of the first step: shard rank, shards, the rank's part
-    supervised: list[tuple[int, int]]  # of each micro-batch of the first step
+    grads: dict[str, tuple[int, int, Tensor]]  # of the first step: shard rank, number of shards, this rank's shard
+    supervised: list[tuple[int, int]]  # per micro-batch of the first step: supervised AR and diffusion tokens
 
 
 def measure(config: ResolvedConfig, variant: Variant) -> Measured:
-    """Train the tiny model in a layout."""
+    """Train the tiny model in a layout, and return what this rank measures. Collective."""
     ranks = initialize(config.parallel, config.training.seed)
     chunks = build_model(config, config.vocab_size, ranks)
     initialize_weights(chunks, config.training.seed)
@@ -278,7 +291,7 @@ def measure(config: ResolvedConfig, variant: Variant) -> Measured:
 
 
 def gather_gradients(model: Model) -> None:
-    """Under the distributed optimizer each rank has only its shard of the reduced gradients: bring all together."""
+    """All-gather the reduced gradients, because under the distributed optimizer each rank has only its shard."""
     for chunk in model:
         if chunk.ddp_config.use_distributed_optimizer:
             for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
@@ -290,7 +303,7 @@ def gather_gradients(model: Model) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One line of the report."""
+    """The comparison of one layout with one rank: largest relative errors, and whether they are within tolerance."""
 
     name: str
     loss_rel_err: float
@@ -299,12 +312,13 @@ class Comparison:
 
 
 def compare(layout: Layout, ranks: Sequence[Measured], one: Measured) -> Comparison:
-    """The largest relative errors over all ranks: of a loss, gradient norm or evaluation figure, and of a gradient.
+    """Return the largest relative errors over all ranks: of the losses, norms and metrics, and of the gradients.
 
-    A gradient's is ``||g - g1|| / ||g1||`` of the whole parameter; of parts that several ranks hold the worst counts.
+    A gradient's error is ``||g - g1|| / ||g1||`` over the full parameter; where several ranks hold the same shard, the
+    largest error counts.
     """
     allowed = VARIANTS[layout.variant]
-    assert len({count for rank in ranks for count in rank.supervised}) > 1, "the batches do not test what they claim"
+    assert len({count for rank in ranks for count in rank.supervised}) > 1, "all micro-batches have equal token counts"
     reference = np.hstack([np.hstack(one.losses), one.evaluation])
     seen = np.array([np.hstack([np.hstack(rank.losses), rank.evaluation]) for rank in ranks])
     loss_error = float((np.abs(seen - reference) / np.maximum(np.abs(reference), 1e-3)).max())
@@ -322,9 +336,9 @@ def _gradient_error(name: str, whole: Tensor, ranks: Sequence[Measured]) -> floa
             number, shards, part = rank.grads[name]
             reference = kind.part(whole, number, shards)
             error = (part.double() - reference.double()).square().sum().item()
-            worst[number] = float(np.maximum(worst.get(number, 0.0), error))  # also where the error is no number
+            worst[number] = float(np.maximum(worst.get(number, 0.0), error))  # np.maximum propagates NaN
     if kind.shard == "replicated":
         worst, shards = {0: float(np.max(list(worst.values())))} if worst else {}, 1
     if len(worst) < shards:
-        return float("inf")  # a part that no rank has
+        return float("inf")  # no rank has one of the shards
     return sum(worst.values()) ** 0.5 / max(whole.double().norm().item(), 1e-12)

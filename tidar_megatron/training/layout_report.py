@@ -1,4 +1,4 @@
-"""``tools/check_layout.py``: one process as the reference, every layout on the ranks at hand, and what came out."""
+"""Run the layout check (``tools/check_layout.py``): a one-rank reference, every layout that fits, and the report."""
 
 import dataclasses
 import json
@@ -30,10 +30,16 @@ LAUNCHER = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCA
 
 
 def report(names: list[str] | None, *, list_only: bool, as_json: bool) -> None:
-    """Run the layouts on all ranks, compare on the main one, print; exit status 1 if one differs.
+    """Run the layouts on all ranks, compare them on the main rank, and print the report. Collective.
+
+    Args:
+        names: The names of the layouts to run; all that fit if None or empty.
+        list_only: Whether to print only the names of the layouts.
+        as_json: Whether to print JSON instead of a table.
 
     Raises:
-        UserError: a name that is none of the layouts that fit.
+        UserError: No layout that fits has one of the names.
+        SystemExit: A layout differs; the status is 1.
     """
     world_size = world_size_from_environment()
     layouts = layouts_for(world_size)
@@ -65,12 +71,12 @@ def report(names: list[str] | None, *, list_only: bool, as_json: bool) -> None:
 
 
 def same(name: str, given: str) -> bool:
-    """Whether two names differ in spaces and case at most: "CP 2" is CP2."""
+    """Return whether two names are equal up to spaces and case: "CP 2" is CP2."""
     return name.replace(" ", "").lower() == given.replace(" ", "").lower()
 
 
 def run(layouts: list[Layout], world_size: int, console: Console, is_main: bool) -> list[Comparison]:
-    """Collective. The comparisons on the main process, nothing on the others."""
+    """Return the comparisons on the main process, and an empty list on the others. Collective."""
     with tempfile.TemporaryDirectory() as folder:
         reference = Path(folder) / "one_rank.pt"
         process = start_reference(reference, world_size) if is_main else None
@@ -85,21 +91,21 @@ def run(layouts: list[Layout], world_size: int, console: Console, is_main: bool)
                 console.print(f"{layout.name}: done", highlight=False)
         if process is not None:
             if process.wait() != 0:
-                raise RuntimeError("the one-rank reference failed; its traceback stands above")
+                raise RuntimeError("the one-rank reference failed; its traceback is above")
             one = torch.load(reference, weights_only=False)
             comparisons = [compare(layout, ranks, one[layout.variant]) for layout, ranks in gathered]
     return comparisons
 
 
 def start_reference(path: Path, world_size: int) -> subprocess.Popen:
-    """The same models in a process of their own, which is not part of the launcher's job."""
+    """Start a process outside of the launcher's job that trains the same models on one rank."""
     alone = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
     command = [sys.executable, sys.argv[0], "--one-rank", str(path), "--sequences-for", str(world_size)]
     return subprocess.Popen(command, env=alone, stdout=sys.stderr)
 
 
 def write_reference(path: str, world_size: int) -> None:
-    """Every variant on one rank, with the batches of as many sequences as the ranks will see."""
+    """Train every variant on one rank, with the same batches as ``world_size`` ranks get, and save the measurements."""
     torch.set_num_threads(1)
     results = {name: measure(variant_config(name, world_size), variant) for name, variant in VARIANTS.items()}
     shut_down()
@@ -107,7 +113,7 @@ def write_reference(path: str, world_size: int) -> None:
 
 
 def as_table(comparisons: list[Comparison], layouts: list[Layout], world_size: int) -> Table:
-    """What a person reads."""
+    """Return the comparisons as a table for the console."""
     table = Table(title=f"{world_size} processes against one")
     for column in ("layout", "loss: relative error", "gradients: relative error", "allowed", ""):
         table.add_column(column)

@@ -1,4 +1,4 @@
-"""The loop: step, evaluate, save; first plain AR (the warm-up), then the joint objective; how a run ends."""
+"""The training loop: steps, evaluations and saves, from the AR warm-up to the end of a run."""
 
 import contextlib
 import time
@@ -19,24 +19,24 @@ from tidar_megatron.training.generations import Samples
 from tidar_megatron.training.metrics import MetricsLogger
 from tidar_megatron.training.trainer import Trainer
 
-LOST = 1 + max(signals.REASONS)  # the lock on the run's folder is another run's: leave, and save nothing
+LOST = 1 + max(signals.REASONS)  # this run has lost the lock on its folder: stop without saving
 
 
 def pretrain(config: Config, build: Callable[[Config], Trainer] = Trainer.build) -> None:
-    """Train to ``train_iters``, or to the first iteration that ``exit_interval`` divides.
+    """Train to ``train_iters``, or to the next multiple of ``exit_interval``.
 
     Args:
-        config: the run's.
-        build: of the trainer; an experiment gives its own.
+        config: The configuration of the run.
+        build: A function that builds the trainer; an experiment passes its own.
 
     Raises:
-        UserError: what can be mended; also that another run holds ``--save``.
-        Interrupted: a signal asked a rank to leave, or its time was over; all ranks have saved.
-        Diverged: too many steps in a row had to be skipped; what was saved before stays.
-        Stalled: another rank, or the data, does not answer.
+        UserError: The input is bad, or another run holds ``--save``.
+        Interrupted: A signal arrived or the time limit was reached; all ranks have saved.
+        Diverged: Too many steps in a row were skipped; earlier checkpoints are kept.
+        Stalled: Another rank, or the data, does not answer.
     """
     with contextlib.ExitStack() as ending:
-        ending.enter_context(outliving_output())  # a run is worth more than what it prints
+        ending.enter_context(outliving_output())  # a closed console must not end a run
         ending.push(lambda kind, error, trace: shut_down(orderly=kind in (None, Interrupted, Diverged)))
         with signals.mortal():
             start = startup.join(config.parallel.distributed_timeout_minutes)
@@ -45,9 +45,9 @@ def pretrain(config: Config, build: Callable[[Config], Trainer] = Trainer.build)
             ending.callback(trainer.close)
             start.phase = "making the run's folder"
             trainer.write_run_folder()
-            dist.barrier()  # the run's folder exists before anyone writes into it
+            dist.barrier()  # the run's folder exists before any other rank writes into it
         trainer.log_sample_ids()
-        with signals.shielded():  # W&B has a process of its own
+        with signals.shielded():  # W&B starts a process
             logger = MetricsLogger(trainer.config, trainer.ranks.is_main, trainer.iteration)
         samples = None
         try:
@@ -75,27 +75,27 @@ def pretrain(config: Config, build: Callable[[Config], Trainer] = Trainer.build)
                 samples.close()
             logger.close()
         if state == signals.INTERRUPTED:
-            dist.barrier()  # torchrun ends all ranks once one has left with a failure: leave together
+            dist.barrier()  # torchrun ends all ranks once one exits with a failure: exit together
             signals.ignore()
             raise Interrupted
 
 
 @contextlib.contextmanager
 def _explained(trainer: Trainer) -> Iterator[None]:
-    """Whoever does not answer is named."""
+    """Turn a collective's failure in this block into a :class:`Stalled` that names the ranks that do not answer."""
     try:
         yield
     except Diverged:
-        trainer.checkpoints.wait()  # of a sound step
+        trainer.checkpoints.wait()  # finish a save that began before the bad steps
         raise
-    except (RuntimeError, UserError) as error:  # the latter where it broke a save
+    except (RuntimeError, UserError) as error:  # a collective that fails in a save raises a UserError
         if stalled := trainer.heartbeat.blame(error):
             raise stalled from error
         raise
 
 
 def _loop(trainer: Trainer, logger: MetricsLogger, samples: Samples | None) -> str | None:
-    """Train; how it ended, for the launcher (training/signals.py)."""
+    """Train, and return for the launcher how the run ended (training/signals.py); None with ``--exit-interval``."""
     config, training = trainer.config, trainer.config.training
 
     def due(interval: int | None) -> bool:
@@ -124,18 +124,18 @@ def _loop(trainer: Trainer, logger: MetricsLogger, samples: Samples | None) -> s
         asked = trainer.ranks.largest(reason)
         if asked == LOST:
             raise UserError(
-                f"--save {config.checkpoint.save}: another run has taken this folder over, or its lock was removed, "
-                f"so iteration {iteration} is not saved; look which run to go on with"
+                f"--save {config.checkpoint.save}: another run has taken over this folder, or its lock was removed, "
+                f"so iteration {iteration} is not saved; check which run to continue"
             )
         if last or leaving or asked or due(config.checkpoint.save_interval):
             trainer.save()
         if last or leaving or asked:
             trainer.checkpoints.wait()
         if leaving and not last:
-            logger.say(f"leaving after iteration {iteration} (--exit-interval {training.exit_interval})")
+            logger.say(f"stopping after iteration {iteration} (--exit-interval {training.exit_interval})")
             return None
         if asked and not last:
-            kept = "--load continues it" if config.checkpoint.save else "nothing is kept: there is no --save"
-            logger.say(f"leaving after iteration {iteration}: {signals.REASONS[asked]}; {kept}")
+            kept = "--load resumes it" if config.checkpoint.save else "nothing is saved: there is no --save"
+            logger.say(f"stopping after iteration {iteration}: {signals.REASONS[asked]}; {kept}")
             return signals.INTERRUPTED
     return signals.FINISHED

@@ -1,7 +1,7 @@
-"""What a run tells: the console, ``metrics.jsonl`` (the record), and what is for looking at (``dashboards.py``).
+"""Log a run to the console, to ``metrics.jsonl`` (the record) and to the dashboards (``dashboards.py``).
 
-Only the main process writes. W&B and TensorBoard never stop a run: without a key W&B keeps it offline, and whatever
-else goes wrong there costs one line.
+Only the main process writes. W&B and TensorBoard never stop a run: without an API key W&B works offline, and any other
+error of a dashboard prints one line and removes it.
 """
 
 import json
@@ -21,15 +21,18 @@ from tidar_megatron.training.generations import Said
 
 
 class JsonLines:
-    """Such as ``metrics.jsonl``: one object a line, in order of iterations, also over resumes.
+    """A JSON-lines file such as ``metrics.jsonl``: one object per line, ordered by iteration, also across resumes.
 
     Args:
-        path: the file, made or gone on with.
-        resume_from: the iteration that a run continues from; what is there of later ones is forgotten.
+        path: The file to create or append to.
+        resume_from: The iteration from which the run resumes; lines of later iterations are removed.
+
+    Raises:
+        UserError: The path is not a regular file.
     """
 
     def __init__(self, path: Path, resume_from: int | None = None) -> None:
-        # what an interrupted run logged after its last checkpoint happens again now
+        # the iterations that an interrupted run logged after its last checkpoint are repeated
         problem = not_a_file(path)
         if problem and problem != "not found":
             raise UserError(f"{path}: {problem}; move it away, or choose another --save")
@@ -48,7 +51,7 @@ class JsonLines:
 
 
 def _finite(value: Any) -> Any:
-    """As JSON can hold it: the loss of a step that was skipped may be no number, which is null."""
+    """Replace NaN and infinite numbers, such as the loss of a skipped step, by None, because JSON has neither."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -57,7 +60,7 @@ def _finite(value: Any) -> Any:
 
 
 def iteration_of(line: str) -> float:
-    """The iteration of a line of ``metrics.jsonl``; infinite for one that a killed run left half-written."""
+    """Return the iteration of a line of ``metrics.jsonl``; infinity for a line that a killed run left half-written."""
     try:
         iteration = json.loads(line)["iteration"]
     except (ValueError, TypeError, KeyError, RecursionError):
@@ -66,7 +69,7 @@ def iteration_of(line: str) -> float:
 
 
 class MetricsLogger:
-    """The console, the record and the dashboards of a run. On other processes than the main one it does nothing."""
+    """The console, the record and the dashboards of a run; a no-op on all processes but the main one."""
 
     def __init__(self, config: Config, is_main: bool, resume_from: int = 0) -> None:
         self.console = Console(quiet=not is_main, highlight=False, soft_wrap=True)
@@ -88,15 +91,15 @@ class MetricsLogger:
     def _open(self, name: str, make: Callable[[], Dashboard]) -> None:
         try:
             self.dashboards.append(make())
-        except Exception as error:  # a dashboard is never worth a run
-            self.say(f"{name} is left out: {type(error).__name__}: {' '.join(str(error).split())}")
+        except Exception as error:  # a dashboard must never stop a run
+            self.say(f"{name} is disabled: {type(error).__name__}: {' '.join(str(error).split())}")
 
     def say(self, text: str) -> None:
-        """A line on the console."""
+        """Print a line on the console."""
         self.console.print(text, markup=False)
 
     def training(self, iteration: int, values: Values) -> None:
-        """One logged step."""
+        """Log the values of a training step."""
         diffusion, several = values["diffusion_loss"], "slowest_rank" in values
         self.say(
             f"step {iteration:>{len(str(self.train_iters))}}/{self.train_iters}"
@@ -111,7 +114,7 @@ class MetricsLogger:
         self._write(iteration, values)
 
     def evaluation(self, iteration: int, values: Values) -> None:
-        """One evaluation on held-out data."""
+        """Log an evaluation on held-out data."""
         offsets = " ".join(f"{a:.2f}" for a in values["acceptance_by_offset"])
         self.say(
             f"evaluation at {iteration} | AR {values['ar_loss']:.4f} | diffusion {values['diffusion_loss']:.4f}"
@@ -121,10 +124,10 @@ class MetricsLogger:
         self._write(iteration, {"eval": values})
 
     def samples(self, said: Said) -> None:
-        """What the model of a checkpoint says; it may be behind the step that is logged."""
+        """Log samples from a checkpoint, which may be older than the current step."""
         iteration, rows, problem = said
         if problem:
-            self.say(f"no samples of {iteration}: {problem}")
+            self.say(f"no samples at {iteration}: {problem}")
             return
         for row in rows:
             self.say(f"sample at {iteration} | {row['tokens_per_forward']:.2f} tokens/forward | {row['text']!r}")
@@ -133,12 +136,12 @@ class MetricsLogger:
         self._show(lambda dashboard: dashboard.samples(iteration, rows))
 
     def published(self, iteration: int, checkpoint: Path) -> None:
-        """A checkpoint is whole."""
+        """Log that the checkpoint of ``iteration`` is published."""
         self.say(f"saved iteration {iteration} in {checkpoint.parent}")
         self._show(lambda dashboard: dashboard.published(iteration, checkpoint))
 
     def close(self) -> None:
-        """Flush what is open."""
+        """Flush and close the files and dashboards."""
         for file in (self.record, self.texts):
             if file is not None:
                 file.close()
@@ -150,10 +153,10 @@ class MetricsLogger:
         self._show(lambda dashboard: dashboard.write(iteration, values))
 
     def _show(self, action: Callable[[Dashboard], None]) -> None:
-        """A dashboard that fails is left out from then on."""
+        """Apply ``action`` to every dashboard; one that fails is disabled."""
         for dashboard in list(self.dashboards):
             try:
                 action(dashboard)
             except Exception as error:
                 self.dashboards.remove(dashboard)
-                self.say(f"{type(dashboard).__name__} is left out from here on: {type(error).__name__}: {error}")
+                self.say(f"{type(dashboard).__name__} is disabled from here on: {type(error).__name__}: {error}")

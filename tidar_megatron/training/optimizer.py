@@ -1,4 +1,4 @@
-"""megatron-core's DDP, Adam and learning-rate schedule, from our configuration."""
+"""Build megatron-core's DDP, Adam and learning-rate schedule from the configuration."""
 
 import math
 from collections.abc import Iterator
@@ -16,9 +16,9 @@ from tidar_megatron.distributed.groups import is_played
 
 
 def wrap_model(chunks: list[GPTModel], config: Config) -> list[DistributedDataParallel]:
-    """Data-parallel wrappers; gradients are summed in float32 over ranks and divided by the global token count."""
+    """Wrap the chunks in megatron-core's DDP, which sums gradients over the data-parallel ranks in float32."""
     transformer, parallel = chunks[0].config, config.parallel
-    # check_for_nan_in_grad would end one rank in the midst of the step; training/health.py lets all skip it
+    # check_for_nan_in_grad would end one rank in mid-step; training/health.py makes all ranks skip the step
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
@@ -30,7 +30,7 @@ def wrap_model(chunks: list[GPTModel], config: Config) -> list[DistributedDataPa
             transformer,
             settings,
             Float16Module(transformer, chunk) if config.training.bf16 else chunk,
-            disable_bucketing=number > 0,  # later chunks' reduction hides behind the pipeline's other work
+            disable_bucketing=number > 0,  # the pipeline's other work overlaps the reduction of later chunks
         )
         for number, chunk in enumerate(chunks)
     ]
@@ -44,7 +44,7 @@ def wrap_model(chunks: list[GPTModel], config: Config) -> list[DistributedDataPa
 
 @contextmanager
 def whole_weights(model: list[DistributedDataParallel]) -> Iterator[None]:
-    """Outside of training steps: wait for weights that are still being gathered, and gather none in the forward."""
+    """Complete the all-gather of the weights, and suspend gathering in the forward, for work outside training steps."""
     overlapping = [chunk for chunk in model if chunk.ddp_config.overlap_param_gather]
     for chunk in overlapping:
         chunk.disable_forward_pre_hook()
@@ -57,22 +57,22 @@ def whole_weights(model: list[DistributedDataParallel]) -> Iterator[None]:
 
 @torch.no_grad()
 def gradient_norm(optimizer: MegatronOptimizer, model: list[DistributedDataParallel]) -> float:
-    """The whole gradient's norm, before clipping and before anything is changed. Collective.
+    """Return the norm of the full gradient before clipping and before the update. Collective.
 
-    It is NaN or infinite on a rank that holds such a gradient itself: megatron-core's norm counts a weight that
-    tensor-parallel ranks hold alike on one of them only, and would not see the others'.
+    It is NaN or infinite on every rank whose own gradient is. megatron-core's norm counts a weight that is replicated
+    over tensor-parallel ranks on one of them only, and would miss a NaN on the others.
     """
     optimizer.prepare_grads()
     whole = float(optimizer.get_grad_norm())
     own = [p.main_grad for chunk in model for p in chunk.parameters() if p.requires_grad]
-    largest = torch.stack(torch._foreach_norm(own)).max().item()  # NaN wins
+    largest = torch.stack(torch._foreach_norm(own)).max().item()  # max propagates NaN
     return whole if math.isfinite(largest) else largest
 
 
 def build_optimizer(
     model: list[DistributedDataParallel], config: Config
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """Adam with decoupled weight decay (none on biases and norms), and the schedule in units of steps."""
+    """Return Adam with decoupled weight decay (none on biases and norms), and its schedule in units of steps."""
     opt = config.optimizer
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -106,7 +106,7 @@ def build_optimizer(
         wd_incr_style="constant",
         wsd_decay_steps=opt.lr_wsd_decay_iters,
         lr_wsd_decay_style=opt.lr_wsd_decay_style,
-        # a resumed run follows the configuration it is given: more --train-iters stretch the decay
+        # a resumed run follows its present configuration: more --train-iters stretch the decay
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )

@@ -1,4 +1,4 @@
-"""The first two steps of a start: check what a run is given, then resolve what it is. No process group exists yet."""
+"""Check a run's inputs, and resolve its configuration and data, before any process group exists."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -26,13 +26,13 @@ from tidar_megatron.huggingface.token_ids import check_mask_token
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run is given, checked as far as that goes without reading its data.
+    """The inputs of a run, checked as far as possible without reading its data.
 
     Attributes:
-        config: as given.
-        tokenizer, tokenizer_folder: the training data's.
-        reserved: ids of the tokenizer that no text has.
-        origin: what ``--init-from`` names.
+        config: The configuration as the user gave it.
+        tokenizer, tokenizer_folder: The tokenizer of the training data.
+        reserved: Token ids that the tokenizer never produces from text.
+        origin: The model that ``--init-from`` names.
     """
 
     config: Config
@@ -44,7 +44,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class ResolvedRun:
-    """What a run is: everything that its start needs beside process groups."""
+    """The resolved configuration and data of a run: everything that its start needs besides process groups."""
 
     config: ResolvedConfig
     tokenizer_folder: Path
@@ -55,10 +55,10 @@ class ResolvedRun:
 
 
 def check_inputs(config: Config) -> Inputs:
-    """Check a run's flags against each other and against the machine, and open what they name.
+    """Check a run's flags against each other and against the machine, and open the tokenizer and ``--init-from``.
 
     Raises:
-        UserError: names the flag.
+        UserError: A flag is missing or invalid; the message names it.
     """
     if not config.data.train_data:
         raise UserError("--train-data is missing: give a folder made by tools/prepare_data.py")
@@ -79,7 +79,8 @@ def resolve_run(inputs: Inputs) -> ResolvedRun:
     """Resolve the configuration, and open the data with it.
 
     Raises:
-        UserError: as :func:`resolve`; or the data are damaged, or of two tokenizers.
+        UserError: :func:`resolve` refuses the configuration, the data is damaged, or training and held-out data have
+            different tokenizers.
     """
     startup.current.phase = "reading the data"
     config = resolve(inputs.config, inputs.tokenizer, inputs.origin, inputs.reserved)
@@ -99,7 +100,7 @@ def resolve_run(inputs: Inputs) -> ResolvedRun:
         return TrainingData(given, settings, tokenizer=config.data.tokenizer, verify=config.data.verify_data, flag=name)
 
     train_data = data(config.data.train_data, "--train-data")
-    train_data.sources[0].load_tokenizer()  # the run keeps a copy, so nothing of it may be missing
+    train_data.sources[0].load_tokenizer()  # the run saves a copy, so the tokenizer must be complete
     valid_data = data(config.data.valid_data, "--valid-data") if config.data.valid_data else None
     if valid_data is not None:
         train_data.check_same_tokenizer(valid_data)
@@ -110,17 +111,17 @@ def resolve_run(inputs: Inputs) -> ResolvedRun:
 def resolve(
     config: Config, tokenizer: TokenizerEntry, origin: Origin | None = None, reserved: Sequence[int] = ()
 ) -> ResolvedConfig:
-    """Fill in what the tokenizer and ``--init-from`` decide: the model, its vocabulary, the mask token.
+    """Fill in the settings that the tokenizer and ``--init-from`` decide: the model, its vocabulary, the mask token.
 
     Args:
-        config: as given.
-        tokenizer: the data's.
-        origin: what ``--init-from`` names.
-        reserved: ids of the tokenizer that no text has.
+        config: The configuration as the user gave it.
+        tokenizer: The tokenizer of the training data.
+        origin: The model that ``--init-from`` names.
+        reserved: Token ids that the tokenizer never produces from text.
 
     Raises:
-        UserError: a mask token that has another meaning, flags that contradict ``--init-from``, a vocabulary too
-            small for the data, or a model that could not be exported.
+        UserError: The mask token has another meaning, flags contradict ``--init-from``, the vocabulary is too small for
+            the data, or the model could not be exported.
     """
     given, model, mask = config.model, config.model, config.tidar.mask_token_id
     if origin is not None:
@@ -156,15 +157,15 @@ def resolve(
     files = origin.huggingface_files() if origin is not None else None
     huggingface_config(resolved, tokenizer.eos_token_id, read_json(files / CONFIG) if files is not None else None)
     if files is not None:
-        check_mask_token(files, mask)  # as the export will
+        check_mask_token(files, mask)  # the export makes the same check
     return ResolvedConfig.of(resolved)
 
 
-MAY_CHANGE = ("max_position_embeddings",)  # a number that an export writes
+MAY_CHANGE = ("max_position_embeddings",)  # only an export uses it
 
 
 def run_fingerprint(config: Config, data: TrainingData) -> Fingerprint:
-    """What a run is: its model, and what decides the tokens of packed sequence n."""
+    """Return the fingerprint of a run: its model, and everything that decides the tokens of packed sequence n."""
     model = {name: value for name, value in dataclasses.asdict(config.model).items() if name not in MAY_CHANGE}
     return {
         **model,
@@ -175,31 +176,33 @@ def run_fingerprint(config: Config, data: TrainingData) -> Fingerprint:
 
 
 def starting_point(config: Config, fingerprint: Fingerprint) -> int | None:
-    """The iteration that the run will probably continue from; None to start anew.
+    """Return the iteration from which the run will probably resume; None to start from scratch.
 
-    Whatever can be refused is refused here, before there are process groups; that a checkpoint is damaged may still
-    turn out while it is loaded.
+    All checks that need no process groups are made here. Damage to a checkpoint's tensors is found only when it is
+    loaded; the run then resumes from an older one.
 
     Raises:
-        UserError: ``--load`` names a folder without a whole checkpoint, or of another run; ``--save`` one that holds
-            another run.
+        UserError: ``--load`` names a folder without an intact checkpoint or of another run, or ``--save`` names a
+            folder that holds another run.
     """
     load, save = config.checkpoint.load, config.checkpoint.save
     same = bool(load and save and Path(load).resolve() == Path(save).resolve())
     if save and not same and saved_iterations(save):
-        raise UserError(f"--save {save}: holds a run already; continue it with --load {save}, or choose another folder")
+        raise UserError(f"--save {save}: already holds a run; resume it with --load {save}, or choose another folder")
     if not load:
         return None
     points, _ = restart_points(load)
     if not points and not same:
-        raise UserError(f"--load {load}: holds no checkpoint; leave the flag out to start anew")
+        raise UserError(f"--load {load}: holds no checkpoint; leave the flag out to start from scratch")
     for iteration in points:
         try:
             state = read_state(checkpoint_folder(load, iteration), config.checkpoint.verify_checkpoint)
         except Damaged:
-            continue  # loading says so
+            continue  # loading prints the damage
         if state.weights_only:
-            raise UserError(f"--load {load}: holds a model's weights, no run; start from them with --init-from {load}")
+            raise UserError(
+                f"--load {load}: holds only a model's weights, not a run; start from them with --init-from {load}"
+            )
         check_fingerprint(load, state.fingerprint, fingerprint, config.checkpoint.override_fingerprint)
         return iteration
     return points[0] if points else None

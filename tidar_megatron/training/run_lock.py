@@ -1,18 +1,19 @@
-"""The lock on a run's folder: of two runs that ``--save`` into one folder, one goes on and the other is refused.
+"""The lock on a run's folder: of two runs that ``--save`` into the same folder, one proceeds and the other is refused.
 
-The folder may lie on a shared file system, where ``flock`` cannot be relied on. So the lock is a file that is created
-exclusively, ``.lock-000001``. It says who holds it; a thread renews its modification time while the holder lives. A
-killed holder leaves it behind. Whether it still lives is decided
+The folder may be on a shared file system, where ``flock`` is unreliable. So the lock is a file that is created
+exclusively, ``.lock-000001``. It names its holder, and a thread of the holder renews its modification time. A killed
+holder leaves a stale lock behind. To decide whether a holder is alive, another process checks
 
-- by its process id and start time, where it ran on this machine since its last boot;
-- by the job, where this is a later attempt of the same SLURM job: SLURM starts none before the last has ended;
-- else by watching the file: a holder that does not renew it for :data:`STALE` seconds is gone. Clocks of different
+- its process id and start time, if it ran on this machine since the last boot;
+- the job, if this is a later attempt of the same SLURM job: SLURM starts an attempt only after the previous one ended;
+- otherwise the file itself: a holder that does not renew it for :data:`STALE` seconds is dead. Clocks of different
   machines are not compared.
 
-Taking over is creating the next number, never removing the last: of many that find a dead holder, exactly one creates
-it. The highest number always stays, also after a release, so that no number is ever used twice. A holder whose lock was
-taken over (its machine was suspended) finds that out, and must stop (:attr:`RunLock.lost`). A lock that is not there is
-believed to be removed after :data:`MISSING` seconds only: a file system that comes back may show an empty folder first.
+To take over a stale lock, a process creates the next number and never removes the last one first: of many processes
+that find a dead holder, exactly one creates it. The highest number stays even after a release, so that no number is
+used twice. A holder whose lock was taken over (its machine was suspended) notices that and must stop
+(:attr:`RunLock.lost`). A lock that cannot be found counts as removed only after :data:`MISSING` seconds, because a file
+system that has just recovered may show an empty folder first.
 """
 
 import contextlib
@@ -31,22 +32,22 @@ from pydantic import TypeAdapter
 from tidar_megatron.errors import UserError
 from tidar_megatron.files import replace_text
 
-BEAT, STALE = 10.0, 90.0  # seconds between two signs of life; without one the holder is gone
-MISSING = 60.0  # seconds that a lock must be missing, with no other in its place
+BEAT, STALE = 10.0, 90.0  # seconds between two renewals; seconds without one after which a lock is stale
+MISSING = 60.0  # seconds without any lock file after which the lock counts as removed
 NAME = re.compile(r"\.lock-(\d{6,})")
 
 
 @dataclasses.dataclass(frozen=True)
 class Holder:
-    """Who holds a lock: one process."""
+    """The process that holds a lock."""
 
     host: str
-    machine: str  # its boot, and its namespace of process ids; empty where unknown
+    machine: str  # the boot id and the pid namespace; empty if unknown
     pid: int
     process_start: str  # clock ticks since the boot
     since: str
-    job: str = ""  # of SLURM, with its cluster
-    attempt: int = 0  # SLURM's count of restarts
+    job: str = ""  # the SLURM cluster and job id; empty outside SLURM
+    attempt: int = 0  # SLURM's restart count
     released: bool = False
 
     def __str__(self) -> str:
@@ -73,7 +74,7 @@ def _this_process() -> Holder:
 
 
 def _machine() -> str:
-    """Where process ids mean the same as here; containers of one machine may have their own. Empty where unknown."""
+    """Return an id of the boot and pid namespace, since containers may have their own; empty if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -82,7 +83,7 @@ def _machine() -> str:
 
 
 def _process_start(pid: int) -> str | None:
-    """When a process of this machine was started; None if there is no such process, or only what is left of it."""
+    """Return the start time of a process on this machine in clock ticks since boot; None if it is dead or a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
@@ -102,17 +103,14 @@ class RunLock:
 
     @property
     def lost(self) -> bool:
-        """Whether another run has taken the lock over, or someone has removed it, as far as this process knows.
-
-        It looks every :data:`BEAT` seconds.
-        """
+        """Return whether the lock was taken over or removed, as of the last check, made every :data:`BEAT` seconds."""
         return self._lost
 
     def check(self) -> None:
-        """Look now.
+        """Check now that this process still holds the lock.
 
         Raises:
-            UserError: another run has taken the lock over, or it has been missing for :data:`MISSING` seconds.
+            UserError: Another run has taken over the lock, or it has been missing for :data:`MISSING` seconds.
         """
         other = self._found()
         if other == self._holder:
@@ -123,11 +121,11 @@ class RunLock:
         else:
             self._lost = True
         if self._lost:
-            by = f"another run took it over while this one was not heard of ({other})" if other else "it was removed"
+            by = f"another run took it over while this one did not renew it ({other})" if other else "it was removed"
             raise UserError(f"the lock on {self._path.parent} is lost: {by}")
 
     def _found(self) -> Holder | str | None:
-        """Who holds the folder by what is in it now: this process, another, or nobody."""
+        """Return the present holder of the folder: this process, another one, or None."""
         try:
             newest = _newest(self._path.parent)
             holder = _parse(_path(self._path.parent, newest).read_bytes()) if newest else None
@@ -138,9 +136,9 @@ class RunLock:
         return holder
 
     def release(self) -> None:
-        """Give it back."""
+        """Release the lock, unless it is lost."""
         self._over.set()
-        self._beating.join(1.0)  # a file system that hangs must not hold up the end
+        self._beating.join(1.0)  # a file system that hangs must not delay the exit
         with contextlib.suppress(OSError, UserError):
             self.check()
             replace_text(self._path, _as_text(dataclasses.replace(self._holder, released=True)))
@@ -150,17 +148,17 @@ class RunLock:
             try:
                 self.check()
                 os.utime(self._path)
-            except (OSError, UserError):  # the first may pass; the second is noted
+            except (OSError, UserError):  # an OSError may be transient; check() records that the lock is lost
                 continue
 
 
 def take_lock(folder: str | Path) -> RunLock:
-    """Hold ``folder``, which is made if need be; that may take :data:`STALE` seconds.
+    """Take the lock on ``folder``, which is created if it is missing; this may take :data:`STALE` seconds.
 
-    A lock of this very process is taken over: a process trains one run at a time.
+    A lock of this same process is taken over, because a process trains one run at a time.
 
     Raises:
-        UserError: a run that lives holds it, or the folder cannot be written.
+        UserError: A live run holds the folder, or it cannot be written.
     """
     folder = Path(folder)
     try:
@@ -169,8 +167,8 @@ def take_lock(folder: str | Path) -> RunLock:
             newest = _newest(folder)
             if newest and (holder := _living_holder(folder, newest)) is not None:
                 raise UserError(
-                    f"--save {folder}: a run holds this folder: {holder}; wait for its end or stop it, or choose "
-                    "another folder (a killed run's lock is taken over)"
+                    f"--save {folder}: another run is using this folder: {holder}; wait for it to end, stop it, or "
+                    "choose another folder (the lock of a killed run is taken over)"
                 )
             if (lock := _create(folder, newest + 1)) is not None:
                 return lock
@@ -180,25 +178,25 @@ def take_lock(folder: str | Path) -> RunLock:
 
 
 def _create(folder: Path, number: int) -> RunLock | None:
-    """The lock of this number, unless another process was quicker."""
+    """Create and return the lock with this number; None if another process has created it first."""
     path, holder = _path(folder, number), _this_process()
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(_as_text(holder))
     except FileExistsError:
         return None
-    if _newest(folder) != number:  # it was used before, while this process waited
+    if _newest(folder) != number:  # other processes have used this number while this one waited
         path.unlink(missing_ok=True)
         return None
     for older in folder.iterdir():
-        if 0 < _number(older) < number or older.name.startswith("..lock-"):  # the latter of a holder killed in release
+        if 0 < _number(older) < number or older.name.startswith("..lock-"):  # the latter: killed in release()
             with contextlib.suppress(OSError):
                 older.unlink()
     return RunLock(path, holder)
 
 
 def _living_holder(folder: Path, number: int) -> Holder | str | None:
-    """Who holds this lock; None if nobody does any more. Watches it where it must."""
+    """Return the live holder of this lock, or None; watch the file for up to :data:`STALE` seconds if necessary."""
     path, seen, since, said = _path(folder, number), None, 0.0, False
     while True:
         began = time.monotonic()
@@ -211,7 +209,7 @@ def _living_holder(folder: Path, number: int) -> Holder | str | None:
         if lives is not None:
             return holder if lives else None
         now = time.monotonic()
-        if seen is None or now - began > BEAT:  # a file system that hung: the holder could not renew it either
+        if seen is None or now - began > BEAT:  # the file system hung, so the holder could not renew either
             seen, since = look, now
         elif look != seen:
             return holder or "another process that has just started"
@@ -224,7 +222,7 @@ def _living_holder(folder: Path, number: int) -> Holder | str | None:
 
 
 def _lives(holder: Holder) -> bool | None:
-    """Whether a holder lives; None where only watching can tell."""
+    """Return whether a holder is alive; None if only watching the file can tell."""
     this = _this_process()
     if holder.released:
         return False
@@ -243,13 +241,13 @@ def _path(folder: Path, number: int) -> Path:
 
 
 def _number(path: Path) -> int:
-    """0 for a file that is no lock."""
+    """Return the number of a lock file; 0 for any other file."""
     match = NAME.fullmatch(path.name)
     return int(match[1]) if match else 0
 
 
 def _newest(folder: Path) -> int:
-    """The highest number there is; 0 for none."""
+    """Return the highest number of a lock file; 0 if there is none."""
     return max(map(_number, folder.iterdir()), default=0)
 
 
@@ -258,7 +256,7 @@ def _as_text(holder: Holder) -> str:
 
 
 def _parse(content: bytes) -> Holder | None:
-    """None where there is only a part of it."""
+    """Return the holder in a lock file; None if the file is only partly written."""
     try:
         return _HOLDER.validate_json(content)
     except ValueError:

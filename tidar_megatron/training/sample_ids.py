@@ -1,7 +1,7 @@
-"""The log of what each step really trained on (``--log-sample-ids``): proof that nothing is repeated and nothing lost.
+"""Log the samples that each step trained on (``--log-sample-ids``), to prove that none is repeated or lost.
 
-``sample_ids/dp-0003.jsonl`` in the run's folder is the fourth data-parallel rank's: an object a line and step, with
-``iteration`` and ``ids``, for each row [source, the source's epoch, number of the packed sequence in it].
+``sample_ids/dp-0003.jsonl`` in the run's folder belongs to the fourth data-parallel rank. It has one JSON object per
+step, with ``iteration`` and ``ids``; each id is [source, epoch of the source, number of the packed sequence in it].
 """
 
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ FOLDER = "sample_ids"
 
 
 class SampleIds:
-    """One data-parallel rank's part of the log; a line is on its way to the disk when :meth:`write` returns.
+    """The log of one data-parallel rank; each line is flushed to the operating system when :meth:`write` returns.
 
     Args:
-        run: the run's folder, its log :func:`cut`.
-        dp_rank: whose.
+        run: The run's folder; :func:`cut` must have truncated its log.
+        dp_rank: The data-parallel rank.
     """
 
     def __init__(self, run: str | Path, dp_rank: int) -> None:
@@ -26,15 +26,15 @@ class SampleIds:
         self._lines = JsonLines(path)
 
     def write(self, iteration: int, ids: Sequence[tuple[int, int, int]]) -> None:
-        """The samples of the step that made ``iteration``."""
+        """Log the ids of the samples that step ``iteration`` trained on."""
         self._lines.write(iteration, {"ids": ids})
 
     def close(self) -> None:
-        """Flush."""
+        """Flush and close the log."""
         self._lines.close()
 
 
 def cut(run: str | Path, iteration: int) -> None:
-    """Forget the steps after ``iteration``, which happen again, of all ranks of the run as it was: one rank's task."""
+    """Remove the steps after ``iteration``, which will be repeated, from the logs of all ranks; call it on one rank."""
     for path in sorted((Path(run) / FOLDER).glob("dp-*.jsonl")):
         JsonLines(path, iteration).close()

@@ -1,15 +1,15 @@
-"""Asked to leave: SIGTERM and SIGUSR1 set a flag, and a file in the run's folder tells the launcher how a run ended.
+"""Stop a run on SIGTERM, SIGUSR1 or a time limit, and tell the launcher through a file how the run ended.
 
-The training program installs the handlers first of all, so this module imports nothing heavy: a signal that comes
-while torch is being imported must not end the process. The loop asks after each step whether any rank has the flag;
-then all ranks save the same iteration and leave with status 75. A run that was asked during its start still makes one
-step, so that a job that is stopped and requeued again and again gets on.
+The training program installs the handlers before anything else, so this module imports nothing heavy: a signal that
+arrives while torch is imported must not end the process. After each step the loop checks whether any rank has received
+a signal; then all ranks save the same iteration and exit with status 75. A run that receives a signal during its start
+still makes one step, so that a job that is stopped and requeued repeatedly makes progress.
 
-torchrun's own status cannot tell "saved, start me again" from a crash: it returns 1 for both. So the main process
-writes one word into ``run_state``: ``interrupted`` after the save of a run that was asked to leave, or whose
-``--exit-duration-in-mins`` are over, ``finished`` after
-the last iteration. The file is removed when a run starts; a crash leaves none. A launcher that reads it removes it
-before it starts the program, because a program that never got as far as its first line cannot.
+torchrun's own status cannot distinguish "saved, start me again" from a crash: it is 1 for both. So the main process
+writes one word into ``run_state``: ``interrupted`` after the save of a run that a signal or ``--exit-duration-in-mins``
+has stopped, ``finished`` after the last iteration. The file is removed when a run starts, and a crash leaves none. A
+launcher that reads the file must remove it before it starts the program, in case the program fails before its first
+line.
 """
 
 import signal
@@ -24,21 +24,21 @@ from tidar_megatron.files import replace_text
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 RUN_STATE = "run_state"  # in the folder of --save
 INTERRUPTED, FINISHED = "interrupted", "finished"
-REASONS = {1: "its time is over (--exit-duration-in-mins)", 2: "a signal asked for it"}
+REASONS = {1: "its time is up (--exit-duration-in-mins)", 2: "it received a signal"}
 
-STARTED = time.monotonic()  # this module is the first that the program imports
+STARTED = time.monotonic()  # the start of the program, because this module is imported first
 
 _received: signal.Signals | None = None
 
 
 def install() -> None:
-    """From now on SIGTERM and SIGUSR1 are only noted, however often they come."""
+    """Install handlers that only record SIGTERM and SIGUSR1."""
     for number in SIGNALS:
         signal.signal(number, _note)
 
 
 def ignore() -> None:
-    """The run is leaving: torchrun's SIGTERM to those that are not yet gone must not change their exit status."""
+    """Ignore the signals while the run exits: torchrun's SIGTERM must not change the exit status of a rank."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -49,12 +49,16 @@ def _note(number: int, frame: FrameType | None) -> None:
 
 
 def received() -> bool:
-    """Whether this process was asked to leave."""
+    """Return whether this process has received one of the signals."""
     return _received is not None
 
 
 def reason_to_leave(exit_duration_in_mins: float | None) -> int:
-    """Why this process should save and leave: one of :data:`REASONS`; 0 while there is none."""
+    """Return why this process should save and exit: a key of :data:`REASONS`, or 0 if there is no reason.
+
+    Args:
+        exit_duration_in_mins: The time limit in minutes since the start of the program; None if there is none.
+    """
     if received():
         return 2
     return int(exit_duration_in_mins is not None and time.monotonic() - STARTED > 60 * exit_duration_in_mins)
@@ -62,9 +66,9 @@ def reason_to_leave(exit_duration_in_mins: float | None) -> int:
 
 @contextmanager
 def mortal() -> Iterator[None]:
-    """While this process waits for the others to appear there is nothing to save: SIGTERM and SIGINT end it at once.
+    """Let SIGTERM and SIGINT end the process at once in this block, where it waits for other ranks and has no progress.
 
-    Waiting happens outside of Python, where a handler would not be heard. SIGUSR1 is still noted. A program that has
+    The process waits outside Python, where Python's handlers do not run. SIGUSR1 is still recorded. A program that has
     not installed the handlers keeps its own.
     """
     if signal.getsignal(signal.SIGTERM) is not _note:
@@ -80,10 +84,10 @@ def mortal() -> Iterator[None]:
 
 @contextmanager
 def shielded() -> Iterator[None]:
-    """Processes started in this block never hear SIGUSR1; one that comes for this process is noted after it.
+    """Block SIGUSR1 in this block and in processes started there; this process receives a pending one afterwards.
 
-    SLURM may signal every process of a job, and W&B's would end of it. (SIGTERM must get through: it is how such
-    helpers are ended.)
+    SLURM may signal every process of a job, and SIGUSR1 would end W&B's process. SIGTERM is not blocked, because it is
+    how such helper processes are stopped.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     try:
@@ -93,10 +97,10 @@ def shielded() -> Iterator[None]:
 
 
 def write_run_state(folder: str | Path, state: str) -> None:
-    """Tell the launcher how the run ended; whoever reads the file sees one whole word."""
+    """Tell the launcher how the run ended, by writing :data:`RUN_STATE` atomically."""
     replace_text(Path(folder) / RUN_STATE, state + "\n")
 
 
 def clear_run_state(folder: str | Path) -> None:
-    """Forget what an earlier attempt said."""
+    """Remove the state of an earlier attempt."""
     (Path(folder) / RUN_STATE).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""One optimizer step, and one evaluation: megatron-core's forward-backward schedule over our batches."""
+"""Run an optimizer step or an evaluation with megatron-core's forward-backward schedule."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -25,26 +25,26 @@ from tidar_megatron.training.optimizer import gradient_norm, whole_weights
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did. Losses are means over the supervised tokens of the global batch, in nats."""
+    """The result of a step. Losses are means over the supervised tokens of the global batch, in nats."""
 
     ar_loss: float
     diffusion_loss: float | None  # None in the AR warm-up
-    loss: float  # what was minimised: the AR loss in the warm-up, else the weighted mean of both
+    loss: float  # the minimized loss: the AR loss in the warm-up, else the weighted mean of both losses
     grad_norm: float  # before clipping
-    balancing_loss: float | None = None  # mixture of experts: unweighted mean over layers; 1 is perfect balance
+    balancing_loss: float | None = None  # MoE: the unweighted mean over layers; 1 is perfect balance
 
 
 Model = list[DistributedDataParallel]  # this rank's chunks: one, or VPP of them
 
 
 def _run_schedule(model: Model, batches: list[Batch], forward_step: Callable, *, forward_only: bool) -> list[Tensor]:
-    """One pass over the micro-batches; the loss function's reports on the last stage, nothing on the others.
+    """Run the micro-batches, and return the loss function's reports on the last stage, an empty list on the others.
 
-    The list is emptied: a micro-batch is gone after its backward, and with it the masks of its attention schedule.
+    The list is emptied, so that a micro-batch and the masks of its attention schedule are freed after its backward.
     """
     chunks = [unwrap(chunk) for chunk in model]
     micro_batch_size, length = batches[0].tokens.shape
-    length *= chunks[0].pg_collection.cp.size()  # megatron-core divides it again
+    length *= chunks[0].pg_collection.cp.size()  # megatron-core divides it by the CP size
     interleaved, count = len(model) > 1, len(batches)
     iterators = [_taken(deque(batches)) for _ in model]
     batches.clear()
@@ -77,15 +77,22 @@ def forward_backward(
     ranks: Ranks,
     on_start: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
-    """Fill the model's ``main_grad`` with the gradient of the joint loss over the whole global batch.
+    """Fill the model's ``main_grad`` with the gradient of the joint loss over the global batch. Collective.
 
     The supervised tokens of all ranks and micro-batches are counted before the first forward, so that the loss is a
-    mean over all of them however they are split. The list of micro-batches is emptied. ``on_start`` is called when all
-    ranks have counted.
+    mean over all of them, independently of how they are split.
+
+    Args:
+        model: This rank's model chunks.
+        batches: This rank's micro-batches; the list is emptied.
+        ar_loss_weight: The weight of the AR loss (alpha).
+        ranks: The process groups of this rank.
+        on_start: A function that is called when the tokens of all ranks have been counted.
 
     Returns:
         The sums of the AR and the diffusion losses, float64 ``[2]``, and their counts, int64 ``[2]``, both over the
-        global batch and the same on every rank. Where blocks are chosen, the second sum is an estimate of all blocks'.
+        global batch and the same on every rank. If only some blocks are chosen, the second sum is an estimate of the
+        sum over all blocks.
     """
     counts = torch.tensor(astuple(TokenCounts.of(batches)))
     counts = ranks.sum_over_data(counts.to(ranks.device))
@@ -113,10 +120,11 @@ def train_step(
     approve: Callable[[float, float], bool] = lambda loss, grad_norm: True,
     on_start: Callable[[], None] = lambda: None,
 ) -> StepResult:
-    """Forward and backward over this rank's micro-batches, whose list is emptied; clip, update.
+    """Run forward and backward over this rank's micro-batches, clip the gradient and update the weights. Collective.
 
-    The update is left out, and with it the schedule's step, where ``approve`` says no to the loss and the gradient's
-    norm. The norm is computed for it beforehand: megatron-core's step gives it only afterwards.
+    The list of micro-batches is emptied. The update and the step of the schedule are skipped if ``approve`` returns
+    false for the loss and the gradient norm; the norm is computed for it before the update, because megatron-core's
+    optimizer returns it only afterwards. ``on_start`` is as in :func:`forward_backward`.
     """
     optimizer.zero_grad()
     doubled = batches[0].doubled
@@ -144,9 +152,9 @@ def _balancing_loss(chunks: list[GPTModel], ranks: Ranks) -> float | None:
 
 
 def evaluate(model: Model, batches: list[Batch], block_size: int, ranks: Ranks) -> dict[str, float | list[float]]:
-    """Both losses and the draft metrics over held-out batches, the same on every rank.
+    """Return both losses and the draft metrics over held-out batches, the same on every rank. Collective.
 
-    Every rank brings the same number of micro-batches (``data/loader.py`` pads with unsupervised rows); the list is
+    Every rank must pass the same number of micro-batches (``data/loader.py`` pads with unsupervised rows); the list is
     emptied.
     """
 

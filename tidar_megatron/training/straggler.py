@@ -1,9 +1,9 @@
-"""Which rank is slow? Each rank's own time of a step, and the slowest beside the median.
+"""Find stragglers: measure each rank's own time per step, and compare the slowest rank with the median.
 
-A rank's own time is what it needs until its gradients are ready to be summed over the data-parallel ranks: waiting for
-its batches, forward and backward. The wait for the others in the sums before and after that is left out. So
-data-parallel replicas are told apart; the ranks of one replica (TP, PP, CP) wait for each other within the forward, and
-share their slowest's time. On a GPU the forward and backward are timed by the device.
+A rank's own time runs until its gradients are ready for the data-parallel reduction: the wait for its batches, forward
+and backward. It excludes the wait for other ranks in the reductions before and after. So it distinguishes data-parallel
+replicas; the ranks of one replica (TP, PP, CP) wait for each other within the forward, and share the time of their
+slowest rank. On a GPU, forward and backward are timed with CUDA events.
 """
 
 from collections.abc import Callable
@@ -17,18 +17,19 @@ from tidar_megatron.distributed.platform import stopwatch
 
 
 class OwnTime:
-    """This rank's own time, step by step, and the report over all ranks.
+    """A timer of this rank's own time per step, with a report over all ranks.
 
     Args:
-        ranks: whose.
-        config: megatron-core's of the model; it says what is called when the gradients are ready.
+        ranks: The ranks to compare.
+        config: The model's megatron-core configuration; its ``finalize_model_grads_func`` is wrapped, because it is
+            called when the gradients are ready.
     """
 
     def __init__(self, ranks: Ranks, config: Any) -> None:
         self._ranks = ranks
         self._outside, self._steps = 0.0, 0
         self._stop: Callable[[], Callable[[], float]] | None = None
-        self._passes: list[Callable[[], float]] = []  # of forward and backward; asked when they are reported, long past
+        self._passes: list[Callable[[], float]] = []  # times of forward and backward, read only in report()
         finalize = config.finalize_model_grads_func
 
         def gradients_are_ready(*arguments: Any, **named: Any) -> Any:
@@ -40,16 +41,19 @@ class OwnTime:
         config.finalize_model_grads_func = gradients_are_ready
 
     def add(self, seconds: float) -> None:
-        """Spent on a step outside of forward and backward."""
+        """Add seconds that a step spent outside forward and backward."""
         self._outside += seconds
 
     def start(self) -> None:
-        """Forward and backward begin."""
+        """Start to time the forward and backward of a step."""
         self._steps += 1
         self._stop = stopwatch(self._ranks.device)
 
     def report(self) -> dict[str, float]:
-        """Of the steps since the last report: the slowest rank and its time over the median rank's. Collective."""
+        """Return the slowest rank since the last report, and its time over the median rank's. Collective.
+
+        The result is as in :func:`slowest`, and empty in a job of one rank.
+        """
         total, steps = self._outside + sum(seconds() for seconds in self._passes), max(1, self._steps)
         self._outside, self._steps, self._passes = 0.0, 0, []
         if self._ranks.world_size == 1:
@@ -61,7 +65,11 @@ class OwnTime:
 
 
 def slowest(seconds: list[float]) -> dict[str, float]:
-    """The slowest of ranks, and its time over the lower median's: of two, over the other's."""
+    """Return ``slowest_rank`` and ``slowest_over_median``, the ratio of its time to the lower median of all ranks.
+
+    Args:
+        seconds: The time per step of each rank.
+    """
     rank = max(range(len(seconds)), key=seconds.__getitem__)
     median = sorted(seconds)[(len(seconds) - 1) // 2]
     return {"slowest_rank": rank, "slowest_over_median": seconds[rank] / max(median, 1e-9)}

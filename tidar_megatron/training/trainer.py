@@ -1,4 +1,4 @@
-"""Everything a run holds on one rank, built from its configuration; a step, an evaluation, a save of it."""
+"""The trainer: everything that a run holds on one rank, with its steps, evaluations and saves."""
 
 import contextlib
 import functools
@@ -39,7 +39,7 @@ from tidar_megatron.training.straggler import OwnTime
 
 
 class HasState(Protocol):
-    """A part of the loop with a state that JSON can hold."""
+    """A part of the loop whose state is a JSON value."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any], /) -> None: ...
@@ -47,7 +47,7 @@ class HasState(Protocol):
 
 @dataclass
 class Trainer:
-    """Everything a run holds on this rank."""
+    """The objects of a run on this rank, and the operations on them: step, evaluate, save, load."""
 
     config: ResolvedConfig
     ranks: Ranks
@@ -59,7 +59,7 @@ class Trainer:
     scheduler: OptimizerParamScheduler
     checkpoints: Checkpoints
     origin: Origin | None = None
-    lock: RunLock | None = None  # on --save, of the main rank
+    lock: RunLock | None = None  # the lock on --save; only the main rank has it
     iteration: int = 0
     consumed_sequences: int = 0
 
@@ -71,17 +71,17 @@ class Trainer:
         self.heartbeat = Heartbeat()
         self.own_time = OwnTime(self.ranks, self.model[0].config)
         self.health = Health(self.config.health, self.ranks)
-        self.parts: dict[str, HasState] = {"health": self.health}  # what else of the loop outlives a restart, by name
-        self.sample_ids: sample_ids.SampleIds | None = None  # from write_run_folder on
+        self.parts: dict[str, HasState] = {"health": self.health}  # further parts that checkpoints save, by name
+        self.sample_ids: sample_ids.SampleIds | None = None  # set by log_sample_ids
 
     @classmethod
     def build(cls, config: Config) -> "Trainer":
-        """Build everything up to the first step: check, resolve, assemble.
+        """Build everything up to the first step: check the inputs, resolve the run, assemble the trainer. Collective.
 
-        What can be refused is refused before there are process groups.
+        Bad input is refused before there are process groups, as far as possible.
 
         Raises:
-            UserError: names the flag or the file.
+            UserError: The input is bad; the message names the flag or the file.
         """
         run = resolve_run(check_inputs(config))
         with contextlib.ExitStack() as failing:
@@ -89,19 +89,19 @@ class Trainer:
                 lock = _take_lock(run.config)
             failing.callback(lock.release if lock is not None else lambda: None)
             with signals.mortal():
-                startup.current.meet()  # from here on the folder is this run's, and stays as it is
+                startup.current.meet()  # from here on the folder belongs to this run, and no other run changes it
             trainer = cls._assemble(run, starting_point(run.config, run.fingerprint), lock)
             failing.pop_all()
         return trainer
 
     @classmethod
     def _assemble(cls, run: ResolvedRun, start: int | None, lock: RunLock | None) -> "Trainer":
-        """Make process groups, model and optimizer, and load what the run starts from.
+        """Make process groups, model and optimizer, and load the weights or the checkpoint that the run starts from.
 
         Args:
-            run: as resolved.
-            start: the iteration it continues from, as this rank sees it; None to start anew.
-            lock: on ``--save``, of the main rank.
+            run: The resolved run.
+            start: The iteration to resume from, as this rank sees it; None to start from scratch.
+            lock: The lock on ``--save``; only the main rank has it.
         """
         config, origin = run.config, run.origin
         if start is None and origin is not None:
@@ -109,7 +109,7 @@ class Trainer:
         startup.current.phase = "making the process groups"
         with signals.mortal():
             ranks = initialize(config.parallel, config.training.seed)
-        start = ranks.from_main(start)  # a node may see a shared folder as it was a moment ago
+        start = ranks.from_main(start)  # another node may see an older state of a shared folder
         startup.current.phase = "building the model"
         model = build_model(config, config.vocab_size, ranks)
         if start is None and origin is not None:
@@ -130,24 +130,24 @@ class Trainer:
 
     @property
     def lock_lost(self) -> bool:
-        """Whether another run saves into this run's folder by now, as far as this rank knows."""
+        """Return whether this rank knows that the lock on the run's folder is lost."""
         return self.lock is not None and self.lock.lost
 
     @property
     def doubled(self) -> bool:
-        """Whether the next step trains the joint objective (else plain AR)."""
+        """Return whether the next step trains the joint objective, not plain AR."""
         return self.iteration >= self.config.ar_warmup_iters
 
     def _own(self, batches: list[Batch]) -> list[Batch]:
-        """What this context-parallel rank holds of its data-parallel rank's micro-batches."""
+        """Return this context-parallel rank's shards of its data-parallel rank's micro-batches."""
         cp = self.ranks.groups.cp
         return [batch.shard(cp.rank(), cp.size()) for batch in batches]
 
     def step_batches(self) -> list[Batch]:
-        """This rank's micro-batches of the next step, built ahead where that was foreseen.
+        """Return this rank's micro-batches of the next step, prefetched if possible.
 
         Raises:
-            Stalled: they do not come.
+            Stalled: They are not ready within ``--data-timeout-minutes``.
         """
         with self._data_in_time():
             return self.prefetcher.get(self.consumed_sequences, self.doubled)
@@ -161,11 +161,11 @@ class Trainer:
             sources = " ".join(data.train_data)
             raise Stalled(
                 f"rank {self.ranks.rank}, step {self.iteration + 1}: no batch from {sources} within "
-                f"{data.data_timeout_minutes:g} minutes (--data-timeout-minutes); is its file system well?"
+                f"{data.data_timeout_minutes:g} minutes (--data-timeout-minutes); check its file system"
             ) from None
 
     def _build_batches(self, consumed_sequences: int, doubled: bool) -> list[Batch]:
-        """In the background, so from nothing that a step changes."""
+        """Build a step's batches in the background, reading no attribute that a step changes."""
         training, groups = self.config.training, self.ranks.groups
         return self._own(
             self.train_data.step_batches(
@@ -179,7 +179,7 @@ class Trainer:
         )
 
     def _prefetch(self) -> None:
-        """Let the batches of the steps after the next be built, as far as there are steps."""
+        """Start to build the batches of the steps that follow this one, up to the last step of the run."""
         training, following = self.config.training, []
         last = min(self.iteration + self.prefetcher.workers, training.train_iters - 1)
         for step in range(self.iteration + 1, last + 1):
@@ -188,7 +188,7 @@ class Trainer:
         self.prefetcher.expect(following)
 
     def step(self) -> dict:
-        """One optimizer step; what of it is logged."""
+        """Run an optimizer step, and return the values to log. Collective."""
         phase = "joint" if self.doubled else "AR"
         start = time.perf_counter()
         batches = self.step_batches()
@@ -218,7 +218,7 @@ class Trainer:
         }
 
     def evaluate(self) -> dict | None:
-        """Losses and draft metrics on the held-out data; None without any."""
+        """Return losses and draft metrics on the held-out data; None if there is none. Collective."""
         if self.valid_data is None:
             return None
         training, groups = self.config.training, self.ranks.groups
@@ -234,7 +234,7 @@ class Trainer:
         return evaluate(self.ddp, batches, self.config.tidar.block_size, self.ranks)
 
     def save(self) -> None:
-        """A checkpoint of this moment, if the run has a folder; with --async-save it is only begun."""
+        """Save a checkpoint if the run has a folder; with ``--async-save`` only start it. Collective."""
         if self.config.checkpoint.save:
             with self._data_in_time():
                 self.prefetcher.settle()  # a forked writer must not inherit a lock that is held
@@ -244,7 +244,7 @@ class Trainer:
                 self.checkpoints.save(run, self.iteration, self.consumed_sequences, states)
 
     def load(self) -> None:
-        """Go on from the checkpoint."""
+        """Resume from the checkpoint in ``--load``. Collective."""
         resumed = self.checkpoints.load(Trained(self.model, self.optimizer, self.scheduler))
         self.iteration, self.consumed_sequences = resumed.iteration, resumed.consumed_sequences
         for name, part in self.parts.items():
@@ -252,7 +252,7 @@ class Trainer:
                 part.load_state_dict(resumed.states[name])
 
     def close(self) -> None:
-        """End what runs beside the loop."""
+        """Stop background work, close the log of sample ids, and release the lock."""
         self.prefetcher.close()
         self.checkpoints.close()
         if self.sample_ids is not None:
@@ -261,10 +261,14 @@ class Trainer:
             self.lock.release()
 
     def write_run_folder(self) -> None:
-        """What makes the run's folder complete in itself: the resolved configuration and the tokenizer."""
+        """Write the resolved configuration and the tokenizer into the run's folder, so that it is self-contained.
+
+        Raises:
+            UserError: The folder cannot be written.
+        """
         if self.config.checkpoint.save and self.ranks.is_main:
             folder = Path(self.config.checkpoint.save)
-            tokenizer = self.train_data.sources[0].load_tokenizer()  # its folder may be a whole model's
+            tokenizer = self.train_data.sources[0].load_tokenizer()  # its folder may hold weights too
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 signals.clear_run_state(folder)
@@ -279,7 +283,7 @@ class Trainer:
                 ) from None
 
     def _huggingface_files(self) -> Path | None:
-        """What an export goes back to: of where the weights came from, or of the run that is continued."""
+        """Return the folder of Hugging Face files on which an export is based, from ``--init-from`` or ``--load``."""
         if self.origin is not None:
             return self.origin.huggingface_files()
         load = self.config.checkpoint.load
@@ -287,13 +291,13 @@ class Trainer:
 
     @property
     def new_rows(self) -> int:
-        """Rows by which the vocabulary has grown since ``--init-from``."""
+        """The number of rows that the vocabulary has beyond that of ``--init-from``."""
         if self.origin is None:
             return 0
         return self.config.vocab_size - (self.origin.model(ModelConfig()).vocab_size or 0)
 
     def samples(self) -> Samples | None:
-        """Generations from each checkpoint, on the main rank of a run that asks for them."""
+        """Return the sampling process, on the main rank of a run with ``--log-samples``; otherwise None."""
         count, save = self.config.logging.log_samples, self.config.checkpoint.save
         if not count or not self.ranks.is_main:
             return None
@@ -301,7 +305,7 @@ class Trainer:
         return Samples(Path(save), self.valid_data, count)
 
     def log_sample_ids(self) -> None:
-        """Begin the log of sample ids, if it was asked for."""
+        """Open the log of sample ids, if ``--log-sample-ids`` is set."""
         config, groups = self.config, self.ranks.groups
         first_of_its_data = groups.tp.rank() == groups.pp.rank() == groups.cp.rank() == 0
         if config.logging.log_sample_ids and config.checkpoint.save and first_of_its_data:
@@ -309,7 +313,7 @@ class Trainer:
 
 
 def _take_lock(config: Config) -> RunLock | None:
-    """The lock on ``--save``, on the main rank of a run that has it."""
+    """Take and return the lock on ``--save``; None on other ranks than the main one, and without ``--save``."""
     if not config.checkpoint.save or rank_from_environment() != 0:
         return None
     startup.current.phase = "taking the lock on --save"
