@@ -95,7 +95,7 @@ def _explained(trainer: Trainer) -> Iterator[None]:
 
 
 def _loop(trainer: Trainer, logger: MetricsLogger, samples: Samples | None) -> str | None:
-    """Train, and return for the launcher how the run ended (training/signals.py); None with ``--exit-interval``."""
+    """Train, and return the run state for the launcher (``signals.py``); None if ``--exit-interval`` ended the run."""
     config, training = trainer.config, trainer.config.training
 
     def due(interval: int | None) -> bool:

@@ -43,10 +43,12 @@ class JsonLines:
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, iteration: int, values: Values) -> None:
+        """Append one object and flush it; NaN and infinite numbers become null."""
         self.file.write(json.dumps(_finite({"iteration": iteration, **values}), allow_nan=False) + "\n")
         self.file.flush()
 
     def close(self) -> None:
+        """Flush and close the file."""
         self.file.close()
 
 
