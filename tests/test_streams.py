@@ -85,7 +85,7 @@ def test_a_real_process(program, unread):
 
 @pytest.mark.process
 def test_closed_descriptors_are_not_given_to_files():
-    program = "from tidar_megatron.errors import run_tool; run_tool(lambda: exit(40 + open('README.md').fileno()))"
+    program = "from tidar_megatron.program import run_tool; run_tool(lambda: exit(40 + open('README.md').fileno()))"
     shell = f'{sys.executable} -c "{program}" <&- >&- 2>&-'
     assert subprocess.run(shell, shell=True, cwd=ROOT, timeout=120).returncode > 42
 

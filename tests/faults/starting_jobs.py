@@ -13,7 +13,7 @@ from tests.ranks import start_ranks
 from tidar_megatron.checkpoint.checkpoints import Checkpoints
 from tidar_megatron.distributed import startup
 from tidar_megatron.errors import UserError
-from tidar_megatron.training import trainer
+from tidar_megatron.training import resolve
 
 
 def flags(data, run, until):
@@ -46,9 +46,9 @@ TROUBLES = {
     "stopped while groups are made": ([2], (parallel_state, "initialize_model_parallel"), hang),
     "killed while loading": ([1], (Checkpoints, "load"), kill),
     "fails while loading": ([2], (Checkpoints, "load"), fail),
-    "fails as it reads the data": ([1], (trainer, "load_tokenizer"), fail),
-    "refuses alone": ([2], (trainer, "load_tokenizer"), refuse),
-    "all refuse": ([0, 1, 2], (trainer, "load_tokenizer"), refuse),
+    "fails as it reads the data": ([1], (resolve, "load_tokenizer"), fail),
+    "refuses alone": ([2], (resolve, "load_tokenizer"), refuse),
+    "all refuse": ([0, 1, 2], (resolve, "load_tokenizer"), refuse),
 }
 
 
