@@ -1,4 +1,4 @@
-"""One typed configuration: a tree of sections, read from YAML and flags, checked before anything heavy starts."""
+"""The typed configuration: a tree of sections, read from YAML and flags, and checked before anything costly starts."""
 
 from tidar_megatron.config.checks import check_config, check_world_size
 from tidar_megatron.config.reader import (
@@ -19,7 +19,7 @@ from tidar_megatron.config.sections import (
     TiDARConfig,
 )
 
-CONFIG_FILE = "resolved_config.yaml"  # the whole tree, in the run's folder
+CONFIG_FILE = "resolved_config.yaml"  # the resolved configuration, in the run's folder
 
 __all__ = [
     "CONFIG_FILE",

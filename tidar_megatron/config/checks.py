@@ -1,6 +1,6 @@
-"""Relations between the fields: what no later part could mend is refused here, before any process group is made.
+"""Checks of relations between fields: a configuration that cannot work is refused before any process group is created.
 
-Each refusal is one line that names the flag, its value and the nearest value or layout that works.
+Each error is one line that names the flag, its value and the nearest value or layout that works.
 """
 
 import math
@@ -22,11 +22,12 @@ def check_config(config: Config, resolved: bool = False) -> None:
     """Refuse a configuration that contradicts itself.
 
     Args:
-        config: all of it.
-        resolved: whether the model is the one that will be built; with ``--init-from`` another decides it later.
+        config: The complete configuration.
+        resolved: Whether ``config.model`` is final. With ``--init-from`` it is not: the folder named there decides the
+            model later, so an unresolved model is not checked.
 
     Raises:
-        UserError: names the flag, its value and the nearest value that works.
+        UserError: The message names the flag, its value and the nearest value that works.
     """
     if config.tidar.block_size < 1:
         raise UserError(f"--block-size {config.tidar.block_size}: must be at least 1")
@@ -40,7 +41,11 @@ def check_config(config: Config, resolved: bool = False) -> None:
 
 
 def check_lengths(config: Config) -> None:
-    """The sequence must divide into what each rank holds: whole blocks, two zigzag chunks, equal TP shards."""
+    """Refuse a sequence length that does not divide into whole blocks, two zigzag chunks and equal TP shards per rank.
+
+    Raises:
+        UserError: The message names the nearest length that works.
+    """
     B, S, parallel = config.tidar.block_size, config.data.seq_length, config.parallel
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     step, why = B, f"--block-size {B}"
@@ -54,12 +59,16 @@ def check_lengths(config: Config) -> None:
 
 
 def check_fraction(config: Config) -> None:
-    """The chosen blocks' masks must divide as the clean tokens do: over zigzag chunks, and over TP shards."""
+    """Refuse a block fraction whose mask tokens do not divide over zigzag chunks and TP shards as clean tokens do.
+
+    Raises:
+        UserError: The message names the nearest fraction that works.
+    """
     parallel, blocks, chosen = config.parallel, config.blocks, config.chosen_blocks
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     step, why = (2 * cp, f"2 x {CP} {cp}") if cp > 1 else (1, "")
     if parallel.sequence_parallel:
-        shards = cp * tp // math.gcd(cp * tp, config.tidar.block_size)  # blocks that hold a multiple of CP x TP tokens
+        shards = cp * tp // math.gcd(cp * tp, config.tidar.block_size)  # fewest with a multiple of CP x TP tokens
         if math.lcm(step, shards) != step:
             step, why = math.lcm(step, shards), f"{why}, and {TP} {tp}" if why else f"{TP} {tp}"
     if chosen % step:
@@ -71,7 +80,11 @@ def check_fraction(config: Config) -> None:
 
 
 def check_switches(config: Config) -> None:
-    """Switches that need each other."""
+    """Refuse a flag whose prerequisites are missing.
+
+    Raises:
+        UserError: The message names both flags.
+    """
     parallel, model = config.parallel, config.model
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         raise UserError(f"--sequence-parallel shards over tensor-parallel ranks: needs {TP} 2 or more; or leave it out")
@@ -80,7 +93,7 @@ def check_switches(config: Config) -> None:
     if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
         raise UserError("--overlap-param-gather: needs --overlap-grad-reduce as well")
     if config.tidar.init_mask_token and not config.training.init_from:
-        raise UserError("--init-mask-token: needs --init-from; the rows of a new model are all drawn alike")
+        raise UserError("--init-mask-token: needs --init-from; all rows of a new model are initialized alike")
     if config.logging.log_sample_ids and not config.checkpoint.save:
         raise UserError("--log-sample-ids: needs --save, the folder that the log is written to")
     if config.logging.log_samples and not (config.checkpoint.save and config.data.valid_data):
@@ -90,13 +103,13 @@ def check_switches(config: Config) -> None:
     if local and selective and "layernorm" in parallel.recompute_modules:
         raise UserError("--recompute-modules layernorm: needs --transformer-impl transformer_engine; or leave it out")
     if selective and not parallel.recompute_modules:
-        raise UserError("--recompute-granularity selective: needs --recompute-modules, of which none is named")
+        raise UserError("--recompute-granularity selective: needs --recompute-modules; name at least one module")
     is_dense = model.num_experts is None and not config.training.init_from
     if selective and is_dense and "moe" in parallel.recompute_modules:
         raise UserError("--recompute-modules moe: needs --num-experts; nearest: --recompute-modules mlp")
     if selective and "mlp" in parallel.recompute_modules and model.num_experts is not None:
         raise UserError(
-            "--recompute-modules mlp: recomputes nothing with --num-experts, whose feed-forward goes by another name; "
+            "--recompute-modules mlp: recomputes nothing with --num-experts, because experts belong to the module moe; "
             "nearest: --recompute-modules moe"
         )
     if model.moe_grouped_gemm and local:
@@ -104,7 +117,11 @@ def check_switches(config: Config) -> None:
 
 
 def check_schedule(config: Config) -> None:
-    """A learning rate that can be followed."""
+    """Refuse a contradictory learning-rate schedule.
+
+    Raises:
+        UserError: The message names the flag and, where there is one, the nearest value that works.
+    """
     opt, warmup, decay = config.optimizer, config.lr_warmup_steps, config.lr_decay_steps
     if opt.lr_warmup_iters is not None and opt.lr_warmup_fraction is not None:
         raise UserError("--lr-warmup-iters and --lr-warmup-fraction exclude each other: give one")
@@ -120,12 +137,16 @@ def check_schedule(config: Config) -> None:
     if opt.lr_decay_style == "WSD" and (opt.lr_wsd_decay_iters or 0) > decay - warmup:
         raise UserError(
             f"--lr-wsd-decay-iters {opt.lr_wsd_decay_iters}: the decay would begin before --lr is reached; "
-            f"nearest: {decay - warmup}, of {decay} steps all but the warm-up"
+            f"nearest: {decay - warmup}, all of the {decay} steps except the warm-up"
         )
 
 
 def check_model(model: ModelConfig) -> None:
-    """A model that exists in any layout at all."""
+    """Refuse a model that cannot be built in any layout.
+
+    Raises:
+        UserError: The message names the flag, its value and what to change.
+    """
     heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
     if heads % groups:
         raise UserError(f"--num-query-groups {groups}: must divide --num-attention-heads {heads}")
@@ -138,7 +159,7 @@ def check_model(model: ModelConfig) -> None:
     if channels % 2:
         given = "--kv-channels" if model.kv_channels else f"--num-attention-heads {heads}: channels of a head"
         mended = f"give --kv-channels {channels + 1}"
-        raise UserError(f"{given} {channels}: must be even, rotary positions turn pairs of channels; {mended}")
+        raise UserError(f"{given} {channels}: must be even, rotary embeddings rotate pairs of channels; {mended}")
     low, high = model.rope_low_freq_factor, model.rope_high_freq_factor
     if model.rope_scaling_type == "llama3" and low >= high:
         raise UserError(f"--rope-low-freq-factor {low:g}: must be less than --rope-high-freq-factor {high:g}")
@@ -146,13 +167,17 @@ def check_model(model: ModelConfig) -> None:
         if model.num_experts == 1:
             raise UserError("--num-experts 1: is a dense feed-forward; leave it out, or give 2 or more")
         raise UserError(
-            f"--moe-router-topk {model.moe_router_topk}: must be 2 to {model.num_experts}, the experts there are; "
+            f"--moe-router-topk {model.moe_router_topk}: must be from 2 to {model.num_experts} (--num-experts); "
             f"nearest: {min(max(model.moe_router_topk, 2), model.num_experts)}"
         )
 
 
 def check_layout(config: Config) -> None:
-    """The model must divide over the ranks."""
+    """Refuse a parallel layout that does not divide the model evenly over the ranks.
+
+    Raises:
+        UserError: The message names the nearest layout that works.
+    """
     model, parallel = config.model, config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     vpp, ep = parallel.virtual_pipeline_model_parallel_size or 1, parallel.expert_model_parallel_size
@@ -168,7 +193,9 @@ def check_layout(config: Config) -> None:
             but = " without --sequence-parallel" if works == 1 and parallel.sequence_parallel else ""
             raise UserError(f"{TP} {tp}: must divide {flag} {value}; nearest: {TP} {works}{but}")
     if vpp > 1 and pp == 1:
-        raise UserError(f"{VPP} {vpp}: interleaves pipeline stages, and there is one; leave it out, or give {PP} 2")
+        raise UserError(
+            f"{VPP} {vpp}: interleaves pipeline stages, but there is only one; leave it out, or give {PP} 2"
+        )
     if model.num_layers % (pp * vpp):
         works = nearest_divisor(pp * vpp, model.num_layers)
         stages = nearest_divisor(pp, works)
@@ -178,7 +205,7 @@ def check_layout(config: Config) -> None:
         raise UserError(f"{given}: must divide --num-layers {model.num_layers}; nearest: {nearest_layout}")
     for flag, value in ((EP, ep), (ETP, parallel.expert_tensor_parallel_size)):
         if value > 1 and model.num_experts is None:
-            raise UserError(f"{flag} {value}: there are no experts to spread; leave it out, or give --num-experts")
+            raise UserError(f"{flag} {value}: there are no experts to distribute; leave it out, or give --num-experts")
     if model.num_experts is not None:
         if model.num_experts % ep:
             works = nearest_divisor(ep, model.num_experts)
@@ -189,17 +216,18 @@ def check_layout(config: Config) -> None:
             flag = "--moe-ffn-hidden-size" if model.moe_ffn_hidden_size else "--ffn-hidden-size"
             raise UserError(f"{ETP} {etp}: must divide {flag} {width}; nearest: {ETP} {works}")
         if tp > 1 and not parallel.sequence_parallel:
-            raise UserError(f"{TP} {tp} with --num-experts: megatron-core needs --sequence-parallel with it; add it")
+            raise UserError(f"{TP} {tp} with --num-experts: megatron-core also needs --sequence-parallel; add it")
 
 
 def check_world_size(config: Config, world_size: int) -> int:
-    """Refuse a layout that the processes at hand cannot fill.
+    """Refuse a layout that does not fit the number of processes, and return the data-parallel size.
 
-    Returns:
-        The data-parallel size.
+    Args:
+        config: The configuration.
+        world_size: The number of processes.
 
     Raises:
-        UserError: names the layout, the processes there are, and the number that works.
+        UserError: The message names the layout, the number of processes and a number that works.
     """
     parallel, training = config.parallel, config.training
     tp, pp, cp = (
@@ -229,7 +257,7 @@ def check_world_size(config: Config, world_size: int) -> int:
 
 
 def refuse_world_size(layout: str, size: int, world_size: int) -> None:
-    """Refuse ``world_size`` processes where ``layout`` fills a multiple of ``size``."""
+    """Refuse a ``world_size`` that is not a multiple of ``size``, the number of processes that ``layout`` needs."""
     if world_size % size:
         needed = max(size, world_size // size * size)
         raise UserError(
@@ -239,17 +267,17 @@ def refuse_world_size(layout: str, size: int, world_size: int) -> None:
 
 
 def shortest_fraction(part: int, whole: int) -> str:
-    """The shortest decimal fraction of ``whole`` that rounds to ``part``."""
+    """Return the shortest decimal fraction that, multiplied by ``whole``, rounds to ``part``."""
     texts = (f"{part / whole:.{digits}g}" for digits in range(1, 18))
     return next(text for text in texts if round(float(text) * whole) == part)
 
 
 def nearest(value: int, step: int) -> int:
-    """The multiple of ``step`` nearest to ``value``, and at least ``step``."""
+    """Return the multiple of ``step`` nearest to ``value``, and at least ``step``."""
     return max(step, round(value / step) * step)
 
 
 def nearest_divisor(value: int, *numbers: int) -> int:
-    """The common divisor of ``numbers`` nearest to ``value``; the smaller of two equally near."""
+    """Return the common divisor of ``numbers`` that is nearest to ``value``; of two equally near, the smaller."""
     common = math.gcd(*numbers)
     return min((n for n in range(1, common + 1) if common % n == 0), key=lambda n: (abs(n - value), n))

@@ -1,8 +1,8 @@
-"""Where a configuration comes from: a YAML file, then command-line flags over it, through one validation.
+"""Reads a configuration from a YAML file and from command-line flags, which override the file.
 
-Flags carry Megatron-LM's own names where it has one (``--tensor-model-parallel-size``, ``--lr-decay-style``); the YAML
-file has the same names with underscores, grouped by section. An unknown key or a wrong type fails in the same single
-line wherever it was written.
+Flags have Megatron-LM's names where it has an equivalent (``--tensor-model-parallel-size``, ``--lr-decay-style``). The
+YAML file uses the same names with underscores, grouped by section. Both go through the same validation: an unknown key
+or an invalid type gives the same one-line error wherever it was written.
 """
 
 import argparse
@@ -21,13 +21,15 @@ from tidar_megatron.errors import UserError
 from tidar_megatron.program import OneLineParser
 
 SECTIONS: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(Config)}
-# flag name -> its section; flags are flat as Megatron's are, so a name may stand in one section only
+# flag name -> its section; flags are flat as in Megatron-LM, so a name may appear in one section only
 FIELDS: dict[str, str] = {field.name: name for name, cls in SECTIONS.items() for field in dataclasses.fields(cls)}
-assert len(FIELDS) == sum(len(dataclasses.fields(cls)) for cls in SECTIONS.values()), "a flag name stands twice"
+assert len(FIELDS) == sum(len(dataclasses.fields(cls)) for cls in SECTIONS.values()), (
+    "a flag name appears in two sections"
+)
 
 
 def flag(name: str) -> str:
-    """``seq_length`` -> ``--seq-length``."""
+    """Return the flag of a field: ``seq_length`` -> ``--seq-length``."""
     return "--" + name.replace("_", "-")
 
 
@@ -38,17 +40,22 @@ def _is_switch(section: str, name: str) -> bool:
 def build_config(
     tree: dict[str, Any], source: str = "config", flags: dict[str, dict[str, Any]] | None = None
 ) -> Config:
-    """Validate a nested dict of plain values; those that ``flags`` has too came from the command line.
+    """Validate a nested dict of plain values and return the configuration.
+
+    Args:
+        tree: section -> field -> value.
+        source: Where the values come from, for messages.
+        flags: The part of ``tree`` that came from the command line, for messages.
 
     Raises:
-        UserError: one line that names the unknown key or the value of a wrong type.
+        UserError: The message is one line that names the unknown key or the value of an invalid type.
     """
     for name, values in tree.items():
         for key, value in values.items() if isinstance(values, dict) else ():
             if isinstance(value, bool) and FIELDS.get(key) == name and not _is_switch(name, key):
                 raise UserError(
-                    f"{source}: {name}.{key} ({flag(key)}): is no switch, got {value!r}; "
-                    "YAML reads yes, no, on and off so: quote a word that is meant"
+                    f"{source}: {name}.{key} ({flag(key)}): is not a switch, got {value!r}; "
+                    "YAML reads an unquoted yes, no, on or off as a boolean: quote the word"
                 )
     try:
         config = TypeAdapter(Config).validate_python(tree)
@@ -71,53 +78,69 @@ def build_config(
 
 
 class _Loader(yaml.SafeLoader):
-    """A key that stands twice in a section would silently take the later value."""
+    """A YAML loader that refuses duplicate keys; PyYAML's would silently keep the later value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """As the parent's.
+        """Return a mapping node as a dict.
 
         Raises:
-            yaml.YAMLError: names the key.
+            yaml.YAMLError: A key is duplicated; the message names it.
         """
         seen = set()
         for key, _ in node.value:
             if str(key.value) in seen:
-                raise yaml.YAMLError(f"{key.value!r} stands twice, the second time in line {key.start_mark.line + 1}")
+                raise yaml.YAMLError(f"{key.value!r} appears twice, the second time on line {key.start_mark.line + 1}")
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
 
 def load_config(path: str | Path, overrides: dict[str, dict[str, Any]] | None = None) -> Config:
-    """Read a YAML file; ``overrides`` (section -> name -> value) win over it."""
+    """Read a YAML file and return the configuration.
+
+    Args:
+        path: The YAML file.
+        overrides: section -> field -> value; these override the file.
+
+    Raises:
+        UserError: The file cannot be read, is not YAML, or does not hold a valid configuration.
+    """
     try:
         tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader) or {}
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
-    # a date that is none, bytes that are no text, a key that is a list, sections without end
+    # ValueError: an invalid date, or bytes that are not UTF-8; TypeError: a list as a key; RecursionError: deep nesting
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"--config {path}: must hold sections such as 'model:', not {type(tree).__name__}")
     for name, values in (overrides or {}).items():
         if not isinstance(tree.setdefault(name, {}) or {}, dict):
-            break  # the validation names it
+            break  # build_config names it in its error
         tree[name] = {**(tree[name] or {}), **values}
     return build_config({k: {} if v is None else v for k, v in tree.items()}, str(path), overrides)
 
 
 def load_resolved_config(path: str | Path) -> ResolvedConfig:
-    """Read the configuration of a run's folder.
+    """Read the resolved configuration of a run's folder.
 
     Raises:
-        UserError: it is missing, or not one that a run has written.
+        UserError: The file is missing, or was not written by a run.
     """
     return ResolvedConfig.of(load_config(path), f"{path}: model.vocab_size is missing; copy the run's folder again")
 
 
 def parse_config(argv: list[str] | None = None, description: str = "") -> Config:
-    """The command line of a training program: ``--config FILE.yaml``, and one flag per field that wins over it."""
+    """Parse a training program's command line: ``--config FILE.yaml``, and one flag per field that overrides it.
+
+    Args:
+        argv: The arguments; by default those of the process.
+        description: The program's description in ``--help``.
+
+    Raises:
+        UserError: An argument or the configuration is invalid.
+    """
     parser = OneLineParser(description=description, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE.yaml", help="YAML file with the sections below; flags win over it")
+    parser.add_argument("--config", metavar="FILE.yaml", help="YAML file with the sections below; flags override it")
     for name, cls in SECTIONS.items():
         group = parser.add_argument_group(name, (cls.__doc__ or "").split("\n")[0])
         for field in dataclasses.fields(cls):
