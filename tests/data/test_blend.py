@@ -57,12 +57,12 @@ def test_a_small_share_is_not_lost() -> None:
 @pytest.mark.parametrize(
     ("given_data", "message"),
     [
-        ("A B", r"'A' before B is no weight"),
+        ("A B", r"'A' before B is not a weight"),
         ("0.7 A 0.3", r"give one path, or a weight before each"),
         ("0 A 1 B", r"the weight 0 of A must be above 0"),
         ("-1 A 1 B", r"must be above 0"),
-        ("nan A 1 B", r"'nan' before A is no weight"),
-        ("1/0 A 1 B", r"is no weight"),
+        ("nan A 1 B", r"'nan' before A is not a weight"),
+        ("1/0 A 1 B", r"is not a weight"),
         ("1 A 2 A", r"names a source twice"),
         ("1 A 2 A/", r"names a source twice"),
         ("1 A 2 ./A", r"names a source twice"),

@@ -152,7 +152,7 @@ def test_a_shard_cut_while_it_is_read(shards: Path) -> None:
     path = shards / "shard-000000.tar"
     begin, *_ = documents.index.record(3)
     os.truncate(path, begin + 4)
-    with pytest.raises(UserError, match=rf"shard-000000\.tar: ends at byte {begin + 4}, was it cut"):
+    with pytest.raises(UserError, match=rf"shard-000000\.tar: ends at byte {begin + 4}, was it truncated"):
         documents[3][:]
 
 

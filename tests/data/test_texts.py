@@ -107,9 +107,9 @@ def test_an_array_is_not_held_in_memory() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'[{"text": "a"} {"text": "b"}]', r"item 1: .*\(a comma or \] is expected behind it\)"),
+        (b'[{"text": "a"} {"text": "b"}]', r"item 1: .*\(a comma or \] is expected after it\)"),
         (b'[{"text": "a"}, {"text": "b"', r"item 2: .*\(Expecting ',' delimiter\)"),
-        (b'[{"text": "a"}', r"item 1: .*\(the file ends behind it\)"),
+        (b'[{"text": "a"}', r"item 1: .*\(the file ends after it\)"),
         (b'[{"text": "a"},]', r"item 2: .*\(.*\)"),
         (b'["a"]\n["b"]\n', r"item 2: .*\(something follows the array\)"),
         (b'["a", "\xff"]', r"item 1: .*utf-8"),

@@ -1,4 +1,5 @@
-"""From text to the batches that a step consumes. Knows no model and, but for its ``.idx`` files, no Megatron.
+"""The path from text to the batches that a training step consumes.
 
-A new kind of source is a subclass of ``documents.StoredDocuments``: files, and a function that finds what lies where.
+This package does not depend on models, and on Megatron only to read ``.idx`` files. To add a new kind of source,
+subclass ``documents.StoredDocuments``: it takes the files and an index of where each document begins.
 """

@@ -1,7 +1,7 @@
-"""Which source each packed sequence comes from: a pattern that repeats, so it is a pure function of the number.
+"""The source of each packed sequence: a repeating pattern, so a pure function of the sequence's number.
 
-The pattern is built greedily: each place goes to the source that lags furthest behind its share. So the shares hold at
-every prefix and not only in the end, and no state is needed to know how many of a source came before any number.
+The pattern is built greedily: each place goes to the source that lags furthest behind its share. The shares therefore
+hold at every prefix, not only at the end, and no state is needed to know how many sequences of a source came before.
 """
 
 import math
@@ -13,17 +13,17 @@ import numpy as np
 
 from tidar_megatron.errors import UserError
 
-FINEST = 10_000  # places of the longest pattern: shares are multiples of its inverse
+FINEST = 10_000  # most places in a pattern; a longer one would be needed only for shares finer than 1 / FINEST
 
 
 class Blend:
-    """A pattern of sources.
+    """A repeating pattern of sources.
 
     Args:
-        weights: of each source, above 0; they need not add up to 1.
+        weights: The weight of each source, above 0; the weights need not add up to 1.
 
     Attributes:
-        counts: places of each source in the pattern.
+        counts: The number of places of each source in the pattern.
     """
 
     def __init__(self, weights: Sequence[Fraction]) -> None:
@@ -32,7 +32,7 @@ class Blend:
         wanted = np.array(self.counts, dtype=np.int64)
         had = np.zeros_like(wanted)
         self._source = np.empty(self._period, dtype=np.int64)
-        self._before = np.empty(self._period, dtype=np.int64)  # of the same source, in the pattern
+        self._before = np.empty(self._period, dtype=np.int64)  # earlier places of the same source
         for place in range(self._period):
             chosen = int(np.argmax(wanted * (place + 1) - had * self._period))
             self._source[place], self._before[place] = chosen, had[chosen]
@@ -40,22 +40,26 @@ class Blend:
         assert had.tolist() == self.counts  # a source is chosen only while it lags, so none has more than its share
 
     def locate(self, number: int) -> tuple[int, int]:
-        """Packed sequence ``number`` -> its source, and how many of that source come before it."""
+        """Return the source of packed sequence ``number``, and how many sequences of that source come before it."""
         times, place = divmod(number, self._period)
         source = int(self._source[place])
         return source, times * self.counts[source] + int(self._before[place])
 
     def number(self, source: int, ordinal: int) -> int:
-        """The inverse of :meth:`locate`."""
+        """Return the number of a source's packed sequence ``ordinal``: the inverse of :meth:`locate`."""
         times, before = divmod(ordinal, self.counts[source])
         return times * self._period + int(np.flatnonzero(self._source == source)[before])
 
 
 def parse_blend(given: Sequence[str], flag: str) -> list[tuple[Fraction, str]]:
-    """One path, or weight, path, weight, path, ... as Megatron's ``--data-path`` takes them -> weights and paths.
+    """Return the weights and paths of a blend.
+
+    Args:
+        given: One path, or weight, path, weight, path, ... as in Megatron-LM's ``--data-path``.
+        flag: The flag, for messages.
 
     Raises:
-        UserError: a weight that is none, or a path without one.
+        UserError: A weight is invalid or missing, or a source is named twice.
     """
     if len(given) == 1:
         return [(Fraction(1), given[0])]
@@ -66,7 +70,7 @@ def parse_blend(given: Sequence[str], flag: str) -> list[tuple[Fraction, str]]:
         try:
             weight = Fraction(text)
         except (ValueError, ZeroDivisionError):
-            raise UserError(f"{flag}: {text!r} before {path} is no weight; give {flag} 0.7 A 0.3 B") from None
+            raise UserError(f"{flag}: {text!r} before {path} is not a weight; give {flag} 0.7 A 0.3 B") from None
         if weight <= 0:
             raise UserError(f"{flag}: the weight {text} of {path} must be above 0; or leave that source out")
         blend.append((weight, path))
@@ -76,7 +80,7 @@ def parse_blend(given: Sequence[str], flag: str) -> list[tuple[Fraction, str]]:
 
 
 def _counts(weights: Sequence[Fraction]) -> list[int]:
-    """Exactly in proportion where the pattern is not too long; else as near as ``FINEST`` places allow."""
+    """Return the places of each source: exact shares if ``FINEST`` places suffice, otherwise the nearest ones."""
     total = sum(weights, Fraction(0))
     shares = [weight / total for weight in weights]
     period = math.lcm(*(share.denominator for share in shares))

@@ -1,13 +1,14 @@
-"""Which blocks of a packed sequence have masks, where a step trains only some of them (``--diffusion-block-fraction``).
+"""The choice of blocks that have masks when a step trains only some of them (``--diffusion-block-fraction``).
 
-The window's n blocks are cut into m strata of neighbours, and of each stratum one block is drawn; the others have no
-masks at all. A drawn block stands for its whole stratum: its losses count as often as the stratum has blocks, so every
-block's loss has its full weight in expectation and the sum over the window is unbiased (Horvitz-Thompson). No block's
-loss depends on which others are drawn, since masks of different blocks do not see each other.
+The choice is a stratified sample: the n blocks of a packed sequence are cut into m strata of neighbouring blocks, and
+one block is drawn from each stratum; the other blocks have no masks. A drawn block represents its stratum: its loss is
+multiplied by the number of blocks there, so the sum over the sequence is an unbiased estimate of the sum over all
+blocks (Horvitz-Thompson). A block's loss does not depend on which other blocks are drawn, because masks of different
+blocks do not see each other.
 
-The draw is a pure function of (seed, the packed sequence's number over all epochs): it knows no rank, micro-batch or
-step, so another layout or a resumed run draws the same. Strata rather than m blocks out of n: every part of the window
-has its share, so with m a multiple of 2 x CP each context-parallel chunk has as many masks as any other.
+The draw is a pure function of (seed, the packed sequence's number over all epochs). It does not depend on rank,
+micro-batch or step, so another layout or a resumed run draws the same blocks. Strata spread the masks evenly over the
+sequence: if m is a multiple of 2 x CP, each context-parallel chunk has the same number of masks.
 """
 
 import numpy as np
@@ -17,19 +18,24 @@ from tidar_megatron.data.order import BLOCKS, draws
 
 
 def strata(blocks: int, chosen: int) -> NDArray[np.int64]:
-    """The edges of ``chosen`` strata of ``blocks`` blocks, int64 ``[chosen + 1]``: stratum i is edges i .. i + 1.
+    """Return the edges of ``chosen`` strata of ``blocks`` blocks; their sizes differ by at most one.
 
-    Their sizes differ by one at the most.
+    Returns:
+        int64 ``[chosen + 1]``: stratum i holds the blocks from edge i to edge i + 1, exclusive.
     """
     assert 1 <= chosen <= blocks
     return np.arange(chosen + 1, dtype=np.int64) * blocks // chosen
 
 
 def choose_blocks(blocks: int, chosen: int, seed: int, number: int) -> NDArray[np.int64]:
-    """The blocks of packed sequence ``number`` that have masks: int64 ``[chosen]``, rising, one of each stratum.
+    """Return the blocks of packed sequence ``number`` that have masks, one from each stratum.
 
-    The same on every machine and numpy version, as all of ``order.py``.
+    The result is the same on every machine and with every numpy version (``order.py``).
+
+    Returns:
+        int64 ``[chosen]``, ascending.
     """
     edges = strata(blocks, chosen)
-    drawn = draws(chosen, seed, number, BLOCKS) % np.diff(edges).astype(np.uint64)  # uniform to 1 in 2**64 / size
+    # the modulo's bias is below stratum size / 2**64
+    drawn = draws(chosen, seed, number, BLOCKS) % np.diff(edges).astype(np.uint64)
     return edges[:-1] + drawn.astype(np.int64)

@@ -1,6 +1,6 @@
-"""Documents on the disk, found through their index and read when they are sliced: what every kind of source is.
+"""Documents on disk, located through an index and read when they are sliced: the base of every kind of source.
 
-Memory is that of what is being read. Reading is positional, so threads share a source.
+Only the tokens being read are in memory. Reads are positional, so threads can share a source.
 """
 
 from bisect import bisect_right
@@ -22,21 +22,21 @@ _OPEN_FILES = 64
 
 
 class StoredDocuments:
-    """Documents of several files, one after the other: ``documents[i]`` is the i-th, ``documents[i][a:b]`` its tokens.
+    """The documents of several files, in order: ``documents[i]`` is the i-th, and ``documents[i][a:b]`` its tokens.
 
     Args:
-        index: where they are.
-        paths: the files.
-        counts: documents in each.
-        dtype: of a token in the files.
-        eos_token_id: what a document that lacks it ends with.
+        index: The index of the documents.
+        paths: The files.
+        counts: The number of documents in each file.
+        dtype: The dtype of a token in the files.
+        eos_token_id: The EOS token, appended to a document that is stored without it.
 
     Attributes:
-        index: as given; the lengths of the documents, for packing.
-        name: what the user calls the data.
-        tokenizer: what the ids mean.
-        tokenizer_folder: where it lies, a Hugging Face tokenizer folder.
-        identity: hashes that no other data have.
+        index: The index; it also gives the lengths of the documents, for packing.
+        name: The data's name in messages, as the user gave it.
+        tokenizer: The manifest entry of the tokenizer.
+        tokenizer_folder: The tokenizer's Hugging Face folder.
+        identity: Hashes that identify the data.
     """
 
     name: str
@@ -60,36 +60,36 @@ class StoredDocuments:
 
     @property
     def tokens(self) -> int:
-        """Tokens in all documents."""
+        """The number of tokens in all documents."""
         return int(self.index.filled(1).sum())
 
     def load_tokenizer(self) -> PreTrainedTokenizerFast:
-        """The tokenizer that the ids are of."""
+        """Return the tokenizer of the token ids."""
         raise NotImplementedError
 
     def read(self, number: int, offset: int, count: int) -> NDArray[Any]:
-        """``count`` tokens of document ``number``'s file from byte ``offset`` on.
+        """Return ``count`` tokens from the file of document ``number``, starting at byte ``offset``.
 
         Raises:
-            UserError: the file was cut, or holds ids that the tokenizer does not use.
+            UserError: The file was truncated, or holds ids that the tokenizer does not use.
         """
         path = self._paths[bisect_right(self._ends, number)]
         tokens = np.frombuffer(self._open(path).read(count * self._dtype.itemsize, offset), self._dtype)
         if count and not 0 <= tokens.min() <= tokens.max() < self.tokenizer.vocab_size:
             raise UserError(
                 f"{path}: holds ids from byte {offset} on that the tokenizer does not use, so it was changed since "
-                "its index was built; copy it again, and look at all of it with --verify-data"
+                "its index was built; copy it again, and check all of it with --verify-data"
             )
         return tokens
 
     def eos(self, count: int) -> NDArray[Any]:
-        """As many EOS in a row."""
-        fits = self._eos <= np.iinfo(self._dtype).max  # a pair of 8 bits may lack the EOS of a larger vocabulary
+        """Return ``count`` EOS tokens, in the dtype of the files if it holds the EOS id, otherwise int64."""
+        fits = self._eos <= np.iinfo(self._dtype).max  # 8-bit .bin files may use a larger vocabulary
         return np.full(count, self._eos, dtype=self._dtype if fits else np.int64)
 
 
 class StoredDocument:
-    """One document; a slice of it is read from the disk."""
+    """One document; slicing it reads the tokens from disk."""
 
     def __init__(self, documents: StoredDocuments, number: int, offset: int, length: int, stored: int) -> None:
         self._documents, self._number, self._offset = documents, number, offset

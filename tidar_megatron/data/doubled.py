@@ -1,16 +1,16 @@
-"""Packed sequences -> what the model sees: the doubled sequence, and the weight of each token's loss.
+"""The model's input: packed sequences become doubled sequences, with a loss weight for each token.
 
-S clean tokens, then mask tokens at the same positions: one for each of them, or for those of chosen blocks alone
-(``blocks.py``). A clean token is to give its document's next token, a mask token the token of its own place. The AR
-warm-up phase has the clean half alone.
+A doubled sequence is S clean tokens followed by mask tokens at the same positions: one for each clean token, or only
+for those of chosen blocks (``blocks.py``). A clean token predicts its document's next token, a mask token predicts the
+token of its own position. During the AR warm-up there is only the clean half.
 
-Positions are what the rotary embedding turns by. They begin at 0 with each document of a row (``--reset-positions``),
-or run from 0 to S - 1; where nothing attends across documents that is the same to the model but for rounding, since
-rotary attention knows differences of positions alone.
+Positions are the inputs of the rotary embedding. They restart at 0 with each document of a row (``--reset-positions``),
+or run from 0 to S - 1. If no token attends across documents, both give the same model output except for rounding,
+because rotary attention depends only on differences of positions.
 
-Shapes: b rows, S packed length, M masks a row (S; fewer where blocks are chosen; 0 in the AR warm-up), L = S + M. Under
-context parallelism a rank holds L / CP of the tokens, S / CP clean ones first, and the metadata of K keys: all S clean
-tokens and its own masks (``context_parallel.py``).
+Shapes: b rows, S clean tokens and M masks per row (M is S, less if blocks are chosen, 0 during the AR warm-up), and
+L = S + M. With context parallelism a rank holds L / CP tokens, the S / CP clean ones first, and the metadata of K keys:
+all S clean tokens and its own masks (``context_parallel.py``).
 """
 
 from collections.abc import Callable, Sequence
@@ -30,27 +30,28 @@ from tidar_megatron.data.packing import PackedSequence
 
 @dataclass
 class Batch:
-    """One micro-batch.
+    """One micro-batch of doubled sequences, or of clean halves.
 
     Attributes:
         tokens: int64 ``[b, L]``.
         labels: int64 ``[b, L]``, 0 where not supervised.
         supervised: bool ``[b, L]``.
-        stands_for: float32 ``[b, L]``, the tokens whose loss this one's estimates: 0 where not supervised, else 1; the
-            mask of a chosen block counts for the blocks of its stratum, one drawn at random for those that were not.
+        stands_for: float32 ``[b, L]``, the number of tokens that this token's loss represents: 0 if it is not
+            supervised, otherwise 1. With chosen blocks it is the number of blocks in a mask's stratum; with random
+            masks it is 1 / t (``random_masks.py``).
         padding: bool ``[b, L]``, True for fill (megatron-core's ``padding_mask``).
-        position_ids: int64 ``[b, L]``, below S; where all rows have the same and no blocks are chosen, one row expanded
+        position_ids: int64 ``[b, L]``, below S. If all rows are equal and no blocks are chosen, it is one row expanded
             (stride 0 over b), also after :meth:`to`.
-        visibility: int32 ``[b, K, 4]``, the metadata of ``attention_mask`` of the keys; K = L on one rank.
-        visibility_on_host: the same, wherever the batch has been moved to.
-        loss_weights: float32 ``[b, L]``, zero until :func:`set_loss_weights`.
-        ar_tokens: supervised clean tokens.
-        diffusion_tokens: tokens that the diffusion loss is the mean over: the supervised masks that there are, or
-            would be were every block chosen; 0 in a batch of the clean half alone.
-        num_tokens: tokens that are not fill, clean ones and masks: the micro-batch's part of the loss's denominator
-            (Megatron's ``num_tokens``).
-        seq_length: clean tokens of a row on this rank, S / CP; the others are its masks.
-        sample_ids: of each row (source, epoch, n), for the log; empty where there is nothing to tell.
+        visibility: int32 ``[b, K, 4]``, the visibility metadata of the keys (``attention_mask.py``); K = L on one rank.
+        visibility_on_host: ``visibility``, kept on the host when the batch is moved to another device.
+        loss_weights: float32 ``[b, L]``, zero until :func:`set_loss_weights` is called.
+        ar_tokens: The number of supervised clean tokens.
+        diffusion_tokens: The number of tokens that the diffusion loss is averaged over: the supervised masks as if
+            every block were chosen; 0 if there is only the clean half.
+        num_tokens: The number of tokens that are not fill, clean tokens and masks: the micro-batch's part of the loss's
+            denominator (Megatron's ``num_tokens``).
+        seq_length: The number of clean tokens per row on this rank, S / CP; the other tokens of a row are masks.
+        sample_ids: (source, epoch, n) of each row, for the log; empty in evaluation batches.
     """
 
     tokens: Tensor
@@ -70,16 +71,21 @@ class Batch:
 
     @property
     def mask_length(self) -> int:
-        """Mask tokens of a row on this rank, M / CP."""
+        """The number of mask tokens per row on this rank, M / CP."""
         return self.tokens.shape[1] - self.seq_length
 
     @property
     def doubled(self) -> bool:
-        """Whether there are masks; else the clean half alone."""
+        """Return whether the batch has masks; otherwise it is the clean half alone."""
         return self.mask_length > 0
 
     def shard(self, rank: int, size: int) -> "Batch":
-        """The part of a whole batch that one context-parallel rank holds; S and M are multiples of 2 x CP x B."""
+        """Return the part of a full batch that one context-parallel rank holds.
+
+        Args:
+            rank: The context-parallel rank.
+            size: CP; S and M must be multiples of 2 x CP x B.
+        """
         if size == 1:
             return self
         own = own_tokens(self.seq_length, rank, size, self.doubled, self.mask_length)
@@ -98,7 +104,7 @@ class Batch:
             visibility_on_host=visibility,
             loss_weights=self.loss_weights[:, own],
             ar_tokens=int(supervised[:, :clean].sum()),
-            # the mask of a token that is not fill is supervised
+            # every token that is not fill has a supervised mask
             diffusion_tokens=int((~padding[:, :clean]).sum()) if self.doubled else 0,
             num_tokens=int((~padding).sum()),
             seq_length=clean,
@@ -106,11 +112,11 @@ class Batch:
         )
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on ``device``; without waiting for it where the memory allows (:meth:`pinned`)."""
+        """Return the batch on ``device``; the copy is asynchronous if the batch is :meth:`pinned`."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> "Batch":
-        """The batch in page-locked memory, from which a GPU copies it while the program goes on."""
+        """Return the batch in page-locked memory, from which a GPU copies it asynchronously."""
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
@@ -120,7 +126,7 @@ class Batch:
 
 
 def _each_row(rows: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """``function`` of ``[b, ...]``; of one row where all are one, since a copy would write out every one of them."""
+    """Apply ``function`` to ``[b, ...]``; to a single row if the rows are expanded, so that they stay expanded."""
     if rows.stride(0) != 0:
         return function(rows)
     return function(rows[:1]).expand(len(rows), *(-1 for _ in rows.shape[1:]))
@@ -136,19 +142,20 @@ def make_batch(
     cross_document_attention: bool = False,
     masked: NDArray[np.float32] | None = None,
 ) -> Batch:
-    """Stack packed sequences of one length into a micro-batch, doubled or the clean half alone.
+    """Stack packed sequences of equal length into a micro-batch, doubled or only the clean half.
 
     Args:
-        sequences: the rows.
+        sequences: The rows.
         block_size: B.
-        mask_token_id: what a mask token is.
-        doubled: whether there are masks.
-        chosen: int64 ``[b, m]`` of :func:`tidar_megatron.data.blocks.choose_blocks`, the blocks of each row that have
-            masks; default: all of them.
-        reset_positions: whether they begin anew with each document.
-        cross_document_attention: a row is one document to attention, fill included; labels stay as they are.
-        masked: float32 ``[b, S]`` of :func:`tidar_megatron.data.random_masks.random_masks`, how often the loss of a
-            place counts; where it is 0 the diffusion half shows the clean token. Default: all are masked, and count 1.
+        mask_token_id: The id of the mask token.
+        doubled: Whether to add masks.
+        chosen: int64 ``[b, m]`` from :func:`tidar_megatron.data.blocks.choose_blocks`, the blocks of each row that have
+            masks; by default all blocks.
+        reset_positions: Whether positions restart at 0 with each document.
+        cross_document_attention: Whether attention treats a row as one document, fill included; labels do not change.
+        masked: float32 ``[b, S]`` from :func:`tidar_megatron.data.random_masks.random_masks`, the factor of each
+            place's loss; where it is 0, the diffusion half shows the clean token. By default every place is masked
+            with a factor of 1.
     """
 
     def stack(name: str) -> Tensor:
@@ -166,7 +173,15 @@ def make_batch(
         picked, weight = _masks(len(clean), S, block_size, chosen)
 
         def join(of_clean: Tensor, of_masks: Tensor) -> Tensor:
-            """``[b, S, ...]``, and what a mask of each place would have ``[b, S, ...]`` -> ``[b, S + M, ...]``."""
+            """Append the values of the masks that exist to those of the clean tokens.
+
+            Args:
+                of_clean: The values of the clean tokens, ``[b, S, ...]``.
+                of_masks: The values for a mask at every place, ``[b, S, ...]``.
+
+            Returns:
+                ``[b, S + M, ...]``.
+            """
             return torch.cat([of_clean, of_masks[picked]], dim=1)
 
         counts = torch.ones(clean.shape) if masked is None else torch.from_numpy(masked)
@@ -202,7 +217,7 @@ def make_batch(
 
 
 def _positions(document: Tensor, seq_length: int, reset: bool) -> Tensor:
-    """Of clean tokens: int64 ``[b, S]``."""
+    """Return the positions of the clean tokens: int64 ``[b, S]``."""
     place = torch.arange(seq_length).expand(document.shape)
     if not reset:
         return place
@@ -212,7 +227,7 @@ def _positions(document: Tensor, seq_length: int, reset: bool) -> Tensor:
 
 
 def _masks(rows: int, seq_length: int, block_size: int, chosen: NDArray[np.int64] | None) -> tuple[Any, Tensor]:
-    """Which places of ``[b, S]`` have masks, as an index; and the blocks that each stands for, float32 ``[M]``."""
+    """Return an index of the places of ``[b, S]`` that have masks, and the blocks each represents, float32 ``[M]``."""
     if chosen is None:
         return (slice(None), slice(None)), torch.ones(seq_length)
     places = torch.from_numpy(chosen).unsqueeze(-1) * block_size + torch.arange(block_size)
@@ -222,7 +237,13 @@ def _masks(rows: int, seq_length: int, block_size: int, chosen: NDArray[np.int64
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Tokens of some micro-batches, or of the whole global batch."""
+    """The token counts of some micro-batches, or of the global batch.
+
+    Attributes:
+        ar: The sum of ``Batch.ar_tokens``.
+        diffusion: The sum of ``Batch.diffusion_tokens``.
+        all: The sum of ``Batch.num_tokens``.
+    """
 
     ar: int
     diffusion: int
@@ -230,24 +251,29 @@ class TokenCounts:
 
     @staticmethod
     def of(batches: Sequence[Batch]) -> "TokenCounts":
-        """Summed over micro-batches."""
+        """Return the counts summed over micro-batches."""
         return TokenCounts(*(sum(getattr(b, f"{name}_tokens") for b in batches) for name in ("ar", "diffusion", "num")))
 
 
 def set_loss_weights(batch: Batch, total: TokenCounts, ar_loss_weight: float) -> None:
-    """Give each token its weight in the joint loss, before the forward; on the batch's device, without waiting for it.
+    """Set each token's weight in the joint loss before the forward, on the batch's device and without synchronizing.
 
-    With the totals over the whole global batch (every rank, every micro-batch) and alpha = ``ar_loss_weight``::
+    With ``total`` over the global batch (all ranks, all micro-batches) and alpha = ``ar_loss_weight``::
 
         sum(weights * CE) / total.all == (alpha * mean(CE, clean) + mean(CE, masks)) / (1 + alpha)
 
-    over the global batch, and ``total.all == sum(num_tokens)``: means over the global batch, so the loss depends
-    neither on micro-batching nor on ranks. A mean over no tokens counts as 0. For the clean half alone the loss is the
-    mean CE of the clean tokens. Where blocks are chosen, ``mean(CE, masks)`` is the unbiased estimate of the mean over
-    every block's masks: each chosen one as often as it stands for another, over the count of all.
+    where sum and means are over the global batch and ``total.all == sum(num_tokens)``. The loss therefore does not
+    depend on micro-batches or ranks. A mean over no tokens counts as 0. If there is only the clean half, the loss is
+    the mean CE of the clean tokens. If blocks are chosen, ``mean(CE, masks)`` is an unbiased estimate of the mean over
+    the masks of all blocks: each loss is multiplied by the number of blocks it represents.
 
-    The denominator is what went through the model, so that the balancing loss of a mixture of experts, which
-    megatron-core divides by it as well, is a mean over the same tokens.
+    The denominator counts every token that went through the model: megatron-core also divides the load-balancing loss
+    of a mixture of experts by it, which is then a mean over the same tokens.
+
+    Args:
+        batch: The micro-batch; its ``loss_weights`` are replaced.
+        total: The token counts of the global batch.
+        ar_loss_weight: alpha.
     """
 
     def mean(weight: float, count: int) -> float:

@@ -1,12 +1,14 @@
-"""Where each document lies: an index of offsets, built once, so that opening data costs nothing and holds nothing.
+"""An index of document offsets, built once, so that opening data takes little time and little memory.
 
-One file: a record for each document, in groups of ``GROUP`` documents; a table of the groups; what it is an index of
-(JSON); and a trailer of fixed size with the SHA-256 of table and JSON. The table holds a checksum of each group's
-records, compared whenever a group is read, and the places that its documents take in blocks of common sizes, so that
-seeking is a search over groups. Whatever does not fit, is cut or belongs to data as they were before is built again.
+The index is one file: a record for each document, in groups of ``GROUP`` documents; a table of the groups; a JSON
+object that says which data it belongs to; and a trailer of fixed size with the SHA-256 of table and JSON. The table
+holds a CRC-32 of each group's records, checked whenever a group is read. It also holds the number of places that the
+group's documents take when padded to blocks of common sizes, so that seeking is a search over groups. An index that is
+damaged, truncated or stale is built again.
 
-It is written under another name and renamed when it is on the disk: two processes that build it at once leave one that
-is whole. Where the data's folder cannot be written it is kept in ``TIDAR_CACHE`` (``~/.cache/tidar-megatron``).
+The file is written under a temporary name, synced and renamed, so if two processes build it at once, the result is one
+complete index. If the data's folder is not writable, the index is kept in ``TIDAR_CACHE`` (by default
+``~/.cache/tidar-megatron``).
 """
 
 import contextlib
@@ -29,9 +31,9 @@ from tidar_megatron.errors import UserError
 from tidar_megatron.files import cache_folder
 
 GROUP = 4096  # documents
-BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)  # of others the sums are made when they are asked for
-# where the document's tokens begin in its file, in bytes; how many they are; how many of them are in the file, the
-# others being an EOS that it does not have
+BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)  # sums for other sizes are computed when needed
+# offset: where the document's tokens begin in its file, in bytes; length: its tokens; stored: how many of them are in
+# the file, one less than length if the EOS is missing there
 RECORD = np.dtype([("offset", "<u8"), ("length", "<u4"), ("stored", "<u4")])
 _TABLE = np.dtype([("crc32", "<u4"), ("filled", "<i8", (len(BLOCK_SIZES),))])
 _TRAILER = struct.Struct("<QQ32s8s")  # bytes of the table, bytes of the JSON, their SHA-256, magic
@@ -43,16 +45,22 @@ Facts = dict[str, Any]
 
 
 class DocumentIndex:
-    """A whole index, open for reading; memory does not grow with the documents, and threads may share it.
+    """A complete index, open for reading; threads may share it.
+
+    In memory are the table of groups and a cache of records, not the records of all documents.
+
+    Args:
+        path: The index file.
 
     Attributes:
-        path: the file.
-        facts: what its builder found out about the data.
-        group_size: documents in each group but the last.
+        path: The index file.
+        built_from: The description of the data that the index was built from.
+        facts: The facts about the data that its builder returned.
+        group_size: The number of documents in each group except the last, which may be smaller.
 
     Raises:
-        _Damaged: it is no index, or not whole.
-        OSError: it cannot be read.
+        _Damaged: The file is not an index, or is not complete.
+        OSError: The file cannot be read.
     """
 
     group_size = GROUP
@@ -83,28 +91,32 @@ class DocumentIndex:
         return self._documents
 
     def filled(self, block_size: int) -> NDArray[np.int64]:
-        """Places that each group's documents take, each filled up to whole blocks: int64 ``[groups]``."""
+        """Return the places that each group's documents take, each padded to whole blocks: int64 ``[groups]``."""
         if block_size in BLOCK_SIZES:
             return self._table["filled"][:, BLOCK_SIZES.index(block_size)]
         sums = [filled_lengths(self.lengths(group), block_size).sum() for group in range(len(self._table))]
         return np.array(sums, dtype=np.int64)
 
     def lengths(self, group: int) -> NDArray[np.int64]:
-        """Tokens in each document of a group: int64 ``[<= group_size]``."""
+        """Return the number of tokens in each document of a group: int64 ``[<= group_size]``."""
         return self.group(group)["length"].astype(np.int64)
 
     def record(self, document: int) -> tuple[int, int, int]:
-        """Offset, length and stored tokens of a document."""
+        """Return a document's offset in bytes, its length in tokens, and how many of its tokens are stored.
+
+        Raises:
+            IndexError: There is no such document.
+        """
         if not 0 <= document < self._documents:
             raise IndexError(document)
         offset, length, stored = self.group(document // GROUP)[document % GROUP].tolist()
         return offset, length, stored
 
     def check(self) -> None:
-        """Read every group, holding none.
+        """Read every group and compare its checksum, without keeping it in memory.
 
         Raises:
-            UserError: the first damaged one.
+            UserError: A group is damaged.
         """
         for group in range(len(self._table)):
             self._read_group(group)
@@ -118,21 +130,21 @@ class DocumentIndex:
 
 
 class _Damaged(Exception):  # noqa: N818 - caught here, never shown
-    """Not a whole index."""
+    """The file is not a complete index."""
 
 
 class OpenFile:
-    """A file that many threads read at once, each where it likes; closed when nobody holds it any more."""
+    """A file for positional reads from several threads; it is closed when the object is garbage-collected."""
 
     def __init__(self, path: Path) -> None:
         self.descriptor = -1
         self.path, self.descriptor = path, os.open(path, os.O_RDONLY)
 
     def read(self, count: int, offset: int) -> bytes:
-        """``count`` bytes from ``offset`` on.
+        """Return ``count`` bytes, starting at ``offset``.
 
         Raises:
-            UserError: there are fewer.
+            UserError: The file ends before that, or cannot be read.
         """
         parts = []
         while count:
@@ -141,7 +153,7 @@ class OpenFile:
             except OSError as error:
                 raise UserError(f"{self.path}: cannot be read at byte {offset} ({error.strerror})") from error
             if not part:
-                raise UserError(f"{self.path}: ends at byte {offset}, was it cut? copy it again")
+                raise UserError(f"{self.path}: ends at byte {offset}, was it truncated? copy it again")
             parts.append(part)
             count, offset = count - len(part), offset + len(part)
         return b"".join(parts)
@@ -152,22 +164,22 @@ class OpenFile:
 
 
 def filled_lengths(lengths: NDArray[np.int64], block_size: int) -> NDArray[np.int64]:
-    """``lengths`` rounded up to multiples of ``block_size``."""
+    """Return ``lengths`` rounded up to multiples of ``block_size``."""
     return -(-lengths // block_size) * block_size
 
 
 def open_index(path: Path, of: Facts, build: Callable[[Add], Facts], verify: bool = False) -> DocumentIndex:
-    """The index at ``path``, built first where there is none of exactly these data.
+    """Return the index at ``path``; build it first if there is none of exactly these data.
 
     Args:
-        path: beside the data; a folder of caches stands in where it cannot be written.
-        of: what tells these data from others and from themselves as they were before; plain JSON values.
-        build: hands the records of all documents to the function that it is given, as arrays of ``RECORD`` of any
-            length; returns what else it has found out, plain JSON values.
-        verify: build it again in any case, which reads and checks all of the data.
+        path: The index file, beside the data; if it cannot be written, a cache folder is used instead.
+        of: A description that identifies the data and changes when they change, in plain JSON values.
+        build: A function that reads all data. It passes the records of all documents to the function it is given, as
+            arrays of ``RECORD`` of any length, and returns other facts about the data, in plain JSON values.
+        verify: Whether to build the index even if there is a valid one, which reads and checks all data.
 
     Raises:
-        UserError: whatever is wrong with the data, or no folder can be written.
+        UserError: The data are invalid, or no folder for the index is writable.
     """
     places = (path, _cached(path))
     if not verify:
@@ -181,7 +193,7 @@ def open_index(path: Path, of: Facts, build: Callable[[Add], Facts], verify: boo
             before = _which(place)
             with _one_at_a_time(place.parent):
                 if _which(place) != before and (index := _valid(place, of)) is not None:
-                    return index  # somebody else has built it meanwhile
+                    return index  # another process has built it meanwhile
                 _write(place, of, build)
             return DocumentIndex(place)
         except OSError as error:
@@ -205,7 +217,7 @@ def _valid(path: Path, of: Facts) -> DocumentIndex | None:
 
 
 def _which(path: Path) -> tuple[int, int] | None:
-    """Tells a file from the one that is put in its place."""
+    """Return a file's inode and time of change, which tell whether it has been replaced; None if it does not exist."""
     try:
         stat = path.stat()
     except OSError:
@@ -221,7 +233,7 @@ def _write(path: Path, of: Facts, build: Callable[[Add], Facts]) -> None:
             try:
                 facts = build(body.add)
             except OSError as error:
-                if error.filename is None:  # it is this file that cannot be written
+                if error.filename is None:  # writing the index failed, not reading the data
                     raise
                 raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
             table = body.end()
@@ -230,7 +242,7 @@ def _write(path: Path, of: Facts, build: Callable[[Add], Facts]) -> None:
             sha256 = hashlib.sha256(head).digest()
             stream.write(_TRAILER.pack(table.nbytes, len(head) - table.nbytes, sha256, _MAGIC))
             stream.flush()
-            os.fchmod(stream.fileno(), 0o644)  # mkstemp's is for the owner alone
+            os.fchmod(stream.fileno(), 0o644)  # mkstemp makes it readable by the owner alone
             os.fsync(stream.fileno())
         os.replace(name, path)
     except BaseException:
@@ -240,7 +252,7 @@ def _write(path: Path, of: Facts, build: Callable[[Add], Facts]) -> None:
 
 
 class _Body:
-    """Cuts records into groups, whatever pieces they come in."""
+    """A writer that regroups records, which arrive in arrays of any length, into groups of ``GROUP``."""
 
     def __init__(self, write: Callable[[bytes], object]) -> None:
         self._write, self._rest, self._table = write, np.empty(0, RECORD), []  # type: ignore[var-annotated]
@@ -266,7 +278,10 @@ class _Body:
 
 @contextlib.contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Spare the others the work; where a file system knows no locks, they all do it, and the last one's stays."""
+    """Hold a lock on a folder, so that one process builds the index and the others wait for it.
+
+    On a file system without locks every process builds it, and the last one written remains.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):

@@ -1,7 +1,7 @@
-"""Rows of text in JSON: one object or string a line, or the items of one array.
+"""Rows of text in JSON: one object or string per line, or the items of one array.
 
-A row that holds no text is handed on as a :class:`BadRow`: whether it ends the work is not decided here. Nothing but
-the row at hand is kept in memory.
+A row without text is yielded as a :class:`BadRow`; the caller decides whether that is an error. Only the current row is
+kept in memory.
 """
 
 import io
@@ -10,50 +10,59 @@ import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
-_CHUNK, _LONGEST = 1 << 20, 1 << 28  # characters: read together; of an item of an array
+_CHUNK, _LONGEST = 1 << 20, 1 << 28  # characters: per read; in an item of an array
 _SPACE = re.compile(r"[ \t\r\n]*")
-_KEYS_SHOWN, _KEY_SHOWN = 5, 40  # keys of an object, characters of a key
+_KEYS_SHOWN, _KEY_SHOWN = 5, 40  # keys of an object, and characters of a key, in a message
 
 
 class BadRow(NamedTuple):
-    """A row without a text, and why."""
+    """A row without text, with the reason."""
 
     reason: str
 
 
 class ArrayError(ValueError):
-    """What should be a JSON array cannot be read on. The message says where and why."""
+    """The stream is not a valid JSON array; the message names the item and the reason."""
 
 
 Row = tuple[str, str | BadRow]  # its place in the file, its text
 
 
 def line_rows(stream: BinaryIO, text_key: str) -> Iterator[Row]:
-    """Yield a row per line that is not blank."""
-    # Bytes, cut at line feeds alone: a JSON string may hold characters that str.splitlines would cut at.
+    """Yield a row for each line that is not blank.
+
+    Args:
+        stream: JSON lines in UTF-8.
+        text_key: The key of the text in an object.
+    """
+    # Lines of bytes end only at line feeds; str.splitlines would also split at characters that a JSON string may hold.
     for number, line in enumerate(stream, start=1):
         if line.strip():
             yield f"line {number}", _row_of_line(line, text_key)
 
 
 def array_rows(stream: BinaryIO, text_key: str) -> Iterator[Row]:
-    """Yield a row per item of the array that the stream holds.
+    """Yield a row for each item of a JSON array.
+
+    Args:
+        stream: One JSON array in UTF-8.
+        text_key: The key of the text in an object.
 
     Raises:
-        ArrayError: the text is no JSON array.
+        ArrayError: The stream is not a JSON array.
     """
     for number, item in enumerate(_array_items(stream), start=1):
         yield f"item {number}", _text_in(item, text_key)
 
 
 def value_of_line(line: bytes) -> Any:
-    """Return what a line holds.
+    """Return the JSON value of a line.
 
     Raises:
-        ValueError: it is no JSON value, or not UTF-8; the message says why.
+        ValueError: The line is not JSON, or not UTF-8; the message says why.
     """
     try:
-        return json.loads(line.decode("utf-8-sig"))  # a byte order mark is no text
+        return json.loads(line.decode("utf-8-sig"))  # strips a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"is not UTF-8 ({error.reason} at byte {error.start} of the line)") from error
     except (ValueError, RecursionError) as error:
@@ -61,12 +70,12 @@ def value_of_line(line: bytes) -> Any:
 
 
 def is_row(value: Any, text_key: str) -> bool:
-    """Return whether a value is an object with the key of the text."""
+    """Return whether a value is an object with the text key."""
     return isinstance(value, dict) and text_key in value
 
 
 def first_item(stream: BinaryIO) -> Any:
-    """Return the first item of an array, None where there is none."""
+    """Return the first item of a JSON array; None if it has none or is invalid."""
     try:
         return next(_array_items(stream), None)
     except ArrayError:
@@ -74,7 +83,7 @@ def first_item(stream: BinaryIO) -> Any:
 
 
 def all_rows(stream: BinaryIO, text_key: str) -> bool:
-    """Return whether the stream holds objects with the key of the text and nothing else, in lines or in one array."""
+    """Return whether the stream holds only objects with the text key, one per line or in one array."""
     found = False
     try:
         if starts_array(stream):
@@ -91,7 +100,7 @@ def all_rows(stream: BinaryIO, text_key: str) -> bool:
 
 
 def starts_array(stream: BinaryIO) -> bool:
-    """Return whether the first character is that of an array; the stream stands at its begin before and after."""
+    """Return whether the stream begins with ``[``; it must be at its start, and is rewound to it."""
     begin = next((line for line in stream if line.strip()), b"")
     stream.seek(0)
     return begin.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
@@ -117,7 +126,7 @@ def _text_in(value: Any, text_key: str) -> str | BadRow:
         return BadRow(f"the text is of type {type(value).__name__}, not a string")
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # half of an escaped surrogate pair
+    except UnicodeEncodeError as error:  # a lone surrogate, written as an escape
         return BadRow(f"the text is not valid Unicode ({error.reason})")
     return value
 
@@ -136,18 +145,19 @@ def _array_items(stream: BinaryIO) -> Iterator[Any]:
                 if following == "]":
                     break
                 if following != ",":
-                    raise ValueError("a comma or ] is expected behind it" if following else "the file ends behind it")
+                    raise ValueError("a comma or ] is expected after it" if following else "the file ends after it")
                 number += 1
         if reader.peek():
             number += 1
             raise ValueError("something follows the array")
     except (ValueError, RecursionError) as error:
-        why = re.sub(r": line \d+ column \d+ \(char \d+\)", "", str(error))  # counted from some chunk's begin
+        # the decoder's line and column count from the start of a chunk, not of the file
+        why = re.sub(r": line \d+ column \d+ \(char \d+\)", "", str(error))
         raise ArrayError(f"item {number}: is not part of a JSON array ({why})") from error
 
 
 class _Reader:
-    """Reads values and signs from a stream of JSON, chunk by chunk."""
+    """A reader of JSON values and punctuation from a stream, chunk by chunk."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
@@ -156,13 +166,13 @@ class _Reader:
 
     def _more(self) -> bool:
         rest = self._buffer[self._at :]
-        # as much as is there again, so that a long item is tried a few times only
+        # Double the buffer each time, so that a long item is parsed only a few times.
         chunk = self._stream.read(max(_CHUNK, len(rest)))
         self._buffer, self._at = rest + chunk, 0
         return bool(chunk)
 
     def peek(self) -> str:
-        """Return the next character that is no space, empty at the end."""
+        """Return the next character that is not whitespace, without consuming it; empty at the end of the stream."""
         while True:
             match = _SPACE.match(self._buffer, self._at)
             assert match is not None
@@ -173,13 +183,17 @@ class _Reader:
                 return ""
 
     def next(self) -> str:
-        """Return the same, and go behind it."""
+        """Return and consume the next character that is not whitespace; empty at the end of the stream."""
         character = self.peek()
         self._at += 1
         return character
 
     def value(self) -> Any:
-        """Return the next value, and go behind it."""
+        """Return and consume the next JSON value.
+
+        Raises:
+            ValueError: The text is not valid JSON, or the value is too long.
+        """
         self.peek()
         while True:
             try:
@@ -191,7 +205,7 @@ class _Reader:
                     raise
             else:
                 length = end - self._at
-                # a number at the end of the chunk may go on in the next
+                # a number at the end of the chunk may continue in the next chunk
                 whole = end < len(self._buffer) and self._buffer[end] not in ".eE"
                 if whole or not self._more():
                     self._at += length
