@@ -113,7 +113,7 @@ def test_weights_of_integers(folder):
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"] = weights["model.layers.1.mlp.up_proj.weight"].to(torch.int8)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    refused(lambda: load_model(folder), "model.layers.1.mlp.up_proj.weight is of I8")
+    refused(lambda: load_model(folder), "model.layers.1.mlp.up_proj.weight has dtype I8")
 
 
 def test_a_block_size_beyond_the_context_or_beyond_any_forward(folder):

@@ -137,7 +137,7 @@ def test_the_file_that_transformers_reads_is_imported(tmp_path):
     shutil.copy(hf / "model.safetensors", hf / "a.safetensors")
     (hf / "model.safetensors").rename(hf / "b.safetensors")
     (hf / "model.safetensors.index.json").unlink()
-    with pytest.raises(UserError, match=r"is in another file too; leave one of both files there"):
+    with pytest.raises(UserError, match=r"is also in another file; remove one of the two files"):
         import_run(hf, tmp_path / "other")
     (hf / "model.safetensors.index.json").write_text('{"weight_map": null}')
     with pytest.raises(UserError, match=r"has no weight_map from tensors to files"):
@@ -304,23 +304,26 @@ def test_what_cannot_be_imported_leaves_nothing(tmp_path):
     refuse(r"--mask-token-id 261: the model has ids 0 to 259, and 260 would be a new one", None, "mean", 261)
     refuse("exists and is not empty", target=hf)
     save_file({**whole, "model.norm.weight": torch.ones(63)}, weights)
-    refuse(r"config.json: makes model.norm.weight \[64\], and it is \[63\] in model.safetensors \(hidden_size 64\)")
+    refuse(
+        r"config.json: gives model.norm.weight the shape \[64\], "
+        r"but it is \[63\] in model.safetensors \(hidden_size 64\)"
+    )
     save_file({**whole, "model.layers.1.self_attn.k_proj.weight": torch.ones(16, 64)}, weights)
-    refuse(r"makes model.layers.1.self_attn.k_proj.weight .*num_key_value_heads 2")
+    refuse(r"gives model.layers.1.self_attn.k_proj.weight .*num_key_value_heads 2")
     save_file({**whole, "model.embed_tokens.weight": torch.ones(200, 64)}, weights)
-    refuse(r"makes model.embed_tokens.weight .*vocab_size 260")
+    refuse(r"gives model.embed_tokens.weight .*vocab_size 260")
     save_file({**whole, "model.layers.0.self_attn.q_proj.bias": torch.ones(64)}, weights)
-    refuse(r"q_proj.bias is no part of the model")
+    refuse(r"q_proj.bias is not part of the model")
     for value in (math.nan, math.inf):
         save_file({**whole, "model.norm.weight": torch.full((64,), value)}, weights)
         refuse("model.norm.weight has values that are NaN or infinite")
     for dtype, name in ((torch.int32, "I32"), (torch.float64, "F64")):
         save_file({**whole, "model.norm.weight": torch.ones(64, dtype=dtype)}, weights)
-        refuse(f"model.norm.weight is of {name}, not of BF16, F16, F32")
+        refuse(f"model.norm.weight has dtype {name}, not one of BF16, F16, F32")
     save_file(whole, weights)
     tokenizer = train_bpe(["a text of which a tokenizer learns some more than four merges"] * 4, 262)
     tokenizer.save_pretrained(str(hf))
-    refuse(r"its tokenizer has 261 ids \(added tokens aside\) and its model 260: they do not belong together")
+    refuse(r"its tokenizer has 261 ids \(without added tokens\) but its model 260: they do not belong together")
     for file in hf.glob("*token*"):
         file.unlink()
     (hf / "config.json").write_text(json.dumps(config | {"dtype": "float8_e4m3fn"}))

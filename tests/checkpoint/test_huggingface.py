@@ -121,11 +121,11 @@ def test_folders_that_are_not_whole(tmp_path):
     torch.save(whole, tmp_path / "pytorch_model.bin")
     refuse(r"pytorch_model.bin is a pickle, which is not opened")
     weights.write_bytes(b"\x08\0\0\0\0\0\0\0no json ")
-    refuse("no whole safetensors file")
+    refuse("is not a complete safetensors file")
     save_file({name: tensor for name, tensor in whole.items() if name != "model.norm.weight"}, weights)
     refuse("model.norm.weight is missing")
     save_file({**whole, "model.layers.9.mlp.up_proj.weight": torch.zeros(1)}, weights)
-    refuse("model.layers.9.mlp.up_proj.weight is no part of the model")
+    refuse("model.layers.9.mlp.up_proj.weight is not part of the model")
     embeddings = whole["model.embed_tokens.weight"]
     for head in (torch.zeros(1), embeddings.double(), embeddings + torch.eye(*embeddings.shape) * 1e-6):
         save_file({**whole, "lm_head.weight": head}, weights)  # transformers 5 computes with it, though they are tied

@@ -72,8 +72,8 @@ def test_broken_shards_are_named_and_nothing_is_decoded(shards: Path) -> None:
     states = {name: line for name in names for line in text.splitlines() if name in line}
     assert "differs" in states[names[0]] and "No such file" in states[names[1]]
     assert all("ok" in states[name] for name in names[2:])
-    assert "not in the manifest, so never read: stray.tar" in text
-    assert "not whole: copy the folder again, or prepare the data again with --overwrite" in text
+    assert "not in the manifest, so not read: stray.tar" in text
+    assert "damaged: copy the folder again, or prepare the data again with --overwrite" in text
     assert "document 0" not in text
 
 

@@ -94,7 +94,7 @@ def test_evaluation_is_in_the_documents_order(data: TrainingData) -> None:
 
 @pytest.mark.parametrize("sizes", [(6, 4, 0, 1), (9, 2, 0, 2), (0, 2, 0, 2), (4, 0, 0, 2)])
 def test_batch_sizes_that_cannot_be(data: TrainingData, sizes: tuple[int, int, int, int]) -> None:
-    with pytest.raises(ValueError, match="sequences are no micro-batches"):
+    with pytest.raises(ValueError, match="sequences cannot be split into micro-batches"):
         data.step_batches(0, *sizes)
 
 

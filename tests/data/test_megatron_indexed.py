@@ -117,7 +117,7 @@ def test_a_bin_that_was_cut_or_grew(pair: str, tokenizer: str, opened_before: bo
 def test_an_idx_that_was_cut(pair: str, tokenizer: str, kept: int) -> None:
     path = Path(f"{pair}.idx")
     path.write_bytes(path.read_bytes()[:kept])
-    refused(pair, tokenizer, r"pair\.idx: (is cut within its header|has \d+ bytes, which do not fit)")
+    refused(pair, tokenizer, r"pair\.idx: (is truncated within its header|has \d+ bytes, which do not fit)")
 
 
 def test_an_idx_that_is_missing_or_of_another_pair(pair: str, tokenizer: str, tmp_path: Path) -> None:
@@ -137,16 +137,16 @@ def test_an_idx_that_lies(pair: str, tokenizer: str) -> None:
         path.write_bytes(whole[:offset] + struct.pack(kind, number) + whole[offset + struct.calcsize(kind) :])
 
     with_number(pointers + 8, "<q", 10**9)
-    refused(pair, tokenizer, r"pair\.idx: does not describe one sequence after the other")
+    refused(pair, tokenizer, r"pair\.idx: does not describe consecutive sequences")
     with_number(lengths, "<i", -5)
     refused(pair, tokenizer, r"pair\.idx: does not describe")
     with_number(edges + 8, "<q", 30)
-    refused(pair, tokenizer, r"pair\.idx: its documents are not made of its sequences")
+    refused(pair, tokenizer, r"pair\.idx: its documents do not consist of its sequences")
     with_number(17, "<B", 7)
     refused(pair, tokenizer, r"pair\.idx: says that tokens are float32")
     for offset in (0, 9, 17):
         with_number(offset, "<B", 99)
-        refused(pair, tokenizer, r"pair\.idx: is no index of Megatron's")
+        refused(pair, tokenizer, r"pair\.idx: is not a Megatron index")
     with_number(18, "<q", 2**61)
     refused(pair, tokenizer, r"pair\.idx: has \d+ bytes, which do not fit its 2305843009213693952 sequences")
     with_number(edges + 8 * 40, "<q", 39)
@@ -156,7 +156,7 @@ def test_an_idx_that_lies(pair: str, tokenizer: str) -> None:
 def test_ids_of_another_tokenizer(tmp_path: Path, tokenizer: str) -> None:
     refused(write_pair(tmp_path / "large", [[65, 300, 256]]), tokenizer, r"large\.bin: holds the id 300, .*0 to 256")
     refused(write_pair(tmp_path / "below", [[65, -3, 256]], np.int32), tokenizer, r"below\.bin: holds the id -3")
-    refused(write_pair(tmp_path / "none", [[65, 256]]), None, r"none: .*name it with --tokenizer")
+    refused(write_pair(tmp_path / "none", [[65, 256]]), None, r"none: .*give it with --tokenizer")
     refused(str(tmp_path / "none.bin"), tokenizer, r"name both files of the pair at once, without \.bin")
 
 
@@ -183,7 +183,7 @@ def test_a_mistyped_prefix_is_told_what_is_there(tmp_path: Path, tokenizer: str)
     refused(
         str(tmp_path / "x.jsonl"),
         tokenizer,
-        r"x\.jsonl: is a file; make shards .*prepare_data\.py --input \S*x\.jsonl$",
+        r"x\.jsonl: is a file; write its text as shards .*prepare_data\.py --input \S*x\.jsonl$",
     )
     with pytest.raises(UserError, match=r"wiki: there is neither .*wiki_text_document"):  # also where weights are given
         any_pair({"--train-data": ["0.5", str(tmp_path), "0.5", f"{tmp_path}/pairs/wiki"], "--valid-data": []})

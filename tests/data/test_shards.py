@@ -236,8 +236,8 @@ def test_no_manifest_or_garbage(shards: Path) -> None:
         (lambda m: m["shards"][0].update(name="pipe:touch x;.tar"), r"shards\.0\.name"),
         (lambda m: m["shards"][0].update(name="/etc/x.tar"), r"shards\.0\.name"),
         (lambda m: m["shards"].append(m["shards"][0] | {"documents": 0, "tokens": 0}), "names a shard twice"),
-        (lambda m: m["tokenizer"].update(vocab_size=100), "not as manifest.json says"),
-        (lambda m: m["tokenizer"].update(eos_token_id=1), "not as manifest.json says"),
+        (lambda m: m["tokenizer"].update(vocab_size=100), "do not match manifest.json"),
+        (lambda m: m["tokenizer"].update(eos_token_id=1), "do not match manifest.json"),
     ],
 )
 def test_a_manifest_that_lies(shards: Path, change: Callable[[dict], object], message: str) -> None:

@@ -184,7 +184,7 @@ def test_a_folder_of_code_and_data(tmp_path: Path) -> None:
     manifests = prepare([folder], tmp_path / "out", "byte")
     assert manifests[0].source["json_files_read_as_text"] == len(sources) - 1
     told = summary([tmp_path / "out"], manifests)
-    assert "read as plain text, no rows of JSON: 7 files: fixtures.json, minified.json, none.json, ..." in told
+    assert "read as plain text, not JSON rows: 7 files: fixtures.json, minified.json, none.json, ..." in told
     write(folder / "d.json", json_lines([{"body": "x"}, {"body": "y"}]))  # data, and the key of another
     refused(folder, r"d\.json, line 1: has no key 'text'; it has 'body'; name the key")
 

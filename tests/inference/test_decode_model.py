@@ -224,7 +224,7 @@ def test_broken_folder(checkpoint, tmp_path):
     with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.down_proj\.weight is missing from its weights"):
         load_model(tmp_path)
     (tmp_path / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes()[:20000])
-    with pytest.raises(UserError, match="no whole safetensors file"):
+    with pytest.raises(UserError, match="is not a complete safetensors file"):
         load_model(tmp_path)
 
 

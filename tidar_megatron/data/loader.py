@@ -1,8 +1,8 @@
 """The batches of each training step, for one data-parallel rank.
 
-The only state is the number of packed sequences consumed so far by all ranks: packed sequence number n is the same
-whoever asks for it and whenever, so a run resumed on another number of ranks goes on with the same global batches.
-Which source it comes from is a function of n as well (``blend.py``); each source counts its own epochs.
+The only state is the number of packed sequences that all ranks have consumed. Packed sequence n does not depend on the
+rank or on the time of the request, so a run that resumes on another number of ranks gets the same global batches. The
+source of a packed sequence is also a function of n (``blend.py``); each source counts its own epochs.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,22 +22,24 @@ from tidar_megatron.data.random_masks import random_masks
 from tidar_megatron.data.sources import open_documents
 from tidar_megatron.errors import UserError
 
-ORDER = 1  # of the functions of (seed, epoch, n): another number where they give another order
+ORDER = 1  # the version of the data order in fingerprints; increase it if (seed, epoch, n) gives another order
 
 
 @dataclass(frozen=True)
 class SequenceSettings:
-    """How documents become packed, doubled sequences.
+    """Settings that decide how documents become packed, doubled sequences.
 
     Attributes:
-        seq_length: S, clean tokens in a packed sequence.
+        seq_length: S, the number of clean tokens in a packed sequence.
         block_size: B.
-        mask_token_id: outside the ids that the tokenizer uses.
-        seed: of the order of the documents in each epoch, and of the choice of blocks.
-        reserved: ids of the tokenizer that no text has, of which the mask token may be one.
-        random_masks: mask some places of each block at random in training steps, not all of them.
-        chosen_blocks: blocks of a sequence that have masks in a training step, 1 to S / B; None: all of them.
-        reset_positions, cross_document_attention: as :func:`tidar_megatron.data.doubled.make_batch`.
+        mask_token_id: The mask token's id, which text must not have: an id that the tokenizer does not use, or one of
+            ``reserved``.
+        seed: The seed of the document order in each epoch, of the choice of blocks and of random masks.
+        reserved: The tokenizer's ids that no text has.
+        random_masks: Whether training steps mask a random share of each block instead of every place.
+        chosen_blocks: The number of blocks of a sequence that have masks in a training step, 1 to S / B; None: all.
+        reset_positions: As in :func:`tidar_megatron.data.doubled.make_batch`.
+        cross_document_attention: As in :func:`tidar_megatron.data.doubled.make_batch`.
     """
 
     seq_length: int
@@ -52,24 +54,25 @@ class SequenceSettings:
 
 
 class TrainingData:
-    """Sources of documents as doubled batches.
+    """One or several sources of documents, delivered as doubled batches.
 
     Args:
-        data: one path, or weight, path, weight, path, ...: folders written by ``tools/prepare_data.py``, or prefixes of
-            ``.bin/.idx`` pairs.
-        settings: of the sequences.
-        tokenizer: Hugging Face folder, for ``.bin/.idx`` pairs.
-        verify: look at all of the data again, also where that has been done.
-        flag: what the user gave ``data`` as, for messages.
+        data: One path, or weight, path, weight, path, ...; a path is a folder written by ``tools/prepare_data.py``, or
+            the prefix of a ``.bin/.idx`` pair.
+        settings: The settings of the sequences.
+        tokenizer: The Hugging Face tokenizer folder of ``.bin/.idx`` pairs.
+        verify: Whether to read and check all data, including data that was checked before.
+        flag: The flag that gave ``data``, for messages.
 
     Attributes:
-        settings: as given.
-        sources: the documents of each source; ``sources[0].load_tokenizer()`` is everybody's tokenizer.
-        weights: of each source, as given.
-        sequences: of each source, its packed sequences.
+        settings: The settings of the sequences.
+        sources: The documents of each source; all have the same tokenizer, ``sources[0].load_tokenizer()``.
+        weights: The weight of each source, as given.
+        sequences: The packed sequences of each source.
 
     Raises:
-        UserError: damaged data, lengths that do not fit, a mask token the text could hold, sources of two tokenizers.
+        UserError: The data are damaged, the lengths do not fit, text could hold the mask token, or the sources have
+            different tokenizers.
     """
 
     def __init__(
@@ -110,7 +113,7 @@ class TrainingData:
         self.sequences, self._in_order, self._blend = packed(True), packed(False), Blend(self.weights)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What decides which tokens packed sequence n holds and how they are seen, part by part; plain JSON values."""
+        """Return, by name, what decides the tokens of packed sequence n and their visibility, in plain JSON values."""
         settings = self.settings
         return {
             "data": [
@@ -128,12 +131,12 @@ class TrainingData:
         }
 
     def locate(self, number: int) -> tuple[int, int, int]:
-        """Packed sequence ``number`` of the run -> its source, that source's epoch, and n in it: its sample id."""
+        """Return the sample id of the run's packed sequence ``number``: (source, epoch of that source, n)."""
         source, ordinal = self._blend.locate(number)
         return source, *self.sequences[source].locate(ordinal)
 
     def sequence(self, number: int) -> PackedSequence:
-        """Packed sequence ``number`` of the run."""
+        """Return the run's packed sequence ``number``."""
         source, epoch, n = self.locate(number)
         return self._pack(self.sequences, source, epoch, n)
 
@@ -146,20 +149,30 @@ class TrainingData:
         dp_size: int,
         doubled: bool = True,
     ) -> list[Batch]:
-        """One rank's micro-batches of the step that consumes the next ``global_batch_size`` sequences.
+        """Return one rank's micro-batches of the step that consumes the next ``global_batch_size`` sequences.
 
-        Over the ranks they are exactly the sequences ``consumed_sequences .. + global_batch_size - 1``, across the end
-        of an epoch if need be. Which blocks of a sequence have masks depends on its number alone. Loss weights are not
-        set yet: their totals are summed over the ranks first. Threads may call this at once.
+        All ranks together get exactly the sequences from ``consumed_sequences`` to ``consumed_sequences +
+        global_batch_size - 1``, across the end of an epoch if necessary. The blocks of a sequence that have masks
+        depend only on its number. Loss weights are not set, because their totals are first summed over the ranks. The
+        method is thread-safe.
+
+        Args:
+            consumed_sequences: The number of sequences that all ranks have consumed before.
+            global_batch_size: The number of sequences per step, over all ranks.
+            micro_batch_size: The number of sequences per micro-batch.
+            dp_rank: The data-parallel rank.
+            dp_size: The data-parallel size.
+            doubled: Whether to add masks.
 
         Raises:
-            UserError: the data were cut meanwhile.
-            ValueError: the global batch does not divide into micro-batches on each rank.
+            UserError: The data were truncated since they were opened.
+            ValueError: The global batch does not divide into micro-batches on each rank.
         """
         together = micro_batch_size * dp_size
         if not (together > 0 and global_batch_size > 0 and global_batch_size % together == 0):
             raise ValueError(
-                f"{global_batch_size} sequences are no micro-batches of {micro_batch_size} on {dp_size} ranks"
+                f"{global_batch_size} sequences cannot be split into micro-batches of {micro_batch_size} "
+                f"on {dp_size} ranks"
             )
         micro_batches = global_batch_size // together
         return [
@@ -176,13 +189,21 @@ class TrainingData:
         doubled: bool = True,
         multiple: int = 1,
     ) -> list[Batch]:
-        """One rank's part of the first ``max_sequences`` packed sequences (None: all) in the documents' own order.
+        """Return one rank's part of the first ``max_sequences`` packed sequences, without shuffling.
 
-        Every place of every block is masked. A blend ends where one of its sources does.
+        Every place of every block is masked. A blend ends when one of its sources does.
 
-        Each sequence is on one rank once. Every rank gets as many micro-batches of the same shape, since all must take
-        part in a collective; where the sequences run out, fill without any supervised token stands in. The number of
-        micro-batches is a ``multiple`` (interleaved pipelines take them in groups).
+        Each sequence goes to exactly one rank. All ranks get the same number of micro-batches of the same shape,
+        because all must take part in collectives; missing sequences are replaced by fill, which has no supervised
+        token.
+
+        Args:
+            max_sequences: The number of sequences, over all ranks; None: all.
+            micro_batch_size: The number of sequences per micro-batch.
+            dp_rank: The data-parallel rank.
+            dp_size: The data-parallel size.
+            doubled: Whether to add masks.
+            multiple: The number of micro-batches is a multiple of this (interleaved pipelines take them in groups).
         """
         total = min(self._blend.number(source, len(each)) for source, each in enumerate(self._in_order))
         total = total if max_sequences is None else min(max_sequences, total)
@@ -201,10 +222,10 @@ class TrainingData:
         ]
 
     def check_same_tokenizer(self, other: "TrainingData") -> None:
-        """Refuse held-out data written with another tokenizer.
+        """Refuse ``other``, the held-out data, if it was written with another tokenizer.
 
         Raises:
-            UserError: the fingerprints differ.
+            UserError: The fingerprints differ.
         """
         _check_same_tokenizer(self.sources[0], other.sources[0])
 
@@ -243,6 +264,6 @@ def _check_same_tokenizer(mine: StoredDocuments, theirs: StoredDocuments) -> Non
 
 
 def _shares(micro_batches: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> list[range]:
-    """Of consecutive numbers, those of each micro-batch of this rank: micro-batches in turn, ranks side by side."""
+    """Return the sequence numbers of each of a rank's micro-batches; micro-batch 0 of all ranks comes before 1."""
     first = [(m * dp_size + dp_rank) * micro_batch_size for m in range(micro_batches)]
     return [range(n, n + micro_batch_size) for n in first]

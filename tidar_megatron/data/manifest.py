@@ -1,7 +1,7 @@
-"""What a folder of shards promises, as ``manifest.json``: written last, checked first.
+"""``manifest.json``, which describes the contents of a folder of shards: it is written last and checked first.
 
-A tar cut on a member boundary still reads without an error, and a flipped byte is still a token; only the counts,
-sizes and hashes written beside the shards tell.
+A tar that was truncated between two members still reads without an error, and a flipped byte is still a valid token.
+Only the counts, sizes and hashes in the manifest reveal such damage.
 """
 
 import json
@@ -18,7 +18,7 @@ FORMAT: Final = "tidar-shards-1"
 
 Count = Annotated[int, Field(ge=0)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-# A plain name: what the manifest says is joined to the folder's path, so it must not lead anywhere else.
+# A plain file name: it is joined to the folder's path and must not lead outside of the folder.
 ShardName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*\.tar$")]
 
 
@@ -27,7 +27,7 @@ class _Strict(BaseModel):
 
 
 class ShardEntry(_Strict):
-    """One tar of documents."""
+    """One shard: a tar of documents."""
 
     name: ShardName
     bytes: Count
@@ -37,7 +37,7 @@ class ShardEntry(_Strict):
 
 
 class TokenizerEntry(_Strict):
-    """The tokenizer the shards were written with; itself saved in ``TOKENIZER_FOLDER`` beside them."""
+    """The tokenizer that the shards were written with; its files are in ``TOKENIZER_FOLDER`` beside them."""
 
     spec: str
     fingerprint: Sha256
@@ -46,7 +46,7 @@ class TokenizerEntry(_Strict):
 
 
 class Manifest(_Strict):
-    """A folder of shards. ``source`` says where the text came from; nothing depends on it."""
+    """The contents of a folder of shards; ``source`` says where the text came from and is only informative."""
 
     format: Literal["tidar-shards-1"]
     dtype: Literal["uint16", "uint32"]
@@ -63,10 +63,10 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def local_folder(folder: str | Path) -> Path:
-    """``folder`` as a path; a URL or a webdataset ``pipe:`` (which would run a shell) is refused.
+    """Return ``folder`` as a path; refuse a URL, and a webdataset ``pipe:``, which would run a shell.
 
     Raises:
-        UserError: not a local path.
+        UserError: ``folder`` is not a local path.
     """
     if str(folder).startswith("pipe:") or "://" in str(folder):
         raise UserError(f"data {folder}: shards are read from local folders only; copy them to this machine first")
@@ -74,17 +74,17 @@ def local_folder(folder: str | Path) -> Path:
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """The manifest of a folder of shards, its totals agreeing with its shards.
+    """Return the manifest of a folder of shards, after checking that its totals agree with its shards.
 
     Raises:
-        UserError: no local folder, no manifest, or one that is not whole.
+        UserError: ``folder`` is not a local folder, or its manifest is missing or invalid.
     """
     path = local_folder(folder) / FILE_NAME
     remedy = "write the data again with tools/prepare_data.py"
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"data {folder}: has no {FILE_NAME}, so is no complete folder of shards; {remedy}") from None
+        raise UserError(f"data {folder}: has no {FILE_NAME}, so it is no complete folder of shards; {remedy}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); {remedy}") from error
     try:

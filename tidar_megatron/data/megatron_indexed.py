@@ -1,8 +1,7 @@
-"""Documents of Megatron's ``.bin/.idx`` pairs, as its ``tools/preprocess_data.py`` writes them.
+"""Documents of ``.bin/.idx`` pairs, as Megatron-LM's ``tools/preprocess_data.py`` writes them.
 
-megatron-core reads the ``.idx``, once, when our own index is built, and the whole ``.bin`` is looked at then: such
-pairs carry neither counts of their own nor hashes, so a cut one would go unnoticed. From then on they are read as
-shards are.
+Building our own index reads the ``.idx`` through megatron-core and checks all of the ``.bin``, because such pairs have
+no counts or hashes that would reveal a truncated file. After that, pairs are read like shards.
 """
 
 import os
@@ -22,23 +21,23 @@ from tidar_megatron.data.tokenizer import fingerprint, load_tokenizer, vocabular
 from tidar_megatron.errors import UserError
 from tidar_megatron.files import sha256_of
 
-_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype, sequences, edges of documents
-_CHUNK = 1 << 22  # tokens looked at together
+_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, number of sequences, number of document edges
+_CHUNK = 1 << 22  # tokens read at a time
 
 
 class IndexedDocuments(StoredDocuments):
-    """The documents of ``PREFIX.bin`` and ``PREFIX.idx``; one that does not end with EOS gets one.
+    """The documents of ``PREFIX.bin`` and ``PREFIX.idx``; EOS is appended to a document that does not end with it.
 
-    An EOS within a document is a token as any other: what was put together before is not taken apart.
+    An EOS inside a document is treated as an ordinary token and does not split the document.
 
     Args:
-        prefix: of the two local files.
-        tokenizer: the Hugging Face folder whose ids they hold.
-        verify: look at all of it again, also where that has been done.
+        prefix: The prefix of the two local files.
+        tokenizer: The Hugging Face folder of the tokenizer that gave the ids.
+        verify: Whether to read and check all data, including data that was checked before.
 
     Raises:
-        UserError: a file that is missing, cut, or does not belong to the other, or ids that the tokenizer does not
-            use; the message names the file.
+        UserError: A file is missing, truncated, or does not belong to the other, or holds ids that the tokenizer does
+            not use; the message names the file.
     """
 
     def __init__(self, prefix: str, tokenizer: str | None, verify: bool = False) -> None:
@@ -66,7 +65,7 @@ class IndexedDocuments(StoredDocuments):
         super().__init__(index, [bin_path], [len(index)], dtype, self.tokenizer.eos_token_id)
 
     def load_tokenizer(self) -> PreTrainedTokenizerFast:
-        """The tokenizer that was given."""
+        """Return the tokenizer that was given."""
         return load_tokenizer(self.tokenizer_folder)
 
     def _build(self, bin_path: Path, idx_path: Path, add: Add) -> Facts:
@@ -77,7 +76,7 @@ class IndexedDocuments(StoredDocuments):
             if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.tokenizer.vocab_size:
                 wrong = tokens.min() if tokens.min() < 0 else tokens.max()
                 raise UserError(
-                    f"{bin_path}: holds the id {wrong}, its tokenizer {self.tokenizer_folder} uses "
+                    f"{bin_path}: holds the id {wrong}, but its tokenizer {self.tokenizer_folder} uses "
                     f"0 to {self.tokenizer.vocab_size - 1}; name the tokenizer it was prepared with (--tokenizer)"
                 )
             lasts = tokens[np.maximum(ends[first:last] - begin - 1, 0)] if len(tokens) else np.zeros(len(lengths))
@@ -91,13 +90,17 @@ class IndexedDocuments(StoredDocuments):
 
 
 def tokenizer_entry(prefix: str, tokenizer: str | None) -> tuple[TokenizerEntry, Path]:
-    """What a manifest says of the tokenizer, for data that have none.
+    """Return the manifest entry and the folder of a pair's tokenizer, since a pair has no manifest.
+
+    Args:
+        prefix: The pair's prefix, for messages.
+        tokenizer: The tokenizer's Hugging Face folder.
 
     Raises:
-        UserError: none was given, or it cannot be loaded.
+        UserError: No tokenizer was given, or it cannot be loaded.
     """
     if tokenizer is None:
-        raise UserError(f"data {prefix}: a .bin/.idx pair does not say what its ids mean; name it with --tokenizer")
+        raise UserError(f"data {prefix}: a .bin/.idx pair does not name its tokenizer; give it with --tokenizer")
     loaded = load_tokenizer(tokenizer)
     return TokenizerEntry(
         spec=Path(tokenizer).resolve().name,
@@ -108,30 +111,30 @@ def tokenizer_entry(prefix: str, tokenizer: str | None) -> tuple[TokenizerEntry,
 
 
 def _read_idx(bin_path: Path, idx_path: Path) -> tuple[np.dtype, NDArray[np.int64]]:
-    """The dtype of the tokens, and where each document ends, in tokens."""
-    from megatron.core.datasets.indexed_dataset import IndexedDataset  # heavy, and needed when the index is built alone
+    """Return the dtype of the tokens, and where each document ends, in tokens: int64 ``[documents]``."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset  # slow to import; only index building needs it
 
     def wrong(path: Path, what: str) -> UserError:
         return UserError(f"{path}: {what}; copy both files again or prepare the data again")
 
     if bin_path.stat().st_size == 0:
         raise wrong(bin_path, "is empty")
-    with idx_path.open("rb") as stream:  # megatron-core's reader trusts the counts of the header
+    with idx_path.open("rb") as stream:  # megatron-core's reader does not check the header's counts
         header, size = stream.read(_HEADER.size), os.fstat(stream.fileno()).st_size
     if len(header) < _HEADER.size:
-        raise wrong(idx_path, "is cut within its header")
+        raise wrong(idx_path, "is truncated within its header")
     magic, version, code, sequences, edges_count = _HEADER.unpack(header)
     if (magic, version) != (b"MMIDIDX\0\0", 1) or not 1 <= code <= 8:
-        raise wrong(idx_path, "is no index of Megatron's")
+        raise wrong(idx_path, "is not a Megatron index")
     if size == _HEADER.size + 13 * sequences + 8 * edges_count and sequences:
         raise UserError(
             f"{idx_path}: is a multimodal index (each sequence has a mode), which is not read here; "
             "prepare the text alone, as Megatron's tools/preprocess_data.py or tools/prepare_data.py do"
         )
     if edges_count < 1 or size != _HEADER.size + 12 * sequences + 8 * edges_count:
-        raise wrong(idx_path, f"has {size} bytes, which do not fit its {sequences} sequences; was it cut?")
+        raise wrong(idx_path, f"has {size} bytes, which do not fit its {sequences} sequences; was it truncated?")
     try:
-        # a name of its own: megatron-core unmaps the files as soon as the data set is gone
+        # Keep a reference: megatron-core unmaps the files when the data set is deleted.
         data = IndexedDataset(str(bin_path.with_suffix("")))
         dtype = np.dtype(data.index.dtype)
         lengths = data.index.sequence_lengths.astype(np.int64)
@@ -142,23 +145,23 @@ def _read_idx(bin_path: Path, idx_path: Path) -> tuple[np.dtype, NDArray[np.int6
         why = " ".join(str(error).split()) or type(error).__name__
         raise wrong(idx_path, f"cannot be read by megatron-core ({why})") from error
     if dtype.kind not in "iu":
-        raise wrong(idx_path, f"says that tokens are {dtype}, which are no ids")
+        raise wrong(idx_path, f"says that tokens are {dtype}, not integers")
     sequence_ends = np.cumsum(lengths)
     if (lengths < 0).any() or not np.array_equal(pointers, (sequence_ends - lengths) * dtype.itemsize):
-        raise wrong(idx_path, "does not describe one sequence after the other")
+        raise wrong(idx_path, "does not describe consecutive sequences")
     if edges[0] != 0 or (np.diff(edges) < 0).any() or edges[-1] != len(lengths):
-        raise wrong(idx_path, "its documents are not made of its sequences")
+        raise wrong(idx_path, "its documents do not consist of its sequences")
     wanted = int(lengths.sum()) * dtype.itemsize
     if bin_path.stat().st_size != wanted:
         raise wrong(bin_path, f"has {bin_path.stat().st_size} bytes, {idx_path.name} says {wanted}")
     ends = np.concatenate([[0], sequence_ends])[edges[1:]]
-    if np.diff(ends, prepend=0).max(initial=0) >= 2**32 - 1:  # with an EOS more than a record's 32 bits count
-        raise wrong(idx_path, "holds a document of 2**32 tokens or more, of which nothing can be made")
+    if np.diff(ends, prepend=0).max(initial=0) >= 2**32 - 1:  # with an EOS, more than a record's 32 bits hold
+        raise wrong(idx_path, "holds a document of 2**32 tokens or more, which is not supported")
     return dtype, ends
 
 
 def _documents_of(bin_path: Path, dtype: np.dtype, ends: NDArray[np.int64]) -> Iterator[tuple[int, int, NDArray[Any]]]:
-    """Runs of documents and their tokens: first, last + 1, ``[tokens]``."""
+    """Yield runs of consecutive documents: the first number, the last number + 1, and their tokens ``[tokens]``."""
     file, first, begin = OpenFile(bin_path), 0, 0
     while first < len(ends):
         last = max(first + 1, int(np.searchsorted(ends, begin + _CHUNK, side="right")))

@@ -1,14 +1,15 @@
-"""Random orders, the same on every machine and with every numpy: as a whole, or pointwise where there are too many.
+"""Random orders that are the same on every machine and with every numpy version.
 
-Every use has a key of its own, beginning with the seed, so that no two draws are the same. numpy's SeedSequence takes
-a missing number as 0: the third is never 0.
+A permutation is computed completely, or pointwise if there are too many elements. Every use has its own key, beginning
+with the seed, so that no two draws are the same. numpy's SeedSequence treats a missing number as 0, so the third number
+of a key is never 0.
 
 =================================  =============================================================
 ``(seed, epoch, GROUPS)``          the order of an epoch's groups of documents
-``(seed, epoch, IN_GROUP, group)`` the order of the documents of a group
+``(seed, epoch, IN_GROUP, group)`` the order of the documents in a group
 ``(seed, epoch, WINDOWS)``         the order of an epoch's windows
 ``(seed, number, BLOCKS)``         which blocks of packed sequence ``number`` have masks (``blocks.py``)
-``(seed, number, MASKS)``          which of its places are masked, where not all are (``random_masks.py``)
+``(seed, number, MASKS)``          which of its places are masked, with random masks (``random_masks.py``)
 =================================  =============================================================
 """
 
@@ -21,20 +22,23 @@ _MASK_64 = (1 << 64) - 1
 
 
 def draws(count: int, *key: int) -> NDArray[np.uint64]:
-    """``count`` random numbers. numpy promises the raw output of a bit generator for good, and no more than that."""
+    """Return ``count`` random numbers, uint64 ``[count]``.
+
+    They are a bit generator's raw output, the only random output that numpy guarantees not to change.
+    """
     return np.random.Philox(np.random.SeedSequence(key)).random_raw(count)
 
 
 def permutation(count: int, *key: int) -> NDArray[np.int64]:
-    """A random order of ``0 .. count - 1``, int64 ``[count]``."""
+    """Return a random permutation of ``0 .. count - 1``: int64 ``[count]``."""
     return np.argsort(draws(count, *key), kind="stable").astype(np.int64)
 
 
 class PointwisePermutation:
-    """A random order of ``0 .. count - 1`` of which any place is known without the others.
+    """A random permutation of ``0 .. count - 1`` in which each element is computed without the others.
 
-    A Feistel network permutes the next power of four; whatever falls outside of the range is permuted again until it
-    falls inside (cycle walking: four times at most on average), which leaves a permutation of the range.
+    A Feistel network permutes the range up to the next power of four. A result outside of ``0 .. count - 1`` is
+    permuted again until it is inside (cycle walking, at most four times on average), so the result is a permutation.
     """
 
     def __init__(self, count: int, *key: int) -> None:
@@ -44,7 +48,7 @@ class PointwisePermutation:
         self._keys = [int(number) for number in draws(_ROUNDS, *key)]
 
     def __call__(self, place: int) -> int:
-        """What stands at ``place``."""
+        """Return the element at ``place``."""
         assert 0 <= place < self._count
         half, mask = self._half, (1 << self._half) - 1
         while True:
@@ -57,7 +61,7 @@ class PointwisePermutation:
 
 
 def _mix(number: int) -> int:
-    """The finalizer of MurmurHash3: every bit of 64 depends on every other."""
+    """Return MurmurHash3's 64-bit finalizer of ``number``: every output bit depends on every input bit."""
     number ^= number >> 33
     number = number * 0xFF51AFD7ED558CCD & _MASK_64
     number ^= number >> 33

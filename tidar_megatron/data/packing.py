@@ -1,19 +1,20 @@
-"""Packs documents into sequences of S tokens; packed sequence n of an epoch is a pure function of (seed, epoch, n).
+"""Packing of documents into sequences of S tokens; packed sequence n of an epoch is a function of (seed, epoch, n).
 
-An epoch is all documents in a random order, each filled up to a multiple of the block size B, laid end to end and cut
-every S tokens. S is a multiple of B, so no block straddles a document or a cut. A document that is cut goes on in the
-next window. The end of the last window is filled, so an epoch holds every token once. The windows are then taken in a
-second random order: a batch is not a few neighbouring pieces of one document.
+An epoch is all documents in a random order, each padded with *fill* to a multiple of the block size B, concatenated and
+cut into windows of S tokens. S is a multiple of B, so no block crosses the boundary of a document or window. A document
+that is cut continues in the next window. The last window is padded with fill, so an epoch holds every token once. The
+windows are then shuffled too, so that a batch does not consist of neighbouring pieces of a few documents.
 
-Nothing is done for all documents, so that any place of any epoch of any amount of data is found at once. Documents are
-shuffled in groups: the groups as a whole, and within each its documents, which are laid out when they are needed. The
-windows' order is known pointwise. Both orders are drawn from (seed, epoch) (``order.py``).
+Nothing is computed over all documents, so any place in any epoch is found quickly, however large the data are.
+Documents are shuffled in two levels: the order of the groups, and the order of the documents within a group, which is
+computed when it is needed. The order of the windows is computed pointwise. All orders are drawn from (seed, epoch)
+(``order.py``).
 
 ===========  =====================================  ============================  ==============================
 position     next-token label (``ar_supervised``)   ``diffusion_supervised``      visible to
 ===========  =====================================  ============================  ==============================
-token        its document's next token, also when   yes                           its document
-             that lies behind the cut
+token        its document's next token, even if     yes                           its document
+             it is in the next window
 EOS          none: it is its document's last token  yes                           its document
 fill         none                                   no                            fill, and its block's masks
 ===========  =====================================  ============================  ==============================
@@ -35,14 +36,14 @@ _GROUPS_KEPT = 64
 
 
 class Documents(Protocol):
-    """Whatever gives a document by its number: an array of token ids, or what reads one when it is sliced."""
+    """A collection of documents by number; a document is an array of token ids, or an object that reads slices."""
 
     def __getitem__(self, number: int, /) -> Any: ...
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Places ``start .. stop - 1`` of one document; places from its length on are fill. ``document`` -1: all fill."""
+    """The places ``start .. stop - 1`` of a document; places beyond its length are fill. -1 is a document of fill."""
 
     document: int
     start: int
@@ -51,14 +52,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class PackedSequence:
-    """One row; arrays of length S."""
+    """One packed sequence, a row of a batch; each field is an array of length S."""
 
     tokens: NDArray[np.int64]
-    labels: NDArray[np.int64]  # the document's next token, 0 where there is none
+    labels: NDArray[np.int64]  # the document's next token, 0 if there is none
     ar_supervised: NDArray[np.bool_]
     diffusion_supervised: NDArray[np.bool_]
-    document: NDArray[np.int64]  # ordinal within the row
-    index: NDArray[np.int64]  # place in the whole document
+    document: NDArray[np.int64]  # ordinal of the document within the row
+    index: NDArray[np.int64]  # place within the document, counted from its beginning
 
 
 class Lengths(Protocol):
@@ -67,17 +68,17 @@ class Lengths(Protocol):
     group_size: int
 
     def __len__(self) -> int:
-        """Documents."""
+        """Return the number of documents."""
 
     def filled(self, block_size: int) -> NDArray[np.int64]:
-        """Places of each group, its documents filled up to whole blocks: int64 ``[groups]``."""
+        """Return the places that each group takes, its documents padded to whole blocks: int64 ``[groups]``."""
 
     def lengths(self, group: int) -> NDArray[np.int64]:
-        """Tokens in each document of a group: int64 ``[<= group_size]``."""
+        """Return the number of tokens in each document of a group: int64 ``[<= group_size]``."""
 
 
 class LengthsInMemory:
-    """:class:`Lengths` of an array, int64 ``[documents]``."""
+    """An implementation of :class:`Lengths` over an array, int64 ``[documents]``."""
 
     def __init__(self, lengths: NDArray[np.int64], group_size: int = GROUP) -> None:
         assert len(lengths) == 0 or lengths.min() >= 1, "a document has at least its EOS"
@@ -87,38 +88,38 @@ class LengthsInMemory:
         return len(self._lengths)
 
     def filled(self, block_size: int) -> NDArray[np.int64]:
-        """See :class:`Lengths`."""
+        """Return the places that each group takes (see :class:`Lengths`)."""
         return np.add.reduceat(filled_lengths(self._lengths, block_size), np.arange(0, len(self), self.group_size))
 
     def lengths(self, group: int) -> NDArray[np.int64]:
-        """See :class:`Lengths`."""
+        """Return the lengths of a group's documents (see :class:`Lengths`)."""
         return self._lengths[group * self.group_size : (group + 1) * self.group_size]
 
 
 class _Epoch(NamedTuple):
-    groups: NDArray[np.int64]  # their order
-    ends: NDArray[np.int64]  # where each of them ends, in that order
-    windows: Callable[[int], int]  # which cut is packed sequence n
+    groups: NDArray[np.int64]  # group numbers in this epoch's order
+    ends: NDArray[np.int64]  # end place of each group, in this order
+    windows: Callable[[int], int]  # packed sequence n -> its window
 
 
 class _Group(NamedTuple):
-    documents: NDArray[np.int64]  # their order, numbered among all
-    filled: NDArray[np.int64]  # places of each, in that order
-    ends: NDArray[np.int64]  # where each of them ends, from the group's beginning
+    documents: NDArray[np.int64]  # document numbers (global) in this epoch's order
+    filled: NDArray[np.int64]  # places of each document, in this order
+    ends: NDArray[np.int64]  # end place of each document, counted from the group's beginning
 
 
 class PackedSequences:
-    """Which places of which documents make up each packed sequence; safe to share between threads.
+    """The assignment of document places to packed sequences; threads may share it.
 
     Args:
-        lengths: of the documents.
+        lengths: The lengths of the documents.
         seq_length: S, a multiple of ``block_size``.
         block_size: B.
-        seed: of the order of the documents, at least 0.
-        shuffle: False keeps the documents in their own order in every epoch.
+        seed: The seed of the document order, at least 0.
+        shuffle: Whether to shuffle; otherwise documents and windows keep their order in every epoch.
 
     Raises:
-        UserError: a block size, sequence length or seed that cannot be, or no documents.
+        UserError: The block size, sequence length or seed is invalid, or there are no documents.
     """
 
     def __init__(self, lengths: Lengths, seq_length: int, block_size: int, seed: int, shuffle: bool = True) -> None:
@@ -131,19 +132,19 @@ class PackedSequences:
         self._lengths, self._seed, self._shuffle = lengths, seed, shuffle
         self._filled = lengths.filled(block_size)
         self._sequences = -(-int(self._filled.sum()) // seq_length)
-        self._epoch = lru_cache(maxsize=2)(self._lay_out_epoch)  # batches may lie across an edge
+        self._epoch = lru_cache(maxsize=2)(self._lay_out_epoch)  # a batch may span two epochs
         self._group = lru_cache(maxsize=_GROUPS_KEPT)(self._lay_out_group)
 
     def __len__(self) -> int:
-        """Packed sequences in an epoch, the same in each."""
+        """Return the number of packed sequences in an epoch, which is the same for every epoch."""
         return self._sequences
 
     def locate(self, number: int) -> tuple[int, int]:
-        """Number of a packed sequence, counted over all epochs -> (epoch, n)."""
+        """Return (epoch, n) of packed sequence ``number``, counted over all epochs."""
         return divmod(number, len(self))
 
     def pieces(self, epoch: int, n: int) -> list[Piece]:
-        """What packed sequence ``n`` of ``epoch`` is made of, in order; together S places."""
+        """Return the pieces of packed sequence ``n`` of ``epoch``, in order; together they have S places."""
         assert 0 <= n < len(self)
         groups, group_ends, windows = self._epoch(epoch)
         place = windows(n) * self.seq_length
@@ -182,7 +183,13 @@ class PackedSequences:
 
 
 def pack(pieces: list[Piece], documents: Documents, fill_token: int) -> PackedSequence:
-    """The tokens, labels and places of ``pieces``."""
+    """Return the packed sequence that consists of ``pieces``.
+
+    Args:
+        pieces: The pieces, in order.
+        documents: The documents that the pieces are part of.
+        fill_token: The token id of fill.
+    """
     length = sum(piece.stop - piece.start for piece in pieces)
     tokens = np.full(length, fill_token, dtype=np.int64)
     labels = np.zeros(length, dtype=np.int64)
@@ -195,7 +202,7 @@ def pack(pieces: list[Piece], documents: Documents, fill_token: int) -> PackedSe
         ordinal[places] = number
         index[places] = np.arange(piece.start, piece.stop)
         if piece.document >= 0:
-            # one token more than its places, beyond the cut if need be: the last one's label
+            # one token more than the piece has places: it is the label of the piece's last token
             part = documents[piece.document][piece.start : piece.stop + 1]
             real, following = part[: piece.stop - piece.start], part[1:]
             tokens[at : at + len(real)] = real
@@ -207,7 +214,7 @@ def pack(pieces: list[Piece], documents: Documents, fill_token: int) -> PackedSe
 
 
 def fill_sequence(seq_length: int, fill_token: int) -> PackedSequence:
-    """A row of nothing but fill: no token is supervised."""
+    """Return a packed sequence of fill alone, in which no token is supervised."""
     return pack([Piece(-1, 0, seq_length)], {}, fill_token)
 
 
@@ -215,7 +222,7 @@ def check_lengths(seq_length: int, block_size: int) -> None:
     """Refuse a block size below 1, and a sequence length that is not a multiple of it.
 
     Raises:
-        UserError: with the nearest that works.
+        UserError: The message names the nearest value that works.
     """
     if block_size < 1:
         raise UserError(f"block size {block_size}: must be at least 1; nearest that works: 1")

@@ -1,11 +1,11 @@
-"""Encode text as ordinary pieces: no special token's id comes from plain text.
+"""Encoding of text as plain text: the names of special tokens in it do not become special token ids.
 
-``split_special_tokens`` keeps a tokenizer's *added* tokens from being matched in a text. It does not keep the *model*
-from giving their ids where its own vocabulary holds their names, as that of a Unigram model holds ``</s>`` and that of
-a WordPiece model ``[CLS]``. The same goes for the names of bytes (``<0x41>``) under byte fallback. Such a name is split
-behind its first character before the model sees it, so it becomes the pieces of its parts.
+``split_special_tokens`` prevents a tokenizer's *added* tokens from being matched in text. It does not prevent the
+*model* from returning their ids if the model's own vocabulary has their names, as a Unigram model has ``</s>`` and a
+WordPiece model ``[CLS]``. The same applies to the names of bytes (``<0x41>``) with byte fallback. Such a name is split
+after its first character before the model sees it, so the model encodes its parts instead.
 
-One special id is legitimate: a tokenizer answers a character that it does not know with its unknown token.
+One special id is legitimate: the unknown token, for a character that the tokenizer does not know.
 """
 
 import copy
@@ -20,13 +20,13 @@ _IN_A_PATTERN = frozenset(r"\.^$|?*+()[]{}-#&~ ")
 
 
 class PlainTextEncoder:
-    """Encode texts with a tokenizer, without its template, truncation and padding.
+    """An encoder of texts with a tokenizer, without its template, truncation and padding.
 
     Args:
-        tokenizer: a fast tokenizer, which is left as it is.
+        tokenizer: A fast tokenizer; it is not modified.
 
     Attributes:
-        unknown_id: the id that the tokenizer's model gives for what it does not know; None if it has none.
+        unknown_id: The id of the tokenizer model's unknown token; None if it has none.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -38,7 +38,7 @@ class PlainTextEncoder:
         self._backend = copy.deepcopy(tokenizer.backend_tokenizer)
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._backend.encode_special_tokens = True  # a name of this library's: encode them as text, do not match them
+        self._backend.encode_special_tokens = True  # in this library, True means: do not match them
         bytes_ = {f"<0x{byte:02X}>" for byte in range(256)} if model.get("byte_fallback") else set()
         if names := _names_from_text(self._backend, special, bytes_):
             split = pre_tokenizers.Split(_first_character_of(names), "isolated")
@@ -50,7 +50,7 @@ class PlainTextEncoder:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def fault(self, text: str, ids: Sequence[int]) -> str | None:
-        """Return why ``ids``, those of ``text``, must not be trained on, with a remedy; None where nothing is wrong."""
+        """Return why ``ids``, the encoding of ``text``, must not be trained on, with a remedy; None if they may be."""
         if self._forbidden.isdisjoint(ids):
             return None
         place = next(place for place, number in enumerate(ids) if number in self._forbidden)
@@ -70,7 +70,7 @@ class PlainTextEncoder:
 
 
 def unknown_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """Return the id that the tokenizer's model gives for what it does not know; None if it has none."""
+    """Return the id of the tokenizer model's unknown token; None if it has none."""
     return _unknown_id(tokenizer, _model(tokenizer))
 
 
@@ -91,10 +91,10 @@ def _unknown_id(tokenizer: PreTrainedTokenizerFast, model: dict[str, Any]) -> in
 
 
 def _names_from_text(backend: Tokenizer, special: Collection[int], bytes_: Collection[str]) -> list[str]:
-    """Return which names the model itself makes one piece of.
+    """Return the names of special tokens and bytes that the model itself encodes as a single piece.
 
-    That a name's characters alone become this piece decides it for every text: merges within a name do not depend on
-    what is around it, nor does the best segmentation of it.
+    It is enough to encode each name on its own: merges within a name, and its best segmentation, do not depend on the
+    text around it.
     """
     model = backend.model
     names = {model.id_to_token(number) for number in special} - {None} | set(bytes_)
@@ -102,7 +102,7 @@ def _names_from_text(backend: Tokenizer, special: Collection[int], bytes_: Colle
 
 
 def _first_character_of(names: Sequence[str]) -> Regex:
-    """Return a pattern for the first character of any of the names."""
+    """Return a pattern that matches the first character of any of the names."""
     rests: dict[str, list[str]] = {}
     for name in names:
         rests.setdefault(name[0], []).append(_escape(name[1:]))

@@ -1,4 +1,4 @@
-"""The next steps' micro-batches are built by background threads while this step runs."""
+"""Prefetching: background threads build the micro-batches of the next steps while the current step runs."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -12,19 +12,20 @@ Request = tuple
 
 
 class Overdue(Exception):  # noqa: N818 - said of batches
-    """Batches were not built within the time given."""
+    """Batches were not built within the timeout."""
 
 
 class Prefetcher:
-    """Builds micro-batches ahead of their use: the same ones, since what is built depends on the request alone.
+    """A builder of micro-batches ahead of their use; the result depends only on the request, not on the prefetching.
 
     The threads start with the first request and end with :meth:`close`.
 
     Args:
-        build: a pure function of its arguments, the request; several threads call it at once.
-        device: where the batches will go; for a CUDA device they are put into page-locked memory.
-        workers: threads, and requests built ahead; with 0 nothing is built ahead.
-        timeout: seconds that whoever asks waits for batches; None: for ever, and what nobody foresaw it builds itself.
+        build: A pure function of its arguments, the request; several threads call it at once.
+        device: The device of the batches; for a CUDA device they are built in page-locked memory.
+        workers: The number of threads, and of requests built ahead; 0 disables prefetching.
+        timeout: Seconds that a caller waits for batches. None: no limit, and a request that was not prefetched is built
+            in the caller's thread.
     """
 
     def __init__(
@@ -37,14 +38,14 @@ class Prefetcher:
         self.workers = workers
         self._timeout, self._hangs = timeout, False
         self._build, self._pin = build, device.type == "cuda"
-        # page-locked memory belongs to a device, and a new thread's is the first one
+        # page-locked memory belongs to the thread's current device, which is device 0 in a new thread
         ready = partial(torch.cuda.set_device, device) if self._pin else None
         self._threads = ThreadPoolExecutor(max(1, workers), thread_name_prefix="prefetch", initializer=ready)
         self._pending: dict[Request, Future[list[Batch]]] = {}
         self._forgotten: list[Future[list[Batch]]] = []
 
     def expect(self, requests: Sequence[Request]) -> None:
-        """Begin to build the first ``workers`` of these, soonest first; what else was being built is forgotten."""
+        """Start building the first ``workers`` of these requests, given in order of use; drop all other requests."""
         requests = requests[: self.workers]
         for request in [request for request in self._pending if request not in requests]:
             forgotten = self._pending.pop(request)
@@ -55,11 +56,12 @@ class Prefetcher:
                 self._pending[request] = self._threads.submit(self._built, request)
 
     def get(self, *request: object) -> list[Batch]:
-        """The micro-batches of a request: built, or waited for; built now where nobody foresaw it.
+        """Return the micro-batches of a request; wait for them, or build them now if they were not prefetched.
+
+        An exception of ``build`` is raised here, even if the thread met it earlier.
 
         Raises:
-            Whatever ``build`` raised, as it is, also where that was long ago.
-            Overdue: it is not done in time.
+            Overdue: They are not ready within the timeout.
         """
         pending = self._pending.pop(request, None)
         if pending is None:
@@ -70,10 +72,10 @@ class Prefetcher:
         return pending.result()
 
     def settle(self) -> None:
-        """Wait until nothing is being built: a process may be forked then.
+        """Wait until nothing is being built, so that the process can be forked safely.
 
         Raises:
-            Overdue: it is not done in time.
+            Overdue: The builds are not finished within the timeout.
         """
         self._wait([*self._pending.values(), *self._forgotten])
         self._forgotten.clear()
@@ -84,7 +86,7 @@ class Prefetcher:
             raise Overdue
 
     def close(self) -> None:
-        """End the threads; what they are building is forgotten, and waited for unless it hangs."""
+        """End the threads and drop their results; wait for running builds unless one has exceeded the timeout."""
         self._threads.shutdown(wait=not self._hangs, cancel_futures=True)
         self._pending.clear()
 

@@ -1,4 +1,4 @@
-"""Text -> shards, training and held-out (launched by ``tools/prepare_data.py``)."""
+"""Preparation of data: encodes text as training and held-out shards (launched by ``tools/prepare_data.py``)."""
 
 import itertools
 import math
@@ -18,7 +18,7 @@ from tidar_megatron.data.tokenizer import encode_documents, make_tokenizer
 from tidar_megatron.errors import UserError
 
 T = TypeVar("T")
-_NAMES_KEPT, _NAMES_SHOWN = 20, 3  # of the files skipped: in the manifest, on the console
+_NAMES_KEPT, _NAMES_SHOWN = 20, 3  # names of skipped files: in the manifest, on the console
 
 
 def prepare(
@@ -33,26 +33,41 @@ def prepare(
     overwrite: bool = False,
     skip_bad_rows: int = 0,
 ) -> list[Manifest]:
-    """Write the documents of ``inputs`` as shards in ``output``, some of them in ``held_out_output`` instead.
+    """Write the documents of ``inputs`` as shards: training data in ``output``, held-out data in ``held_out_output``.
 
-    Held-out documents are ``held_out_fraction`` of all (at least one), chosen by ``seed``. A BPE is trained on the
-    others alone; both folders carry the same tokenizer. Up to ``skip_bad_rows`` rows of JSON may hold no text.
+    Each folder is written atomically, and both contain the same tokenizer. A BPE is trained on the training documents
+    alone.
+
+    Args:
+        inputs: Files and folders of text.
+        output: The folder of the training shards.
+        tokenizer_spec: ``byte``, ``bpe:N``, or a Hugging Face tokenizer folder (``data/tokenizer.py``).
+        text_key: The key of the text in a JSON object.
+        held_out_fraction: The fraction of documents that are held out (at least one); 0: none.
+        held_out_output: The folder of the held-out shards.
+        seed: The seed of the choice of held-out documents.
+        shard_size_mb: The approximate size of a shard in MiB.
+        overwrite: Whether to replace shards that are already in the output folders.
+        skip_bad_rows: The number of JSON rows without text that may be skipped.
 
     Returns:
-        The manifest of the training shards, and that of the held-out ones if there are any.
+        The manifest of the training shards, and that of the held-out shards if there are any.
 
     Raises:
-        UserError: anything wrong with the inputs, the outputs or the options. A folder is written whole or not at all.
+        UserError: An input, an output or an option is invalid.
     """
     _check_options(inputs, output, held_out_fraction, held_out_output, seed, shard_size_mb, skip_bad_rows)
     outputs = [output] if held_out_output is None else [output, held_out_output]
     for folder in outputs:
         check_output(folder, overwrite)
     texts = find_texts(inputs, text_key, skip_bad_rows)
-    count = sum(1 for _ in texts)  # reads everything once: a broken line is found before the work is done
+    count = sum(1 for _ in texts)  # read everything once, to find a broken line before encoding starts
     held_out = _choose(count, held_out_fraction, seed)
     if count <= len(held_out):
-        raise UserError(f"the inputs hold {count} documents, of which {len(held_out)} held out: none left to train on")
+        raise UserError(
+            f"the inputs hold {count} documents and {len(held_out)} are held out, so none is left to train on; "
+            "add documents"
+        )
     tokenizer = make_tokenizer(tokenizer_spec, _part(texts, held_out, chosen=False))
     spec = tokenizer_spec if not Path(tokenizer_spec).is_dir() else Path(tokenizer_spec).resolve().name
     source = _describe(inputs, texts, count, held_out_fraction, seed)
@@ -62,12 +77,12 @@ def prepare(
         part = source | {"part": "held-out" if chosen else "training", "unknown_tokens": 0}
         documents = _count_unknown(_encode(tokenizer, texts, held_out, chosen), unknown_id(tokenizer), part)
         manifests.append(write_shards(folder, documents, tokenizer, spec, part, shard_bytes, overwrite))
-        ShardedDocuments(folder)  # reads all of it back, and leaves the index that training needs
+        ShardedDocuments(folder)  # read and check all shards, and write the index that training needs
     return manifests
 
 
 def summary(outputs: Sequence[str | Path], manifests: Sequence[Manifest]) -> str:
-    """A few lines on what was written where."""
+    """Return a few lines that say what was written, where, and what was skipped."""
     lines = []
     for output, manifest in zip(outputs, manifests, strict=True):
         size = sum(shard.bytes for shard in manifest.shards) / 2**20
@@ -84,7 +99,7 @@ def summary(outputs: Sequence[str | Path], manifests: Sequence[Manifest]) -> str
     if bad := source["bad_rows_skipped"]:
         lines.append(f"skipped, bad rows: {bad:,}: {_some(source['bad_rows'], bad, '; ')}")
     if plain := source["json_files_read_as_text"]:
-        lines.append(f"read as plain text, no rows of JSON: {plain:,} files: {_some(source['json_as_text'], plain)}")
+        lines.append(f"read as plain text, not JSON rows: {plain:,} files: {_some(source['json_as_text'], plain)}")
     if unknown := sum(manifest.source["unknown_tokens"] for manifest in manifests):
         tokens = sum(manifest.tokens for manifest in manifests)
         lines.append(f"unknown to the tokenizer: {unknown:,} of {tokens:,} tokens are its unknown token")
@@ -118,20 +133,20 @@ def _check_options(
     if len(set(folders)) < len(folders):
         raise UserError(f"--held-out-output {held_out_output}: is the same folder as --output; choose another")
     if any(one in other.parents for one in folders for other in folders):
-        raise UserError(f"--held-out-output {held_out_output} and --output {output} lie in one another; choose another")
+        raise UserError(f"--held-out-output {held_out_output} and --output {output} are nested; choose another folder")
     paths = [Path(given).resolve() for given in inputs]
     for number, given in enumerate(paths):
         for other in paths[:number]:
             if given == other or given in other.parents or other in given.parents:
-                raise UserError(f"inputs {other} and {given}: the same documents would come twice; leave one out")
+                raise UserError(f"inputs {other} and {given}: the same documents would be read twice; leave one out")
     for given in paths:
         for folder in folders:
             if given == folder or given in folder.parents or folder in given.parents:
-                raise UserError(f"output {folder} and input {given} lie in one another; choose an output elsewhere")
+                raise UserError(f"output {folder} and input {given} overlap; choose an output folder elsewhere")
 
 
 def _choose(count: int, fraction: float, seed: int) -> frozenset[int]:
-    """The numbers of the held-out documents."""
+    """Return the numbers of the held-out documents."""
     if fraction == 0:
         return frozenset()
     chosen = permutation(count, seed)[: max(round(fraction * count), 1)]
@@ -145,14 +160,14 @@ def _part(texts: Iterable[T], held_out: frozenset[int], chosen: bool) -> Iterato
 def _encode(
     tokenizer: PreTrainedTokenizerFast, texts: Texts, held_out: frozenset[int], chosen: bool
 ) -> Iterator[list[int]]:
-    def place(number: int) -> str:  # asked at most once, so all is read again rather than remembered
+    def place(number: int) -> str:  # called at most once, so reading again is cheaper than keeping all
         return next(itertools.islice(_part(texts.documents(), held_out, chosen), number, None)).place
 
     return encode_documents(tokenizer, _part(texts, held_out, chosen), place)
 
 
 def _count_unknown(documents: Iterable[list[int]], unknown: int | None, source: dict[str, Any]) -> Iterator[list[int]]:
-    """The same documents; their unknown tokens are counted in ``source``, which the manifest takes at the end."""
+    """Yield the documents unchanged, and count their unknown tokens in ``source``, which the manifest stores."""
     for document in documents:
         source["unknown_tokens"] += 0 if unknown is None else document.count(unknown)
         yield document
@@ -161,7 +176,7 @@ def _count_unknown(documents: Iterable[list[int]], unknown: int | None, source: 
 def _describe(
     inputs: Sequence[str | Path], texts: Texts, count: int, held_out_fraction: float, seed: int
 ) -> dict[str, Any]:
-    """Names only, no paths: a manifest may be published."""
+    """Return the manifest's ``source``; it has names but no paths, because a manifest may be published."""
     return {
         "inputs": [printable(Path(given).resolve().name) for given in inputs],
         "text_key": texts.text_key,

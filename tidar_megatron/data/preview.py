@@ -1,4 +1,4 @@
-"""Looks into training data: what there is, whether it is whole, and what a model will see of it, in colour."""
+"""Inspection of training data: its contents, whether it is intact, and in colour what a model will see of it."""
 
 import copy
 from pathlib import Path
@@ -16,7 +16,7 @@ from tidar_megatron.data.sources import is_pair, open_documents
 from tidar_megatron.files import sha256_of
 from tidar_megatron.text_stream import continuation
 
-COLOURS = ("green", "yellow", "blue", "magenta", "cyan", "red")  # of the documents of a row, in turn
+COLOURS = ("green", "yellow", "blue", "magenta", "cyan", "red")  # for the documents of a row, in turn
 FILL, UNSUPERVISED = "dim", "underline"
 _SHOWN = 200  # characters of a sample
 
@@ -24,13 +24,21 @@ _SHOWN = 200  # characters of a sample
 def inspect_data(
     path: str, tokenizer: str | None, seq_length: int, block_size: int, samples: int, console: Console
 ) -> bool:
-    """Tell of a folder of shards or a ``.bin/.idx`` pair.
+    """Print a description of a folder of shards or a ``.bin/.idx`` pair, with sample documents and a packed sequence.
+
+    Args:
+        path: The folder of shards, or the prefix of the pair.
+        tokenizer: The Hugging Face tokenizer folder of a pair.
+        seq_length: S, of the packed sequence that is shown.
+        block_size: B, of the packed sequence that is shown.
+        samples: The number of sample documents.
+        console: The console to print to.
 
     Returns:
-        Whether it is whole. What is wrong is told shard by shard; nothing is decoded of data that are not.
+        Whether the data are intact. If not, damage is reported shard by shard, and nothing is decoded.
 
     Raises:
-        UserError: there is no manifest, or the pair is damaged, or lengths that do not fit.
+        UserError: There is no manifest, the pair is damaged, or the lengths do not fit.
     """
     if not is_pair(path) and not _show_shards(path, console):
         return False
@@ -58,7 +66,7 @@ def inspect_data(
 
 
 def _show_shards(folder: str, console: Console) -> bool:
-    """A row a shard; whether all are as the manifest says."""
+    """Print a table with a row for each shard, and return whether all shards match the manifest."""
     manifest, whole = read_manifest(folder), True
     table = Table("shard", "documents", "tokens", "bytes", "SHA-256", title=Text(_printable(folder)))
     for shard in manifest.shards:
@@ -72,17 +80,17 @@ def _show_shards(folder: str, console: Console) -> bool:
         table.add_row(shard.name, f"{shard.documents:,}", f"{shard.tokens:,}", f"{shard.bytes:,}", state, style=style)
     console.print(table)
     if not whole:
-        console.print("not whole: copy the folder again, or prepare the data again with --overwrite")
+        console.print("damaged: copy the folder again, or prepare the data again with --overwrite")
     strays = sorted(file.name for file in Path(folder).glob("*.tar"))
     if strays := [name for name in strays if name not in {shard.name for shard in manifest.shards}]:
         console.print(
-            f"not in the manifest, so never read: {_printable(', '.join(strays[:5]))}", markup=False, soft_wrap=True
+            f"not in the manifest, so not read: {_printable(', '.join(strays[:5]))}", markup=False, soft_wrap=True
         )
     return whole
 
 
 def _show_row(batch: Batch, block_size: int, tokenizer: PreTrainedTokenizerFast, console: Console) -> None:
-    """One packed sequence as the model sees it: the clean half, then the masks with what each is to give."""
+    """Print one packed sequence as the model sees it: the clean half, then the label of each mask."""
     S, document = batch.seq_length, batch.visibility[0, :, DOCUMENT].tolist()
     tokens, labels = batch.tokens[0].tolist(), batch.labels[0].tolist()
     supervised, padding = batch.supervised[0].tolist(), batch.padding[0].tolist()
@@ -97,10 +105,10 @@ def _show_row(batch: Batch, block_size: int, tokenizer: PreTrainedTokenizerFast,
     legend.append("fill", FILL).append("; ").append("not supervised", UNSUPERVISED).append("; | ends a block")
     console.print(legend)
     plain = copy.copy(tokenizer)
-    plain.clean_up_tokenization_spaces = False  # what it removes would be shown with another token
+    plain.clean_up_tokenization_spaces = False  # otherwise a removed space would be shown at another token
     for name, half, shown in (("clean", range(S), tokens), ("masks give", range(S, len(tokens)), labels)):
         line = Text().append(f"{name}: ", "bold")
-        before: list[int] = []  # a token's text depends on the tokens before it: its space, half a character
+        before: list[int] = []  # a token's text depends on earlier tokens: a leading space, part of a character
         for place in half:
             token = shown[place] if not padding[place] else tokens[place % S]
             styles = [COLOURS[document[place] % len(COLOURS)]]
@@ -113,5 +121,5 @@ def _show_row(batch: Batch, block_size: int, tokenizer: PreTrainedTokenizerFast,
 
 
 def _printable(text: str) -> str:
-    """No control characters: what a document holds must not steer a terminal."""
+    """Return the text with control characters escaped, so that a document cannot control the terminal."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

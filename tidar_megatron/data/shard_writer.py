@@ -1,6 +1,6 @@
-"""Writes documents as webdataset shards: tars with one ``<key>.npy`` of token ids per document, and a manifest.
+"""Writing of webdataset shards: tars with one ``<key>.npy`` of token ids per document, and a manifest.
 
-A folder is written under another name, and its manifest appears when it is complete: a folder that has one is whole.
+A folder is written under a temporary name, and its manifest last, so a folder that has a manifest is complete.
 """
 
 import io
@@ -29,10 +29,10 @@ from tidar_megatron.new_folder import check_free, new_folder
 
 
 def check_output(folder: str | Path, overwrite: bool) -> None:
-    """Refuse a folder that must not be written.
+    """Refuse an output folder that must not be written to.
 
     Raises:
-        UserError: it holds something and ``overwrite`` is not given, or holds something other than shards.
+        UserError: The folder holds shards and ``overwrite`` is False, or holds something other than shards.
     """
     if not (local_folder(folder) / FILE_NAME).is_file():
         check_free("output", folder)
@@ -49,10 +49,19 @@ def write_shards(
     shard_bytes: int = 64 << 20,
     overwrite: bool = False,
 ) -> Manifest:
-    """Write token documents (each ending with EOS) as shards of about ``shard_bytes``; all or nothing.
+    """Write a folder of shards atomically and return its manifest.
+
+    Args:
+        folder: The output folder.
+        documents: The token ids of each document, ending with EOS.
+        tokenizer: The tokenizer of the ids; it is saved with the shards.
+        tokenizer_spec: The tokenizer's name in the manifest.
+        source: What the manifest says about the origin of the text.
+        shard_bytes: The approximate size of a shard.
+        overwrite: Whether to replace shards that are already in the folder.
 
     Raises:
-        UserError: as :func:`check_output`, or the disk refuses.
+        UserError: The folder must not be written to (:func:`check_output`), or writing fails.
     """
     check_output(folder, overwrite)
     size = vocabulary_size(tokenizer)
@@ -88,7 +97,7 @@ def _write_tars(
             return
         path = folder / f"shard-{shard:06d}.tar"
         count = tokens = 0
-        # Fixed times: the same documents give the same bytes, hence the same hashes.
+        # Members have a fixed modification time, so the same documents give the same bytes and hashes.
         with path.open("wb") as stream, TarWriter(stream, encoder=False, mtime=0) as tar:
             while pending is not None and (count == 0 or stream.tell() < shard_bytes):
                 number, document = pending

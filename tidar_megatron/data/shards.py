@@ -1,9 +1,9 @@
-"""Reads the documents of webdataset shards, with suspicion.
+"""Reading of webdataset shards, treated as untrusted input.
 
-Nothing is trusted but what is written here: local files, plain ``.npy`` members without pickles (webdataset's generic
-decoder would run a ``.pyd`` member), keys that never become paths, and counts, sizes and hashes as in the manifest. All
-of it is checked once, when the index is built; from then on sizes and times of change tell whether a shard is the one
-that was checked.
+A shard must be a local file with plain ``.npy`` members without pickles (webdataset's generic decoder would run a
+``.pyd`` member); keys never become paths; counts, sizes and hashes must match the manifest. All of this is checked
+once, when the index is built. After that, a shard's size and modification time tell whether it is still the file that
+was checked.
 """
 
 import io
@@ -30,21 +30,22 @@ from tidar_megatron.errors import UserError
 from tidar_megatron.files import sha256_of
 
 INDEX_FILE = "documents.index"
-_NAMED = 3  # of the shards that are wrong
+_NAMED = 3  # invalid shards that an error names; the others are counted
 
 
 class ShardedDocuments(StoredDocuments):
     """The documents of a folder of shards, by number: ``documents[i][:]`` is a 1-D array of token ids, EOS last.
 
     Args:
-        folder: a local folder written by :func:`write_shards`.
-        verify: read all of it and compare each shard's SHA-256 with the manifest, also where that has been done.
+        folder: A local folder written by :func:`write_shards`.
+        verify: Whether to read all data and verify each shard's SHA-256, even if that was done before.
 
     Attributes:
-        manifest: the folder's manifest.
+        folder: The folder.
+        manifest: The folder's manifest.
 
     Raises:
-        UserError: anything missing, cut, changed or not as written; the message names the shard.
+        UserError: A file is missing, truncated, changed or invalid; the message names the shard.
     """
 
     def __init__(self, folder: str | Path, verify: bool = False) -> None:
@@ -74,40 +75,41 @@ class ShardedDocuments(StoredDocuments):
         self.tokenizer, self.tokenizer_folder = self.manifest.tokenizer, self.folder / TOKENIZER_FOLDER
 
     def load_tokenizer(self) -> PreTrainedTokenizerFast:
-        """The tokenizer saved with the shards.
+        """Return the tokenizer that is saved with the shards.
 
         Raises:
-            UserError: it cannot be loaded or is not the one the shards were written with.
+            UserError: The tokenizer cannot be loaded, or is not the one that the shards were written with.
         """
         return tokenizer_of_shards(self.folder, self.manifest)
 
 
 def tokenizer_of_shards(folder: Path, manifest: Manifest) -> PreTrainedTokenizerFast:
-    """Return the tokenizer saved with shards.
+    """Return the tokenizer that is saved with the shards in ``folder``.
 
     Raises:
-        UserError: it cannot be loaded, is not the one the shards were written with, or is not as the manifest says.
+        UserError: The tokenizer cannot be loaded, is not the one that the shards were written with, or does not match
+            the manifest.
     """
     path = folder / TOKENIZER_FOLDER
     tokenizer, entry = load_tokenizer(path), manifest.tokenizer
     if fingerprint(tokenizer) != entry.fingerprint:
-        raise UserError(f"{path}: is not the tokenizer the shards were written with")
+        raise UserError(f"{path}: is not the tokenizer that the shards were written with; copy the folder again")
     for name, said, found in (
         ("vocab_size", entry.vocab_size, vocabulary_size(tokenizer)),
         ("eos_token_id", entry.eos_token_id, tokenizer.eos_token_id),
     ):
         if said != found:
             raise UserError(
-                f"{folder / FILE_NAME}: tokenizer.{name} is {said}, that of {path} {found}; copy the folder again"
+                f"{folder / FILE_NAME}: tokenizer.{name} is {said}, but {path} has {found}; copy the folder again"
             )
     return tokenizer
 
 
 def built_from(folder: Path, manifest: Manifest) -> Facts:
-    """What an index of these shards is an index of: the manifest, and when each shard was last changed, in ns.
+    """Return the description that ties an index to these shards: the manifest's hash and the modification times in ns.
 
     Raises:
-        UserError: a shard is not there or not of its size; names the first few and counts them.
+        UserError: Shards are missing or have another size; the message names the first few and counts the others.
     """
     changed, wrong, paths = [], [], [folder / shard.name for shard in manifest.shards]
     for shard, path in zip(manifest.shards, paths, strict=True):
@@ -118,7 +120,7 @@ def built_from(folder: Path, manifest: Manifest) -> Facts:
             continue
         changed.append(stat.st_mtime_ns)
         if not path.is_file():
-            wrong.append(f"shard {path}: is no file")
+            wrong.append(f"shard {path}: is not a file")
         elif stat.st_size != shard.bytes:
             wrong.append(f"shard {path}: has {stat.st_size} bytes, the manifest says {shard.bytes}")
         elif shard.tokens * np.dtype(manifest.dtype).itemsize + shard.documents * tarfile.BLOCKSIZE > shard.bytes:
@@ -139,7 +141,7 @@ def _check_hash(shard: ShardEntry, path: Path) -> None:
 
 
 def _scan(shard: ShardEntry, path: Path, dtype: np.dtype, manifest: Manifest) -> NDArray:
-    """The records of a shard's documents, each looked at: its ids are the tokenizer's, and EOS is the last."""
+    """Return the records of a shard's documents, after checking that ids are in the vocabulary and EOS is last."""
     records = np.empty(shard.documents, RECORD)
     documents = tokens = 0
     for offset, array in _read_tar(path, dtype):
@@ -148,7 +150,7 @@ def _scan(shard: ShardEntry, path: Path, dtype: np.dtype, manifest: Manifest) ->
             raise _damaged(path, "holds more than the manifest says")
         if array.max() >= manifest.tokenizer.vocab_size or array[-1] != manifest.tokenizer.eos_token_id:
             ids = f"below {manifest.tokenizer.vocab_size}, EOS {manifest.tokenizer.eos_token_id} at the end"
-            raise _damaged(path, f"the tokens of document {documents - 1} are not as {FILE_NAME} says ({ids})")
+            raise _damaged(path, f"the tokens of document {documents - 1} do not match {FILE_NAME} ({ids})")
         records[documents - 1] = (offset, len(array), len(array))
     if (documents, tokens) != (shard.documents, shard.tokens):
         raise _damaged(path, f"holds less than the manifest says ({documents} of {shard.documents} documents)")
@@ -156,7 +158,7 @@ def _scan(shard: ShardEntry, path: Path, dtype: np.dtype, manifest: Manifest) ->
 
 
 def _read_tar(path: Path, dtype: np.dtype) -> Iterator[tuple[int, NDArray]]:
-    """Of each member where its tokens begin, in bytes, and the tokens."""
+    """Yield for each member the offset in bytes where its tokens begin, and the tokens."""
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:

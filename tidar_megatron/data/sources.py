@@ -1,4 +1,4 @@
-"""Opens data, whatever kind it is: a folder of shards, or the prefix of a Megatron ``.bin/.idx`` pair."""
+"""Opening of data of either kind: a folder of shards, or the prefix of a Megatron ``.bin/.idx`` pair."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -11,14 +11,19 @@ from tidar_megatron.data.megatron_indexed import IndexedDocuments, tokenizer_ent
 from tidar_megatron.data.shards import ShardedDocuments, tokenizer_of_shards
 from tidar_megatron.errors import UserError
 
-_SHOWN = 3  # prefixes named where another was meant
+_SHOWN = 3  # prefixes that an error suggests
 
 
 def open_documents(path: str, tokenizer: str | None = None, verify: bool = False) -> StoredDocuments:
-    """The documents at ``path``; ``tokenizer`` is the folder that a ``.bin/.idx`` pair needs.
+    """Return the documents at ``path``.
+
+    Args:
+        path: A folder of shards, or the prefix of a ``.bin/.idx`` pair.
+        tokenizer: The Hugging Face tokenizer folder, required for a pair.
+        verify: Whether to read and check all data, including data that was checked before.
 
     Raises:
-        UserError: anything wrong with them.
+        UserError: There are no data, or they are invalid.
     """
     if is_pair(path):
         return IndexedDocuments(path, tokenizer, verify)
@@ -26,7 +31,15 @@ def open_documents(path: str, tokenizer: str | None = None, verify: bool = False
 
 
 def tokenizer_of(given: Sequence[str], tokenizer: str | None = None) -> tuple[TokenizerEntry, Path]:
-    """What the ids of the first of the sources mean, and where that tokenizer lies; quick, opens no data."""
+    """Return the manifest entry and the folder of the first source's tokenizer, without opening the data.
+
+    Args:
+        given: The words of ``--train-data``.
+        tokenizer: The Hugging Face tokenizer folder, required for a ``.bin/.idx`` pair.
+
+    Raises:
+        UserError: The source, its manifest or its tokenizer is missing or invalid.
+    """
     path = parse_blend(given, "--train-data")[0][1]
     if is_pair(path):
         return tokenizer_entry(path, tokenizer)
@@ -36,10 +49,10 @@ def tokenizer_of(given: Sequence[str], tokenizer: str | None = None) -> tuple[To
 
 
 def is_pair(path: str) -> bool:
-    """Return whether ``path`` is the prefix of a ``.bin/.idx`` pair, or of what is left of one; else it is a folder.
+    """Return whether ``path`` is the prefix of a ``.bin/.idx`` pair, complete or not; otherwise it is a folder.
 
     Raises:
-        UserError: neither, with what is there instead.
+        UserError: ``path`` is neither; the message suggests what may have been meant.
     """
     for suffix in (".bin", ".idx"):
         if path.endswith(suffix) and Path(path).is_file():
@@ -55,7 +68,7 @@ def is_pair(path: str) -> bool:
     if any(Path(path + suffix).is_file() for suffix in (".bin", ".idx")):
         return True
     if local_folder(path).exists():
-        raise UserError(f"data {path}: is a file; make shards of its text with tools/prepare_data.py --input {path}")
+        raise UserError(f"data {path}: is a file; write its text as shards with tools/prepare_data.py --input {path}")
     raise UserError(
         f"data {path}: there is neither a folder of shards nor a pair {folder.name}.bin and {folder.name}.idx; "
         f"{_instead(folder)}"
@@ -63,10 +76,13 @@ def is_pair(path: str) -> bool:
 
 
 def any_pair(given: Mapping[str, Sequence[str]]) -> bool:
-    """Return whether a pair is among the sources that were given; the keys are the flags that gave them.
+    """Return whether any source is a ``.bin/.idx`` pair.
+
+    Args:
+        given: flag -> the words that were given for it.
 
     Raises:
-        UserError: as :func:`is_pair` and :func:`~tidar_megatron.data.blend.parse_blend`.
+        UserError: A source or a blend is invalid (:func:`is_pair`, :func:`~tidar_megatron.data.blend.parse_blend`).
     """
     return any(is_pair(path) for flag, sources in given.items() if sources for _, path in parse_blend(sources, flag))
 
@@ -81,7 +97,7 @@ def _instead(folder: Path) -> str:
 
 
 def _prefixes(folder: Path) -> list[str]:
-    """The prefixes of the pairs in a folder."""
+    """Return the prefixes of the complete pairs in a folder, sorted."""
     try:
         return sorted(str(path.with_suffix("")) for path in folder.glob("*.idx") if path.with_suffix(".bin").is_file())
     except OSError:

@@ -1,4 +1,4 @@
-"""Open a file of text, also a compressed one: what the file is, its first bytes say, not its name."""
+"""Opening of text files, plain or compressed; the format is detected from the first bytes, not from the name."""
 
 import bz2
 import contextlib
@@ -12,14 +12,14 @@ from typing import IO, BinaryIO, cast
 
 from tidar_megatron.errors import UserError
 
-_HEAD = 512  # bytes, enough for what is to be recognised
+_HEAD = 512  # bytes, enough to recognise every format below
 _READ: tuple[tuple[re.Pattern[bytes], str, Callable[[BinaryIO], object]], ...] = (
     (re.compile(rb"\x1f\x8b\x08"), "gzip", lambda stream: gzip.GzipFile(fileobj=stream)),
     (re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"), "bzip2", bz2.BZ2File),
     (re.compile(rb"\xfd7zXZ\x00"), "xz", lzma.LZMAFile),
 )
 _JSON_LINES = 'convert it to JSON lines, such as {"text": "..."}, in a .jsonl file'
-_REFUSED = (  # where the mark stands, the mark, what the file is, what to do; the first that fits counts
+_REFUSED = (  # offset of the magic number, magic number, format, remedy; the first match counts
     (0, b"\x28\xb5\x2f\xfd", "a Zstandard file", "decompress it with zstd -d"),
     (0, b"\x04\x22\x4d\x18", "an LZ4 file", "decompress it with lz4 -d"),
     (0, b"\xff\x06\0\0sNaPpY", "a Snappy file", "decompress it first"),
@@ -40,16 +40,16 @@ _REFUSED = (  # where the mark stands, the mark, what the file is, what to do; t
     (0, b"\xff\xfe", "UTF-16 or UTF-32 text", "convert it to UTF-8 with iconv"),
     (0, b"\xfe\xff", "UTF-16 text", "convert it to UTF-8 with iconv -f UTF-16"),
 )
-_UTF_16 = re.compile(rb"([^\0]\0){4}|(\0[^\0]){4}")  # without a byte order mark; Latin letters are valid UTF-8 then
+_UTF_16 = re.compile(rb"([^\0]\0){4}|(\0[^\0]){4}")  # without a byte order mark: valid UTF-8 too
 _SUFFIXES = frozenset((".gz", ".bgz", ".bz2", ".xz", ".zst", ".lz4", ".zip"))
 
 
 class NotTextError(UserError):
-    """The file is of a kind that holds no text that can be read here; the message names both."""
+    """The file has a format that cannot be read as text; the message names the file and the format."""
 
 
 def suffix_of(path: Path) -> str:
-    """Return the suffix in lower case, without those of compression: ``.json`` of ``x.json.gz``."""
+    """Return the suffix in lower case, ignoring suffixes of compression: ``.json`` for ``x.json.gz``."""
     while path.suffix.lower() in _SUFFIXES:
         path = path.with_suffix("")
     return path.suffix.lower()
@@ -57,13 +57,13 @@ def suffix_of(path: Path) -> str:
 
 @contextlib.contextmanager
 def open_text(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for reading bytes of text; gzip, bzip2 and xz are decompressed on the way.
+    """Open a file of text for reading bytes; gzip, bzip2 and xz are decompressed transparently.
 
-    What goes wrong while the block reads is reported here.
+    Errors of reading within the ``with`` block are converted too.
 
     Raises:
-        NotTextError: another compression, an archive, or another format.
-        UserError: the file cannot be read, or what is compressed is damaged.
+        NotTextError: The file has another compression, or is an archive or another format.
+        UserError: The file cannot be read, or its compressed data are damaged.
     """
     compression = None
     try:

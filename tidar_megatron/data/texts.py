@@ -1,21 +1,20 @@
-"""Documents of text from files and folders: one per text file, or one per row of a file of JSON.
+"""Documents of text from files and folders: one per text file, or one per row of a JSON file.
 
-Files are read lazily and as often as asked, so a corpus need not fit in memory. What is wrong with a file the user
-named, or with a row of JSON, is an error; what a walk through a folder finds beside the text (pictures, archives) is
-skipped, counted and named. Hidden files and folders of a walk are left out; links to folders are followed, into each
-folder once.
+Files are read lazily, and again in each pass, so a corpus need not fit in memory. An unreadable file that the user
+named, or an invalid row of JSON, is an error. Files in a folder that are not text (pictures, archives) are skipped,
+counted and named. Hidden files and folders are ignored; links to folders are followed, but each folder is read once.
 
-A file's suffix, and where that is not enough its content, says what it is:
+The kind of a file follows from its suffix, and from its content if the suffix does not decide it:
 
 ========================  =========================================================================================
-``.jsonl``, ``.ndjson``   JSON lines: an object with the text key, or a string, a line
-``.json``                 JSON lines, or one JSON array of the same. Other JSON is refused; in a folder such a file
-                          (``package.json``), or an array without the text key, is a text file like other source
-                          files, counted and named
-any other                 a text file; refused where it holds only JSON objects with the text key
+``.jsonl``, ``.ndjson``   JSON lines: an object with the text key, or a string, on each line
+``.json``                 JSON lines, or one JSON array of objects or strings. Other JSON is refused if the user named
+                          the file; in a folder such a file (``package.json``), or an array without the text key, is
+                          read as a text file like other source files, counted and named
+any other                 a text file; refused if it holds only JSON objects with the text key
 ========================  =========================================================================================
 
-Each of them may be compressed (:mod:`~tidar_megatron.data.text_streams`).
+All of them may be compressed (:mod:`~tidar_megatron.data.text_streams`).
 """
 
 import os
@@ -40,11 +39,11 @@ from tidar_megatron.data.text_streams import NotTextError, open_text, suffix_of
 from tidar_megatron.errors import UserError
 
 _LINES, _JSON = (".jsonl", ".ndjson"), ".json"
-_NAMES_KEPT = 20  # of the bad rows
+_NAMES_KEPT = 20  # names of bad rows that are kept
 
 
 class Document(NamedTuple):
-    """A text, and where it comes from: the file's path, with the line or item of one that holds many."""
+    """A text and its place: the file's path, followed by the line or item if the file holds several documents."""
 
     text: str
     place: str
@@ -52,7 +51,7 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class TextFile:
-    """A file, the name it goes by in messages and manifests, and whether the user named it (or a walk found it)."""
+    """A file, its name in messages and manifests, and whether the user named it (otherwise a folder did)."""
 
     path: Path
     name: str
@@ -61,17 +60,17 @@ class TextFile:
 
 @dataclass
 class Texts:
-    """The documents of ``files``, in order; iterating again reads again.
+    """The documents of ``files``, in order; each iteration reads the files again.
 
     Attributes:
-        files: where they come from.
-        text_key: the key of a JSON object's text.
-        skip_bad_rows: rows of JSON without a text that may be skipped, in all files together.
-        empty: documents left out by the last full pass because they hold no text.
-        undecodable: names of the files left out by the last full pass because they are not UTF-8.
-        json_as_text: names of the ``.json`` files that the last full pass read as plain text.
-        bad_rows: rows skipped by the last full pass.
-        bad_row_names: the first of them, each with its file, its place and what is wrong.
+        files: The files.
+        text_key: The key of the text in a JSON object.
+        skip_bad_rows: The number of JSON rows without text that may be skipped, in all files together.
+        empty: The number of documents that the last full pass skipped because they are empty.
+        undecodable: The names of the files that the last full pass skipped because they are not UTF-8.
+        json_as_text: The names of the ``.json`` files that the last full pass read as plain text.
+        bad_rows: The number of rows that the last full pass skipped.
+        bad_row_names: The first skipped rows, each with its file, its place and the reason.
     """
 
     files: list[TextFile]
@@ -87,15 +86,15 @@ class Texts:
         """Yield the texts.
 
         Raises:
-            UserError: a file or row that cannot be read, named.
+            UserError: A file or row cannot be read; the message names it.
         """
         return (document.text for document in self.documents())
 
     def documents(self) -> Iterator[Document]:
-        """Yield the texts and where they come from.
+        """Yield the texts with their places, and reset the counts and names of skipped documents.
 
         Raises:
-            UserError: a file or row that cannot be read, named.
+            UserError: A file or row cannot be read; the message names it.
         """
         self.empty, self.bad_rows = 0, 0
         self.undecodable, self.json_as_text, self.bad_row_names = [], [], []
@@ -136,13 +135,13 @@ class Texts:
                 raise UserError(f"{file.path}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
             self.undecodable.append(file.name)
         except ArrayError as error:
-            raise UserError(f"{file.path}, {error}; mend it, or write JSON lines") from error
+            raise UserError(f"{file.path}, {error}; correct it, or write JSON lines") from error
         else:
             if suffix == _JSON and read is _whole:
                 self.json_as_text.append(file.name)
 
     def _json(self, file: TextFile, stream: BinaryIO) -> "_Reader":
-        """How to read a ``.json`` file."""
+        """Return the function that reads a ``.json`` file."""
         if starts_array(stream):
             return array_rows if file.named or is_row(first_item(stream), self.text_key) else _whole
         lines = (line for line in stream if line.strip())
@@ -156,19 +155,19 @@ class Texts:
                 return _whole
             raise UserError(
                 f"{file.path}: holds neither JSON lines nor one JSON array (its first line {error}); "
-                f"write one object or string a line, for example with jq -c"
+                f"write one object or string per line, for example with jq -c"
             ) from error
-        # one line without a text is how programs write their settings
+        # a single object without the text key is probably a program's settings, not rows
         rows = is_row(value, self.text_key) or (isinstance(value, dict | str) and next(lines, None) is not None)
         return line_rows if file.named or rows else _whole
 
     def _no_json(self, file: TextFile, stream: BinaryIO) -> "_Reader":
-        """How to read a file whose suffix promises no JSON."""
+        """Return the function that reads a file whose suffix is not one of JSON."""
         if not all_rows(stream, self.text_key):
             return _whole
         raise UserError(
             f"{file.path}: holds only JSON objects with the key {self.text_key!r}, but its name does not say so; "
-            "name it .json (or .jsonl, an object a line) to read a document from each"
+            "name it .json (or .jsonl, one object per line) to read a document from each"
         )
 
 
@@ -176,14 +175,19 @@ _Reader = Callable[[BinaryIO, str], Iterator[Row]]
 
 
 def _whole(stream: BinaryIO, text_key: str) -> Iterator[Row]:
-    yield "", stream.read().decode("utf-8-sig")  # a byte order mark is no text
+    yield "", stream.read().decode("utf-8-sig")  # strips a byte order mark
 
 
 def find_texts(inputs: Sequence[str | Path], text_key: str = "text", skip_bad_rows: int = 0) -> Texts:
-    """The documents of files and folders (walked, sorted by name).
+    """Return the documents of files and folders; folders are read recursively and sorted by name.
+
+    Args:
+        inputs: Files and folders.
+        text_key: The key of the text in a JSON object.
+        skip_bad_rows: The number of JSON rows without text that may be skipped.
 
     Raises:
-        UserError: an input that does not exist.
+        UserError: An input does not exist, or is neither a file nor a folder.
     """
     files: list[TextFile] = []
     for given in map(Path, inputs):
@@ -194,14 +198,14 @@ def find_texts(inputs: Sequence[str | Path], text_key: str = "text", skip_bad_ro
                 TextFile(path, printable(path.relative_to(given).as_posix()), named=False) for path in _walk(given)
             ]
         elif given.exists():
-            raise UserError(f"input {given}: is no file or folder, and is to be read more than once; save it first")
+            raise UserError(f"input {given}: is not a file or folder, but must be read more than once; save it first")
         else:
             raise UserError(f"input {given}: no such file or folder")
     return Texts(files, text_key, skip_bad_rows)
 
 
 def printable(name: str) -> str:
-    """A file's name as text: names on Linux are bytes, and need not be UTF-8."""
+    """Return a file name as valid text; names on Linux are bytes, which need not be UTF-8."""
     return name.encode("utf-8", errors="replace").decode()
 
 

@@ -1,9 +1,9 @@
-"""One kind of tokenizer: a transformers *fast* tokenizer, whatever it was made from.
+"""Tokenizers; every tokenizer is a transformers *fast* tokenizer, made from one of these specifications:
 
 =========  ===============================================================================================
 ``byte``   byte-level BPE without merges: the id of a byte is its value, end of text is 256
-``bpe:N``  byte-level BPE of N ids (bytes and end of text included), trained on the training documents
-FOLDER     a Hugging Face tokenizer on this disk; nothing is downloaded, no code of the folder is run
+``bpe:N``  byte-level BPE of N ids (including bytes and end of text), trained on the training documents
+FOLDER     a local Hugging Face tokenizer folder; nothing is downloaded, and no code of the folder is run
 =========  ===============================================================================================
 """
 
@@ -23,29 +23,29 @@ from tidar_megatron.mask_token import RESERVED, roles
 from tidar_megatron.new_folder import os_error
 
 END_OF_TEXT = "<|endoftext|>"
-_BATCH_CHARACTERS = 1 << 20  # a tokenizer's call costs about 100 bytes of memory per token
+_BATCH_CHARACTERS = 1 << 20  # encoding takes about 100 bytes of memory per token
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """The 256 bytes with ``id == byte value``, and end of text at 256."""
-    # GPT-2's byte alphabet: a printable byte stands for itself, the others for the characters from 256 on.
+    """Return a tokenizer of the 256 bytes, with ``id == byte value`` and end of text at 256."""
+    # GPT-2's byte alphabet: a printable byte is its own character, the others are the characters from 256 on.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     vocabulary = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    # Without merges, splitting into words first would change nothing but the time it takes.
+    # Without merges, splitting into words first would only take time.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return _wrap(tokenizer)
 
 
 def train_bpe(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of ``size`` ids trained on ``texts``; end of text is the last id.
+    """Return a byte-level BPE of ``size`` ids, trained on ``texts``; end of text is the last id.
 
     Raises:
-        UserError: fewer than 257 ids asked for, or the texts are too small to learn that many.
+        UserError: ``size`` is below 257, or the texts are too small to learn so large a vocabulary.
     """
     if size < 257:
-        raise UserError(f"tokenizer bpe:{size}: 256 bytes and an end of text are the least; use bpe:257 or more")
+        raise UserError(f"tokenizer bpe:{size}: 256 bytes and an end of text are the minimum; use bpe:257 or more")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -58,10 +58,10 @@ def train_bpe(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a local Hugging Face folder.
+    """Return the tokenizer of a local Hugging Face folder.
 
     Raises:
-        UserError: no such folder, no fast tokenizer in it, or one without an end-of-text (EOS) token.
+        UserError: The folder does not exist, or has no fast tokenizer with an end-of-text (EOS) token.
     """
     if not Path(folder).is_dir():
         raise UserError(f"tokenizer {folder}: expected byte, bpe:N, or the path of a Hugging Face tokenizer folder")
@@ -77,21 +77,21 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> No
     """Write the tokenizer's files into a folder.
 
     Raises:
-        OSError: they cannot be written.
+        OSError: The files cannot be written.
     """
     try:
         tokenizer.save_pretrained(str(folder))
     except OSError:
         raise
-    except Exception as error:  # as above, and for one that it cannot write
+    except Exception as error:  # the Rust library raises a plain Exception if it cannot write a file
         raise os_error(error) from error
 
 
 def make_tokenizer(spec: str, training_texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """The tokenizer of a specification (see the table above); ``training_texts`` is read for ``bpe:N`` only.
+    """Return the tokenizer of a specification (see the table above); only ``bpe:N`` reads ``training_texts``.
 
     Raises:
-        UserError: an unknown specification, or as :func:`train_bpe` and :func:`load_tokenizer`.
+        UserError: The specification is unknown, or :func:`train_bpe` or :func:`load_tokenizer` fails.
     """
     if spec == "byte":
         return byte_tokenizer()
@@ -101,7 +101,7 @@ def make_tokenizer(spec: str, training_texts: Iterable[str]) -> PreTrainedTokeni
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """SHA-256 (hex) of the tokenizer's definition, which decides the ids of every text."""
+    """Return the SHA-256 (hex) of the tokenizer's definition, which decides the ids of every text."""
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
     for leftover_of_the_last_call in ("truncation", "padding"):
         definition.pop(leftover_of_the_last_call, None)
@@ -109,44 +109,52 @@ def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
-    """One more than the highest id in use: ``len(tokenizer)``, unless the folder's ids have holes."""
+    """Return the highest id in use plus one: ``len(tokenizer)``, or more if the ids have gaps."""
     return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
 
 
 def rows_needed(folder: str | Path, model_vocab_size: int) -> int:
-    """Return how many rows a model needs for the tokenizer in its folder; at least those that it has.
+    """Return the number of rows that a model needs for the tokenizer in its folder, at least ``model_vocab_size``.
 
-    Tokens are often added to a tokenizer without a row of the model for each ("[PAD]"): the model grows by these rows,
-    as by transformers' ``resize_token_embeddings``.
+    Tokens such as "[PAD]" are often added to a tokenizer without a row in the model. The model then grows by these
+    rows, as with transformers' ``resize_token_embeddings``.
+
+    Args:
+        folder: The model's folder, with a tokenizer.
+        model_vocab_size: The number of rows that the model has.
 
     Raises:
-        UserError: tokens that were not added lie beyond the model's rows, so it is another model's tokenizer.
+        UserError: The tokenizer has ids beyond the model's rows that are not added tokens, so it is another model's.
     """
     tokenizer = load_tokenizer(folder)
     added = tokenizer.get_added_vocab()
     learned = 1 + max((number for name, number in tokenizer.get_vocab().items() if name not in added), default=-1)
     if learned > model_vocab_size:
         raise UserError(
-            f"{folder}: its tokenizer has {learned} ids (added tokens aside) and its model {model_vocab_size}: they do "
-            "not belong together; copy the model's own tokenizer, or leave the tokenizer out"
+            f"{folder}: its tokenizer has {learned} ids (without added tokens) but its model {model_vocab_size}: they "
+            "do not belong together; copy the model's own tokenizer, or leave the tokenizer out"
         )
     return max(vocabulary_size(tokenizer), model_vocab_size)
 
 
 def reserved_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Return the ids whose names say that no text has them, ascending; but for one that is EOS, BOS, PAD or UNK."""
+    """Return the ids whose names mark them as reserved, so that no text has them, except EOS, BOS, PAD and UNK.
+
+    Returns:
+        The ids, ascending.
+    """
     taken = roles({}, tokenizer)
     vocabulary = tokenizer.get_vocab()
     return sorted(number for name, number in vocabulary.items() if RESERVED.fullmatch(name) and number not in taken)
 
 
 def free_id(used: int, reserved: Sequence[int], model_vocab_size: int) -> int:
-    """An id for the mask token: a row of the model beyond the tokenizer's, else a reserved one, else a new one.
+    """Return an id for the mask token: a row of the model that the tokenizer does not use, a reserved id, or a new id.
 
     Args:
-        used: :func:`vocabulary_size` of the tokenizer.
-        reserved: its :func:`reserved_ids`.
-        model_vocab_size: ids that the model has.
+        used: The tokenizer's :func:`vocabulary_size`.
+        reserved: The tokenizer's :func:`reserved_ids`.
+        model_vocab_size: The number of ids that the model has.
     """
     return reserved[0] if used >= model_vocab_size and reserved else used
 
@@ -156,19 +164,19 @@ def encode_documents(
     texts: Iterable[str],
     place: Callable[[int], str] = "document {}".format,
 ) -> Iterator[list[int]]:
-    """Yield the ids of each text in order, end of text appended.
+    """Yield the ids of each text in order, with end of text appended.
 
-    A text is only text: neither a special token's name in it ("<|endoftext|>") nor the tokenizer's own template
-    (a leading BOS) gives a special id, so the one EOS of a document is its last token. Only the unknown token may
-    stand for characters that the tokenizer does not know.
+    Special ids do not come from text: neither from a special token's name in it ("<|endoftext|>") nor from the
+    tokenizer's template (a leading BOS). The only EOS of a document is therefore its last token. The one exception is
+    the unknown token, for characters that the tokenizer does not know.
 
     Args:
-        tokenizer: encodes.
-        texts: the documents.
-        place: says where the n-th text, from 0, comes from; asked when something is wrong with it.
+        tokenizer: The tokenizer.
+        texts: The documents.
+        place: A function that returns the origin of the n-th text, counted from 0; it is called for error messages.
 
     Raises:
-        UserError: the tokenizer gives a special id for a text, which is named.
+        UserError: The tokenizer returns a special id for a text; the message names the text's origin.
     """
     encoder, number = PlainTextEncoder(tokenizer), 0
     for batch in _batches(texts):
@@ -180,7 +188,7 @@ def encode_documents(
 
 
 def encode_document(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """:func:`encode_documents` of one text."""
+    """Return the ids of one text, with end of text appended (see :func:`encode_documents`)."""
     return next(encode_documents(tokenizer, [text]))
 
 

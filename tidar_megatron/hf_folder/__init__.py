@@ -1,1 +1,1 @@
-"""What is read from a Hugging Face folder passes here: each file is checked before transformers is given it."""
+"""Reading of Hugging Face folders: each file is checked before transformers loads it."""

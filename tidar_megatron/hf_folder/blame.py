@@ -1,7 +1,8 @@
-"""Find the key of a JSON file that a library does not accept.
+"""Search for the key of a JSON file that makes a library reject the file.
 
-transformers raises nearly anything for a bad value: its own validation errors, TypeError, ZeroDivisionError. These
-messages seldom name the key, so the keys are tried in turn: the one without which the library goes on is to blame.
+For a bad value transformers raises almost any exception: its own validation errors, TypeError, ZeroDivisionError. The
+message rarely names the key, so each key is left out in turn: the bad key is the one without which the library accepts
+the file.
 """
 
 import re
@@ -9,18 +10,18 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-SECONDS = 20.0  # at most, for all trials
+SECONDS = 20.0  # time limit for all trials together
 
 Tree = dict[str, Any]
 
 
 def key_to_blame(tree: Tree, attempt: Callable[[Tree], object], error: BaseException) -> str | None:
-    """Return the key (``rope_parameters.rope_theta`` of a nested one) that makes ``attempt(tree)`` fail.
+    """Return the key that makes ``attempt(tree)`` fail, such as ``rope_parameters.rope_theta``; None if none is found.
 
     Args:
-        tree: the JSON object.
-        attempt: raises where it does not accept the object.
-        error: what it raised for ``tree``; transformers' own validation names the field.
+        tree: The JSON object.
+        attempt: A function that raises an exception if it rejects the object.
+        error: The exception that ``attempt(tree)`` raised; transformers' own validation names the field in it.
     """
     if (named := re.search(r"[Ff]ield '(\w+)'", str(error))) and named[1] in tree:
         return named[1]
@@ -37,7 +38,7 @@ def key_to_blame(tree: Tree, attempt: Callable[[Tree], object], error: BaseExcep
 
 
 def _paths(tree: Tree, above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Nested keys come before the section that holds them: the narrowest answer is the best."""
+    """Yield the paths of all keys; nested keys come before their section, because the narrowest answer is the best."""
     for key, value in tree.items():
         if isinstance(value, dict) and len(above) < 2 and len(value) <= 64:
             yield from _paths(value, (*above, key))
@@ -45,7 +46,7 @@ def _paths(tree: Tree, above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]
 
 
 def _suspicion(value: Any) -> int:
-    """What is tried first: no real model has these values."""
+    """Return how suspicious a value is; keys whose values no real model has are tried first."""
     if isinstance(value, bool):
         return 1
     if value is None or (isinstance(value, int | float) and (value <= 0 or value >= 2**31)):

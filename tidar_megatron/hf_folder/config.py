@@ -1,7 +1,8 @@
-"""Read ``config.json`` and ``generation_config.json``; what is wrong with one is told in one line that names the key.
+"""Reading of ``config.json`` and ``generation_config.json``; an error is one line that names the key.
 
-transformers validates some fields and trusts the rest: a wrong size is found when memory is asked for it, NaN when
-every logit is one. What no model can mean is refused here; what transformers itself refuses is told with the key.
+transformers validates some fields and trusts the others: it finds a wrong size when it allocates memory, and a NaN when
+all logits are NaN. Values that no model can have are refused here. If transformers itself rejects a file, the error
+says which key is at fault.
 """
 
 import json
@@ -21,7 +22,7 @@ from tidar_megatron.json_files import cut, is_count, is_number, one_line, read_o
 from tidar_megatron.tidar_section import check_tidar
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
-# what some code multiplies or divides by, or takes a power of, whatever the class calls it
+# keys of any class whose values are used as factors, divisors or bases of powers
 POSITIVE = (
     "rope_theta",
     "rotary_emb_base",
@@ -32,8 +33,8 @@ POSITIVE = (
     "original_max_position_embeddings",
 )
 NOT_NEGATIVE = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "norm_eps", "norm_epsilon")
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # as classes call them
-# what classes count up to while they read a configuration
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # names in different classes
+# counts that classes loop over while they read a configuration
 COUNTED = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_labels", *EXPERTS)
 LARGEST_COUNT = 100_000
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "forced_bos_token_id", "forced_eos_token_id")
@@ -43,7 +44,7 @@ def read_config(folder: str | Path) -> PretrainedConfig:
     """Return transformers' configuration of a local folder; no code of the folder is run.
 
     Raises:
-        UserError: there is no ``config.json``, or one that transformers does not accept or no model can mean; the
+        UserError: ``config.json`` is missing, transformers rejects it, or it has a value that no model can have; the
             message names the key.
     """
     path = Path(folder) / CONFIG
@@ -64,7 +65,7 @@ def read_config(folder: str | Path) -> PretrainedConfig:
 
 
 def build_config(raw: Tree) -> PretrainedConfig:
-    """Return transformers' configuration of the content of a ``config.json``, or raise whatever it raises."""
+    """Return transformers' configuration for the content of a ``config.json``; errors of transformers propagate."""
     with TemporaryDirectory() as folder:
         (Path(folder) / CONFIG).write_text(json.dumps(raw), encoding="utf-8")
         return _accepted(folder)
@@ -72,7 +73,7 @@ def build_config(raw: Tree) -> PretrainedConfig:
 
 def _accepted(folder: str | Path) -> PretrainedConfig:
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    config.to_dict()  # some values are used there alone
+    config.to_dict()  # some values are used only there
     return config
 
 
@@ -83,23 +84,30 @@ def _copy(value: Any) -> Any:
 
 
 def refusal(path: Path, raw: Tree, attempt: Any, error: BaseException) -> UserError:
-    """Return the error that says that transformers does not accept ``raw``, with the key where it can be found."""
+    """Return the error which says that transformers rejects ``raw``, with the key if it can be found.
+
+    Args:
+        path: The file.
+        raw: The content of the file.
+        attempt: The function that failed for ``raw``.
+        error: The exception that it raised.
+    """
     key = key_to_blame(raw, attempt, error)
     if key is None:
         return UserError(f"{path}: transformers cannot load it ({one_line(error)}); export it or copy it again")
     value: Any = raw
     for part in key.split("."):
         value = value[part]
-    # what it says of the field is said here already
+    # remove what this message already says
     reason = re.sub(r"^(Class v|V)alidation error for .*?: \w+: |,? ?Errors: .*", "", one_line(error, 1000))
     return UserError(f"{path}: {key} {shown(value)} is not accepted by transformers ({cut(reason)}); correct it")
 
 
 def check_raw(raw: Tree, path: Path) -> None:
-    """Refuse values that no model can mean.
+    """Refuse the content of a ``config.json`` if it has values that no model can have, or unsupported ones.
 
     Raises:
-        UserError: names the key.
+        UserError: The message names the key.
     """
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
@@ -118,7 +126,7 @@ def check_raw(raw: Tree, path: Path) -> None:
             raise UserError(f"{path}: {name} {shown(raw[name])} is not a section; correct it or leave it out")
     for name in COUNTED:
         if type(raw.get(name)) is int and raw[name] > LARGEST_COUNT:
-            raise UserError(f"{path}: {name} {raw[name]} is too large to be meant; correct it")
+            raise UserError(f"{path}: {name} {raw[name]} is too large, the limit is {LARGEST_COUNT}; correct it")
     _check_numbers(raw, path, "")
     for name in ("rope_scaling", "rope_parameters"):
         rope = raw.get(name) or {}
@@ -139,7 +147,7 @@ def _check_dtype(value: Any, name: str, path: Path) -> None:
     dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else None
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise UserError(
-            f"{path}: {name} {shown(value)} is not a floating dtype such as float32 or bfloat16; correct it"
+            f"{path}: {name} {shown(value)} is not a floating-point dtype such as float32 or bfloat16; correct it"
         )
 
 
@@ -158,12 +166,12 @@ def _check_numbers(section: Tree, path: Path, above: str) -> None:
 
 
 def read_generation_config(folder: str | Path) -> Tree:
-    """Return the content of the folder's ``generation_config.json``; empty where there is none.
+    """Return the content of the folder's ``generation_config.json``; empty if there is none.
 
-    transformers passes over a broken one without a word, and generates by its own defaults.
+    transformers silently ignores a broken file and generates with its own defaults.
 
     Raises:
-        UserError: transformers does not accept it, or ids in it are not ids; the message names the key.
+        UserError: transformers rejects it, or a token id in it is invalid; the message names the key.
     """
     path = Path(folder) / GENERATION_CONFIG
     if not path.exists() and not path.is_symlink():

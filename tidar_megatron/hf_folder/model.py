@@ -1,8 +1,8 @@
-"""A folder's causal LM: its configuration is compared with its weights before anything is allocated, then it is loaded.
+"""Loading of a folder's causal LM, after comparing its configuration with its weights before allocating memory.
 
-The model is built on the meta device, where it takes no memory, and its shapes are held against the headers of the
-safetensors. So a size in ``config.json`` that is not the weights' is refused whatever it is, with the keys that decide
-the shape; and nothing larger than the weights is ever asked for.
+The model is built on the meta device, where it takes no memory, and its shapes are compared with the headers of the
+safetensors. A size in ``config.json`` that does not match the weights is therefore refused, with the keys that decide
+the shape, and no memory beyond the size of the weights is requested.
 """
 
 import copy
@@ -29,7 +29,7 @@ from tidar_megatron.hf_folder.weights import Stored, stored_tensors
 from tidar_megatron.json_files import one_line, read_object, shown
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-SPARE = 2**26  # elements: of what is not in the safetensors, such as masks and tables of positions that are computed
+SPARE = 2**26  # elements allowed beyond the safetensors, for computed buffers such as masks and position tables
 
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
@@ -37,22 +37,22 @@ FLOATS = ("BF16", "F16", "F32", "F64")
 
 
 def check_folder(folder: str | Path, other_names: bool = False) -> PretrainedConfig:
-    """Return the configuration of a folder whose ``config.json`` and safetensors agree; no weight is read.
+    """Return a folder's configuration, after checking that ``config.json`` and safetensors agree; no weight is read.
 
     Args:
-        folder: local.
-        other_names: take safetensors of any name where there are none of the names that transformers reads.
+        folder: A local folder.
+        other_names: Whether to accept safetensors of any name if there are none with the names that transformers reads.
 
     Raises:
-        UserError: a file is missing or broken, transformers does not accept ``config.json``, or it describes another
-            model than the one whose weights are there; the message names file and key.
+        UserError: A file is missing or broken, transformers rejects ``config.json``, or ``config.json`` does not match
+            the weights; the message names file and key.
     """
     folder = Path(folder)
     path = folder / CONFIG
     raw = read_object(path, "give a Hugging Face model folder")
     check_raw(raw, path)
     tensors = stored_tensors(folder, other_names)
-    for key in LAYER_COUNTS:  # before a class makes a list of so many
+    for key in LAYER_COUNTS:  # before a class makes a list of this length
         if isinstance(raw.get(key), int) and raw[key] > len(tensors):
             raise UserError(
                 f"{path}: {key} {raw[key]} is more than the {len(tensors)} tensors of the safetensors; correct it"
@@ -73,13 +73,13 @@ def load_causal_lm(
     """Return the model of a folder that :func:`check_folder` has accepted, on the CPU; no code of the folder is run.
 
     Args:
-        folder: local.
-        config: of the folder.
-        dtype: of the weights.
-        attn_implementation: a name that transformers knows; None: its own choice.
+        folder: A local folder.
+        config: The folder's configuration.
+        dtype: The dtype of the loaded weights.
+        attn_implementation: The name of an attention implementation of transformers; None: its default.
 
     Raises:
-        UserError: weights are missing, NaN or infinite, or they have layers that ``config.json`` does not.
+        UserError: Weights are missing, NaN or infinite, or there are weights of layers that ``config.json`` lacks.
     """
     path = Path(folder) / CONFIG
     more = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
@@ -91,7 +91,7 @@ def load_causal_lm(
             trust_remote_code=False,
             local_files_only=True,
             use_safetensors=True,
-            ignore_mismatched_sizes=True,  # it is told of here, with the keys
+            ignore_mismatched_sizes=True,  # reported below, with the keys
             output_loading_info=True,
             **more,
         )
@@ -101,14 +101,14 @@ def load_causal_lm(
         raise UserError(
             f"{folder}: transformers cannot load it as a causal LM ({one_line(error)}); export it or copy it again"
         ) from error
-    if wrong := sorted(found["mismatched_keys"]):  # what transformers puts together first, such as experts
+    if wrong := sorted(found["mismatched_keys"]):  # parameters that transformers merges, such as experts
         name, stored, wanted = wrong[0]
         axes = _axes(tuple(wanted), tuple(stored))
         raise UserError(
-            f"{path}: makes {name} {list(wanted)}, and the safetensors make it {list(stored)}"
+            f"{path}: gives {name} the shape {list(wanted)}, but the safetensors give it {list(stored)}"
             f"{_decided(read_object(path), name, axes)}; correct it"
         )
-    # transformers draws at random what it does not find
+    # transformers initializes missing weights at random
     if missing := sorted(found["missing_keys"]):
         raise UserError(
             f"{folder}: {missing[0]} is missing from its weights{_decided(read_object(path), missing[0])}; "
@@ -122,9 +122,9 @@ def load_causal_lm(
 
 
 def _shapes(config: PretrainedConfig) -> Shapes:
-    """Return the shapes of the parameters and buffers of a configuration's model, which is not allocated."""
+    """Return the shapes of the parameters and buffers of a configuration's model, without allocating it."""
     with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch, about empty tensors
+        warnings.simplefilter("ignore")  # torch warns about empty tensors
         model = AutoModelForCausalLM.from_config(
             copy.deepcopy(config), dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
         )
@@ -137,13 +137,13 @@ def _compare(path: Path, raw: Tree, shapes: Shapes, tensors: dict[str, Stored]) 
         wanted, stored = shapes[name], tensors[name]
         if stored.dtype not in FLOATS:
             raise UserError(
-                f"{stored.file}: tensor {name} is of {stored.dtype}, not of {', '.join(FLOATS)}; "
+                f"{stored.file}: tensor {name} has dtype {stored.dtype}, not one of {', '.join(FLOATS)}; "
                 "use the model before it was quantized"
             )
         if wanted != stored.shape:
             axes = _axes(wanted, stored.shape)
             raise UserError(
-                f"{path}: makes {name} {list(wanted)}, and it is {list(stored.shape)} in {stored.file.name}"
+                f"{path}: gives {name} the shape {list(wanted)}, but it is {list(stored.shape)} in {stored.file.name}"
                 f"{_decided(raw, name, axes)}; correct it"
             )
     needed = sum(torch.Size(shape).numel() for shape in shapes.values())
@@ -152,21 +152,22 @@ def _compare(path: Path, raw: Tree, shapes: Shapes, tensors: dict[str, Stored]) 
         largest = max(shapes, key=lambda name: torch.Size(shapes[name]).numel())
         axes = [*range(len(shapes[largest]))]
         raise UserError(
-            f"{path}: describes a model of {needed:,} numbers, and the safetensors hold {there:,}; "
+            f"{path}: describes a model of {needed:,} values, but the safetensors hold {there:,}; "
             f"the largest is {largest} {list(shapes[largest])}{_decided(raw, largest, axes)}; correct it"
         )
 
 
 def _axes(wanted: Shape, stored: Shape) -> list[int]:
-    """Return the axes along which a shape is another; all where there are more or fewer of them."""
+    """Return the axes along which two shapes differ; all axes if their numbers of axes differ."""
     same = len(wanted) == len(stored)
     return [axis for axis in range(len(wanted)) if not same or wanted[axis] != stored[axis]]
 
 
 def _decided(raw: Tree, name: str, axes: Sequence[int] = ()) -> str:
-    """Return the keys that decide a tensor's lengths along ``axes``, or whether it is there, as a part of a message.
+    """Return a part of a message that names the keys which decide a tensor's lengths along ``axes``.
 
-    Each key is changed in turn and the model built anew. The part is empty where none is found.
+    Without ``axes`` these are the keys that decide whether the tensor exists. To find them, each key is changed in turn
+    and the model is built again. The part is empty if no key is found.
     """
     before = _shape_of(raw, name)
 
@@ -180,7 +181,7 @@ def _decided(raw: Tree, name: str, axes: Sequence[int] = ()) -> str:
             try:
                 if differs(_shape_of(raw | {key: other}, name)):
                     return True
-            except Exception:  # transformers' and torch's own: no model has this value
+            except Exception:  # transformers or torch rejects this value
                 continue
         return False
 
@@ -189,12 +190,12 @@ def _decided(raw: Tree, name: str, axes: Sequence[int] = ()) -> str:
 
 
 def _shape_of(raw: Tree, name: str) -> Shape | None:
-    """Return the shape of a tensor in ``raw``'s model, None where it has none of this name."""
+    """Return the shape of a tensor in ``raw``'s model; None if the model has no tensor of this name."""
     return _shapes(build_config(raw)).get(name)
 
 
 def _others(value: Any) -> tuple[Any, ...]:
-    """Return values to try in place of one."""
+    """Return other values to try instead of ``value``."""
     if isinstance(value, bool):
         return (not value,)
     if isinstance(value, int):
@@ -203,10 +204,10 @@ def _others(value: Any) -> tuple[Any, ...]:
 
 
 def _unused(names: Iterable[str], causal_lm: PreTrainedModel) -> str | None:
-    """Return a tensor of the folder's that lies among the model's layers and is in none of them.
+    """Return one of the unused tensors whose name belongs to the model's layers; None if there is none.
 
-    Such a folder holds another model than ``config.json`` describes: with more layers, or with biases. What lies
-    elsewhere may be another head, which nobody has asked for.
+    Such a folder holds another model than ``config.json`` describes, for example with more layers or with biases.
+    Unused tensors outside of the layers are accepted: they may belong to another head.
     """
     layers = {found[1] for name, _ in causal_lm.named_parameters() if (found := re.match(r"(.*?\.)\d+\.", name))}
     inside = [name for name in names if any(re.match(re.escape(prefix) + r"\d+\.", name) for prefix in layers)]
@@ -215,7 +216,7 @@ def _unused(names: Iterable[str], causal_lm: PreTrainedModel) -> str | None:
 
 def _refuse_nan(folder: str | Path, causal_lm: PreTrainedModel) -> None:
     for name, parameter in causal_lm.named_parameters():
-        # the extremes are NaN where any value is, and cost no memory
+        # minimum and maximum are NaN if any value is, and take no memory
         if parameter.numel() and not all(bool(extreme.isfinite()) for extreme in parameter.detach().aminmax()):
             dtype = str(parameter.dtype).removeprefix("torch.")
             raise UserError(

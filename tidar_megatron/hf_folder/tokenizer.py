@@ -1,4 +1,4 @@
-"""Read the tokenizer of a folder; what is wrong with a file of it is told in one line that names file and key."""
+"""Reading of a folder's tokenizer; an error is one line that names file and key."""
 
 import json
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a local folder; no code of the folder is run.
 
     Raises:
-        UserError: a file of it is broken, or transformers does not accept it; the message names file and key.
+        UserError: One of its files is broken, or transformers rejects it; the message names file and key.
     """
     folder = Path(folder)
     trees = {name: read_object(folder / name) for name in OBJECTS if _is_there(folder / name)}
@@ -35,7 +35,7 @@ def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     _check_settings(trees.get(SETTINGS, {}), folder / SETTINGS)
     try:
         return _accepted(folder)
-    except BaseException as error:  # the libraries' own, of nearly any type; a panic of Rust is no Exception
+    except BaseException as error:  # nearly any type; a Rust panic is not an Exception
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
         raise _refusal(folder, trees, error) from error
@@ -46,7 +46,7 @@ def _is_there(path: Path) -> bool:
 
 
 def _check_settings(settings: Tree, path: Path) -> None:
-    """Refuse what transformers takes, and what fails at the first text."""
+    """Refuse settings that transformers accepts but that fail with the first text."""
     for key, value in settings.items():
         wrong = None
         if value is None:
@@ -63,7 +63,7 @@ def _check_settings(settings: Tree, path: Path) -> None:
 
 
 def _accepted(folder: str | Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer after a trial of what everybody calls."""
+    """Return the tokenizer, after trying its common methods."""
     tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     ids = tokenizer(PROBE)["input_ids"]
     tokenizer(PROBE, add_special_tokens=False)
@@ -73,12 +73,12 @@ def _accepted(folder: str | Path) -> PreTrainedTokenizerBase:
 
 
 def _refusal(folder: Path, trees: dict[str, Tree], error: BaseException) -> UserError:
-    """Return the error that says which file the libraries do not accept, and which key where it can be found."""
+    """Return the error which says what file the libraries reject, with the key if it can be found."""
     attempts: dict[str, Callable[[Tree], object]] = {}
     if FAST in trees:
         try:
             Tokenizer.from_file(str(folder / FAST))
-        except BaseException as own:  # as above
+        except BaseException as own:  # a Rust panic, as above
             key = key_to_blame(trees[FAST], lambda tree: Tokenizer.from_str(json.dumps(tree)), own)
             return _error(folder / FAST, trees[FAST], key, own)
     for name in trees:
@@ -103,7 +103,7 @@ def _error(path: Path, tree: Tree, key: str | None, error: BaseException) -> Use
 
 
 def _with(folder: Path, name: str, tree: Tree) -> PreTrainedTokenizerBase:
-    """Return the folder's tokenizer with other content in one of its files."""
+    """Return the folder's tokenizer with the content of the file ``name`` replaced by ``tree``."""
     with TemporaryDirectory() as copy:
         for path in folder.iterdir():
             if path.is_file() and path.name != name and not path.name.endswith((".safetensors", ".bin")):

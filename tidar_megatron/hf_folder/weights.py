@@ -1,4 +1,4 @@
-"""The safetensors of a folder: which files they are, and what their headers say, without reading a tensor."""
+"""The safetensors files of a folder and the contents of their headers, without reading a tensor."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor: its shape, its dtype as safetensors names it (``BF16``), and its file."""
+    """A stored tensor: its shape, its dtype as safetensors names it (``BF16``), and its file."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -22,14 +22,14 @@ class Stored:
 
 
 def weight_files(folder: str | Path, other_names: bool = False) -> list[Path]:
-    """Return the safetensors files that transformers reads: the single one, else those of the index.
+    """Return the safetensors files that transformers reads: ``model.safetensors``, or the files of the index.
 
     Args:
-        folder: local.
-        other_names: take ``*.safetensors`` where there is neither.
+        folder: A local folder.
+        other_names: Whether to return all ``*.safetensors`` if there is neither.
 
     Raises:
-        UserError: there are none, or the index names one that is not there.
+        UserError: There are no safetensors, or the index names a file that is missing.
     """
     folder = Path(folder)
     single, index = folder / WEIGHTS, folder / INDEX
@@ -51,7 +51,7 @@ def weight_files(folder: str | Path, other_names: bool = False) -> list[Path]:
 
 
 def _is_there(path: Path) -> bool:
-    return path.exists() or path.is_symlink()  # a link that leads nowhere is told of, not passed over
+    return path.exists() or path.is_symlink()  # a broken link is an error, not an absent file
 
 
 def _files_of_index(index: Path) -> list[Path]:
@@ -68,22 +68,26 @@ def _files_of_index(index: Path) -> list[Path]:
 
 
 def open_safetensors(file: Path) -> Any:
-    """Return safetensors' handle of a file; its tensors are read when they are asked for.
+    """Return safetensors' handle of a file, which reads tensors on demand.
 
     Raises:
-        UserError: the file is cut or broken.
+        UserError: The file is truncated or broken.
     """
     try:
         return safe_open(str(file), framework="pt")
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
-        raise UserError(f"{file}: no whole safetensors file ({one_line(error)}); copy it again") from None
+        raise UserError(f"{file}: is not a complete safetensors file ({one_line(error)}); copy it again") from None
 
 
 def stored_tensors(folder: str | Path, other_names: bool = False) -> dict[str, Stored]:
-    """Return what lies in the folder's safetensors (:func:`weight_files`), by the names of the tensors.
+    """Return the tensors in the folder's safetensors (:func:`weight_files`), by name, from the files' headers.
+
+    Args:
+        folder: A local folder.
+        other_names: As in :func:`weight_files`.
 
     Raises:
-        UserError: there are none, or a file is missing or broken.
+        UserError: There are no safetensors, or a file is missing or broken.
     """
     found: dict[str, Stored] = {}
     for file in weight_files(folder, other_names):

@@ -1,1 +1,1 @@
-"""Hugging Face folders and runs, in both directions; the files that an exported folder carries."""
+"""Conversion between Hugging Face folders and runs, and the files of an exported folder."""

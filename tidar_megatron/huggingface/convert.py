@@ -1,7 +1,7 @@
-"""Hugging Face folder -> a run's folder, and back, in one process and tensor by tensor; and whether both are one model.
+"""Conversion of a Hugging Face folder to a run's folder and back, tensor by tensor in one process, and verification.
 
-Checkpoints know no layout, so one that is imported can be loaded under any. ``import`` makes a run's folder whose
-checkpoint holds weights alone: ``tools/pretrain.py --init-from`` starts from it.
+Checkpoints do not depend on the layout, so an imported one can be loaded in any layout. ``import`` writes a run's
+folder whose checkpoint has only weights; ``tools/pretrain.py --init-from`` starts from it.
 """
 
 import dataclasses
@@ -59,8 +59,8 @@ from tidar_megatron.models.output_layer import output_weight
 from tidar_megatron.models.parameters import VOCABULARY
 from tidar_megatron.new_folder import check_free, new_folder
 
-TOLERANCE = 1e-4  # of logits, in float32
-# None: as the tensors are; float16 becomes float32, which has all its values
+TOLERANCE = 1e-4  # largest difference of logits in float32
+# None: the dtype of the tensors; float16 becomes float32, which represents all of its values
 DTYPES = (None, torch.bfloat16, torch.float32, torch.float16)
 
 
@@ -72,20 +72,21 @@ def import_run(
     init_mask_token: str | None = None,
     mask_token_id: int | None = None,
 ) -> Config:
-    """Write the Hugging Face folder ``source`` as the run's folder ``target``.
+    """Write the Hugging Face folder ``source`` as the run's folder ``target``, atomically.
 
     Args:
-        source: config.json and safetensors; with or without a tokenizer.
-        target: must not exist yet, or be empty.
-        parallel: a layout that the model must be fit for; written into the run's configuration, nothing else.
-        init_mask_token: gives the model a mask token, its row started so (:class:`MaskRow`); None changes no row.
-        mask_token_id: the mask token; default: a row that no text uses, or a new one.
+        source: A folder with config.json and safetensors, with or without a tokenizer.
+        target: The folder to write; it must not exist, or must be empty.
+        parallel: A layout that the model must fit; it is only checked and written to the run's configuration.
+        init_mask_token: Gives the model a mask token and says how its row starts (:class:`MaskRow`); None changes no
+            row.
+        mask_token_id: The id of the mask token; by default a row that no text uses, or a new one.
 
     Returns:
         The run's configuration.
 
     Raises:
-        UserError: not a model of ours, or not whole, or it does not fit the layout; nothing is written then.
+        UserError: The model is not supported, not complete, or does not fit the layout; nothing is written then.
     """
     source, target = Path(source), Path(target)
     check_free("--output", target)
@@ -102,7 +103,7 @@ def import_run(
     config = Config(model=dataclasses.replace(model, vocab_size=rows), parallel=parallel or ParallelConfig())
     config = dataclasses.replace(
         config,
-        # tensors that have more digits than the folder says keep them
+        # tensors with a higher precision than the folder's dtype keep it
         training=dataclasses.replace(config.training, bf16=dtype != torch.float32 and tensors.dtypes() == {"BF16"}),
     )
     config = _with_tidar_section(config, tidar_section(source))
@@ -125,7 +126,7 @@ def import_run(
 
 
 def _with_tidar_section(config: Config, section: dict[str, Any]) -> Config:
-    """Export writes it back."""
+    """Return ``config`` with the values of the folder's ``tidar`` section, so that an export writes them back."""
     tidar = {name: section[name] for name in ("mask_token_id", "block_size", "ar_loss_weight") if name in section}
     config = dataclasses.replace(config, tidar=dataclasses.replace(config.tidar, **tidar))
     block_size, length = config.tidar.block_size, config.data.seq_length
@@ -186,9 +187,17 @@ def _write_checkpoint(
 
 # --- out ---------------------------------------------------------------------------------------------------------
 def _whole_checkpoint(run: Path, iteration: int | None) -> tuple[ResolvedConfig, int, Path]:
-    """A run's configuration without its layout, and its checkpoint of ``iteration`` or the newest, hashes compared."""
+    """Return a run's configuration with the default layout, and an iteration with its verified checkpoint folder.
+
+    Args:
+        run: The run's folder.
+        iteration: The iteration of the checkpoint; None: the newest.
+
+    Raises:
+        UserError: The run or the checkpoint is missing, damaged, or does not match the run's configuration.
+    """
     if not (run / CONFIG_FILE).exists():
-        raise UserError(f"--checkpoint {run}: holds no {CONFIG_FILE}; give the folder that was --save in training")
+        raise UserError(f"--checkpoint {run}: holds no {CONFIG_FILE}; give the --save folder of a training run")
     iteration = iteration if iteration is not None else folder.latest_iteration(run)
     if iteration is None:
         raise UserError(f"--checkpoint {run}: holds no checkpoint yet")
@@ -209,23 +218,29 @@ def _whole_checkpoint(run: Path, iteration: int | None) -> tuple[ResolvedConfig,
 def export_run(
     run: str | Path, target: str | Path, iteration: int | None = None, shard_bytes: int = SHARD_BYTES
 ) -> int:
-    """Write the checkpoint of ``iteration`` (default: the newest) of the run folder ``run`` to the folder ``target``.
+    """Write a checkpoint of a run as a Hugging Face folder.
+
+    Args:
+        run: The run's folder.
+        target: The folder to write; it must not exist, or must be empty.
+        iteration: The iteration of the checkpoint; by default the newest.
+        shard_bytes: The approximate size of a file of weights.
 
     Returns:
-        The iteration exported.
+        The iteration that was exported.
 
     Raises:
-        UserError: ``run`` is no run folder, holds no checkpoint, or a damaged one; ``target`` is not empty.
+        UserError: ``run`` is not a run's folder, its checkpoint is missing or damaged, or ``target`` is not empty.
     """
     run = Path(run)
     config, iteration, checkpoint = _whole_checkpoint(run, iteration)
     whole = whole_model(config)
     try:
-        # what was imported may have come without a tokenizer; a run that was trained has one
+        # an imported model may have no tokenizer; a trained run always has one
         has_none = read_state(checkpoint).weights_only and not (run / TOKENIZER_FOLDER).exists()
         tokenizer = None if has_none else load_tokenizer(run / TOKENIZER_FOLDER)
         reader, source = WeightReader(checkpoint, whole), kept_huggingface_files(run)
-        # what was imported with its mask token, and not trained since, goes back bit for bit
+        # a model that was imported with its mask token and not trained is exported unchanged, bit for bit
         section = tidar_section(source) if source is not None and read_state(checkpoint).weights_only else {}
         keep_mask_row = section.get("mask_token_id") == config.tidar.mask_token_id
         export_huggingface(whole, reader.read, config, tokenizer, target, source, shard_bytes, keep_mask_row)
@@ -237,19 +252,25 @@ def export_run(
 # --- both --------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def verify(hf: str | Path, run: str | Path, iteration: int | None = None, length: int = 64, rows: int = 4) -> dict:
-    """Compare the logits of both sides in float32, for random token ids.
+    """Compare the logits of a Hugging Face folder and of a run's checkpoint in float32, for random token ids.
 
-    A mask token that the run has and the folder has not is left out, as are the rows by which the run's vocabulary has
-    grown: they are the run's own. In an output layer of its own, the folder's row of the mask token may also be the one
-    that an export makes.
+    A mask token that only the run has is excluded, and so are the rows by which the run's vocabulary has grown. If the
+    output layer is untied, the folder's row of the mask token may be the run's, or the one that an export writes.
+
+    Args:
+        hf: The Hugging Face folder.
+        run: The run's folder.
+        iteration: The iteration of the checkpoint; by default the newest.
+        length: Tokens per sequence.
+        rows: The number of sequences.
 
     Returns:
-        ``hf``, ``checkpoint``, ``iteration``, ``max_logit_difference``, ``largest_logit``, ``same_choice`` (the share
-        of positions whose largest logit is of the same id), ``positions``, ``vocabulary``, ``left_out`` (the mask
-        token, or None), ``new_rows`` (of the run).
+        ``hf``, ``checkpoint``, ``iteration``, ``max_logit_difference``, ``largest_logit``, ``same_choice`` (fraction of
+        positions at which both have their largest logit at the same id), ``positions``, ``vocabulary``, ``left_out``
+        (the mask token, or None), ``new_rows`` (rows that only the run has).
 
     Raises:
-        UserError: one of the two cannot be read, or they are models of different shapes.
+        UserError: One of the two cannot be read, or the models have different shapes.
     """
     ours, iteration, checkpoint = _whole_checkpoint(Path(run), iteration)
     hf_config = check_folder(hf)
@@ -257,12 +278,12 @@ def verify(hf: str | Path, run: str | Path, iteration: int | None = None, length
     assert theirs.vocab_size is not None
     mask = ours.tidar.mask_token_id
     needed = rows_needed(hf, theirs.vocab_size) if has_tokenizer(hf) else theirs.vocab_size
-    grown = {needed, needed + 1} if mask == needed else {needed}  # by tokens of the tokenizer, and by the mask token
+    grown = {needed, needed + 1} if mask == needed else {needed}  # by added tokens, and by the mask token
     fits = ours.vocab_size in grown
     shape = dataclasses.replace(ours.model, vocab_size=theirs.vocab_size) if fits else ours.model
     one, other = (dataclasses.asdict(settled(model)) for model in (theirs, shape))
     if differing := [name for name in one if one[name] != other[name]]:
-        raise UserError(f"--checkpoint {run}: is another model than --hf {hf}: {', '.join(differing)} differ")
+        raise UserError(f"--checkpoint {run}: is not the model of --hf {hf}: {', '.join(differing)} differ")
     Safetensors(hf).check(theirs)
     tokens = torch.randint(theirs.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
     own_row = mask is not None and tidar_section(hf).get("mask_token_id") != mask
@@ -271,7 +292,7 @@ def verify(hf: str | Path, run: str | Path, iteration: int | None = None, length
     reference = load_causal_lm(hf, hf_config, torch.float32)
     expected = reference(tokens).logits
     del reference
-    dtype = torch.bfloat16 if ours.training.bf16 else torch.float32  # of an export
+    dtype = torch.bfloat16 if ours.training.bf16 else torch.float32  # the dtype of an export
     ours = dataclasses.replace(ours, training=dataclasses.replace(ours.training, bf16=False))
     ranks = initialize(ours.parallel, 0)
     try:

@@ -1,4 +1,4 @@
-"""The engine as files that an exported folder carries, so that transformers alone can decode with it."""
+"""The decoding engine as files in an exported folder, so that transformers alone can decode with drafts."""
 
 import re
 from importlib.resources import files
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tidar_megatron import __version__
 
-MODULES = {  # file in the folder -> module of this package; the first is what transformers calls
+MODULES = {  # file in the folder -> module of this package; transformers calls the first
     "generate": "inference/custom_generate",
     **{name: f"inference/{name}" for name in ("engine", "sequence", "drafting", "planner", "acceptance")},
     **{name: f"inference/{name}" for name in ("costs", "static", "forward", "attention", "cache", "model", "request")},
@@ -17,7 +17,7 @@ MODULES = {  # file in the folder -> module of this package; the first is what t
 
 
 def write_custom_generate(folder: str | Path) -> None:
-    """Write ``FOLDER/custom_generate``; transformers runs it where ``trust_remote_code`` allows."""
+    """Write ``FOLDER/custom_generate``, which transformers runs if it is called with ``trust_remote_code``."""
     target = Path(folder) / "custom_generate"
     target.mkdir()
     for name in MODULES:
@@ -25,7 +25,11 @@ def write_custom_generate(folder: str | Path) -> None:
 
 
 def source_of(name: str) -> str:
-    """A module, importing its neighbours from the folder it will lie in."""
+    """Return the source of a module, rewritten to import the other modules from its own folder.
+
+    Args:
+        name: A key of ``MODULES``.
+    """
     module = files("tidar_megatron").joinpath(*f"{MODULES[name]}.py".split("/")).read_text(encoding="utf-8")
     module = re.sub(r"(?m)^from tidar_megatron(?:\.\w+)*?\.(\w+) import ", r"from .\1 import ", module)
     about = f"# Copied from tidar-megatron {__version__}, tidar_megatron/{MODULES[name]}.py: change it there.\n"

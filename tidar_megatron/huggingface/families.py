@@ -1,7 +1,8 @@
-"""Which Hugging Face architectures these models are: ``config.json`` -> our model's configuration, and back.
+"""The supported Hugging Face architectures: conversion of ``config.json`` to our model configuration, and back.
 
-A TiDAR model is an ordinary Llama, Mistral, Qwen2, Qwen3 or Qwen3-MoE: the mask token is one more vocabulary id, so
-whatever loads those loads it. What is TiDAR's own stands in the ``tidar`` section of ``config.json``.
+A TiDAR model is an ordinary Llama, Mistral, Qwen2, Qwen3 or Qwen3-MoE whose vocabulary has one more id, the mask token,
+so any program that loads these architectures can load it. TiDAR's own settings are in the ``tidar`` section of
+``config.json``.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ from tidar_megatron.tidar_section import check_tidar
 
 @dataclass(frozen=True)
 class Family:
-    """What tells one architecture from the others."""
+    """A Hugging Face architecture and the features that distinguish it from the others."""
 
     architecture: str
     qk_layernorm: bool = False
@@ -35,7 +36,7 @@ class Family:
     experts: bool = False
 
 
-# of two that compute the same, a model that was trained here from scratch is the first
+# a model that was trained from scratch is exported as the first family that computes it
 FAMILIES = {
     "llama": Family("LlamaForCausalLM"),
     "mistral": Family("MistralForCausalLM"),
@@ -43,27 +44,27 @@ FAMILIES = {
     "qwen3": Family("Qwen3ForCausalLM", qk_layernorm=True),
     "qwen3_moe": Family("Qwen3MoeForCausalLM", qk_layernorm=True, experts=True),
 }
-# what a configuration must have as positive integers, where its class has it at all
+# keys that must be positive integers, if the configuration's class has them
 SIZES = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings".split()
 SIZES += "num_key_value_heads num_experts num_experts_per_tok moe_intermediate_size decoder_sparse_step".split()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A folder's JSON file.
+    """Return the content of a JSON file of a Hugging Face folder.
 
     Raises:
-        UserError: it is missing or no JSON object.
+        UserError: The file is missing, or is not a JSON object.
     """
     return read_object(path, "give a Hugging Face model folder")
 
 
 def read_config(folder: str | Path) -> PretrainedConfig:
-    """Return a folder's configuration as transformers understands it, with the defaults of its class.
+    """Return a folder's configuration as transformers reads it, with the defaults of its class.
 
-    What an older or a newer key means, and which of two counts, is for transformers to say.
+    transformers decides what older and newer keys mean, and which of two takes precedence.
 
     Raises:
-        UserError: there is no ``config.json``, it is of another family, or transformers refuses it.
+        UserError: ``config.json`` is missing, of an unsupported family, or rejected by transformers.
     """
     path = Path(folder) / "config.json"
     model_type = read_json(path).get("model_type")
@@ -71,15 +72,21 @@ def read_config(folder: str | Path) -> PretrainedConfig:
         raise UserError(f"{path}: model_type {model_type!r} is not one of {', '.join(FAMILIES)}")
     config = hf_folder.read_config(folder)
     if config.model_type != model_type:
-        raise UserError(f"{path}: names another file, of a {config.model_type}; remove its configuration_files")
+        raise UserError(
+            f"{path}: names another configuration file, of a {config.model_type}; remove its configuration_files"
+        )
     return config
 
 
 def model_from_huggingface(folder: str | Path, ours: ModelConfig) -> ModelConfig:
-    """``ours`` with everything that a Hugging Face ``config.json`` decides.
+    """Return ``ours`` with every field that a Hugging Face ``config.json`` decides replaced by its value.
+
+    Args:
+        folder: The Hugging Face folder.
+        ours: A configuration that gives all other fields.
 
     Raises:
-        UserError: a model we would not compute as Hugging Face does, named.
+        UserError: The model has a feature that we do not compute as transformers does; the message names it.
     """
     path = Path(folder) / "config.json"
     config = read_config(folder)
@@ -89,7 +96,7 @@ def model_from_huggingface(folder: str | Path, ours: ModelConfig) -> ModelConfig
             raise UserError(f"{path}: {name} {getattr(config, name)!r} is not a positive integer; correct it")
     if not (is_number(config.rms_norm_eps) and config.rms_norm_eps > 0):
         raise UserError(f"{path}: rms_norm_eps {config.rms_norm_eps!r} is not a number above 0; correct it")
-    # as the attention of every family reads it
+    # the attention of every family reads it in this way
     head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
     if not is_count(head_dim):
         raise UserError(f"{path}: head_dim {head_dim!r} is not a positive integer; correct it")
@@ -123,10 +130,10 @@ def model_from_huggingface(folder: str | Path, ours: ModelConfig) -> ModelConfig
 
 
 def tidar_section(folder: str | Path) -> dict[str, Any]:
-    """What a model that has learned to draft says of it in its ``config.json``; empty of another.
+    """Return the ``tidar`` section of a folder's ``config.json``; empty if the model has not learned to draft.
 
     Raises:
-        UserError: it is no section, or one of its values cannot be meant.
+        UserError: The section is not a JSON object, or one of its values is invalid.
     """
     path = Path(folder) / "config.json"
     config = read_config(folder)
@@ -141,7 +148,7 @@ def _refuse_what_we_do_not_compute(path: Path, config: PretrainedConfig, family:
     declared = {field.name for field in dataclasses.fields(config)}
 
     def of_class(name: str) -> Any:
-        """A setting, where the class has it: Mistral's attention has no bias, whatever ``attention_bias`` says."""
+        """Return a setting if the class has it, otherwise None: Mistral's attention ignores ``attention_bias``."""
         return getattr(config, name) if name in declared else None
 
     slides = of_class("sliding_window") is not None
@@ -155,10 +162,10 @@ def _refuse_what_we_do_not_compute(path: Path, config: PretrainedConfig, family:
         "attention_bias": of_class("attention_bias"),
         "mlp_bias": of_class("mlp_bias"),
         "sliding windows": slides,
-        f"hidden_act {config.hidden_act!r}": config.hidden_act not in ("silu", "swish"),  # one function, two names
+        f"hidden_act {config.hidden_act!r}": config.hidden_act not in ("silu", "swish"),  # two names of one function
         "a layer without experts": dense,
         "norm_topk_prob false": family.experts and not config.norm_topk_prob,
-        # settings of any class
+        # settings that any class can have
         "is_causal false": not getattr(config, "is_causal", True),
         "a model within a model": config.get_text_config(decoder=True) is not config,
         "per_layer_config": config.is_heterogeneous,
@@ -173,7 +180,7 @@ def _refuse_what_we_do_not_compute(path: Path, config: PretrainedConfig, family:
 
 
 def settled(model: ModelConfig) -> ModelConfig:
-    """Return a configuration with every default filled in, and without what an export alone reads."""
+    """Return a configuration with all defaults filled in and without the fields that only an export reads."""
     return dataclasses.replace(
         model,
         num_query_groups=model.num_query_groups or model.num_attention_heads,
@@ -184,15 +191,15 @@ def settled(model: ModelConfig) -> ModelConfig:
 
 
 def huggingface_config(config: Config, eos_token_id: int | None, source: dict[str, Any] | None = None) -> dict:
-    """The ``config.json`` of a trained or imported model, with its ``tidar`` section where it has a mask token.
+    """Return the ``config.json`` of a trained or imported model, with a ``tidar`` section if it has a mask token.
 
     Args:
-        config: resolved.
-        eos_token_id: of its tokenizer, for where ``source`` does not say.
-        source: the ``config.json`` that the model was once imported from: what we do not decide stays as it is there.
+        config: The resolved configuration.
+        eos_token_id: The tokenizer's EOS, used if ``source`` has none.
+        source: The ``config.json`` that the model was imported from; keys that we do not decide keep their value.
 
     Raises:
-        UserError: no Hugging Face class computes this model. ``training/resolve.py`` asks before a run starts.
+        UserError: No Hugging Face class computes this model. ``training/resolve.py`` checks this before a run starts.
     """
     model = config.model
     kind = model_type(model, source)
@@ -210,7 +217,7 @@ def huggingface_config(config: Config, eos_token_id: int | None, source: dict[st
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
         "rms_norm_eps": model.norm_epsilon,
         "rope_parameters": {**rope, "rope_theta": model.rotary_base},
-        "rope_theta": model.rotary_base,  # and rope_scaling: where transformers before 5 look
+        "rope_theta": model.rotary_base,  # this and rope_scaling: transformers before 5 reads these
         "rope_scaling": rope if model.rope_scaling_type != "none" else None,
         "max_position_embeddings": model.max_position_embeddings or config.data.seq_length,
         "vocab_size": model.vocab_size,
@@ -243,14 +250,14 @@ def huggingface_config(config: Config, eos_token_id: int | None, source: dict[st
         decided |= {"bos_token_id": None, "eos_token_id": eos_token_id, "initializer_range": model.init_method_std}
     try:
         complete = CONFIG_MAPPING[kind].from_dict(dict(decided))
-    except Exception as error:  # each class has checks of its own
+    except Exception as error:  # each class has its own checks
         named, why = FAMILIES[kind].architecture, " ".join(str(error).split())
         raise UserError(
-            f"transformers' {named} refuses this model, so it cannot be exported: {why}; change what that names"
+            f"transformers' {named} rejects this model, so it cannot be exported: {why}; change the setting it names"
         ) from None
     if source is not None:
         return decided
-    # the class also writes what it derives, and under its own names (num_local_experts)
+    # the class also writes derived values, and its own names of keys (num_local_experts)
     return json.loads(complete.to_json_string()) | decided
 
 
@@ -258,17 +265,17 @@ def model_type(model: ModelConfig, source: dict[str, Any] | None = None) -> str:
     """Return the ``model_type`` of the Hugging Face class that computes ``model``.
 
     Args:
-        model: resolved.
-        source: the ``config.json`` that it was once imported from, whose class is kept where it still fits.
+        model: The resolved model configuration.
+        source: The ``config.json`` that the model was imported from; its class is kept if it still fits.
 
     Raises:
-        UserError: there is none; names the flags, and what to change.
+        UserError: There is no such class; the message names the flags and what to change.
     """
     experts, heads = model.num_experts is not None, model.num_attention_heads
 
     def fits(kind: str) -> bool:
         family = FAMILIES[kind]
-        if kind == "llama" and model.hidden_size % heads:  # transformers refuses it, whatever head_dim says
+        if kind == "llama" and model.hidden_size % heads:  # transformers rejects it even if head_dim is given
             return False
         ours = (model.qk_layernorm, model.add_qkv_bias, experts)
         return ours == (family.qk_layernorm, family.qkv_bias, family.experts)

@@ -1,4 +1,7 @@
-"""Hugging Face folders in and out, tensor by tensor, by the name-mapping table. Safetensors alone; no code runs."""
+"""Reading and writing of Hugging Face folders, tensor by tensor.
+
+Only safetensors are read; no code of a folder is run.
+"""
 
 import json
 from collections.abc import Callable
@@ -28,16 +31,19 @@ from tidar_megatron.models.parameters import VOCABULARY, kind_of, own_parameters
 from tidar_megatron.new_folder import check_free, new_folder, os_error
 
 CONFIG = "config.json"
-FLOATS = ("BF16", "F16", "F32")  # float32 has all their values
-SHARD_BYTES = 5 * 10**9  # of one file of an export, as transformers has it
+FLOATS = ("BF16", "F16", "F32")  # float32 represents all of their values
+SHARD_BYTES = 5 * 10**9  # default size of a file of weights, as in transformers
 
 
 # --- in ----------------------------------------------------------------------------------------------------------
 class Safetensors:
-    """The tensors of a folder, each read when it is asked for, from one file or an indexed set.
+    """The tensors of a folder, read on demand from one file or from an indexed set of files.
+
+    Args:
+        folder: A local Hugging Face folder.
 
     Raises:
-        UserError: there are no safetensors in the folder, or a file of them is missing or broken.
+        UserError: The folder has no safetensors, or one of its files is missing or broken.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -45,17 +51,17 @@ class Safetensors:
         self._where: dict[str, Any] = {}
         for file in weight_files(folder, other_names=True):
             handle = open_safetensors(file)
-            # old Llama folders hold a buffer that is computed
+            # old Llama folders store this computed buffer
             names = {name for name in handle.keys() if not name.endswith("rotary_emb.inv_freq")}  # noqa: SIM118
             if twice := sorted(self._where.keys() & names):
-                raise UserError(f"{file}: tensor {twice[0]} is in another file too; leave one of both files there")
+                raise UserError(f"{file}: tensor {twice[0]} is also in another file; remove one of the two files")
             self._where |= dict.fromkeys(names, handle)
 
     def check(self, model: ModelConfig) -> None:
-        """Refuse a folder that has not exactly the tensors of this model, or tensors that are no weights.
+        """Refuse a folder that does not have exactly the tensors of ``model``, in floating point.
 
         Raises:
-            UserError: names one that is missing, one too many, or one of integers or of quantized values.
+            UserError: The message names a tensor that is missing, superfluous, or of another dtype.
         """
         expected = expected_names(model)
         missing = sorted(expected - self._where.keys())
@@ -66,21 +72,22 @@ class Safetensors:
         extra = sorted(self._where.keys() - expected - tied)
         if extra:
             more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
-            raise UserError(f"{self.folder}: tensor {extra[0]}{more} is no part of the model that {CONFIG} describes")
+            raise UserError(f"{self.folder}: tensor {extra[0]}{more} is not part of the model in {CONFIG}")
         for name in sorted(expected):
             if (kind := self._where[name].get_slice(name).get_dtype()) not in FLOATS:
                 wanted = ", ".join(FLOATS)
                 raise UserError(
-                    f"{self.folder}: tensor {name} is of {kind}, not of {wanted}; save it as one of them, de-quantised"
+                    f"{self.folder}: tensor {name} has dtype {kind}, not one of {wanted}; save it in one of them, "
+                    "without quantization"
                 )
         if tied & self._where.keys() and not self._same("model.embed_tokens.weight", "lm_head.weight"):
             raise UserError(
-                f"{self.folder}: lm_head.weight is not embed_tokens.weight, though {CONFIG} ties them; "
-                'set "tie_word_embeddings": false there if both are meant'
+                f"{self.folder}: lm_head.weight differs from embed_tokens.weight, although {CONFIG} ties them; "
+                'set "tie_word_embeddings": false there if the model has both'
             )
 
     def _same(self, name: str, other: str, rows: int = 4096) -> bool:
-        """Whether two tensors are equal, of which some rows are held at a time."""
+        """Return whether two tensors are equal, reading ``rows`` rows of each at a time."""
         one, two = (self._where[tensor].get_slice(tensor) for tensor in (name, other))
         if one.get_shape() != two.get_shape() or one.get_dtype() != two.get_dtype():
             return False
@@ -88,28 +95,32 @@ class Safetensors:
         return all(torch.equal(one[at : at + rows], two[at : at + rows]) for at in starts)
 
     def dtypes(self) -> set[str]:
-        """Of the tensors, as safetensors names them: BF16, F32, .."""
+        """Return the dtypes of the tensors, as safetensors names them: BF16, F32, ..."""
         return {handle.get_slice(name).get_dtype() for name, handle in self._where.items()}
 
     def read(self, name: str) -> Tensor:
-        """One tensor.
+        """Return a tensor.
 
         Raises:
-            UserError: there is none of this name, or it has values that are no numbers.
+            UserError: There is no tensor of this name, or it has values that are NaN or infinite.
         """
         if name not in self._where:
             raise UserError(f"{self.folder}: tensor {name} is missing from the safetensors")
         tensor = self._where[name].get_tensor(name)
-        # the extremes are NaN where any value is, and cost no memory
+        # minimum and maximum are NaN if any value is, and take no memory
         if tensor.numel() and not all(extreme.isfinite() for extreme in tensor.aminmax()):
             raise UserError(f"{self.folder}: tensor {name} has values that are NaN or infinite; save the model again")
         return tensor
 
     def check_shapes(self, whole: WholeModel, model: ModelConfig) -> None:
-        """Refuse tensors that do not fit, without reading one.
+        """Refuse tensors whose shapes do not fit the model, without reading a tensor.
+
+        Args:
+            whole: Our model.
+            model: The folder's model configuration.
 
         Raises:
-            UserError: names the first.
+            UserError: The message names the first tensor that does not fit.
         """
 
         def outline(name: str) -> Tensor:
@@ -125,16 +136,16 @@ class Safetensors:
         shape: torch.Size | tuple[int, ...],
         read: Callable[[str], Tensor] | None = None,
     ) -> Tensor:
-        """A megatron-core parameter, whole, made of one or several tensors.
+        """Return a full (unsharded) megatron-core parameter, made from one or several tensors.
 
         Args:
-            name: in the whole model.
-            model: the folder's.
-            shape: that it must have; a vocabulary may be shorter, and gets rows of zeros.
-            read: gives a tensor; default: :meth:`read`.
+            name: The parameter's name in the full model.
+            model: The folder's model configuration.
+            shape: The shape it must have; a shorter vocabulary is padded with rows of zeros.
+            read: A function that returns a tensor by name; by default :meth:`read`.
 
         Raises:
-            UserError: a tensor is missing, or does not fit.
+            UserError: A tensor is missing, or does not fit.
         """
         read = read or self.read
         kind, numbers = kind_of(name)
@@ -143,20 +154,20 @@ class Safetensors:
         try:
             whole = join(kind, tensors, model.num_query_groups or model.num_attention_heads)
         except RuntimeError:
-            whole = torch.empty(0)  # heads that do not divide, or parts of unequal widths
+            whole = torch.empty(0)  # heads that do not divide, or parts of unequal width: reported below
         if name in VOCABULARY and whole.dim() == 2 and len(whole) == model.vocab_size and len(whole) < shape[0]:
             whole = torch.cat([whole, whole.new_zeros(shape[0] - len(whole), whole.shape[1])])
         if whole.shape != shape:
             found = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
-            raise UserError(f"{self.folder}: {names[0]} does not fit: {found}; is {CONFIG} of the same model?")
+            raise UserError(f"{self.folder}: {names[0]} does not fit the model in {CONFIG}: {found}; correct {CONFIG}")
         return whole
 
 
 def has_tokenizer(folder: str | Path) -> bool:
-    """Whether a folder has a tokenizer, which it need not.
+    """Return whether a folder has a tokenizer.json; a folder without any tokenizer is valid.
 
     Raises:
-        UserError: it has one of the older forms alone, which are not read.
+        UserError: The folder has a tokenizer only in an older format, which is not supported.
     """
     folder = Path(folder)
     if (folder / "tokenizer.json").exists():
@@ -165,16 +176,20 @@ def has_tokenizer(folder: str | Path) -> bool:
         if (folder / name).exists():
             raise UserError(
                 f"{folder}: has {name} but no tokenizer.json; "
-                "transformers' AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) makes it"
+                "create it with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
             )
     return False
 
 
 def check_huggingface_tokenizer(folder: str | Path, data_tokenizer: str | Path) -> None:
-    """Refuse data that was not prepared with the model's tokenizer. A folder without a tokenizer is accepted.
+    """Refuse data that was not prepared with the model's tokenizer; accept a model without a tokenizer.
+
+    Args:
+        folder: The model's folder.
+        data_tokenizer: The folder of the data's tokenizer.
 
     Raises:
-        UserError: their vocabularies differ (our mask token's name aside).
+        UserError: The vocabularies differ, apart from the name of our mask token.
     """
     if not has_tokenizer(folder):
         return
@@ -183,18 +198,21 @@ def check_huggingface_tokenizer(folder: str | Path, data_tokenizer: str | Path) 
         vocabulary.pop(MASK_TOKEN, None)
     if theirs != ours:
         raise UserError(
-            f"--init-from {folder}: its tokenizer is not the data's; prepare the data with --tokenizer {folder}"
+            f"--init-from {folder}: its tokenizer differs from the data's; prepare the data with --tokenizer {folder}"
         )
 
 
 @torch.no_grad()
 def load_huggingface_weights(chunks: list[GPTModel], folder: str | Path, model: ModelConfig) -> None:
-    """Fill this rank's part of the model from a Hugging Face folder; rows beyond its vocabulary are zeros.
+    """Load this rank's part of the model from a Hugging Face folder; rows beyond its vocabulary become zeros.
 
     Args:
-        chunks: this rank's.
-        folder: with safetensors.
-        model: the folder's own, its vocabulary included.
+        chunks: This rank's model chunks, which are filled in place.
+        folder: The Hugging Face folder.
+        model: The folder's model configuration, including its vocabulary size.
+
+    Raises:
+        UserError: The folder's tensors are missing, broken, or do not fit.
     """
     source = Safetensors(folder)
     source.check(model)
@@ -215,21 +233,22 @@ def export_huggingface(
     shard_bytes: int = SHARD_BYTES,
     keep_mask_row: bool = False,
 ) -> None:
-    """Write a model as a Hugging Face folder: config, safetensors, tokenizer, the engine, a model card.
+    """Write a model as a Hugging Face folder, atomically: config, safetensors, tokenizer, the engine, a model card.
 
     Args:
-        whole: its parameters' names and shapes.
-        read: gives a parameter by its name in the model.
-        config: its resolved configuration.
-        tokenizer: the transformers tokenizer it was trained with, or None.
-        folder: where to write; must not exist yet, or be empty.
-        source: a folder with the ``config.json`` and ``generation_config.json`` that it was once imported from.
-        shard_bytes: of one file of weights, about.
-        keep_mask_row: of an output layer of its own, instead of one that cannot win (:func:`mask_output_row`).
+        whole: The model's parameter names and shapes.
+        read: A function that returns a full parameter by its name in the model.
+        config: The resolved configuration.
+        tokenizer: The transformers tokenizer that the model was trained with, or None.
+        folder: The folder to write; it must not exist, or must be empty.
+        source: A folder with the ``config.json`` and ``generation_config.json`` that the model was imported from.
+        shard_bytes: The approximate size of a file of weights.
+        keep_mask_row: Whether to keep the mask token's row of an untied output layer, instead of replacing it by one
+            whose logit is never the largest (:func:`mask_output_row`).
 
     Raises:
-        UserError: ``folder`` cannot be written, or holds something; what ``source`` says is broken, or the mask token
-            means something else. ``folder`` is as it was then.
+        UserError: ``folder`` cannot be written or is not empty, the files in ``source`` are invalid, or the mask token
+            has another meaning there. ``folder`` is unchanged then.
     """
     check_free("--hf", folder)
     eos_token_id = tokenizer.eos_token_id if tokenizer is not None else None
@@ -252,7 +271,7 @@ def export_huggingface(
         _write_json(hf / GENERATION_CONFIG, generation)
         check_mask_token(hf, mask, tokenizer, shown=folder)
         if settled(model_from_huggingface(hf, config.model)) != settled(config.model):
-            raise UserError(f"{source}: its {CONFIG} has settings that make another model of this one; remove them")
+            raise UserError(f"{source}: its {CONFIG} has settings that would change the exported model; remove them")
         _write_weights(whole, exported, hf, shard_bytes)
         write_custom_generate(hf)
         row = "tied" if not untied else "kept" if keep_mask_row else "mean"

@@ -1,4 +1,4 @@
-"""The Hugging Face name of each parameter, for every family: one table, read in both directions."""
+"""The Hugging Face name of each parameter, for every family: one table, used in both directions."""
 
 import itertools
 
@@ -41,14 +41,17 @@ def huggingface_names(kind: ParameterKind, numbers: list[str]) -> list[str]:
     """Return the Hugging Face names of one parameter.
 
     Args:
-        kind: the parameter's.
-        numbers: those of its layer and expert, as :func:`~tidar_megatron.models.parameters.kind_of` gives them.
+        kind: The parameter's kind.
+        numbers: The numbers of its layer and expert, as :func:`~tidar_megatron.models.parameters.kind_of` returns them.
     """
     return [name.replace("*", "{}").format(*numbers) for name in NAMES[kind.name]]
 
 
 def expected_names(model: ModelConfig) -> set[str]:
-    """Return the tensors that this model's Hugging Face folder has (with tied embeddings, it may have lm_head too)."""
+    """Return the names of the tensors in this model's Hugging Face folder.
+
+    With tied embeddings ``lm_head.weight`` is not among them, although a folder may have it.
+    """
     experts = model.num_experts is not None
     absent = {"lm_head.weight"} if not model.untie_embeddings_and_output_weights else set()
     names = set()
@@ -67,12 +70,12 @@ def expected_names(model: ModelConfig) -> set[str]:
 
 
 def join(kind: ParameterKind, tensors: list[Tensor], groups: int) -> Tensor:
-    """Return the whole megatron-core parameter from its Hugging Face tensors.
+    """Return the full (unsharded) megatron-core parameter, made from its Hugging Face tensors.
 
     Args:
-        kind: the parameter's.
-        tensors: in the order of :func:`huggingface_names`.
-        groups: query groups of the model.
+        kind: The parameter's kind.
+        tensors: The Hugging Face tensors, in the order of :func:`huggingface_names`.
+        groups: The number of query groups of the model.
     """
     if kind.fused == "qkv":  # [group][query heads of the group, its key head, its value head]
         return torch.cat([t.reshape(groups, -1, *t.shape[1:]) for t in tensors], dim=1).flatten(0, 1)
@@ -80,7 +83,14 @@ def join(kind: ParameterKind, tensors: list[Tensor], groups: int) -> Tensor:
 
 
 def split(kind: ParameterKind, whole: Tensor, groups: int, heads: int) -> list[Tensor]:
-    """Return the Hugging Face tensors of a whole parameter: the inverse of :func:`join`."""
+    """Return the Hugging Face tensors of a full (unsharded) parameter: the inverse of :func:`join`.
+
+    Args:
+        kind: The parameter's kind.
+        whole: The full parameter.
+        groups: The number of query groups of the model.
+        heads: The number of query heads of the model.
+    """
     if kind.fused == "qkv":
         per_head = whole.shape[0] // (heads + 2 * groups)
         by_group = whole.reshape(groups, -1, *whole.shape[1:])

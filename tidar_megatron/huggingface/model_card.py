@@ -1,4 +1,4 @@
-"""The model card of an exported folder: its ``README.md``, with the metadata that the Hugging Face Hub reads."""
+"""The model card of an exported folder: its ``README.md``, with metadata for the Hugging Face Hub."""
 
 from pathlib import Path
 from typing import Any
@@ -76,13 +76,14 @@ It has no mask token and drafts nothing: decode it as any other {architecture}.
 
 
 def write_model_card(folder: Path, name: str, hf_config: dict[str, Any], row: str) -> None:
-    """Write ``FOLDER/README.md``.
+    """Write the model card, ``FOLDER/README.md``.
 
     Args:
-        folder: that is written.
-        name: a heading.
-        hf_config: the content of its ``config.json``.
-        row: of the mask token in the output layer: ``tied``, ``mean`` or ``kept``.
+        folder: The exported folder.
+        name: The heading.
+        hf_config: The content of the folder's ``config.json``.
+        row: The kind of the mask token's row in the output layer: ``tied`` (to its embedding), ``mean`` (of other rows)
+            or ``kept`` (from the imported model).
     """
     tidar, architecture = hf_config.get("tidar"), hf_config["architectures"][0]
     tags = ["tidar", "speculative-decoding"] if tidar else ["tidar-megatron"]

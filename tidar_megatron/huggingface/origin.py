@@ -1,4 +1,4 @@
-"""What a new run starts from, ``--init-from``: a Hugging Face folder, or the weights alone of a run of ours."""
+"""The origin of a new run's weights (``--init-from``): a Hugging Face folder, or the weights of another run."""
 
 import dataclasses
 import shutil
@@ -26,7 +26,7 @@ from tidar_megatron.huggingface.folders import (
 from tidar_megatron.huggingface.token_ids import check_mask_token
 
 HUGGINGFACE_FOLDER = "huggingface"  # in a run's folder: the small files of the folder that its model came from
-OURS = (  # what a model is, is the origin's; how it is computed here is not
+OURS = (  # fields of the new run; all others, which define the model, come from the origin
     "transformer_impl",
     "make_vocab_size_divisible_by",
     "max_position_embeddings",
@@ -38,36 +38,44 @@ OURS = (  # what a model is, is the origin's; how it is computed here is not
 
 
 class Origin(Protocol):
-    """Where the weights of a new run come from."""
+    """The source of a new run's weights."""
 
-    mask_token_id: int | None  # None: no TiDAR model
+    mask_token_id: int | None  # None: not a TiDAR model
 
     def model(self, ours: ModelConfig) -> ModelConfig:
-        """``ours`` with everything that the origin decides, its vocabulary included."""
+        """Return ``ours`` with the fields that the origin decides, including its vocabulary size, replaced."""
         ...
 
     def rows_needed(self) -> int:
-        """Return how many rows the model has once it has one for each id of the origin's own tokenizer."""
+        """Return the number of rows that the model needs for all ids of the origin's own tokenizer."""
         ...
 
     def check_tokenizer(self, data_tokenizer: str | Path) -> None:
-        """Refuse data that was prepared with another tokenizer."""
+        """Refuse data that was prepared with another tokenizer.
+
+        Raises:
+            UserError: The vocabularies differ.
+        """
         ...
 
     def load(self, chunks: list[GPTModel]) -> None:
-        """Fill this rank's part of the model; rows of the vocabulary that the origin does not have become zeros."""
+        """Load this rank's part of the model; vocabulary rows that the origin does not have become zeros.
+
+        Raises:
+            UserError: The origin's weights are missing, damaged, or do not fit.
+        """
         ...
 
     def huggingface_files(self) -> Path | None:
-        """The folder of the ``config.json`` that an export goes back to."""
+        """Return the folder of the ``config.json`` that an export is based on; None if there is none."""
         ...
 
 
 def open_origin(path: str | Path) -> Origin:
-    """What lies at ``path``.
+    """Return the origin at ``path``, a run's folder or a Hugging Face folder.
 
     Raises:
-        UserError: neither a run nor a Hugging Face folder, or one that cannot be started from.
+        UserError: ``path`` is neither, or its model is not supported or not complete.
     """
     return _Run(Path(path)) if (Path(path) / CONFIG_FILE).exists() else _HuggingFace(Path(path))
 
@@ -131,7 +139,7 @@ class _Run:
 
 
 def keep_huggingface_files(source: Path, run: Path) -> None:
-    """Keep what an export of ``run`` goes back to: the architecture's name, token ids, how it likes to generate."""
+    """Copy the configuration files of a Hugging Face folder into a run's folder, as the base of later exports."""
     kept = run / HUGGINGFACE_FOLDER
     kept.mkdir(exist_ok=True)
     for name in (CONFIG, GENERATION_CONFIG):
@@ -140,6 +148,6 @@ def keep_huggingface_files(source: Path, run: Path) -> None:
 
 
 def kept_huggingface_files(run: Path) -> Path | None:
-    """Where they are; None for a run that came of no Hugging Face folder."""
+    """Return the folder of the files that :func:`keep_huggingface_files` copied; None if the run has none."""
     kept = run / HUGGINGFACE_FOLDER
     return kept if kept.is_dir() else None

@@ -1,4 +1,4 @@
-"""Rotary positions of a Hugging Face configuration: what transformers computes of them, or a refusal."""
+"""RoPE settings of a Hugging Face configuration; settings that training does not compute are refused."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ from tidar_megatron.errors import UserError
 from tidar_megatron.json_files import is_number
 from tidar_megatron.models.layers import scaled_frequencies
 
-ROPE_NUMBERS = {  # Hugging Face's -> ours, of the kinds of scaling that have them
+ROPE_NUMBERS = {  # Hugging Face's key -> our field
     "factor": "rope_scaling_factor",
     "low_freq_factor": "rope_low_freq_factor",
     "high_freq_factor": "rope_high_freq_factor",
@@ -22,22 +22,22 @@ ROPE_KINDS = {"none": (), "linear": ("factor",), "llama3": tuple(ROPE_NUMBERS)}
 
 
 def rope_from_huggingface(path: Path, config: PretrainedConfig) -> dict[str, Any]:
-    """Return the fields of our model's configuration for the rotary positions that ``config`` describes.
+    """Return the fields of our model configuration for the RoPE settings of ``config``.
 
     Args:
-        path: of the ``config.json``, for messages.
-        config: as transformers read it.
+        path: The path of ``config.json``, for messages.
+        config: The configuration as transformers read it.
 
     Raises:
-        UserError: a kind of rope that training does not compute, or a number that cannot be meant.
+        UserError: Training does not compute this RoPE type, or a number is invalid.
     """
-    config.standardize_rope_params()  # as the rotary modules do once more, when every key has been read
+    config.standardize_rope_params()  # the rotary modules also call this, after all keys have been read
     rope = config.rope_parameters
     kind = rope.get("rope_type")
     kind = "none" if kind == "default" else kind
     if not isinstance(kind, str) or kind not in ROPE_KINDS:
         known = ", ".join(k for k in ROPE_KINDS if k != "none")
-        raise UserError(f"{path}: rope type {kind!r} is not supported; start from a model with {known} or without")
+        raise UserError(f"{path}: rope type {kind!r} is not supported; start from a model with {known} or no scaling")
     for key in ("rope_theta", *ROPE_KINDS[kind]):
         if not (is_number(rope.get(key)) and rope[key] > 0):
             has = repr(rope[key]) if key in rope else "missing"
@@ -51,10 +51,15 @@ def rope_from_huggingface(path: Path, config: PretrainedConfig) -> dict[str, Any
 
 
 def check_frequencies(path: Path, config: PretrainedConfig, model: ModelConfig) -> None:
-    """Refuse rope settings from which the rotary module of transformers makes other frequencies than training does.
+    """Refuse RoPE settings for which transformers computes other frequencies than training does.
+
+    Args:
+        path: The path of ``config.json``, for messages.
+        config: The configuration as transformers read it.
+        model: Our model configuration.
 
     Raises:
-        UserError: shows the settings.
+        UserError: The frequencies differ; the message shows the settings.
     """
     base = MODEL_MAPPING[type(config)]
     name = base.__name__.removesuffix("Model") + "RotaryEmbedding"

@@ -1,8 +1,8 @@
-"""Weights into a distributed checkpoint and out of one, tensor by tensor: the model as a whole is never in memory.
+"""Streaming of weights into and out of a distributed checkpoint, one tensor at a time, never the full model in memory.
 
-What a checkpoint of a model holds is asked of megatron-core itself: the model is built on the meta device, where it
-takes no memory, and its ``sharded_state_dict`` says under which key and where in it each parameter lies. torch's
-checkpoints are written and read through planners, which are asked for each tensor when its turn has come.
+megatron-core itself decides the contents of a checkpoint: the model is built on the meta device, where it takes no
+memory, and its ``sharded_state_dict`` gives the key and offset of each parameter. torch writes and reads checkpoints
+through planners, which it asks for one tensor after another.
 """
 
 import dataclasses
@@ -47,10 +47,15 @@ from tidar_megatron.models.parameters import VOCABULARY
 
 @dataclass(frozen=True)
 class WholeModel:
-    """Where each parameter of a model lies in its checkpoints, by its name: one piece, or gate and up as two.
+    """The layout of a full (unsharded) model in its checkpoints.
 
-    ``vocab_size`` without padding; ``shapes`` of the parameters, the vocabulary padded; ``objects``: what else is
-    stored.
+    Attributes:
+        vocab_size: The number of token ids in use, without padding.
+        shapes: parameter name -> shape, with the padded vocabulary.
+        pieces: parameter name -> where it is stored: one piece, or two for the fused gate and up projections.
+        objects: The stored objects that are not tensors.
+        num_query_groups: The number of query groups.
+        num_attention_heads: The number of query heads.
     """
 
     vocab_size: int
@@ -62,7 +67,7 @@ class WholeModel:
 
 
 def whole_model(config: ResolvedConfig) -> WholeModel:
-    """The whole model of a resolved configuration, in layers that need no GPU's packages."""
+    """Return the full model of a resolved configuration, built with layers that need no GPU packages."""
     local = dataclasses.replace(config.model, transformer_impl="local", moe_grouped_gemm=False)
     config = dataclasses.replace(config, model=local, parallel=ParallelConfig())
     with play_rank(config.parallel, 0, 1) as ranks:
@@ -83,7 +88,7 @@ def whole_model(config: ResolvedConfig) -> WholeModel:
 
 
 def _chunk(piece: ShardedTensor) -> ChunkStorageMetadata:
-    leading = (1,) * piece.prepend_axis_num  # layers, and experts, lie side by side under one key
+    leading = (1,) * piece.prepend_axis_num  # all layers, and experts, are stored under one key
     return ChunkStorageMetadata(torch.Size(piece.global_offset), torch.Size((*leading, *piece.local_shape)))
 
 
@@ -91,7 +96,7 @@ def _chunk(piece: ShardedTensor) -> ChunkStorageMetadata:
 class _Writing(SavePlanner):
     def __init__(self, whole: WholeModel, read: Callable[[str], Tensor]) -> None:
         self._read = read
-        self._sources: dict[MetadataIndex, tuple[str, int, int]] = {}  # parameter, which piece of how many
+        self._sources: dict[MetadataIndex, tuple[str, int, int]] = {}  # parameter, piece number, number of pieces
         self._items: list[WriteItem] = []
         self._last: tuple[str, Tensor] | None = None
         for name, pieces in whole.pieces.items():
@@ -116,7 +121,7 @@ class _Writing(SavePlanner):
         return new_plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        if write_item.type == WriteItemType.BYTE_IO:  # the extra state of a layer, which has none
+        if write_item.type == WriteItemType.BYTE_IO:  # a layer's extra state, which is empty
             stream = io.BytesIO()
             torch.save([None], stream)
             return stream
@@ -124,40 +129,43 @@ class _Writing(SavePlanner):
         assert data is not None
         name, number, pieces = self._sources[MetadataIndex(write_item.index.fqn, write_item.index.offset)]
         if self._last is None or self._last[0] != name:
-            self._last = None  # let it go before the next one is read
+            self._last = None  # free the memory before reading the next one
             self._last = name, self._read(name)
         return self._last[1].chunk(pieces)[number].reshape(data.chunk.sizes).contiguous()
 
 
 class _Files(torch_checkpoint.FileSystemWriter):
     def storage_meta(self) -> StorageMeta:
-        return StorageMeta()  # torch's own names the folder, which is about to be renamed
+        return StorageMeta()  # torch's would store the folder's name, which is temporary
 
 
 def write_weights(folder: Path, whole: WholeModel, read: Callable[[str], Tensor]) -> None:
-    """Write the files of a checkpoint that holds weights alone.
+    """Write the files of a checkpoint that has only weights.
 
     Args:
-        folder: exists and is empty.
-        whole: of :func:`whole_model`.
-        read: gives a parameter by its name in the model, whole, in the model's dtype.
+        folder: The folder to write to; it must exist and be empty.
+        whole: The model, from :func:`whole_model`.
+        read: A function that returns a full parameter by its name, in the model's dtype.
+
+    Raises:
+        OSError: The files cannot be written.
     """
     writer = _Files(folder, thread_count=1)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is meant
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is disabled on purpose
         try:
             torch_checkpoint.save({}, storage_writer=writer, planner=_Writing(whole, read), no_dist=True)
-        except CheckpointException as error:  # torch's wrapper around what went wrong
+        except CheckpointException as error:  # torch's wrapper around the actual exception
             raise next(iter(error.failures.values()))[0] from None
-    nothing = io.BytesIO()  # what is no tensor
+    nothing = io.BytesIO()  # the state that is not tensors
     torch.save({}, nothing)
-    (folder / "common.pt").write_bytes(nothing.getvalue())  # of a full disk torch.save tells in its own way
+    (folder / "common.pt").write_bytes(nothing.getvalue())  # on a full disk torch.save does not raise an OSError
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
 
 # --- out of a checkpoint -----------------------------------------------------------------------------------------
 class _Reading(LoadPlanner):
-    """Into one tensor."""
+    """A planner that reads into one tensor."""
 
     def __init__(self, target: Tensor) -> None:
         self._target = target
@@ -178,16 +186,16 @@ class _Reading(LoadPlanner):
 
 
 class WeightReader:
-    """A checkpoint's weights by their names in the model, each read when it is asked for.
+    """The weights of a checkpoint by their names in the model, read on demand.
 
-    Of a vocabulary the ids are read, without the padding, which depends on the TP that the checkpoint was trained in.
+    Vocabulary parameters are read without their padding, which may differ between checkpoints.
 
     Args:
-        folder: of one checkpoint.
-        whole: of :func:`whole_model`.
+        folder: The checkpoint's folder.
+        whole: The model, from :func:`whole_model`.
 
     Raises:
-        Damaged: the checkpoint holds what is not ours, or not this model.
+        Damaged: The checkpoint was not written by this package, or has another model.
     """
 
     def __init__(self, folder: Path, whole: WholeModel) -> None:
@@ -202,11 +210,11 @@ class WeightReader:
                 if name in VOCABULARY and found and found[0] >= whole.vocab_size:
                     wanted = (found[0], *wanted[1:])
                 if found is None or tuple(found) != wanted:
-                    holds = "not" if found is None else f"as {tuple(found)}, not {wanted}"
-                    raise Damaged(f"{folder}: holds {name} {holds}")
+                    holds = "is missing" if found is None else f"has the shape {tuple(found)}, not {wanted}"
+                    raise Damaged(f"{folder}: {name} {holds}")
 
     def read(self, name: str) -> Tensor:
-        """One parameter, whole, in the dtype it was saved in."""
+        """Return a full parameter, in the dtype in which it was saved."""
         parts = []
         with weights_only():
             for piece in self._stored[name]:
