@@ -1,19 +1,20 @@
-"""Attention of one tile, forward and backward, with the log-sum-exp that merges tiles.
+"""Forward and backward of attention over one tile, with the log-sum-exp for merging tiles (online softmax).
 
-The backward takes the *merged* output and log-sum-exp: then each tile gives its part of the true gradient. On a CPU
-torch's flash kernel does both; elsewhere plain torch, which holds the scores of one tile.
+The backward takes the *merged* output and log-sum-exp, so each tile yields its part of the true gradient. On a CPU,
+torch's flash kernel computes both directions; elsewhere plain torch operations do, which materialize the scores of one
+tile.
 
-Shapes: leading dimensions the same for all, r rows (queries x heads of a group), k keys, d channels.
+Shapes: n batch, g heads, r rows (queries x heads of a group), k keys, d channels.
 """
 
 import torch
 from torch import Tensor
 
-HIDDEN = -1e30  # what a mask adds to a score. Not -inf: a row that sees nothing in a tile must stay a number
+HIDDEN = -1e30  # the bias that masks a score; not -inf, which gives NaN for a row that sees nothing in a tile
 
 
 def hiding(dtype: torch.dtype) -> float:
-    """:data:`HIDDEN`, or as low as a bias of that dtype may be."""
+    """Return the bias that masks a score: :data:`HIDDEN`, or the lowest safe value if ``dtype`` cannot hold it."""
     return max(HIDDEN, torch.finfo(dtype).min / 4)
 
 
@@ -22,27 +23,28 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def has_flash(device: torch.device) -> bool:
-    """Whether torch's kernel serves this device."""
+    """Return whether torch's flash kernel for the CPU supports this device."""
     return device.type == "cpu"
 
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, causal: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """One tile, or a batch of them.
+    """Compute attention over one tile, or over a batch of tiles.
 
     Args:
         query: ``[n, g, r, d]``.
-        key, value: ``[n, g, k, d]``.
-        bias: what is added to the scores, ``[n or 1, 1, r, k]`` in the query's dtype.
-        scale: factor on the scores.
-        causal: row n sees the keys up to n; only where :func:`has_flash`.
+        key: ``[n, g, k, d]``.
+        value: ``[n, g, k, d]``.
+        bias: The bias on the scores, ``[n or 1, 1, r, k]`` in the query's dtype; None for none.
+        scale: The factor on the scores.
+        causal: Whether row i sees only the keys up to i; supported only where :func:`has_flash` is True.
 
     Returns:
-        The output, as the query; the log-sum-exp ``[n, g, r]``, float32 or float64.
+        The output, with the query's shape and dtype, and the log-sum-exp ``[n, g, r]``, float32 or float64.
     """
-    assert key.shape[1] == query.shape[1]  # the kernel takes less, and is wrong without a word
-    assert bias is None or bias.dtype == query.dtype  # as above
+    assert key.shape[1] == query.shape[1]  # the kernel accepts fewer heads and silently computes wrong results
+    assert bias is None or bias.dtype == query.dtype  # the same holds for another dtype
     if has_flash(query.device):
         return _forward(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
     assert not causal
@@ -64,7 +66,22 @@ def attend_backward(
     scale: float,
     causal: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """This tile's part of the gradients of query, key and value, from the merged ``out`` and ``lse``."""
+    """Compute this tile's part of the gradients of query, key and value.
+
+    Args:
+        grad: The gradient of the merged output, ``[n, g, r, d]``.
+        query: ``[n, g, r, d]``.
+        key: ``[n, g, k, d]``.
+        value: ``[n, g, k, d]``.
+        out: The merged output of all tiles, ``[n, g, r, d]``.
+        lse: The merged log-sum-exp of all tiles, ``[n, g, r]``.
+        bias: As for :func:`attend`.
+        scale: As for :func:`attend`.
+        causal: As for :func:`attend`.
+
+    Returns:
+        The gradients, with the shapes of query, key and value.
+    """
     if has_flash(query.device):
         heads = query.shape[1]
         parts = 1 if causal else _parts(*query.shape[:3])
@@ -85,9 +102,9 @@ def attend_backward(
 
 
 def _parts(batch: int, heads: int, rows: int) -> int:
-    """Into how many heads of their own to split the rows: the kernel's backward gives a head to one thread.
+    """Return into how many separate heads to split the rows, since the kernel's backward runs one thread per head.
 
-    Keys and values are shared by the parts (a view), their gradients are not until they are added up.
+    The parts share keys and values (as a view); each has its own gradients of them, which are summed afterwards.
     """
     parts = -(-torch.get_num_threads() // (batch * heads))
     while rows % parts:
@@ -96,17 +113,17 @@ def _parts(batch: int, heads: int, rows: int) -> int:
 
 
 def _split(rows: Tensor, parts: int) -> Tensor:
-    """``[n, g, r, ...]`` -> ``[n, g * parts, r / parts, ...]``."""
+    """Reshape ``[n, g, r, ...]`` to ``[n, g * parts, r / parts, ...]``."""
     return rows if parts == 1 else rows.unflatten(2, (parts, -1)).flatten(1, 2)
 
 
 def _shared(keys: Tensor, parts: int) -> Tensor:
-    """``[n, g, k, d]`` -> ``[n, g * parts, k, d]``; a view where there is one head, which is where it matters."""
+    """Repeat ``[n, g, k, d]`` to ``[n, g * parts, k, d]``; this is a view for one head, the case that matters."""
     return keys if parts == 1 else keys.unsqueeze(2).expand(-1, -1, parts, -1, -1).flatten(1, 2)
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """``[n, g, ...]`` -> ``[n * g, ...]``, contiguous: batched products copy anything else themselves, and slower."""
+    """Reshape ``[n, g, ...]`` to ``[n * g, ...]``; torch.bmm would copy other layouts itself, and more slowly."""
     return tensor.reshape(-1, *tensor.shape[2:])
 
 

@@ -1,18 +1,18 @@
-"""Who may attend to whom: the one place that knows.
+"""The attention mask: which tokens may attend to which, defined in this module alone.
 
 Each token carries four integers, its *visibility metadata* ``[..., tokens, 4]`` (int32):
 
 ===============  =====================================================================================
-``DOCUMENT``     the document the token belongs to; nothing crosses documents
-``INDEX``        the token's place in its document
+``DOCUMENT``     the token's document; attention never crosses documents
+``INDEX``        the token's position in its document
 ``HORIZON``      clean tokens with ``INDEX < HORIZON`` are visible: ``index + 1`` for a clean token (causal),
                  the index where its block starts for a mask token
 ``MASK_BLOCK``   the block of a mask token, ``-1`` for a clean token
 ===============  =====================================================================================
 
-and one predicate over two tokens' metadata (:func:`sees`) decides. It commutes with any permutation of the
-tokens, so the training mask, packed documents, shards of a sequence and every decode step use it as it is: they
-differ only in the *layout*, the function that writes the metadata. Attention backends derive everything from it.
+One predicate over the metadata of two tokens, :func:`sees`, decides visibility. It commutes with any permutation of the
+tokens, so the training mask, packed documents, shards of a sequence and every decode step all use it unchanged. They
+differ only in the *layout*, the function that writes the metadata. All attention backends derive their masks from it.
 
 Source: TiDAR, arXiv 2511.08923, sections 3.1 (training mask) and 3.3 (decode mask).
 """
@@ -27,10 +27,14 @@ CLEAN = -1  # MASK_BLOCK of a clean token
 
 
 def sees(query: Sequence[Tensor], key: Sequence[Tensor]) -> Tensor:
-    """The rule. The four columns of queries and of keys, which broadcast -> bool, True where the query sees the key.
+    """Return whether each query sees each key (bool, True where visible): the visibility predicate.
 
-    Same document, and either the key is a clean token before the query's horizon, or both are mask tokens of the
-    same block (both directions).
+    A query sees a key if both are in the same document and either the key is a clean token before the query's horizon,
+    or both are mask tokens of the same block (bidirectional).
+
+    Args:
+        query: The four metadata columns of the queries.
+        key: The four metadata columns of the keys; they broadcast with the queries'.
     """
     key_is_clean = key[MASK_BLOCK] == CLEAN
     clean_before_horizon = key_is_clean & (key[INDEX] < query[HORIZON])
@@ -39,23 +43,23 @@ def sees(query: Sequence[Tensor], key: Sequence[Tensor]) -> Tensor:
 
 
 def may_attend(query: Tensor, key: Tensor) -> Tensor:
-    """The rule for all pairs: ``query [..., q, 4]``, ``key [..., k, 4]`` -> bool ``[..., q, k]``."""
+    """Return the mask of all pairs, bool ``[..., q, k]``, for ``query [..., q, 4]`` and ``key [..., k, 4]``."""
     return sees(query.unsqueeze(-2).unbind(-1), key.unsqueeze(-3).unbind(-1))
 
 
 def stretches(visibility: Tensor, edges: Sequence[int]) -> Tensor:
-    """Cut tokens into stretches whose ends speak for all of them, as queries and as clean keys.
+    """Cut tokens into stretches whose visibility of clean tokens is bounded by their first and last token.
 
-    A stretch lies in one document, is of one kind, and along it INDEX rises and HORIZON does not fall. So its last
-    query sees every clean token that any of its queries sees, its first query sees none that another does not; and of
-    its clean keys the first is the one seen by most, the last by fewest.
+    A stretch lies in one document, is all clean or all masks, and along it INDEX increases and HORIZON does not
+    decrease. Among its queries, the last therefore sees the most clean tokens and the first sees the fewest, as nested
+    sets. Among its clean keys, the first is seen by the most queries and the last by the fewest.
 
     Args:
-        visibility: ``[t, 4]``.
-        edges: places 0 .. t at which a stretch must end as well.
+        visibility: The metadata, int32 ``[t, 4]``.
+        edges: Positions in 0 .. t at which a stretch must also end.
 
     Returns:
-        int64, where each stretch starts, and t at the end.
+        The start of each stretch, then t, int64 ``[stretches + 1]``.
     """
     before, after = visibility[:-1], visibility[1:]
     cut = before[:, DOCUMENT] != after[:, DOCUMENT]
@@ -68,10 +72,10 @@ def stretches(visibility: Tensor, edges: Sequence[int]) -> Tensor:
 
 
 def mask_blocks(visibility: Tensor) -> Tensor:
-    """Where the blocks of mask tokens stand: ``visibility [t, 4]`` -> int64 ``[blocks, 2]``, from and up to.
+    """Return the spans of the blocks of mask tokens in ``visibility [t, 4]``: int64 ``[blocks, 2]``, start and end.
 
     Raises:
-        ValueError: the tokens of a block do not stand side by side.
+        ValueError: the tokens of a block are not contiguous.
     """
     same = torch.zeros(len(visibility) + 1, dtype=torch.bool)
     same[1:-1] = (visibility[1:, [DOCUMENT, MASK_BLOCK]] == visibility[:-1, [DOCUMENT, MASK_BLOCK]]).all(-1)
@@ -80,17 +84,21 @@ def mask_blocks(visibility: Tensor) -> Tensor:
     blocks = blocks[~is_clean(visibility[blocks[:, 0]])]
     names = visibility[blocks[:, 0]][:, [DOCUMENT, MASK_BLOCK]]
     if len(torch.unique(names, dim=0)) < len(names):
-        raise ValueError("a block's mask tokens must stand side by side")
+        raise ValueError("a block's mask tokens must be contiguous")
     return blocks
 
 
 def is_clean(visibility: Tensor) -> Tensor:
-    """``[..., 4]`` -> bool ``[...]``: clean tokens, not masks."""
+    """Return which tokens of ``visibility [..., 4]`` are clean, not masks: bool ``[...]``."""
     return visibility[..., MASK_BLOCK] == CLEAN
 
 
 def leaps(visibility: Tensor) -> Tensor:
-    """``[..., t, 4]`` -> bool ``[..., t]``: where a document's clean tokens do not go on with the next one."""
+    """Return where a document's clean tokens skip an index, given ``visibility [..., t, 4]``: bool ``[..., t]``.
+
+    A token is marked if it and the token before it are clean and of the same document, but their indices are not
+    consecutive.
+    """
     before, after = visibility[..., :-1, :], visibility[..., 1:, :]
     leap = torch.zeros(visibility.shape[:-1], dtype=torch.bool)
     same = (before[..., DOCUMENT] == after[..., DOCUMENT]) & is_clean(before) & is_clean(after)
@@ -99,22 +107,22 @@ def leaps(visibility: Tensor) -> Tensor:
 
 
 def clean_tokens(document: Tensor, index: Tensor) -> Tensor:
-    """Metadata of clean tokens. ``document``, ``index`` ``[..., s]`` -> int32 ``[..., s, 4]``."""
+    """Return the metadata of clean tokens, int32 ``[..., s, 4]``; ``document`` and ``index`` are ``[..., s]``."""
     return torch.stack([document, index, index + 1, torch.full_like(index, CLEAN)], dim=-1).int()
 
 
 def mask_tokens(document: Tensor, index: Tensor, horizon: Tensor, block: Tensor) -> Tensor:
-    """Metadata of mask tokens, each argument ``[..., s]`` -> int32 ``[..., s, 4]``."""
+    """Return the metadata of mask tokens, int32 ``[..., s, 4]``; each argument is ``[..., s]``."""
     return torch.stack([document, index, horizon, block], dim=-1).int()
 
 
 def training_layout(document: Tensor, index: Tensor, block_size: int) -> Tensor:
-    """The doubled sequence: S clean tokens, then one mask token for each of them.
+    """Return the metadata of the doubled sequence: S clean tokens, then one mask token for each of them.
 
     Args:
-        document: int ``[..., S]``, the document of each clean token; fill tokens belong to the document they follow.
-        index: int ``[..., S]``, each token's place in its document.
-        block_size: B; block b of a document holds the mask tokens of its places b*B .. b*B + B - 1.
+        document: The document of each clean token, int ``[..., S]``; fill tokens belong to the document they follow.
+        index: The position of each clean token in its document, int ``[..., S]``.
+        block_size: B; block b of a document holds the mask tokens of its positions b*B .. b*B + B - 1.
 
     Returns:
         int32 ``[..., 2S, 4]``.
@@ -125,24 +133,25 @@ def training_layout(document: Tensor, index: Tensor, block_size: int) -> Tensor:
 
 
 def training_area(seq_length: int, block_size: int) -> tuple[int, int]:
-    """Pairs of query and key that the rule allows to one document of ``seq_length`` tokens, in whole blocks.
+    """Count the visible query-key pairs of one document of ``seq_length`` tokens, a multiple of ``block_size``.
 
     Returns:
-        In the doubled sequence; and in its clean half alone, plain AR training on the same tokens.
+        The pairs in the doubled sequence, and those in its clean half alone (plain AR training on the same tokens).
     """
     causal = seq_length * (seq_length + 1) // 2
     blocks = seq_length // block_size
-    masks = block_size * block_size * (blocks * (blocks - 1) // 2 + blocks)  # the clean blocks before, and its own
+    masks = block_size * block_size * (blocks * (blocks - 1) // 2 + blocks)  # earlier clean blocks, own block
     return causal + masks, causal
 
 
 def decode_layout(prefix_length: int, num_drafts: int, branches: Sequence[int], draft_length: int) -> Tensor:
-    """One draft/verify forward: the tokens after ``prefix_length`` committed ones whose K/V are cached.
+    """Return the metadata of a draft/verify forward, whose tokens follow ``prefix_length`` committed, cached tokens.
 
-    First ``num_drafts`` draft tokens at places P .. P + num_drafts - 1, causal. Then, for each r in ``branches``
-    (1 <= r <= num_drafts), ``draft_length`` mask tokens at places P + r .. P + r + draft_length - 1: the pre-draft for
-    "exactly r drafts accepted", which sees the prefix, the first r drafts and itself. A prefill is this layout with
-    an empty prefix, the prompt as the drafts and one branch after the last; an AR step has one draft and no branch.
+    With P = ``prefix_length``, the layout begins with ``num_drafts`` draft tokens at positions P .. P + num_drafts - 1,
+    which are causal. Then, for each r in ``branches`` (1 <= r <= num_drafts), it has ``draft_length`` mask tokens at
+    positions P + r .. P + r + draft_length - 1: the pre-draft for "exactly r drafts accepted", which sees the prefix,
+    the first r drafts and itself. A prefill has an empty prefix, the prompt as the drafts and one branch after the
+    last; an AR step has one draft and no branch.
 
     Returns:
         int32 ``[num_drafts + len(branches) * draft_length, 4]``; its ``INDEX`` column is the position ids.
@@ -157,6 +166,6 @@ def decode_layout(prefix_length: int, num_drafts: int, branches: Sequence[int], 
 
 
 def prefix_layout(prefix_length: int) -> Tensor:
-    """Metadata of the ``prefix_length`` committed tokens, whose K/V are cached: int32 ``[P, 4]``."""
+    """Return the metadata of the ``prefix_length`` (P) committed tokens, whose K/V are cached: int32 ``[P, 4]``."""
     places = torch.arange(prefix_length)
     return clean_tokens(torch.zeros_like(places), places)

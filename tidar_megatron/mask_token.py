@@ -1,11 +1,11 @@
-"""Whether an id may be the mask token: it must mean nothing else, neither in a text nor to whoever generates."""
+"""Check that an id can be the mask token: it must have no other meaning, neither in text nor during generation."""
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
-MASK_TOKEN = "<|mask|>"  # the mask token's name in an exported folder: a text has it as little as the reserved ones
-# names that tokenizers hold for later: Llama 3's, Gemma's, Mistral's, BERT's and the like
+MASK_TOKEN = "<|mask|>"  # the mask token's name in an exported folder, which no text contains, like the reserved names
+# names that tokenizers reserve for future use: Llama 3, Gemma, Mistral, BERT and others
 RESERVED = re.compile(
     rf"{re.escape(MASK_TOKEN)}|"
     r"<\|?(reserved_special_token|reserved|unused|extra|dummy|SPECIAL|control)_?\d+\|?>|\[(unused|control_)\d+\]"
@@ -14,7 +14,7 @@ ROLES = ("eos_token_id", "bos_token_id", "pad_token_id", "unk_token_id")
 
 
 def roles(settings: Mapping[str, Any], tokenizer: Any = None) -> dict[int, str]:
-    """Return the ids that a configuration or a tokenizer gives a role, and the role: "EOS", "BOS", "PAD", "UNK"."""
+    """Return the role ("EOS", "BOS", "PAD" or "UNK") of each id that a configuration or tokenizer gives one."""
     found: dict[int, str] = {}
     for name in ROLES:
         for ids in (settings.get(name), getattr(tokenizer, name, None)):
@@ -24,12 +24,12 @@ def roles(settings: Mapping[str, Any], tokenizer: Any = None) -> dict[int, str]:
 
 
 def other_meaning(mask_token_id: int, tokenizer: Any, *settings: Mapping[str, Any]) -> str | None:
-    """Return what else an id means, in words for a message; None if it may be the mask token.
+    """Return the other meaning of an id, as words for an error message; None if it can be the mask token.
 
     Args:
-        mask_token_id: of the model.
-        tokenizer: a transformers tokenizer, or None.
-        settings: of a ``config.json`` or a ``generation_config.json``.
+        mask_token_id: The id to check.
+        tokenizer: A transformers tokenizer, or None.
+        settings: The contents of ``config.json`` or ``generation_config.json``.
     """
     for holder in (*settings, {}):
         if (role := roles(holder, tokenizer).get(mask_token_id)) is not None:
@@ -40,4 +40,4 @@ def other_meaning(mask_token_id: int, tokenizer: Any, *settings: Mapping[str, An
     name = tokenizer.convert_ids_to_tokens(mask_token_id) if mask_token_id < len(tokenizer) else None
     if name is None or RESERVED.fullmatch(name) or (added is not None and added.special):
         return None
-    return f"{name!r}, which texts have"
+    return f"{name!r}, which occurs in text"

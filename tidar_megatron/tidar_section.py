@@ -1,4 +1,4 @@
-"""The ``tidar`` section of a ``config.json``: what a model says of how it learned to draft."""
+"""The ``tidar`` section of a ``config.json``, which records how a model was trained to draft."""
 
 import math
 from typing import Any
@@ -8,20 +8,20 @@ from tidar_megatron.json_files import is_count, is_number
 
 
 def check_tidar(section: Any, vocab_size: Any, where: str) -> None:
-    """Refuse a ``tidar`` section that means nothing; keys that are not there are not asked for.
+    """Refuse a ``tidar`` section with invalid values; missing keys are accepted.
 
     Args:
-        section: of ``config.json``.
-        vocab_size: of the model, which bounds the mask token.
-        where: what a message begins with.
+        section: The section of ``config.json``.
+        vocab_size: The model's vocabulary size, an upper bound for the mask token's id.
+        where: The file to name at the beginning of an error message.
 
     Raises:
-        UserError: names the key.
+        UserError: a value is invalid; the message names its key.
     """
     if not isinstance(section, dict):
-        raise UserError(f"{where}: tidar {section!r} is no section; correct it")
+        raise UserError(f"{where}: tidar {section!r} is not a section; correct it")
     mask, alpha = section.get("mask_token_id"), section.get("ar_loss_weight")
-    most = vocab_size if is_count(vocab_size) else math.inf  # a vocabulary that is none is refused by its own name
+    most = vocab_size if is_count(vocab_size) else math.inf  # an invalid vocab_size is refused elsewhere
     if mask is not None and not (type(mask) is int and 0 <= mask < most):
         raise UserError(f"{where}: tidar.mask_token_id {mask!r} is not an id below {vocab_size}; correct it")
     for name in ("block_size", "seq_length"):

@@ -116,7 +116,7 @@ def test_decoding_says_that_the_model_lacks_the_row(source):
     from tidar_megatron.inference.loading import load_model
 
     model = load_model(source / "hf")
-    with pytest.raises(UserError, match=r"token id 260 .* tokenizer has 261 ids, '<extra 3>' among them; grow"):
+    with pytest.raises(UserError, match=r"token id 260 .* 261 ids, including '<extra 3>'; add the missing rows"):
         generate(model, model.tokenizer.encode("a<extra 3>"))
     with pytest.raises(UserError, match=r"token id 261 .*: use the tokenizer of the same folder"):
         generate(model, [261])

@@ -157,7 +157,10 @@ def test_the_mask_row(imported, shards, kind):
 
 def test_a_tidar_section_that_is_none_is_refused(imported, tmp_path):
     config = json.loads((imported / "qwen3-tied" / "hf" / "config.json").read_text())
-    for section, said in (("yes", "tidar 'yes' is no section"), ({"mask_token_id": 999}, "999 is not an id below 260")):
+    for section, said in (
+        ("yes", "tidar 'yes' is not a section"),
+        ({"mask_token_id": 999}, "999 is not an id below 260"),
+    ):
         (tmp_path / "config.json").write_text(json.dumps(config | {"tidar": section}))
         with pytest.raises(UserError, match=said):
             open_origin(tmp_path)

@@ -131,7 +131,7 @@ def test_what_cannot_be_certified_is_refused_before_it_begins(folder):
     model = load_model(folder)
     with pytest.raises(UserError, match=r"prompt 2: .* more than the model's context"):
         certify(model, folder, [[1], [1] * (model.context_limit - 4)], 8, plans([2]), 0)
-    with pytest.raises(UserError, match="3 samples say nothing"):
+    with pytest.raises(UserError, match="3 samples are too few"):
         certify(model, folder, [[1]], 8, plans([2]), 3)
     with pytest.raises(UserError, match="no prompt leaves 6 tokens"):
         certify(model, folder, [[1] * (model.context_limit - 2)], 2, plans([2]), 50)

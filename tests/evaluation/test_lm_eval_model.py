@@ -90,7 +90,7 @@ def test_what_cannot_be_scored_names_its_task_document_and_choice(ours):
     refuse("there is no token to score", "hello", "")
     refuse("there is no token to score", "", "")
     refuse("there is no token to score", "", "<|endoftext|>")
-    refuse("a continuation of 200 tokens is to be scored", "hello", "z" * 200)
+    refuse("the continuation to score has 200 tokens", "hello", "z" * 200)
 
 
 def test_an_id_beyond_the_model_names_its_document(ours, monkeypatch):
@@ -161,11 +161,11 @@ def test_what_the_folder_says_of_generation_holds_where_the_task_does_not(ours, 
         ({"max_gen_toks": "many"}, "max_gen_toks 'many' is not a number"),
         ({"max_gen_toks": float("inf")}, "max_gen_toks inf is not a number"),
         ({"max_gen_toks": 0}, "max new tokens 0: use a positive integer"),
-        ({"max_gen_toks": 128}, "(max_gen_toks) leave none of the 128"),
+        ({"max_gen_toks": 128}, "(max_gen_toks) leave no room for the prompt in the model's context of 128"),
         ({"temperature": "hot"}, "temperature 'hot' is not a number"),
         ({"top_p": [1]}, "top_p [1] is not a number"),
         ({"do_sample": "false"}, "do_sample 'false' is neither true nor false"),
-        ({"max_length": 9}, "max_length is not served"),
+        ({"max_length": 9}, "max_length is not supported"),
     ],
     ids=str,
 )

@@ -75,7 +75,7 @@ def test_likelihoods_are_those_of_lm_evals_own_model(folder):
         assert ours_one[1] == theirs_one[1]
     rolling = [(text,) for text in (*TEXTS, "word " * 80)]
     assert ours.loglikelihood(instances("loglikelihood", [("alpha", "x" * 128)]))  # the context is dropped
-    with pytest.raises(UserError, match=r"a continuation of 129 tokens .* context holds 128: shorten 'xx"):
+    with pytest.raises(UserError, match=r"the continuation to score has 129 tokens.* context holds 128: shorten 'xx"):
         ours.loglikelihood(instances("loglikelihood", [("alpha", "x" * 129)]))
     found = ours.loglikelihood_rolling(instances("loglikelihood_rolling", rolling))
     should = theirs.loglikelihood_rolling(instances("loglikelihood_rolling", rolling), disable_tqdm=True)
@@ -162,7 +162,7 @@ def test_options_of_a_task_are_served_or_refused(folder):
     assert found == hf.generate_until(instances("generate_until", asked), disable_tqdm=True)
     assert found != lm.generate_until(instances("generate_until", [("alpha", plain)]))
     assert not lm.sampled
-    with pytest.raises(UserError, match="num_beams is not served"):
+    with pytest.raises(UserError, match="num_beams is not supported"):
         lm.generate_until(instances("generate_until", [("alpha", plain | {"num_beams": 4})]))
     for options, said in (
         ({"temperature": 0.0}, "do_sample at temperature 0"),
@@ -232,14 +232,17 @@ def test_the_tool(folder, files):
     [
         ('{"context": "a"}\n', "one of these sets of keys"),
         ("", "is empty"),
-        ("[1]\n", "the first line is none"),
-        ('{"text": "a"}\n{"context": "a"}\n', "the first line has text, others have not"),
+        ("[1]\n", "the first line is not"),
+        ('{"text": "a"}\n{"context": "a"}\n', "the first line has text, others do not"),
         ('{"text": "a"}\nno json\n', "line 2 is not JSON"),
         ('{"text": "a"}\n{"text": ""}\n', "line 2: text is empty"),
-        ('{"prompt": 7, "target": "b"}\n', "line 1: prompt 7 is no text"),
-        ('{"prompt": "a", "target": "b", "until": null}\n', "line 1: until None is no list of texts"),
-        ('{"context": "a", "choices": ["b", ""], "answer": 0}\n', "line 1: choices .* is no list of texts"),
-        ('{"context": "a", "choices": ["b", "c"], "answer": 2}\n', "line 1: answer 2 is no place in its choices"),
+        ('{"prompt": 7, "target": "b"}\n', "line 1: prompt 7 is not a string"),
+        ('{"prompt": "a", "target": "b", "until": null}\n', "line 1: until None is not a list of non-empty strings"),
+        (
+            '{"context": "a", "choices": ["b", ""], "answer": 0}\n',
+            "line 1: choices .* is not a list of non-empty strings",
+        ),
+        ('{"context": "a", "choices": ["b", "c"], "answer": 2}\n', "line 1: answer 2 is not an index of its choices"),
         ('{"prompt": "a", "target": "b"}\n{"prompt": "a", "target": "b", "until": ["."]}\n', "differ in 'until'"),
     ],
 )
@@ -274,7 +277,7 @@ def test_texts_that_look_like_python_are_texts(folder, tmp_path):
 
 def test_a_task_that_is_no_yaml(folder, tmp_path):
     (tmp_path / "task.yaml").write_text("task: [broken")
-    with pytest.raises(UserError, match=r"task\.yaml: is no YAML"):
+    with pytest.raises(UserError, match=r"task\.yaml: is not YAML"):
         run_tasks(load_model(folder), [str(tmp_path / "task.yaml")])
     with pytest.raises(UserError, match=r"none\.yaml: No such file"):
         run_tasks(load_model(folder), [str(tmp_path / "none.yaml")])
@@ -283,7 +286,7 @@ def test_a_task_that_is_no_yaml(folder, tmp_path):
 def test_what_the_model_does_not_take_is_refused(folder):
     from tidar_megatron.evaluation import lm_eval_model
 
-    with pytest.raises(UserError, match="model_args paln: there is pretrained, plan"):
+    with pytest.raises(UserError, match="model_args paln: unknown; use pretrained, plan"):
         lm_eval_model.TidarLM(str(folder), paln="ar")
 
 
@@ -364,5 +367,5 @@ def test_a_prompt_must_have_room(folder):
     from tidar_megatron.evaluation.lm_eval_model import TidarLM
 
     lm = TidarLM(str(folder), max_length=64)
-    with pytest.raises(UserError, match="leave none of the 64"):
+    with pytest.raises(UserError, match="leave no room for the prompt in the model's context of 64"):
         lm.generate_until(instances("generate_until", [("alpha", {"until": [], "max_gen_toks": 64})]))

@@ -244,7 +244,7 @@ def test_a_model_of_two_dtypes_that_transformers_cannot_run_is_refused():
 
 
 def test_autocast_is_refused_by_name():
-    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(UserError, match="autocast is not served"):
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(UserError, match="autocast is not supported"):
         wrap_model(build("Llama"))
 
 

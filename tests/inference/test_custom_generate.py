@@ -127,18 +127,18 @@ def test_minimum_and_penalty_as_in_transformers(stock):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_beams": 4}, "num_beams: not served"),
-        ({"no_repeat_ngram_size": 2}, "no_repeat_ngram_size: not served"),
-        ({"no_repeat_ngram_size": 1}, "no_repeat_ngram_size: not served"),
-        ({"forced_eos_token_id": 0}, "forced_eos_token_id: not served"),
-        ({"max_time": 1.0}, "max_time: not served"),
-        ({"output_scores": True}, "output_scores: not served"),
-        ({"logits_processor": [print]}, "logits_processor: not served"),
-        ({"nonsense": 3}, "nonsense: not served"),
-        ({"suppress_tokens": [3]}, "suppress_tokens: not served"),
+        ({"num_beams": 4}, "num_beams: not supported"),
+        ({"no_repeat_ngram_size": 2}, "no_repeat_ngram_size: not supported"),
+        ({"no_repeat_ngram_size": 1}, "no_repeat_ngram_size: not supported"),
+        ({"forced_eos_token_id": 0}, "forced_eos_token_id: not supported"),
+        ({"max_time": 1.0}, "max_time: not supported"),
+        ({"output_scores": True}, "output_scores: not supported"),
+        ({"logits_processor": [print]}, "logits_processor: not supported"),
+        ({"nonsense": 3}, "nonsense: not supported"),
+        ({"suppress_tokens": [3]}, "suppress_tokens: only the mask token"),
         ({"plan": "fast"}, "plan 'fast'"),
         ({"do_sample": True, "temperature": -1.0}, "temperature"),
-        ({"stop_strings": "x"}, "need a tokenizer"),
+        ({"stop_strings": "x"}, "a tokenizer is needed"),
     ],
 )
 def test_what_is_not_served_is_named(stock, options, message):

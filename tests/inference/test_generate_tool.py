@@ -125,14 +125,14 @@ def test_stops_where_the_context_ends_and_says_so(checkpoint, tool):
 
 
 BAD_INPUT = [
-    (["--prompt", "a<|mask|>b"], "holds the mask token (id 257)"),
+    (["--prompt", "a<|mask|>b"], "contains the mask token (id 257)"),
     (["--prompt", ""], "the prompt is empty"),
     (["--prompt", "x" * 128], "the prompt has 128 tokens and the model's context holds 128"),
     (["--prompt", "a", "--branches", "few"], "branches 'few': use all or a positive integer"),
     (["--prompt", "a", "--branches", "0"], "branches 0: use all or a positive integer"),
     (["--prompt", "a", "--draft-length", "0"], "draft length 0: use a positive integer"),
     (["--prompt", "a", "--max-new-tokens", "0"], "max new tokens 0: use a positive integer"),
-    (["--prompt", "a", "--model", "nowhere"], "nowhere: no config.json there"),
+    (["--prompt", "a", "--model", "nowhere"], "nowhere: has no config.json"),
     (["--prompt", "a", "--dtype", "int4"], "dtype 'int4': use float32"),
 ]
 
@@ -185,7 +185,7 @@ def test_the_plan_is_named_or_explained(checkpoint, tool):
     for wrong, message in (
         (["--plan", "fast"], "plan 'fast': use auto, ar, linear:8"),
         (["--plan", "2:8", "--mode", "ar"], "--plan 2:8: names it all"),
-        (["--mode", "ar", "--draft-length", 4], "mode ar: has no draft length of its own"),
+        (["--mode", "ar", "--draft-length", 4], "mode ar: takes no draft length"),
         (["--mode", "ar", "--explain-plan"], "--explain-plan: needs --plan auto"),
         (["--temperature", "nan"], "temperature nan: must be"),
         (["--stop", "x", ""], "--stop '': give strings of at least one character"),

@@ -378,5 +378,5 @@ def test_schedules_are_never_stale(change):
 def test_blocks_torn_apart_are_refused():
     visibility = single(16, 4)
     order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(ValueError, match="side by side"):
+    with pytest.raises(ValueError, match="contiguous"):
         make_tilings(visibility[:, order], (slice(0, 32),), 8)

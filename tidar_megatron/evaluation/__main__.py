@@ -1,4 +1,4 @@
-"""lm-eval's command line with the model ``tidar`` in it.
+"""lm-eval's command line with the model ``tidar`` registered.
 
 python -m tidar_megatron.evaluation --model tidar --model_args pretrained=FOLDER --tasks ...
 """
@@ -8,11 +8,11 @@ from tidar_megatron.program import run_tool
 
 
 def main() -> None:
-    """What ``lm_eval`` does, once the model is in its table."""
+    """Run lm-eval's command line after registering the model."""
     try:
         from lm_eval.__main__ import cli_evaluate
     except ImportError:
-        raise UserError("tasks need lm-eval: make eval, or pip install lm-eval") from None
+        raise UserError("tasks need lm-eval: run make eval, or pip install lm-eval") from None
     import tidar_megatron.evaluation.lm_eval_model  # noqa: F401 - its decorator registers the model
 
     cli_evaluate()

@@ -1,8 +1,9 @@
-"""Is the output what plain AR decoding gives? Of one checkpoint, dtype, machine; against transformers' ``generate``.
+"""Certify that the output equals that of transformers' ``generate``, for one checkpoint, dtype and machine.
 
-Greedy: every mode and plan, alone and in a batch, token for token. Matrix products of other shapes round differently,
-so where two tokens are equally likely up to rounding, either may come out: a *tie*, told apart from a difference and
-counted. Sampled: how often each continuation is drawn, against its probability under the model.
+Greedy decoding is compared token by token for every mode and plan, alone and in a batch. Matrix products of different
+shapes round differently, so if two tokens are equally likely up to rounding, either may be chosen. Such a *tie* is
+counted apart from a difference. Sampled decoding is tested by the frequencies of continuations against their
+probabilities under the model (Pearson's chi-square test).
 """
 
 import itertools
@@ -26,16 +27,21 @@ from tidar_megatron.inference.request import DecodeOptions, parse_plan
 from tidar_megatron.inference.sampling import SamplingOptions
 from tidar_megatron.inference.sequence import Sequence as Decoding
 
-TIE = 1e-4  # two logits, float32; of narrower types, what rounding makes of them
-MOST_TIES = 0.01  # of the prompts
+TIE = 1e-4  # largest difference of two float32 logits that tie; narrower dtypes allow more, see _tie
+MOST_TIES = 0.01  # largest fraction of prompts with a tie
 LEAST_P_VALUE = 1e-4
 BATCHES = (1, 8)
-TOP_K, DRAWN = 4, 3  # continuations of 3 tokens, each one of 4
-FEWEST = 50  # samples
+TOP_K, DRAWN = 4, 3  # sampled continuations have 3 tokens, each one of the 4 likeliest
+FEWEST = 50  # smallest number of samples
 
 
 def plans(lengths: Sequence[int] = (2, 4, 8, 16), drafts: bool = True) -> dict[str, DecodeOptions]:
-    """Every mode, every K, every number of branches; what drafts by masks only where the model can."""
+    """Return plans by name: all modes, with each K of ``lengths``, and 1, 2 or all branches.
+
+    Args:
+        lengths: The draft lengths K.
+        drafts: Whether the model can draft; else only ``ar`` and ``lookup`` are included.
+    """
     names = ["ar", *(f"lookup:{K}" for K in lengths)]
     if drafts:
         names += ["auto", *(f"{kind}:{K}" for K in lengths for kind in ("linear", "all", "1", "2"))]
@@ -44,7 +50,7 @@ def plans(lengths: Sequence[int] = (2, 4, 8, 16), drafts: bool = True) -> dict[s
 
 @dataclass
 class Run:
-    """One plan and batch size over all prompts."""
+    """The results of one plan and batch size over all prompts."""
 
     plan: str
     batch: int
@@ -55,7 +61,11 @@ class Run:
 
 @dataclass
 class Certificate:
-    """What was found. ``identical``: prompts the same in all runs; ``ties``: tied in one, never different."""
+    """The result of :func:`certify`.
+
+    ``identical`` counts the prompts whose output is the same in all runs; ``ties`` counts those that tie in some run
+    and differ in none.
+    """
 
     prompts: int
     identical: int
@@ -65,20 +75,20 @@ class Certificate:
 
     @property
     def holds(self) -> bool:
-        """Nothing differs, ties are rare, and no sampled distribution is off."""
+        """Return whether no output differs, ties are rare and every sampled distribution passes its test."""
         same = self.identical + self.ties == self.prompts and self.ties <= MOST_TIES * self.prompts
         return same and all(test["p_value"] > LEAST_P_VALUE for test in self.sampled)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the certificate as a JSON-serializable dict."""
         return {**asdict(self), "holds": self.holds}
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """JSON lines, each a string or an object with a ``prompt``.
+    """Read prompts from a file of JSON lines, each a string or an object with a ``prompt``.
 
     Raises:
-        UserError: the file cannot be read, or a line is neither.
+        UserError: the file cannot be read, holds no prompts, or a line is neither.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
@@ -94,12 +104,12 @@ def read_prompts(path: str | Path) -> list[str]:
         if not isinstance(prompts[-1], str):
             raise UserError(f'{path}, line {number}: must be a JSON string or an object with a "prompt"')
     if not prompts:
-        raise UserError(f"{path}: holds no prompts; write one JSON string a line")
+        raise UserError(f"{path}: holds no prompts; write one JSON string per line")
     return prompts
 
 
 class Stock:
-    """Transformers' own greedy ``generate`` of the same weights, with its logits."""
+    """A model with the same weights under transformers' own greedy ``generate``, with its logits."""
 
     def __init__(self, model: DecodeModel, folder: str | Path) -> None:
         self.causal_lm = load_stock(folder, model)
@@ -107,7 +117,7 @@ class Stock:
 
     @torch.inference_mode()
     def generate(self, prompt: Sequence[int], count: int) -> tuple[list[int], Tensor]:
-        """``count`` tokens, and the logits ``[V]`` that the last was chosen from."""
+        """Generate ``count`` tokens; return them and the logits ``[V]`` that the last one was chosen from."""
         ids = torch.tensor([list(prompt)], device=self.causal_lm.device)
         out = self.causal_lm.generate(
             ids,
@@ -120,7 +130,7 @@ class Stock:
 
     @torch.inference_mode()
     def probabilities(self, prompt: Sequence[int], top_k: int, count: int) -> dict[tuple[int, ...], float]:
-        """Of every continuation of ``count`` tokens, each of the ``top_k`` likeliest."""
+        """Return the probability of every continuation of ``count`` tokens, under top-k sampling at temperature 1."""
         found: dict[tuple[int, ...], float] = {(): 1.0}
         for _ in range(count):
             texts = list(found)
@@ -146,16 +156,19 @@ def certify(
     runs: Mapping[str, DecodeOptions],
     samples: int,
 ) -> Certificate:
-    """Compare every plan, alone and eight at a time, with transformers' greedy ``generate``; then what is drawn.
+    """Compare every plan with transformers' greedy ``generate``, alone and eight at a time, and test sampled output.
 
     Args:
-        folder: the model's.
-        prompts: token ids.
-        samples: continuations to draw with each plan that a sampled test is made of; 0 for none.
+        model: The model to certify.
+        folder: The model's Hugging Face folder, for transformers to load.
+        prompts: Token ids of each prompt.
+        max_new_tokens: The number of tokens to generate per prompt.
+        runs: Options by plan name; their ``max_new_tokens`` and ``ignore_eos`` are overridden.
+        samples: The number of continuations to draw with each plan for the test of its distribution; 0 for no test.
 
     Raises:
-        UserError: prompts that leave no room for the new tokens, or all for no sample; samples of a model that is not
-            float32, or too few to tell anything.
+        UserError: a prompt leaves no room for the new tokens, or none leaves room for a sample; samples are requested
+            of a model in half precision, or too few to test.
     """
     room = model.context_limit - max_new_tokens
     if long := [number for number, prompt in enumerate(prompts, 1) if len(prompt) > room]:
@@ -165,11 +178,11 @@ def certify(
         )
     if samples and model.dtype not in (torch.float32, torch.float64):
         raise UserError(
-            f"dtype {model.dtype}: its logits tie, so what is drawn from the likeliest few is not defined; "
+            f"dtype {model.dtype}: its logits tie, so the likeliest tokens to draw from are not well defined; "
             "use --dtype float32, or --samples 0"
         )
     if 0 < samples < FEWEST:
-        raise UserError(f"{samples} samples say nothing: draw at least {FEWEST}, better 2000, or 0 for none")
+        raise UserError(f"{samples} samples are too few: draw at least {FEWEST}, better 2000, or 0 for none")
     sampling = [prompt for prompt in prompts if len(prompt) + 2 * DRAWN <= model.context_limit][:32]
     if samples and not sampling:
         raise UserError(
@@ -226,12 +239,12 @@ def _run(
 
 
 def _tie(dtype: torch.dtype, logit: Tensor) -> float:
-    """How far apart two logits may be that are equal up to rounding."""
+    """Return the largest difference of two logits that are equal up to rounding."""
     return TIE if dtype == torch.float32 else max(TIE, 4 * torch.finfo(dtype).eps * abs(float(logit)))
 
 
 class _Watched:
-    """Keeps the logits from which a sequence chose the first token that is not the expected one."""
+    """A recorder of the logits from which a sequence chose its first unexpected token."""
 
     def __init__(self, sequence: Decoding, expected: Sequence[int]) -> None:
         self.sequence, self._expected = sequence, expected

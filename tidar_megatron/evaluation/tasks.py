@@ -1,10 +1,10 @@
-"""Tasks of lm-eval, and of local JSON files, by a plan and by plain AR side by side: the scores, and what was gained.
+"""Tasks of lm-eval and of local JSON files, run by a plan and by plain AR: scores of both, and the speedup.
 
-A local file holds JSON lines of one kind:
+A local file contains JSON lines of one kind:
 
 ========================================================  ===========================================================
 ``{"context": .., "choices": [..], "answer": 0}``         multiple choice: the likeliest continuation, also per byte
-``{"prompt": .., "target": .., "until": ["\\n"]}``         generation: exact match, blanks around it aside
+``{"prompt": .., "target": .., "until": ["\\n"]}``         generation: exact match, surrounding whitespace ignored
 ``{"text": ..}``                                          perplexity by word, byte and bit
 ========================================================  ===========================================================
 """
@@ -30,11 +30,11 @@ def _target(doc: dict[str, Any]) -> str:
 
 
 def _metric(name: str, aggregation: str = "mean", higher_is_better: bool = True) -> dict[str, Any]:
-    """As lm-eval would take it from its own table, which it does not do without a warning for each."""
+    """Return a metric's full description, which lm-eval would otherwise look up with a warning."""
     return {"metric": name, "aggregation": aggregation, "higher_is_better": higher_is_better}
 
 
-# fields by their names: what a template gives, lm-eval would read as Python where it looks like a number or a list
+# Fields are given by name, not by template: lm-eval evaluates a template's result as Python if it looks like a literal.
 KINDS: dict[tuple[str, ...], dict[str, Any]] = {
     ("context", "choices", "answer"): {
         "output_type": "multiple_choice",
@@ -67,11 +67,15 @@ KINDS: dict[tuple[str, ...], dict[str, Any]] = {
 
 
 def local_task(path: str | Path, max_new_tokens: int = 64) -> dict[str, Any]:
-    """lm-eval's description of a task in a local file.
+    """Return the lm-eval task configuration for a local file.
+
+    Args:
+        path: A file of JSON lines.
+        max_new_tokens: The largest number of tokens to generate, for generation tasks.
 
     Raises:
-        UserError: no such file, not JSON lines, lines of none of the kinds, an answer beyond the choices, or lines
-            that end by different ``until``.
+        UserError: the file cannot be read, is not JSON lines of one kind, has an answer outside the choices, or has
+            lines with different ``until``.
     """
     path = Path(path)
     try:
@@ -92,11 +96,11 @@ def local_task(path: str | Path, max_new_tokens: int = 64) -> dict[str, Any]:
         numbers.append(number)
     kinds = "; ".join(" ".join(keys) for keys in KINDS)
     if not lines:
-        raise UserError(f"--tasks {path}: is empty; its lines are objects with one of these sets of keys: {kinds}")
+        raise UserError(f"--tasks {path}: is empty; write objects with one of these sets of keys: {kinds}")
     first = next((keys for keys in KINDS if isinstance(lines[0], dict) and {*keys} <= {*lines[0]}), None)
     kind = next((keys for keys in KINDS if all(isinstance(x, dict) and {*keys} <= {*x} for x in lines)), None)
     if kind is None:
-        what = "the first line is none" if first is None else f"the first line has {' '.join(first)}, others have not"
+        what = "the first line is not" if first is None else f"the first line has {' '.join(first)}, others do not"
         raise UserError(f"--tasks {path}: all lines must be objects with one of these sets of keys: {kinds}; {what}")
     for number, line in zip(numbers, lines, strict=True):
         if why := _what_is_wrong(line, kind):
@@ -111,23 +115,23 @@ def local_task(path: str | Path, max_new_tokens: int = 64) -> dict[str, Any]:
     if kind == ("prompt", "target"):
         until = lines[0].get("until", ["\n"])
         if any(line.get("until", ["\n"]) != until for line in lines):
-            raise UserError(f"--tasks {path}: its lines differ in 'until': give each a file of its own")
+            raise UserError(f"--tasks {path}: its lines differ in 'until'; use one file per 'until'")
         task["generation_kwargs"] = {"until": until, "do_sample": False, "max_gen_toks": max_new_tokens}
     return task
 
 
 def _what_is_wrong(line: dict[str, Any], kind: tuple[str, ...]) -> str | None:
-    """With the values of its kind's keys; others may be anything."""
+    """Return what is wrong with the values of the kind's keys, or None; other keys are not checked."""
     for name in (*kind, *(["until"] if "prompt" in kind and "until" in line else [])):
         value = line[name]
         if name == "answer":
             if type(value) is not int or not 0 <= value < len(line["choices"]):
-                return f"answer {value!r} is no place in its choices, from 0"
+                return f"answer {value!r} is not an index of its choices, from 0"
         elif name in ("choices", "until"):
             if not (isinstance(value, list) and value and all(isinstance(one, str) and one for one in value)):
-                return f"{name} {value!r} is no list of texts"
+                return f"{name} {value!r} is not a list of non-empty strings"
         elif not isinstance(value, str):
-            return f"{name} {value!r} is no text"
+            return f"{name} {value!r} is not a string"
     return "text is empty" if "text" in kind and not line["text"] else None
 
 
@@ -140,29 +144,29 @@ def run_tasks(
     num_fewshot: int | None = None,
     max_new_tokens: int = 64,
 ) -> list[dict[str, Any]]:
-    """Every task by ``plan`` and by AR, one after the other: where the machine's speed drifts, so does ``over_ar``.
+    """Run all tasks by ``plan``, then by AR. Since the runs are not interleaved, drift in speed affects ``over_ar``.
 
     Args:
-        model: what :func:`~tidar_megatron.inference.loading.load_model` returned, with its tokenizer.
-        tasks: names of lm-eval's, files of its own YAML, or files of JSON lines (``.json``, ``.jsonl``).
-        plan: as ``--plan`` of ``tools/generate.py``.
-        batch_size: texts that are generated together.
-        limit: documents of each task.
-        num_fewshot: examples before each document.
-        max_new_tokens: of a local file's generations.
+        model: The model that :func:`~tidar_megatron.inference.loading.load_model` returned, with its tokenizer.
+        tasks: Names of lm-eval tasks, lm-eval YAML files, or files of JSON lines (``.json``, ``.jsonl``).
+        plan: The plan, as ``--plan`` of ``tools/generate.py``.
+        batch_size: The number of texts that are generated together.
+        limit: The number of documents per task; None for all.
+        num_fewshot: The number of examples before each document; None for the task's own.
+        max_new_tokens: The largest number of tokens to generate, for local files.
 
     Returns:
-        A row a task: ``task``, ``scores`` and ``ar_scores`` (metric -> value), ``scores_differ``; where it generates
-        also ``tokens_per_forward``, ``tokens_per_second``, ``over_ar``. Scores of what was sampled are not compared.
+        One row per task: ``task``, ``scores`` and ``ar_scores`` (metric -> value), ``scores_differ``; for generation
+        tasks also ``tokens_per_forward``, ``tokens_per_second``, ``over_ar``. Sampled tasks never count as different.
 
     Raises:
-        UserError: no such task or file, the model's folder has no tokenizer, or lm-eval is not installed.
+        UserError: a task or file does not exist, the model has no tokenizer, or lm-eval is not installed.
     """
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise UserError("tasks need lm-eval: make eval, or pip install lm-eval") from None
+        raise UserError("tasks need lm-eval: run make eval, or pip install lm-eval") from None
     from tidar_megatron.evaluation.lm_eval_model import TidarLM
 
     manager = TaskManager()
@@ -176,10 +180,10 @@ def run_tasks(
         elif manager.match_tasks([task]):
             wanted.append(task)
         else:
-            raise UserError(f"--tasks {task}: lm-eval has no such task, and it is no .yaml, .json or .jsonl file")
+            raise UserError(f"--tasks {task}: lm-eval has no such task, and it is not a .yaml, .json or .jsonl file")
     names = [task["task"] if isinstance(task, dict) else task for task in wanted]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"--tasks: {twice[0]} names two tasks; a file's is its name without the ending, so rename it")
+        raise UserError(f"--tasks: {twice[0]} names two tasks; a file's task is its name without suffix, so rename it")
     runs, sampled = [], set()
     by_plan, by_ar = (TidarLM(model, how, batch_size) for how in (plan, "ar"))
     warm_up(model, plan)
@@ -202,22 +206,22 @@ def run_tasks(
 
 
 def _check_yaml(path: Path) -> None:
-    """lm-eval's own answer is a traceback; its tags are for it to read."""
+    """Refuse a file that is not YAML, for which lm-eval gives a traceback; lm-eval's own tags are not resolved."""
     try:
         list(yaml.parse(path.read_bytes()))
     except OSError as error:
         raise UserError(f"--tasks {path}: {error.strerror}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"--tasks {path}: is no YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"--tasks {path}: is not YAML: {' '.join(str(error).split())}") from None
 
 
 def warm_up(model: DecodeModel, plan: str) -> None:
-    """Once by the plan and by AR, so that neither pays for what is made once."""
+    """Generate once by the plan and once by AR, so that neither run pays for one-time initialization."""
     token = next(token for token in range(model.vocab_size) if token != model.mask_token_id)
     for how in (plan, "ar"):
         room = max(1, min(32, model.context_limit - 1))
         generate(model, [token], replace(parse_plan(how), max_new_tokens=room, ignore_eos=True))
-    forget_planner(model)  # what it learned is of no text
+    forget_planner(model)  # its statistics are not from real text
 
 
 def _row(
@@ -239,9 +243,9 @@ def _same(one: float, other: float) -> bool:
 
 
 def gained(made: Sequence[Generation], by_ar: Sequence[Generation]) -> dict[str, float]:
-    """Tokens per forward and second of generations, and how much faster than AR's they were; prefill aside.
+    """Return tokens per forward, tokens per second and the speedup over AR of generations, without the prefill.
 
-    Per second of all: of generations side by side in a batch, each forward's seconds count once.
+    The throughput is over all generations: the seconds of a forward count once, however many texts shared it.
     """
 
     def speed(generations: Sequence[Generation]) -> float:

@@ -1,6 +1,6 @@
-"""What became of drafts, of late: how often they are accepted, and for which outcomes branches would have been there.
+"""Recent draft statistics: acceptance rates by offset, and the outcomes that N branches would have covered.
 
-Learned while text is made, of all sequences of an engine together; the planner (``planner.py``) reckons with it.
+The statistics are learned during generation from all sequences of an engine; the planner (``planner.py``) uses them.
 """
 
 import math
@@ -12,25 +12,31 @@ import numpy as np
 
 @dataclass
 class Acceptance:
-    """How often a draft is accepted, by its offset in the block that drafted it, if all drafts before it were.
+    """The conditional acceptance rate of drafts, by offset in their block, given that all earlier drafts were accepted.
 
-    Old evidence fades, so the text at hand counts most. What was never seen is believed to be as its neighbour.
-    ``better`` and ``worse`` are how much better, in nats, the latest drafts are explained by odds that are e times as
-    high, or as low (Page's cumulative sums): where one is large the text has become another, and what was learned may
-    be wrong.
+    Counts decay exponentially, so recent text dominates. An offset without data takes the estimate of the offset before
+    it as its prior.
+
+    ``better`` and ``worse`` are Page's CUSUM statistics for change detection, in nats: the log-likelihood ratio of the
+    latest drafts under acceptance odds e times as high (or as low) as estimated. A large value means that the text has
+    changed and that the estimates may be stale.
     """
 
-    FADE = 0.5 ** (1 / 400)  # half is forgotten after 400 drafts at an offset
-    PRIOR, WEIGHT = 0.7, 2.0
-    ENOUGH, KEPT = 16, 6.0  # drafts at an offset before others are a surprise; that still count after one
+    FADE = 0.5 ** (1 / 400)  # decay per draft: a half-life of 400 drafts at an offset
+    PRIOR, WEIGHT = 0.7, 2.0  # acceptance rate assumed without data, and how many drafts it counts for
+    ENOUGH, KEPT = 16, 6.0  # drafts at an offset before CUSUM uses it; drafts that still count after a reset
     counts: dict[tuple[bool, int], list[float]] = field(default_factory=dict)
     better: float = 0.0
     worse: float = 0.0
 
     def observe(self, offset: int, own: bool, accepted: int, rejected: bool) -> None:
-        """What became of a block's drafts: so many in turn were accepted, and the one after them, if ``rejected``, not.
+        """Record the outcome of a block's drafts.
 
-        ``offset`` is the first one's (1: right after the certain token), in the outcome's own branch or a shorter one.
+        Args:
+            offset: The offset of the first draft in its block (1: directly after the certain token).
+            own: Whether the drafts come from the outcome's own branch, not from a shorter one.
+            accepted: How many drafts in a row were accepted.
+            rejected: Whether the draft after them was rejected, as opposed to there being none.
         """
         for place in range(offset, offset + accepted + rejected):
             stayed = place < offset + accepted
@@ -47,11 +53,11 @@ class Acceptance:
 
     @property
     def knows_little(self) -> bool:
-        """Whether fewer drafts were seen than make others a surprise."""
+        """Return whether fewer drafts were seen than change detection needs."""
         return self.counts.get((True, 1), (0.0, 0.0))[1] < self.ENOUGH
 
     def forget(self) -> None:
-        """Most of it: what comes next decides."""
+        """Reduce the weight of all counts to at most :attr:`KEPT` drafts, so that new drafts dominate."""
         self.better = self.worse = 0.0
         for seen in self.counts.values():
             share = min(1.0, self.KEPT / seen[1])
@@ -59,11 +65,11 @@ class Acceptance:
             seen[1] *= share
 
     def of(self, offset: int, own: bool) -> float:
-        """The probability believed."""
+        """Return the estimated acceptance probability at ``offset``."""
         return self.upto(offset + 1, own)[offset]
 
     def upto(self, count: int, own: bool) -> list[float]:
-        """Of the offsets below ``count``."""
+        """Return the estimated acceptance probabilities of the offsets 0 to ``count - 1``."""
         believed = [self.PRIOR]
         for offset in range(1, count):
             believed.append(self._with_prior(offset, True, believed[-1]))
@@ -74,7 +80,8 @@ class Acceptance:
         return (good + self.WEIGHT * prior) / (seen + self.WEIGHT)
 
 
-# By how likely acceptance is believed to be, in percent: what odds that are e times as high, or as low, cost each time.
+# By estimated acceptance rate in percent: log(1 + p * (e - 1)) and log(1 + p * (1/e - 1)), the normalizers of the
+# likelihood ratio under odds that are e times as high, or as low.
 _NATS = [
     (math.log1p(p * (math.e - 1)), math.log1p(p * (1 / math.e - 1)))
     for p in (min(0.95, max(0.03, percent / 100)) for percent in range(101))
@@ -82,28 +89,34 @@ _NATS = [
 
 
 class Outcomes:
-    """What drafts claimed and what became of them, of late: which says what other plans would have had branches for."""
+    """Confidences and outcomes of recent blocks, to estimate which outcomes other plans would have had branches for."""
 
-    KEPT, ENOUGH = 160, 16  # blocks of a length
+    KEPT, ENOUGH = 160, 16  # blocks kept per draft length; blocks needed for an estimate
 
     def __init__(self) -> None:
-        # by number of drafts
+        # keyed by the number of drafts
         self._blocks: defaultdict[int, deque[tuple[list[float], int]]] = defaultdict(lambda: deque(maxlen=self.KEPT))
         self._arrays: dict[int, tuple[np.ndarray, ...]] = {}
         self._ranks: dict[int, tuple[np.ndarray, np.ndarray] | None] = {}
         self._lags: dict[tuple[int, int], np.ndarray | None] = {}
 
     def observe(self, confidences: list[float], accepted: int) -> None:
-        """Of a block's drafts, and how many were accepted, the certain token included."""
+        """Record the confidences of a block's drafts and how many tokens were accepted, the certain token included."""
         self._blocks[len(confidences)].append((confidences, accepted))
         if self._lags:
             for found in (self._arrays, self._ranks, self._lags):
                 found.clear()
 
     def lags(self, count: int, branches: int) -> np.ndarray | None:
-        """With that many drafts and branches for the likeliest outcomes: how much shorter the branch to go on from is.
+        """Estimate how much shorter than the outcome the longest usable branch is.
 
-        Probabilities of 0, 1, ... ``count`` - 1 tokens shorter, and of none at all. None: too little was seen.
+        Args:
+            count: The number of drafts, the certain token included.
+            branches: The number of branches, which belong to the likeliest outcomes.
+
+        Returns:
+            Probabilities, float64 ``[count + 1]``: that the branch is 0, 1, ..., ``count - 1`` tokens shorter, and
+            that there is none. None if too few blocks were seen.
         """
         if (count, branches) not in self._lags:
             self._lags[count, branches] = self._find_lags(count, branches)
@@ -124,7 +137,7 @@ class Outcomes:
         return np.bincount(lag, minlength=count + 1) / len(lag)
 
     def _ranked(self, count: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """The outcomes of each block, the likeliest first, and the one that came true; longer blocks are cut."""
+        """Return the outcomes of each block, likeliest first, and the actual outcome; longer blocks are truncated."""
         for drafts, blocks in self._blocks.items():
             if drafts not in self._arrays:
                 self._arrays[drafts] = tuple(np.array(column) for column in zip(*blocks, strict=True))
@@ -135,5 +148,5 @@ class Outcomes:
         accepted = np.minimum(np.concatenate([accepted for _, accepted in long_enough]), count)
         one = np.ones((len(accepted), 1))
         chances = np.cumprod(np.hstack([one, claimed]), axis=1) * np.hstack([1 - claimed, one])  # as ranked_outcomes
-        # of equal ones the longest first, as there too
+        # ties go to the longest outcome, as in ranked_outcomes
         return np.argsort(chances, axis=1, kind="stable")[:, ::-1], accepted

@@ -1,4 +1,4 @@
-"""Attention of the engine's forwards inside a Hugging Face model, registered with transformers."""
+"""The engine's attention function for Hugging Face models, registered with transformers."""
 
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -9,11 +9,11 @@ ATTENTION_NAME = "tidar_packed"
 
 
 class UnknownAttentionError(TypeError):
-    """A model asks for attention that the engine does not compute; the message says what."""
+    """The error raised when a model needs attention that the engine does not implement; the message says what."""
 
 
-# What transformers' models hand to attention beside queries, keys and values, and what changes nothing here: the
-# engine knows positions, lengths and who may attend to whom by itself.
+# Arguments that transformers' models pass to attention and that have no effect here: the engine derives positions,
+# lengths and the mask itself.
 NO_EFFECT = frozenset({"dropout", "use_cache", "position_ids", "output_attentions", "output_hidden_states"})
 
 
@@ -25,7 +25,7 @@ def _refuse_unknown(module: nn.Module, attention_mask: Tensor | None, arguments:
             continue
         limit = getattr(getattr(module, "config", None), "max_position_embeddings", None)
         if name == "sliding_window" and isinstance(value, int) and isinstance(limit, int) and value >= limit:
-            continue  # a window that no context fills hides nothing
+            continue  # a window of at least the context limit hides nothing
         raise UnknownAttentionError(f"it asks for {name} in attention")
 
 
@@ -39,10 +39,23 @@ def packed_attention(
     packed_forward: Forward | None = None,
     **arguments: object,
 ) -> tuple[Tensor, None]:
-    """Attention for transformers' interface, which hands ``packed_forward`` through from the call of the model.
+    """Compute attention behind transformers' interface, which passes ``packed_forward`` on from the model's call.
+
+    Args:
+        module: The attention module; its ``layer_idx`` selects the layer's cache.
+        query: ``[1, H, tokens, D]``.
+        key: ``[1, N, tokens, D]``.
+        value: ``[1, N, tokens, D]``.
+        attention_mask: Must be None.
+        scaling: The factor on the scores; None for ``D ** -0.5``.
+        packed_forward: The forward that is running.
+        arguments: The other arguments of transformers' interface.
+
+    Returns:
+        The output ``[1, tokens, H, D]``, and None in place of attention weights.
 
     Raises:
-        UnknownAttentionError: an argument that would change the result and that the engine does not know.
+        UnknownAttentionError: an argument that would change the result is not implemented by the engine.
     """
     if packed_forward is None:
         raise UnknownAttentionError(
@@ -51,7 +64,7 @@ def packed_attention(
     _refuse_unknown(module, attention_mask, arguments)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = packed_forward.attend(module.layer_idx, query, key, value, scale)
-    return out.contiguous(), None  # some classes take a view of it, all others would copy it themselves
+    return out.contiguous(), None  # some classes call .view() on it; the others would make it contiguous themselves
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, packed_attention)

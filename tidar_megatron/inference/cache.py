@@ -1,9 +1,9 @@
-"""Keys and values of the sequences being decoded: allocated once, never copied.
+"""The KV cache of the sequences being decoded: allocated once, never copied.
 
-A forward writes the K/V of *all* its tokens behind the committed ones of their sequence and reads the whole in place,
-as views. Keeping the first n of them moves one integer, the sequence's length; what lies behind is dead and the next
-forward writes over it. So rejected drafts and masks cost nothing to drop, and bytes moved per step do not grow with the
-context.
+A forward writes the K/V of *all* its tokens after the committed tokens of their sequence and reads both in place, as
+views. Committing the first n new tokens only advances the sequence's length; the entries after it are stale, and the
+next forward overwrites them. Dropping rejected drafts and masks is therefore free, and the bytes moved per step do not
+grow with the context.
 """
 
 import torch
@@ -13,10 +13,10 @@ from tidar_megatron.attention_kernels import HIDDEN, hiding
 
 
 class KVPool:
-    """``slots`` sequences of up to ``capacity`` tokens, those of a forward that are not kept included.
+    """A KV cache for ``slots`` sequences of up to ``capacity`` tokens, the uncommitted tokens of a forward included.
 
-    A layer, K and V ``[slots, N, capacity, D]``, is allocated by its first write, which is where its shape is known for
-    certain, whatever the model family.
+    The K and V of a layer, ``[slots, N, capacity, D]`` each, are allocated by the layer's first write, when their shape
+    is known whatever the model family.
     """
 
     def __init__(self, slots: int, capacity: int) -> None:
@@ -25,7 +25,11 @@ class KVPool:
         self._bias: Tensor | None = None
 
     def write(self, layer: int, slot: int, length: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Put ``[1, N, T, D]`` each behind a slot's first ``length`` tokens; views of its ``length + T`` tokens."""
+        """Write keys and values, ``[1, N, T, D]`` each, after the first ``length`` tokens of a slot.
+
+        Returns:
+            Views of the slot's K and V, ``[1, N, length + T, D]`` each.
+        """
         stop = length + key.shape[2]
         assert stop <= self.capacity
         keys, values = self._of(layer, key, value)
@@ -37,10 +41,19 @@ class KVPool:
     def write_side_by_side(
         self, layer: int, slots: slice, places: Tensor, longest: int, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Put ``[n, N, T, D]`` each at ``places``, int64 ``[n, T]``, of n slots whose longest holds so many tokens.
+        """Write keys and values of n adjacent slots, ``[n, N, T, D]`` each.
+
+        Args:
+            layer: The layer's index.
+            slots: The n slots.
+            places: The position of each token in its slot, int64 ``[n, T]``.
+            longest: The number of tokens to read per slot, at least those of the longest sequence.
+            key: The keys to write.
+            value: The values to write.
 
         Returns:
-            Views of what was there before, ``[n, N, longest, D]``; what is behind a shorter one is not its own.
+            Views of the slots' K and V, ``[n, N, longest, D]`` each; entries after the end of a shorter sequence are
+            stale and must be masked.
         """
         assert longest <= self.capacity
         rows = [tensor[slots] for tensor in self._of(layer, key, value)]
@@ -51,9 +64,11 @@ class KVPool:
         return keys, values
 
     def hidden_behind(self, lengths: Tensor, longest: int, dtype: torch.dtype) -> Tensor:
-        """What is added to scores over the first ``longest`` places, to hide those behind ``lengths``, int64 ``[n]``.
+        """Return the bias on scores that hides the positions from ``lengths``, int64 ``[n]``, up to ``longest``.
 
-        ``[n, 1, 1, longest]``: 0, or next to minus infinity. One tensor for all calls, so the next one overwrites it.
+        Returns:
+            ``[n, 1, 1, longest]`` of ``dtype``: 0 where visible, else a large negative number. All calls share one
+            buffer, so the next call overwrites it.
         """
         if self._bias is None or self._bias.dtype != dtype or self._bias.device != lengths.device:
             self._bias = torch.zeros(self.slots, self.capacity, dtype=dtype, device=lengths.device)
@@ -64,20 +79,20 @@ class KVPool:
         return bias.clamp_(min=hiding(dtype))[:, None, None]
 
     def read(self, layer: int, slot: int, length: int) -> tuple[Tensor, Tensor]:
-        """Views of the first ``length`` tokens, each ``[N, length, D]``."""
+        """Return views of the K and V of a slot's first ``length`` tokens, ``[N, length, D]`` each."""
         keys, values = self._layers[layer]
         return keys[slot, :, :length], values[slot, :, :length]
 
     @torch.inference_mode()
     def clear(self, slot: int) -> None:
-        """Of a sequence that failed, or may have: what is no number would be one in no sum, hidden or not."""
+        """Zero the slot of a sequence that may have failed: a NaN left there spreads even through masked scores."""
         for keys, values in self._layers.values():
             keys[slot].zero_()
             values[slot].zero_()
 
     @property
     def num_bytes(self) -> int:
-        """What is allocated."""
+        """The number of bytes allocated for K and V."""
         return sum(t.numel() * t.element_size() for pair in self._layers.values() for t in pair)
 
     def _of(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,5 +102,5 @@ class KVPool:
 
     def _room(self, like: Tensor) -> Tensor:
         _, heads, _, head_dim = like.shape
-        # zeros: what is padded is multiplied by a weight of 0, and must be a number
+        # zeros, not empty: padding is multiplied by a weight of 0 and must be finite
         return torch.zeros(self.slots, heads, self.capacity, head_dim, dtype=like.dtype, device=like.device)

@@ -1,15 +1,16 @@
-"""Does the engine compute what a class of transformers computes? The class is asked, not its configuration's keys.
+"""Check that the engine computes what a transformers class computes, by running the class, not by reading its config.
 
-Windows, chunks, dynamic rotary frequencies, sinks, soft caps: what a key of ``config.json`` means differs from class to
-class. So a model is compared with itself under transformers' own attention, before it decodes anything: in pieces, in
-a batch of different lengths, beside mask tokens.
+The meaning of a ``config.json`` key (windows, chunks, dynamic rotary frequencies, sinks, soft caps) differs from class
+to class. So before a model decodes anything, the engine's logits are compared with those of the same model under
+transformers' own attention: with the prompt read in pieces, in a batch of different lengths, and with mask tokens
+present.
 
-Many lengths (a window of 4096) lie beyond what can be compared in a moment. They are found by what they are, numbers of
-the configuration that shape no weight, and the comparison is made again on a twin: the same class with the same weights
-in memory, those lengths set to :data:`SHORTENED`. A length that the context limit never reaches stays as it is.
+Many lengths (a window of 4096) are too long to compare quickly. They are the numbers in the configuration that do not
+affect the shape of any weight. The comparison is repeated on a twin: the same class with the same weights in memory and
+those lengths set to :data:`SHORTENED`. A length that the context limit never reaches is left unchanged.
 
-Models of half precision are compared in float32: rounding in bfloat16 hides what a rotary frequency does to small
-weights, and sends tokens to other experts, which looks like a fault.
+Half-precision models are compared in float32: rounding in bfloat16 hides the effect of rotary frequencies on small
+weights, and it routes tokens to other experts, which looks like an error.
 """
 
 from collections.abc import Iterator
@@ -31,12 +32,12 @@ from tidar_megatron.inference.model import DecodeModel
 from tidar_megatron.inference.upcast import HALF, in_float32
 
 LENGTHS = (48, 24, 9, 3)  # tokens of the sequences that are compared
-SHORTENED = 16  # every length of a twin's configuration: it bites in two of these sequences and not in the others
-COMPARABLE = 32  # a length up to here bites in the longest sequence as it is
-MASKS = 4  # mask tokens beside each sequence
-LARGE_LOGIT = 1000.0  # where soft caps, scales and biases of an output layer show
+SHORTENED = 16  # every length in a twin's configuration: it takes effect in two of these sequences, not in the others
+COMPARABLE = 32  # a length up to this takes effect in the longest sequence without a twin
+MASKS = 4  # mask tokens after each sequence
+LARGE_LOGIT = 1000.0  # large enough to reveal soft caps, scales and biases of an output layer
 
-# Settings that often explain a refusal. They are named in its message and decide nothing.
+# Settings that often explain a refusal. The message names them; they do not affect the decision.
 SUSPECTS = (
     *("sliding_window", "attention_chunk_size", "keep_window_size", "index_topk", "final_logit_softcapping"),
     *("attn_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"),
@@ -45,16 +46,16 @@ SUSPECTS = (
 
 @torch.inference_mode()
 def check_compatible(model: DecodeModel) -> None:
-    """Compare the engine with transformers' own attention on ``model``'s weights, up to rounding.
+    """Refuse a model for which the engine's logits differ from transformers' by more than rounding.
 
     Raises:
-        UserError: the engine computes something else, or the class cannot be compared. The message names the class
-            and the settings that probably explain it.
+        UserError: the logits differ, or the class cannot be compared. The message names the class and the settings
+            that probably explain it.
     """
     causal_lm = model.causal_lm
     lengths = _lengths(causal_lm, model.context_limit)
     try:
-        # The model itself as well: whoever made it may have given it hooks or a forward, which a twin has not.
+        # Also compare the model itself: it may have hooks or a replaced forward, which a twin lacks.
         reason = _difference(model) or (
             _difference(replace(model, causal_lm=_twin(causal_lm, lengths))) if lengths else None
         )
@@ -62,7 +63,7 @@ def check_compatible(model: DecodeModel) -> None:
         raise
     except UnknownAttentionError as error:
         reason = str(error)
-    except Exception as error:  # a class of transformers under attention that it was not written for may raise anything
+    except Exception as error:  # a class under attention that it was not written for may raise anything
         reason = f"{_line(error)} under the engine's attention"
     if reason is not None:
         suspects = ", ".join(_suspects(causal_lm.config))
@@ -74,11 +75,11 @@ def check_compatible(model: DecodeModel) -> None:
 
 
 def _difference(model: DecodeModel) -> str | None:
-    """What differs between the engine and the class; None where nothing does. Half precision is compared in float32."""
+    """Return what differs between the engine and the class, or None. Half precision is compared in float32."""
     if model.dtype not in HALF:
         return _difference_as_it_is(model)
     prompt = [0] * min(LENGTHS[-1], model.context_limit)
-    _stock_logits(model, prompt)  # in float32 no weights of several dtypes would be found out
+    _stock_logits(model, prompt)  # in its own dtype first: float32 would hide an error from mixed dtypes
     _engine_logits(model, [prompt], 0)
     with in_float32(model.causal_lm):
         compared = replace(model)
@@ -94,7 +95,7 @@ def _difference_as_it_is(model: DecodeModel) -> str | None:
     prompts = [ids[:length] for length in dict.fromkeys(min(length, longest) for length in LENGTHS)]
     wanted = [_stock_logits(model, prompt) for prompt in prompts]
     if not all(bool(logits.isfinite().all()) for logits in wanted):
-        return None  # weights that are no numbers: whoever decodes is told
+        return None  # NaN or infinite weights: decoding reports them
     if not _reads_output_layer(model, prompts[-1], LARGE_LOGIT / float(wanted[0].abs().max().clamp(min=1e-6))):
         return "its logits are not what its output layer makes of its base model's output"
     if not _same(torch.cat(_engine_logits(model, prompts, masks)), torch.cat(wanted), model.dtype):
@@ -103,28 +104,28 @@ def _difference_as_it_is(model: DecodeModel) -> str | None:
 
 
 def _reads_output_layer(model: DecodeModel, prompt: list[int], factor: float) -> bool:
-    """Return whether logits are the output layer's alone, also where hidden states are ``factor`` times as large."""
+    """Return whether logits are the plain output of the output layer, even for hidden states scaled by ``factor``."""
     with _scaled_hidden_states(model.causal_lm, factor) as hidden:
         wanted = _stock_logits(model, prompt)
-    if not hidden:  # transformers knows of no base model below the output layer
+    if not hidden:  # the class has no base model below the output layer
         return False
     try:
         return _same(model.logits(torch.cat(hidden), emitted=False), wanted, model.dtype)
-    except RuntimeError:  # something in between changes the width
+    except RuntimeError:  # a module between them changes the width
         return False
 
 
 def _same(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
-    """Whether each row of logits ``[rows, vocabulary]`` is the same but for rounding: half of the dtype's digits."""
-    epsilon = max(torch.finfo(kind).eps for kind in (dtype, torch.float32))  # eager's softmax is in float32
+    """Return whether rows of logits ``[rows, vocabulary]`` agree up to rounding: to half of the dtype's digits."""
+    epsilon = max(torch.finfo(kind).eps for kind in (dtype, torch.float32))  # eager attention's softmax is in float32
     apart = (found - wanted).double().norm(dim=-1)
     return bool((apart <= epsilon**0.5 * wanted.double().norm(dim=-1).clamp(min=1e-6)).all())
 
 
 def _stock_logits(model: DecodeModel, prompt: list[int]) -> Tensor:
-    """Logits ``[tokens, vocabulary]`` of transformers' own eager attention, the last token read through its own cache.
+    """Return logits ``[tokens, vocabulary]`` under transformers' eager attention, the last token read from its cache.
 
-    The cache has windows of its own: it follows the configuration where the class may not.
+    The cache implements windows too: it follows the configuration even where the class ignores it.
     """
     causal_lm = model.causal_lm
     ids = torch.tensor([prompt], device=model.device)
@@ -135,7 +136,7 @@ def _stock_logits(model: DecodeModel, prompt: list[int]) -> Tensor:
         return torch.cat([before.logits[0], last.logits[0]])
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # third-party code on a configuration that may be anything
+    except Exception as error:  # third-party code on an arbitrary configuration
         raise UserError(
             f"{type(causal_lm).__name__}: transformers itself cannot run this model ({_line(error)}); "
             "check its config.json"
@@ -145,10 +146,10 @@ def _stock_logits(model: DecodeModel, prompt: list[int]) -> Tensor:
 
 
 def _engine_logits(model: DecodeModel, prompts: list[list[int]], masks: int) -> list[Tensor]:
-    """Logits ``[tokens, vocabulary]`` of each prompt, read by the engine in three forwards of all of them.
+    """Return the engine's logits ``[tokens, vocabulary]`` of each prompt, read in three forwards over all prompts.
 
-    The first reads half of each prompt, the second goes on to the last token but one with masks beside it, the third
-    reads the last token.
+    The first reads half of each prompt. The second continues up to the second-last token, with masks after it. The
+    third reads the last token.
     """
     pool = KVPool(len(prompts), len(prompts[0]) + masks)
     rows: list[list[Tensor]] = [[] for _ in prompts]
@@ -173,7 +174,7 @@ def _engine_logits(model: DecodeModel, prompts: list[list[int]], masks: int) -> 
 
 @contextmanager
 def _scaled_hidden_states(causal_lm: PreTrainedModel, factor: float) -> Iterator[list[Tensor]]:
-    """Multiply the final hidden states that the output layer is given; they are added to the list, ``[tokens, H]``."""
+    """Scale the final hidden states, ``[tokens, H]``, that the output layer receives, and append them to the list."""
     seen: list[Tensor] = []
 
     def scale(module: object, inputs: object, output: Any) -> Any:
@@ -190,9 +191,9 @@ def _scaled_hidden_states(causal_lm: PreTrainedModel, factor: float) -> Iterator
 
 
 def _lengths(causal_lm: PreTrainedModel, context_limit: int) -> list[tuple[Any, ...]]:
-    """The paths of those numbers of a configuration that shape no weight, and that the context can reach.
+    """Return the paths of the configuration's lengths: numbers that shape no weight and lie below the context limit.
 
-    Only numbers beyond :data:`COMPARABLE` are looked for. A path is the keys from the top of ``config.to_dict()``.
+    Only numbers above :data:`COMPARABLE` count. A path is the sequence of keys from the root of ``config.to_dict()``.
     """
     shapes = _shapes(causal_lm)
     found = []
@@ -200,7 +201,7 @@ def _lengths(causal_lm: PreTrainedModel, context_limit: int) -> list[tuple[Any, 
         try:
             with torch.device("meta"):
                 shorter = type(causal_lm)(_shortened(causal_lm.config, [path]))
-        except Exception:  # a class refuses sizes that do not fit each other
+        except Exception:  # the class refuses sizes that do not fit together, so this number shapes weights
             continue
         if _shapes(shorter) == shapes:
             found.append(path)
@@ -227,7 +228,7 @@ def _is_long(value: object, context_limit: int) -> bool:
 
 
 def _shortened(config: PretrainedConfig, paths: list[tuple[Any, ...]]) -> PretrainedConfig:
-    """The same configuration with the numbers at ``paths`` set to :data:`SHORTENED`."""
+    """Return a copy of the configuration with the numbers at ``paths`` set to :data:`SHORTENED`."""
     shorter: Any = deepcopy(config)
     for *parents, last in paths:
         at = shorter
@@ -255,7 +256,7 @@ def _shapes(causal_lm: PreTrainedModel) -> dict[str, torch.Size]:
 
 
 def _twin(causal_lm: PreTrainedModel, lengths: list[tuple[Any, ...]]) -> PreTrainedModel:
-    """The same class with shorter lengths; its weights are the tensors of ``causal_lm``, not copies."""
+    """Return a model of the same class with shorter lengths; it shares the weight tensors of ``causal_lm``."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -277,7 +278,7 @@ def _line(error: Exception) -> str:
 
 
 def _suspects(config: PretrainedConfig) -> Iterator[str]:
-    """``name=value`` for each setting that often explains a refusal."""
+    """Yield ``name=value`` for each setting of the configuration that often explains a refusal."""
     settings = config.to_dict()
     for name in SUSPECTS:
         if settings.get(name) not in (None, 0, 1, False):

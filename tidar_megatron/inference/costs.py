@@ -1,4 +1,4 @@
-"""What a forward costs on this machine: timed once for a model, and kept."""
+"""The latency of forwards on this machine, timed once per model and cached on disk."""
 
 import hashlib
 import json
@@ -22,15 +22,16 @@ from tidar_megatron.inference.static import WARM_UP, Forwards
 
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 72, 104, 136, 208, 272)  # tokens of a forward
 CONTEXTS = (64, 1024)
-ROUNDS, SECONDS = 5, 4.0  # no more rounds after so many seconds, but two
-CHECKED, OFF = (1, 8, 16, 32), 1.3  # what is kept is timed anew where one of these takes so many times as long
+ROUNDS, SECONDS = 5, 4.0  # timing rounds, and seconds after which no further round starts (at least two run)
+CHECKED, OFF = (1, 8, 16, 32), 1.3  # sizes that are checked, and the ratio from which cached timings are stale
 
 
 @dataclass
 class Costs:
-    """Seconds of a forward, the output layer over its rows included.
+    """A table of forward latencies in seconds, the output layer included.
 
-    ``seconds[i][j]``: of ``sizes[i]`` tokens behind ``contexts[j]``; between them, and beyond, they are on a line.
+    ``seconds[i][j]`` is the latency of ``sizes[i]`` new tokens after ``contexts[j]`` cached ones. Other points are
+    interpolated, and extrapolated above, linearly.
     """
 
     sizes: list[int]
@@ -38,8 +39,11 @@ class Costs:
     seconds: list[list[float]]
 
     def of(self, tokens: ArrayLike, context: ArrayLike) -> np.ndarray:
-        """Of so many tokens behind so many, each a number or an array of them; float64."""
-        # more tokens and more context never take less: where they seem to, a line beyond what was timed would go to 0
+        """Return the interpolated seconds, float64, for ``tokens`` new tokens after ``context`` cached ones.
+
+        The arguments are numbers or arrays and broadcast.
+        """
+        # Force monotonicity: more tokens or context never take less time, and a falling line would extrapolate to 0.
         table = np.maximum.accumulate(np.maximum.accumulate(np.array(self.seconds), axis=0), axis=1)
         row, next_row, share = _between(self.sizes, tokens)
         column, next_column, part = _between(self.contexts, context)
@@ -50,7 +54,10 @@ class Costs:
 
 
 def _between(places: Sequence[int], at: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The place to the left, the next, how far on the way to it: more than 1 behind the last, 0 before the first."""
+    """Return the indices of the grid points left and right of ``at``, and the fraction of the way between them.
+
+    The fraction is above 1 beyond the last grid point and 0 before the first.
+    """
     known, last = np.array(places), len(places) - 1
     left = np.clip(np.searchsorted(known, at, side="right") - 1, 0, max(last - 1, 0))
     right = np.minimum(left + 1, last)
@@ -58,26 +65,33 @@ def _between(places: Sequence[int], at: ArrayLike) -> tuple[np.ndarray, np.ndarr
 
 
 class Clock:
-    """:class:`Costs` as they turn out to be: a step is more than a forward, and the machine not what it was when timed.
+    """A correction of :class:`Costs` by observed steps: a step does more than a forward, and the machine's load varies.
 
-    How many times as long a step took is kept by its size, in half octaves, and by batch; the median of the last
-    counts, for now and then a step is disturbed. Sizes that were not seen of late follow those that were: the machine
-    may have been busy then.
+    The ratio of observed to timed seconds is tracked per batch size and step size, both in bins of half an octave. The
+    median of the latest steps is used, because single steps are disturbed. Sizes without recent steps take the ratios
+    of nearby sizes, weighted by distance.
     """
 
-    KEPT = 31  # steps of a size
-    OLD = 512  # steps since a size was seen, of such a batch
+    KEPT = 31  # steps kept per size
+    OLD = 512  # steps at the same batch size after which a size's steps are stale
 
     def __init__(self, costs: Costs) -> None:
         self._costs = costs
-        # by batch, by size: tokens, context and seconds
+        # by batch, then by size: tokens, context and seconds of each step
         self._steps: defaultdict[int, defaultdict[int, deque[tuple[int, float, float]]]]
         self._steps = defaultdict(lambda: defaultdict(lambda: deque(maxlen=self.KEPT)))
-        self._count: defaultdict[int, int] = defaultdict(int)  # steps, by batch
-        self._last: dict[tuple[int, int], int] = {}  # of these the last of a size, by batch and size
+        self._count: defaultdict[int, int] = defaultdict(int)  # number of steps, by batch
+        self._last: dict[tuple[int, int], int] = {}  # the number of the last step, by batch and size
 
     def observe(self, batch: int, context: float, tokens: int, seconds: float) -> None:
-        """A step of so many tokens, all sequences together."""
+        """Record a step.
+
+        Args:
+            batch: The number of sequences.
+            context: Committed tokens per sequence, on average.
+            tokens: The tokens of the forward, all sequences together.
+            seconds: The duration of the step.
+        """
         batch, size = _octaves(batch), _octaves(tokens)
         self._count[batch] += 1
         if self._last.get((batch, size), 0) <= self._count[batch] - self.OLD:
@@ -86,18 +100,24 @@ class Clock:
         self._last[batch, size] = self._count[batch]
 
     def guesses(self, batch: int, tokens: int) -> bool:
-        """Whether it knows steps of such a batch, but none of about so many tokens."""
+        """Return whether steps of this batch size were observed recently, but none of about ``tokens`` tokens."""
         seen = self._seen(batch)
         return bool(seen) and _octaves(tokens) not in seen
 
     def _seen(self, batch: int) -> dict[int, deque[tuple[int, float, float]]]:
-        """Steps by size, of late."""
+        """Return the recent steps of this batch size, by step size."""
         octave = _octaves(batch)
         oldest = self._count[octave] - self.OLD
         return {size: steps for size, steps in self._steps[octave].items() if self._last[octave, size] > oldest}
 
     def curve(self, batch: int, context: float, most: int) -> np.ndarray:
-        """Of 0, 1, 2, ... ``most`` tokens, all sequences of the batch together, behind so many; float64."""
+        """Return the expected seconds of a step with 0, 1, ..., ``most`` tokens, float64 ``[most + 1]``.
+
+        Args:
+            batch: The number of sequences.
+            context: Committed tokens per sequence, on average.
+            most: The largest number of tokens, all sequences together.
+        """
         every = np.arange(most + 1)
         timed = self._costs.of(every, context)
         seen = self._seen(batch)
@@ -108,7 +128,7 @@ class Clock:
         sizes, counts = np.array(list(seen)), np.array([len(steps) for steps in seen.values()])
         medians = np.array([np.median(ratios) for ratios in np.split(slower, counts.cumsum()[:-1])])
         near = np.maximum(8.0 ** -abs(np.arange(_octaves(most) + 1)[:, None] - sizes), 1e-4)
-        near *= counts / (counts + 4)  # how sure
+        near *= counts / (counts + 4)  # a size with few steps weighs less
         ratios = (near @ medians + 1e-5) / (near.sum(axis=1) + 1e-5)
         return timed * ratios[np.rint(2 * np.log2(np.maximum(every, 1))).astype(int)]
 
@@ -119,9 +139,10 @@ def _octaves(number: int) -> int:
 
 
 def load_costs(model: DecodeModel) -> Costs:
-    """:func:`measure_costs`, kept in a file per machine, threads, model and dtype (in ``TIDAR_CACHE``).
+    """Load the costs of a model from the cache, or measure them (:func:`measure_costs`) and cache them.
 
-    What is kept is held against a few forwards: it may have been timed while the machine was busy, or is by now.
+    The cache (in ``TIDAR_CACHE``) has a file per machine, number of threads, model and dtype. Cached costs are checked
+    against a few forwards, because the load of the machine may have changed since they were timed.
     """
     path = _costs_file(model)
     try:
@@ -135,7 +156,7 @@ def load_costs(model: DecodeModel) -> Costs:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, json.dumps(vars(costs)))
     except OSError:
-        pass  # measured again next time
+        pass  # an unwritable cache: measure again next time
     return costs
 
 
@@ -148,7 +169,7 @@ def _costs_file(model: DecodeModel) -> Path:
 
 @cache
 def processor() -> str:
-    """The CPU, as Linux names it."""
+    """Return the CPU's model name, as Linux reports it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as info:
             return next(line.split(":")[1].strip() for line in info if line.startswith("model name"))
@@ -157,7 +178,7 @@ def processor() -> str:
 
 
 def measure_costs(model: DecodeModel) -> Costs:
-    """Time forwards of a few sizes behind a few contexts, in turns; the best of each: what disturbs only ever adds."""
+    """Time forwards of several sizes and context lengths, interleaved; keep the minimum, since noise only adds time."""
     limit = model.context_limit
     sizes = [size for size in SIZES if size < limit] or [1]
     contexts = [context for context in CONTEXTS if context + sizes[-1] <= limit] or [max(0, limit - sizes[-1])]
@@ -166,7 +187,7 @@ def measure_costs(model: DecodeModel) -> Costs:
 
 
 def _still_holds(costs: Costs, model: DecodeModel) -> bool:
-    """Whether a few forwards take what they took."""
+    """Return whether a few forwards still take about as long as recorded."""
     context, *_ = costs.contexts
     few = [size for size in CHECKED if size in costs.sizes]
     now = _best_seconds(model, [(size, context) for size in few], ROUNDS)
@@ -175,11 +196,11 @@ def _still_holds(costs: Costs, model: DecodeModel) -> bool:
 
 @torch.inference_mode()
 def _best_seconds(model: DecodeModel, forwards: Sequence[tuple[int, int]], rounds: int) -> dict[tuple[int, int], float]:
-    """Of forwards of so many tokens behind so many."""
+    """Return the minimum seconds of forwards, each given as (new tokens, cached tokens)."""
     most, longest = (max(numbers) for numbers in zip(*forwards, strict=True))
     runner = Forwards(model, 1, most + longest)
     token = 0 if model.mask_token_id != 0 else 1
-    for size, context in forwards:  # until they are captured, where they will be
+    for size, context in forwards:  # warm up until CUDA graphs are captured, if they are used
         for _ in range((WARM_UP + 1) * runner.is_static):
             runner.run([Part(0, context, [token] * size, ForwardLayout(size))])
     seconds = dict.fromkeys(forwards, math.inf)
@@ -189,7 +210,7 @@ def _best_seconds(model: DecodeModel, forwards: Sequence[tuple[int, int]], round
             break
         for size, context in forwards:
             parts = [Part(0, context, [token] * size, ForwardLayout(size))]
-            for _ in range(2):  # the second finds the caches warm, as decoding does
+            for _ in range(2):  # the second run has warm caches, as decoding has
                 start = time.perf_counter()
                 hidden, _ = runner.run(parts)
                 model.logits(hidden[: min(size, 32)]).argmax(-1).tolist()

@@ -1,7 +1,7 @@
-"""``generate`` for users of transformers alone: an exported folder carries this file and the engine it calls.
+"""``generate`` for users who have transformers alone: an exported folder contains this file and the engine it calls.
 
-``model.generate(**inputs, custom_generate=FOLDER, trust_remote_code=True)`` gives the tokens that
-``model.generate(**inputs)`` gives, in fewer forwards. ``huggingface/exported_engine.py`` writes the copies.
+``model.generate(**inputs, custom_generate=FOLDER, trust_remote_code=True)`` returns the same tokens as
+``model.generate(**inputs)``, in fewer forwards. ``huggingface/exported_engine.py`` writes the copies.
 """
 
 import math
@@ -51,32 +51,35 @@ def generate(
     tokenizer: Any = None,
     **others: Any,
 ) -> Tensor:
-    """Generate as transformers' ``generate`` does, for a decoder-only model: greedy or sampled, batches with a mask.
+    """Generate as transformers' ``generate`` does for a decoder-only model: greedy or sampled, also for masked batches.
 
     transformers itself reads the arguments: its own ``generate`` prepares the inputs, the logits processors and the
-    stopping criteria, and calls :func:`_decode` in place of its own loop. What the engine cannot do is then refused.
+    stopping criteria, and calls :func:`_decode` in place of its own loop. Options that the engine does not support are
+    refused there.
 
     Args:
-        inputs: token ids, int32 or int64 ``[rows, tokens]`` (also as ``input_ids``), padded on the left where
+        inputs: Token ids, int32 or int64 ``[rows, tokens]`` (also as ``input_ids``), padded on the left where
             ``attention_mask`` is 0.
-        generation_config: as there; its fields may be given by name instead.
-        plan: how to draft: ``auto``, ``ar``, ``linear:K``, ``lookup:K``, ``all:K``, or ``N:K`` with N branches.
-        tokenizer: for ``stop_strings``.
+        generation_config: As for transformers' ``generate``; its fields may be given by name instead.
+        model: The model that transformers loaded.
+        streamer: An object with ``put`` and ``end``, as in transformers; for one row only.
+        plan: The decoding plan: ``auto``, ``ar``, ``linear:K``, ``lookup:K``, ``all:K``, or ``N:K`` with N branches.
+        tokenizer: The tokenizer, needed for ``stop_strings`` only.
 
     Returns:
-        Token ids, int64 ``[rows * num_return_sequences, tokens]``, the inputs before the output, padded on the right.
-        The mask token is never among the output.
+        Token ids, int64 ``[rows * num_return_sequences, tokens]``: inputs, then output, padded on the right. The output
+        never contains the mask token.
 
     Raises:
-        UserError: an option that is not served, by name.
-        ValueError: an option that transformers refuses.
+        UserError: an option is not supported; the message names it.
+        ValueError: transformers refuses an option.
     """
-    stock = type(model).generate  # a model loaded with trust_remote_code=True has this function as its own generate
+    stock = type(model).generate  # with trust_remote_code=True, the model's own generate is this function
     given = {"inputs": inputs, "generation_config": generation_config, **others}
     given = {
         name: value for name, value in given.items() if value is not None or hasattr(model.generation_config, name)
     }
-    if given.get("custom_generate") is not None:  # another one, or this one by its folder's name
+    if given.get("custom_generate") is not None:  # another custom_generate, or this one named by its folder
         more = {"streamer": streamer, "tokenizer": tokenizer, "plan": None if plan == "auto" else plan}
         return stock(model, **given, **{name: value for name, value in more.items() if value is not None})
     given.pop("trust_remote_code", None)
@@ -85,7 +88,7 @@ def generate(
     strings = _stop_strings(model, given)
     if strings is not None:
         if tokenizer is None:
-            raise UserError("stop_strings: need a tokenizer: pass it as tokenizer=")
+            raise UserError("stop_strings: a tokenizer is needed; pass it as tokenizer=")
         given["stop_strings"] = None
         given["stopping_criteria"] = StoppingCriteriaList([StopStringCriteria(tokenizer, strings)])
 
@@ -96,33 +99,33 @@ def generate(
 
 
 def _check_arguments(model: PreTrainedModel, given: dict[str, Any]) -> None:
-    """Refuse arguments that transformers would use in its own loop; drop lists of processors or criteria without any.
+    """Refuse arguments that only transformers' own loop would use; drop empty lists of processors and criteria.
 
     Raises:
-        UserError: an argument that is not served, by name.
+        UserError: an argument is not supported; the message names it.
     """
     for name in ("logits_processor", "stopping_criteria"):
         if name in given and not len(given[name]):
             del given[name]
     read = {"inputs", "input_ids", "attention_mask", "generation_config", "synced_gpus"}
     refuse([name for name in given if name not in read and not hasattr(model.generation_config, name)])
-    if given.get("cache_implementation") == "paged":  # transformers would leave for another loop of its own
+    if given.get("cache_implementation") == "paged":  # transformers would switch to its loop for paged caches
         refuse(["cache_implementation"])
     ids, mask = given.get("inputs", given.get("input_ids")), given.get("attention_mask")
     if ids is not None and not (
         isinstance(ids, Tensor) and ids.dim() == 2 and ids.numel() and ids.dtype in (torch.int32, torch.int64)
     ):
-        raise UserError("input_ids: must be token ids, an integer tensor of shape [rows, tokens], not empty")
+        raise UserError("input_ids: must be token ids, a non-empty integer tensor of shape [rows, tokens]")
     if mask is not None and not (
         isinstance(mask, Tensor) and mask.shape == ((*mask.shape[:1], 1) if ids is None else ids.shape)
     ):
-        raise UserError("attention_mask: must be a tensor of the shape of input_ids, [rows, tokens]")
+        raise UserError("attention_mask: must be a tensor of the same shape as input_ids, [rows, tokens]")
 
 
 def _stop_strings(model: PreTrainedModel, given: dict[str, Any]) -> Any:
     """Return the strings that end a text, in transformers' order of precedence.
 
-    transformers gives the loop of somebody else no tokenizer, so these do not go through its hands.
+    transformers passes no tokenizer to a custom loop, so stop strings are handled here.
     """
     if "stop_strings" in given:
         return given["stop_strings"]
@@ -143,17 +146,17 @@ def _decode(
     attention_mask: Tensor | None = None,
     **unused: Any,
 ) -> Tensor:
-    """Decode what transformers has prepared; in place of its ``_sample``.
+    """Decode the prepared inputs, in place of transformers' ``_sample``.
 
     Args:
-        ids: token ids ``[rows * num_return_sequences, tokens]``.
-        plan: with the mode, draft length and branches alone.
-        attention_mask: of the shape of ``ids``; None: all of them are text.
+        ids: Token ids ``[rows * num_return_sequences, tokens]``.
+        plan: Options that set only the mode, draft length and branches.
+        attention_mask: A mask of the same shape as ``ids``; None if there is no padding.
     """
     config, width = generation_config, ids.shape[1]
     check_prepared(config, logits_processor, stopping_criteria)
     if streamer is not None and len(ids) > 1:
-        raise UserError("streamer: takes one row; leave it out for a batch")
+        raise UserError("streamer: supports one row only; leave it out for a batch")
     mask = torch.ones_like(ids) if attention_mask is None else attention_mask
     prompts = texts_of(ids, mask)
     processors = {type(processor): processor for processor in logits_processor}
@@ -163,12 +166,14 @@ def _decode(
     end_of_text = ends_of_text(criteria.get(EosTokenCriteria))
     stop = criteria.get(StopStringCriteria)
     if stop is not None and not end_of_text and len(ids) > 1:
-        # transformers then goes on with the rows that have ended until all have
+        # transformers would continue the rows that have ended until all rows have
         raise UserError("stop_strings: a batch needs an eos_token_id as well, or pass one row at a time")
     with _wrapped(model) as decoding:
         suppressed = processors.get(SuppressTokensLogitsProcessor)
         if suppressed is not None and set(suppressed.suppress_tokens.tolist()) - {decoding.mask_token_id}:
-            raise UserError("suppress_tokens: not served but for the mask token; leave it or custom_generate out")
+            raise UserError(
+                "suppress_tokens: only the mask token is supported; leave suppress_tokens or custom_generate out"
+            )
         decoding.eos_token_ids = end_of_text
         length = math.ceil(criteria[MaxLengthCriteria].max_length - width)
         requests = []
@@ -205,20 +210,20 @@ def _decode(
 
 
 class _Stop:
-    """transformers' own rule for stop strings, token by token; see :class:`~tidar_megatron.text_stream.StopStrings`."""
+    """An adapter that applies transformers' stop-string rule token by token, with the interface of ``StopStrings``."""
 
     def __init__(self, criterion: StopStringCriteria, ids: list[int]) -> None:
         self._criterion, self._ids = criterion, ids
 
     def ends_with(self, token: int) -> bool:
         """Add a token; return whether the text has ended."""
-        self._ids = [*self._ids, token][-self._criterion.maximum_token_len :]  # more it does not read
+        self._ids = [*self._ids, token][-self._criterion.maximum_token_len :]  # the criterion reads no more
         return bool(self._criterion(torch.tensor([self._ids]), None))
 
 
 @contextmanager
 def _wrapped(model: PreTrainedModel) -> Iterator[DecodeModel]:
-    """The model with our attention and norms, while it decodes."""
+    """Wrap the model with the engine's attention and norms, and restore its own afterwards."""
     attention, training = model.config._attn_implementation, [module.training for module in model.modules()]
     try:
         yield wrap_model(model)

@@ -1,13 +1,13 @@
-"""What the next forward of a sequence holds, and where its drafts come from.
+"""Policies: the layout of a sequence's next forward, and the source of its drafts.
 
-All modes are one loop: a forward verifies the drafts at hand, and its masks, if it has any, draft what comes next.
-A :class:`Policy` only says how many drafts and which branches of masks a forward shall have:
+All modes share one loop: a forward verifies the current drafts, and its masks, if it has any, draft the next tokens.
+A :class:`Policy` only chooses how many drafts and which branches of masks the forward contains:
 
 =============  ====================================================================================================
 `ar`           the certain token alone
 `tidar`        all drafts, and a branch of K masks for each outcome, or for the likeliest few (TiDAR section 3.3)
-`linear`       two forwards in turn: the certain token and K masks; then the drafts alone
-`lookup`       drafts copied from where the text said the same before: the baseline without a model
+`linear`       two alternating forwards: the certain token and K masks; then the drafts alone
+`lookup`       drafts copied from an earlier occurrence of the same tokens: the baseline without a draft model
 =============  ====================================================================================================
 """
 
@@ -21,11 +21,12 @@ from tidar_megatron.inference.forward import ForwardLayout
 
 @dataclass
 class Drafts:
-    """What waits to be verified.
+    """The tokens of a sequence that wait for verification.
 
-    ``tokens[0]`` is certain: it is final already, only its K/V is missing. ``q [n - 1, V]`` is what the others were
-    drawn from, None where nothing was drawn. ``confidences`` are the model's own probabilities of the others, where
-    the policy asks for them. ``lag`` is by how many tokens their branch was shorter than what was accepted.
+    ``tokens[0]`` is the certain token: it is final, and only its K/V is missing. ``q [n - 1, V]`` holds the
+    distributions that the other tokens were drawn from, or None if nothing was drawn. ``confidences`` are the model's
+    probabilities of the other tokens, if the policy wants them. ``lag`` is how many tokens shorter than the number of
+    accepted drafts their branch was.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -35,10 +36,11 @@ class Drafts:
 
 
 class Policy:
-    """Plain autoregression, one token a forward; the other modes say what they do otherwise.
+    """Plain autoregression, one token per forward, and the base class of the other policies.
 
-    ``draft_length`` is K, the certain token included. A prompt is followed by masks if ``drafts_at_once``; no forward
-    of a sequence holds more than ``most_tokens``; drafts come with confidences if ``wants_confidences``.
+    ``draft_length`` is K, the certain token included. If ``drafts_at_once``, the last forward of the prompt already
+    contains masks. No forward of a sequence contains more than ``most_tokens`` tokens. If ``wants_confidences``, drafts
+    carry confidences.
     """
 
     draft_length = 1
@@ -47,45 +49,49 @@ class Policy:
     most_tokens = 1
 
     def layout(self, drafts: Drafts) -> ForwardLayout:
-        """What the next forward shall hold; ``num_drafts`` at most what is there."""
+        """Return the layout of the next forward, with at most ``len(drafts.tokens)`` drafts."""
         return ForwardLayout(1)
 
     def look_up(self, emitted: Sequence[int]) -> list[int]:
-        """Drafts that need no model, behind the last of the tokens that just became final."""
+        """Return drafts that need no model, to follow the last of the tokens that just became final."""
         return []
 
     def observe(self, drafts: Drafts, layout: ForwardLayout, accepted: int) -> None:
-        """What became of drafts that ``layout`` verified."""
+        """Record how many tokens a forward with this layout accepted, the certain token included."""
 
 
 class Branches(Policy):
-    """TiDAR: verify and draft in one forward.
+    """The policy of mode ``tidar``, which verifies and drafts in one forward.
 
     Args:
         draft_length: K, the certain token included.
-        most_branches: None for a branch of every outcome (the paper's K x K), N for the N likeliest.
+        most_branches: None for a branch per outcome (the paper's K x K), N for the N likeliest outcomes.
     """
 
     def __init__(self, draft_length: int, most_branches: int | None = None) -> None:
         self.draft_length = draft_length
-        # A block's first mask stands where the certain token is: of one mask nothing is left to draft.
+        # A block's first mask is at the certain token's position, so a block of one mask drafts nothing.
         self.most_branches = min(draft_length, most_branches or draft_length) if draft_length > 1 else 0
         self.drafts_at_once = draft_length > 1
         self.wants_confidences = 0 < self.most_branches < draft_length
         self.most_tokens = draft_length * (1 + self.most_branches)
 
     def layout(self, drafts: Drafts) -> ForwardLayout:
-        """All drafts, and the branches."""
+        """Return a layout of all drafts and the branches."""
         count = len(drafts.tokens)
         if self.most_branches >= count:
             return ForwardLayout(count, tuple(range(1, count + 1)), self.draft_length)
-        # drafts of another policy may come without
+        # drafts made under another policy may have no confidences
         confidences = drafts.confidences or [0.5] * (count - 1)
         return ForwardLayout(count, likeliest_outcomes(confidences, self.most_branches), self.draft_length)
 
 
 class Linear(Policy):
-    """Draft with one forward, verify with the next. ``draft_length`` K counts the certain token."""
+    """The policy of mode ``linear``: one forward drafts and the next one verifies.
+
+    Args:
+        draft_length: K, the certain token included.
+    """
 
     def __init__(self, draft_length: int) -> None:
         self.draft_length = draft_length
@@ -93,7 +99,7 @@ class Linear(Policy):
         self.most_tokens = 1 + draft_length
 
     def layout(self, drafts: Drafts) -> ForwardLayout:
-        """Masks behind a certain token that has no drafts."""
+        """Return a layout of the drafts alone, or, if there are none, of the certain token and K masks."""
         count = len(drafts.tokens)
         return (
             ForwardLayout(count) if count > 1 or not self.drafts_at_once else ForwardLayout(1, (1,), self.draft_length)
@@ -101,10 +107,10 @@ class Linear(Policy):
 
 
 class Lookup(Policy):
-    """Prompt lookup: find the latest earlier place of the text's last (up to) 4 tokens and copy what followed.
+    """The policy of mode ``lookup``: copy what followed the latest earlier occurrence of the last (up to) 4 tokens.
 
     Args:
-        prompt: token ids.
+        prompt: Token ids of the prompt.
         draft_length: K, the certain token included.
     """
 
@@ -113,15 +119,15 @@ class Lookup(Policy):
     def __init__(self, prompt: Sequence[int], draft_length: int) -> None:
         self.draft_length = self.most_tokens = draft_length
         self._text: list[int] = []
-        self._followed_at: dict[tuple[int, ...], int] = {}  # n-gram -> where the text goes on after its latest place
+        self._followed_at: dict[tuple[int, ...], int] = {}  # n-gram -> position after its latest occurrence
         self._append(prompt)
 
     def layout(self, drafts: Drafts) -> ForwardLayout:
-        """All drafts."""
+        """Return a layout of all drafts, without masks."""
         return ForwardLayout(len(drafts.tokens))
 
     def look_up(self, emitted: Sequence[int]) -> list[int]:
-        """Up to K - 1 tokens."""
+        """Return up to K - 1 drafts, copied from the text."""
         self._append(emitted)
         for length in range(self.LONGEST_SUFFIX, 0, -1):
             place = self._followed_at.get(tuple(self._text[-length:]))
@@ -137,17 +143,17 @@ class Lookup(Policy):
 
 
 def likeliest_outcomes(confidences: Sequence[float], count: int) -> tuple[int, ...]:
-    """The ``count`` likeliest numbers of accepted drafts, ascending."""
+    """Return the ``count`` likeliest outcomes, in ascending order; see :func:`ranked_outcomes`."""
     return tuple(sorted(ranked_outcomes(confidences)[:count]))
 
 
 def ranked_outcomes(confidences: Sequence[float]) -> list[int]:
-    """The numbers of drafts that may be accepted, 1 to all of them, the likeliest first.
+    """Return the outcomes, the possible numbers of accepted drafts from 1 to all of them, likeliest first.
 
     Args:
-        confidences: of the drafts after the certain one; draft i + 1 is accepted with probability ``confidences[i]``
-            if all before it were. So exactly n are accepted with the product of the first n - 1 times
-            (1 - the n-th), and all of them with the product of all.
+        confidences: The confidences of the drafts after the certain token. Draft i + 1 is accepted with probability
+            ``confidences[i]`` if all earlier ones were. Thus exactly n are accepted with the probability that is the
+            product of the first n - 1 confidences times (1 - the n-th), and all with the product of all confidences.
     """
     outcomes, reached = [], 1.0
     for accepted, confidence in enumerate(confidences, start=1):

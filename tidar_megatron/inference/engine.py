@@ -1,9 +1,9 @@
-"""The engine: many requests, one forward a step.
+"""The engine: continuous batching of many requests, with one forward per step.
 
-Each step every sequence that has a slot brings its part, a piece of its prompt or its drafts, and one forward serves
-all of them (``attention.py``); each then decides for itself (``sequence.py``). A sequence that ends leaves at once and
-the next one waiting takes its slot in the step after. Nothing a sequence computes depends on what else is in the
-forward, but for the rounding of matrix products of other shapes.
+In each step, every sequence that has a slot contributes its part, a chunk of its prompt or its drafts. One forward
+serves all parts (``forward.py``), and each sequence then verifies its own drafts (``sequence.py``). A sequence that
+ends frees its slot at once, and the next waiting sequence takes the slot in the following step. The result of a
+sequence does not depend on the others in the forward, except through the rounding of matrix products of other shapes.
 """
 
 import time
@@ -21,21 +21,21 @@ from tidar_megatron.inference.request import DecodeOptions, Generation, Step
 from tidar_megatron.inference.sequence import Sequence
 from tidar_megatron.inference.static import Forwards
 
-PROMPT_CHUNK = 512  # prompt tokens of a sequence in a forward: others need not wait for a long one
+PROMPT_CHUNK = 512  # most prompt tokens of a sequence per forward, so that a long prompt does not stall the others
 
 
 class Engine:
-    """A continuous batch.
+    """A continuously batched decoder for many requests.
 
     Args:
-        model: what :func:`~tidar_megatron.inference.loading.load_model` returned.
-        batch_size: sequences in a forward at most.
-        capacity: places of each one's slot, :attr:`Sequence.room` of the longest request.
-        queue_size: requests that may wait, those aside for which a slot is free.
-        static: as :class:`~tidar_megatron.inference.static.Forwards` has it.
+        model: The model that :func:`~tidar_megatron.inference.loading.load_model` returned.
+        batch_size: The largest number of sequences in a forward.
+        capacity: The size of a slot in tokens, at least the :attr:`Sequence.room` of the longest request.
+        queue_size: The queue length: how many requests may wait beyond those for which a slot is free.
+        static: Whether decode steps use few static shapes; see :class:`~tidar_megatron.inference.static.Forwards`.
 
     Raises:
-        UserError: a batch without slots.
+        UserError: the batch size is below 1.
     """
 
     def __init__(
@@ -59,26 +59,37 @@ class Engine:
 
     @property
     def planner(self) -> Planner:
-        """Chooses the plans of all sequences in mode ``auto``; made when the first one comes."""
+        """The planner of all sequences in mode ``auto``, created when it is first needed."""
         if self._planner is None:
             self._planner = planner_of(self.model)
         return self._planner
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request is under way."""
+        """Return whether no request is active or waiting."""
         return not self._active and not self._waiting
 
     def submit(self, prompt: Tokens[int], options: DecodeOptions | None = None) -> Sequence:
-        """A request that :meth:`step` will serve.
+        """Queue a request for :meth:`step` to serve.
+
+        Args:
+            prompt: Token ids of the prompt.
+            options: How to generate; None for the defaults.
+
+        Returns:
+            The request's sequence, whose ``tokens`` grow with each step.
 
         Raises:
-            UserError: for a request that cannot be served, or where too many wait.
+            UserError: the request cannot be served, or the queue is full.
         """
         return self.enqueue(Sequence(self.model, prompt, options or DecodeOptions()))
 
     def enqueue(self, sequence: Sequence) -> Sequence:
-        """As :meth:`submit`, of a sequence that is made already, perhaps to know how much room it needs."""
+        """Queue a sequence that the caller has created; see :meth:`submit`.
+
+        Raises:
+            UserError: the sequence does not fit in a slot, or the queue is full.
+        """
         if sequence.room > self.capacity:
             raise UserError(
                 f"the request needs room for {sequence.room} tokens and the engine's slots have {self.capacity}: "
@@ -92,7 +103,7 @@ class Engine:
         return sequence
 
     def cancel(self, sequence: Sequence) -> None:
-        """Forget a request; of one that has ended nothing is left to forget."""
+        """Cancel a request; this is a no-op if it has already ended."""
         if sequence in self._active:
             self._leave(sequence)
         elif sequence in self._waiting:
@@ -101,13 +112,13 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Sequence, Step]]:
-        """One forward; what it made final for each sequence that is in it. A sequence that fails ends alone."""
+        """Run one forward and return its :class:`Step` for each sequence served; a failing sequence ends alone."""
         start = time.perf_counter()
         while self._free and self._waiting:
             sequence = self._waiting.popleft()
             sequence.slot = self._free.pop()
             self._active.append(sequence)
-            self._active.sort(key=lambda other: other.slot or 0)  # side by side in a forward as in the pool
+            self._active.sort(key=lambda other: other.slot or 0)  # the order of the slots, as PackedForward prefers
         if not self._active:
             return []
         served = list(self._active)
@@ -145,17 +156,17 @@ class Engine:
     def _leave(self, sequence: Sequence) -> None:
         self._active.remove(sequence)
         assert sequence.slot is not None
-        if sequence.error is not None or sequence.stop is None:  # failed, or cancelled before anything was known
+        if sequence.error is not None or sequence.stop is None:  # failed, or cancelled before its end was known
             self._forwards.pool.clear(sequence.slot)
         self._free.append(sequence.slot)
-        self._free.sort(reverse=True)  # the lowest first, so that those in use lie together
+        self._free.sort(reverse=True)  # hand out the lowest slot first, to keep active slots adjacent
         sequence.slot = None
 
 
 class _Logits:
-    """Logits of a forward's rows, those alone that are asked for; of a small forward all at once.
+    """The logits of a forward, computed only for the requested rows, or for all rows at once if there are few.
 
-    Each call reads the whole output layer, which is most of a call of few rows.
+    Each call reads the whole output layer, which dominates the cost of a call with few rows.
     """
 
     FEW = 32
@@ -165,7 +176,7 @@ class _Logits:
         self._all = model.logits(hidden) if at_once and len(hidden) <= self.FEW else None
 
     def of(self, rows: Tokens[Tokens[int]]) -> Tokens[Tensor]:
-        """``[rows, V]`` for each sequence, whose ``rows`` count from its own first."""
+        """Return logits ``[rows, V]`` for each sequence; ``rows`` are relative to the sequence's first row."""
         if self._all is not None:
             return [_pick(self._all, start, own) for start, own in zip(self._starts, rows, strict=True)]
         wanted = [_pick(self._hidden, start, own) for start, own in zip(self._starts, rows, strict=True)]
@@ -177,14 +188,14 @@ class _Logits:
 
 
 def _pick(tensor: Tensor, start: int, rows: Tokens[int]) -> Tensor:
-    """``rows`` behind ``start``; a view where they follow each other."""
+    """Return the rows at ``start + rows``; a view if ``rows`` is a range."""
     if isinstance(rows, range):
         return tensor[start + rows.start : start + rows.stop]
     return tensor[[start + row for row in rows]]
 
 
 def _guarded(sequence: Sequence, decide: Callable[[Tensor], object], logits: Tensor) -> None:
-    """What goes wrong with one sequence must not end the others."""
+    """Call ``decide`` and record an exception in the sequence, so that it does not end the others."""
     try:
         decide(logits)
     except Exception as error:
@@ -192,14 +203,15 @@ def _guarded(sequence: Sequence, decide: Callable[[Tensor], object], logits: Ten
 
 
 def stream(model: DecodeModel, prompt: Tokens[int], options: DecodeOptions | None = None) -> Iterator[Step]:
-    """Generate for one prompt, one :class:`Step` a forward, those of the prompt first.
+    """Generate for one prompt and yield one :class:`Step` per forward, starting with those of the prompt.
 
     Args:
-        model: what :func:`~tidar_megatron.inference.loading.load_model` returned.
-        prompt: token ids; prompt and output together never exceed ``model.context_limit`` tokens.
+        model: The model that :func:`~tidar_megatron.inference.loading.load_model` returned.
+        prompt: Token ids of the prompt. Prompt and output together never exceed ``model.context_limit`` tokens.
+        options: How to generate; None for the defaults.
 
     Raises:
-        UserError: here and not in the midst of it, for options or a prompt that cannot be served.
+        UserError: the options or the prompt cannot be served; raised by the call itself, before the first step.
     """
     sequence = Sequence(model, prompt, options or DecodeOptions())
     engine = Engine(model, 1, sequence.room)
@@ -220,7 +232,17 @@ def generate(
     options: DecodeOptions | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> Generation:
-    """Generate to the end. Arguments and errors as :func:`stream`; ``on_step`` sees every step as it comes."""
+    """Generate for one prompt until the end; see :func:`stream`.
+
+    Args:
+        model: The model that :func:`~tidar_megatron.inference.loading.load_model` returned.
+        prompt: Token ids of the prompt. Prompt and output together never exceed ``model.context_limit`` tokens.
+        options: How to generate; None for the defaults.
+        on_step: A callback that is called with every step as soon as it is done.
+
+    Raises:
+        UserError: the options or the prompt cannot be served.
+    """
     options = options or DecodeOptions()
     generation = Generation.of(model, options)
     for step in stream(model, prompt, options):
@@ -236,13 +258,19 @@ def generate_batch(
     options: DecodeOptions | Tokens[DecodeOptions] | None = None,
     batch_size: int = 8,
 ) -> list[Generation]:
-    """Generate for many prompts, ``batch_size`` at a time; each gives the tokens that it gives alone.
+    """Generate for many prompts, up to ``batch_size`` at a time; each gets the tokens that it would get alone.
 
     Args:
-        options: of all, or of each.
+        model: The model that :func:`~tidar_megatron.inference.loading.load_model` returned.
+        prompts: Token ids of each prompt.
+        options: How to generate: one for all prompts, or one per prompt.
+        batch_size: The largest number of sequences in a forward.
+
+    Returns:
+        One generation per prompt, in order.
 
     Raises:
-        UserError: before anything is generated, for options or a prompt that cannot be served.
+        UserError: options or a prompt cannot be served; raised before anything is generated.
     """
     if options is None or isinstance(options, DecodeOptions):
         options = [options or DecodeOptions()] * len(prompts)

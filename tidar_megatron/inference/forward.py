@@ -1,16 +1,16 @@
-"""What one decode forward holds: the tokens of each sequence, side by side, and their attention.
+"""The contents of a decode forward: the tokens of each sequence, packed side by side, and their attention.
 
-A :class:`ForwardLayout` says which tokens one sequence has in a forward. Which of them may attend to which is asked of
-the one place that knows (:mod:`tidar_megatron.attention_mask`), once per layout. Every token of a decode step sees the
-whole committed prefix, so only the local T x T part needs a mask, and it does not depend on the prefix length.
+A :class:`ForwardLayout` describes the tokens of one sequence in a forward. The mask among them comes from
+:mod:`tidar_megatron.attention_mask`, once per layout. Every token of a decode step sees the whole committed prefix, so
+only the local T x T part needs a mask, and this part does not depend on the prefix length.
 
-The tokens of all sequences of a forward lie side by side in one row, without padding: the model's matrix products serve
-all of them at once. Attention, which ``attention.py`` brings into transformers, goes through the sequences one by one,
-or serves all in one call where each brings as many tokens. Each reads its own slot of the :class:`KVPool`, so none can
-see another, and they may differ in length and in layout.
+The tokens of all sequences of a forward are packed into one row without padding, so each matrix product of the model
+serves all of them. Attention, which ``attention.py`` registers with transformers, handles the sequences one by one, or
+all in one call if each has the same number of tokens. Each sequence reads its own slot of the :class:`KVPool`, so
+sequences cannot see each other, and they may differ in length and layout.
 
-Shapes: T tokens of a sequence in the forward, P committed before them, H query heads, N K/V heads (never expanded),
-G = H / N, D head dimension.
+Shapes: T tokens of a sequence in the forward, P committed tokens before them, H query heads, N K/V heads (never
+expanded), G = H / N, D head dimension.
 """
 
 from collections.abc import Sequence
@@ -27,10 +27,10 @@ from tidar_megatron.inference.cache import KVPool
 
 
 class ForwardLayout(NamedTuple):
-    """What one sequence has in a forward: ``num_drafts`` tokens, then a block of ``draft_length`` masks a branch.
+    """The tokens of one sequence in a forward: ``num_drafts`` drafts, then ``draft_length`` masks per branch.
 
-    Branch r is the pre-draft for the outcome "exactly r drafts accepted"; the tokens lie as
-    :func:`~tidar_megatron.attention_mask.decode_layout` writes them. Without branches it is a plain causal forward.
+    Branch r is the pre-draft for the outcome "exactly r drafts accepted". The tokens are ordered as in
+    :func:`~tidar_megatron.attention_mask.decode_layout`. Without branches it is a plain causal forward.
     """
 
     num_drafts: int
@@ -39,24 +39,26 @@ class ForwardLayout(NamedTuple):
 
     @property
     def num_masks(self) -> int:
-        """Masks of all branches."""
+        """The number of masks of all branches."""
         return len(self.branches) * self.draft_length
 
     @property
     def num_tokens(self) -> int:
-        """T."""
+        """The number of tokens T, drafts and masks."""
         return self.num_drafts + self.num_masks
 
     def branch_after(self, accepted: int) -> int | None:
-        """The branch of the outcome ``accepted`` or, where it has none, the longest shorter one: it saw fewer drafts,
-        all of them accepted. None when there is none."""
+        """Return the branch of the outcome ``accepted``, or else the longest shorter one, or None.
+
+        A shorter branch has seen fewer drafts, all of which were accepted.
+        """
         return max((r for r in self.branches if r <= accepted), default=None)
 
     def rows_after(self, accepted: int) -> range:
-        """The rows that draft what follows the next certain token when ``accepted`` drafts were accepted.
+        """Return the rows that draft the tokens after the next certain token, if ``accepted`` drafts were accepted.
 
-        They belong to :meth:`branch_after`. Its rows up to the certain token's own are skipped: autoregression is
-        trusted there. Empty when no branch is left.
+        They belong to :meth:`branch_after`. Its rows up to the certain token's position are skipped, because the
+        certain token is chosen from autoregressive logits. The range is empty if there is no branch.
         """
         branch = self.branch_after(accepted)
         if branch is None:
@@ -67,25 +69,25 @@ class ForwardLayout(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def position_offsets(layout: ForwardLayout) -> tuple[int, ...]:
-    """Position ids less P, T of them."""
+    """Return the T position ids of a layout, relative to P."""
     return tuple(decode_layout(0, layout.num_drafts, layout.branches, layout.draft_length)[:, INDEX].tolist())
 
 
 def local_mask(layout: ForwardLayout) -> Tensor:
-    """The predicate among the tokens of the forward: bool ``[T, T]``, the same for every prefix length."""
+    """Return which tokens of the forward may attend to which, bool ``[T, T]``; the same for every prefix length."""
     tokens = decode_layout(0, layout.num_drafts, layout.branches, layout.draft_length)
     return may_attend(tokens, tokens)
 
 
-SHORT = 2048  # a prefix of so many tokens is part of the masked call: a second call costs more than the mask does
-MOST_KEPT = 128  # a piece of a prompt is a layout of its own length, used once: such (large) masks are not kept
+SHORT = 2048  # a prefix up to this length is part of the masked call: a second call would cost more than the mask
+MOST_KEPT = 128  # masks of more tokens are not cached: they are large and belong to prompt chunks, used once
 
 
 def _bias(layout: ForwardLayout, groups: int, dtype: torch.dtype, device: torch.device, prefix: int = 0) -> Tensor:
-    """:func:`local_mask` as what is added to scores, once for each query head of a group; zeros for a prefix before it.
+    """Return :func:`local_mask` as a bias on scores, repeated per query head of a group, with zeros for a prefix.
 
-    ``[1, 1, G * T, prefix + T]``, of which the last P + T columns serve a prefix of P. It carries the dtype of the
-    queries because the kernel takes any other and computes nonsense.
+    The shape is ``[1, 1, G * T, prefix + T]``; the last P + T columns serve a prefix of length P. The bias has the
+    dtype of the queries, because the kernel silently computes wrong results for any other.
     """
     hidden = ~local_mask(layout)
     bias = torch.zeros(len(hidden), prefix + len(hidden), dtype=dtype)
@@ -99,7 +101,7 @@ def _kept_bias(layout: ForwardLayout, groups: int, dtype: torch.dtype, device: t
 
 
 class Part(NamedTuple):
-    """One sequence in a forward: its drafts (or a piece of its prompt), behind ``length`` committed tokens."""
+    """The part of a sequence in a forward: its drafts (or a prompt chunk), after ``length`` committed tokens."""
 
     slot: int
     length: int
@@ -108,26 +110,34 @@ class Part(NamedTuple):
 
 
 class Forward(Protocol):
-    """What a model's forward must be given: the tokens of several sequences side by side, and their attention.
+    """The interface that a model's forward needs: the tokens of several sequences, packed, and their attention.
 
-    ``starts``: where the rows of each sequence begin, of ``num_tokens`` rows.
+    ``starts`` holds the first row of each sequence; ``num_tokens`` is the number of rows.
     """
 
     starts: list[int]
     num_tokens: int
 
     def inputs(self, mask_token_id: int | None, device: torch.device) -> Tensor:
-        """Token ids and position ids, int64 ``[2, 1, tokens]``."""
+        """Return token ids and position ids, int64 ``[2, 1, tokens]``."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """``query [1, H, tokens, D]``, ``key``, ``value [1, N, tokens, D]`` -> ``[1, tokens, H, D]``.
+        """Write all keys and values after the committed tokens of their sequence, and compute attention.
 
-        Keys and values of all tokens are written behind the committed ones of their sequence.
+        Args:
+            layer: The layer's index.
+            query: ``[1, H, tokens, D]``.
+            key: ``[1, N, tokens, D]``.
+            value: ``[1, N, tokens, D]``.
+            scale: The factor on the scores.
+
+        Returns:
+            The output, ``[1, tokens, H, D]``.
         """
 
 
 class PackedForward:
-    """The sequences of one forward, side by side, and the attention of each."""
+    """A :class:`Forward` over the parts of several sequences, packed without padding."""
 
     def __init__(self, pool: KVPool, parts: Sequence[Part]) -> None:
         self._pool, self._parts = pool, parts
@@ -143,7 +153,7 @@ class PackedForward:
         self.num_masks = sum(part.layout.num_masks for part in parts)
 
     def inputs(self, mask_token_id: int | None, device: torch.device) -> Tensor:
-        """As :meth:`Forward.inputs`."""
+        """Return token ids and position ids; see :meth:`Forward.inputs`."""
         ids: list[int | None] = []
         positions: list[int] = []
         for part in self._parts:
@@ -152,7 +162,7 @@ class PackedForward:
         return torch.tensor(ids + positions).to(device).view(2, 1, -1)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """As :meth:`Forward.attend`."""
+        """Write K/V and compute attention; see :meth:`Forward.attend`."""
         if self.is_uniform:
             if self._uniform is None:
                 self._uniform = self._as_uniform(query.shape[1] // key.shape[1], query)
@@ -175,7 +185,7 @@ class PackedForward:
 
     @cached_property
     def is_uniform(self) -> bool:
-        """Whether one call may serve all: several small parts of one size, whose slots lie side by side in order."""
+        """Return whether one call can serve all: several small parts of one size, in adjacent slots and in order."""
         if len(self._parts) == 1:
             return False
         slot, size = self._parts[0].slot, self._parts[0].layout.num_tokens
@@ -205,11 +215,15 @@ class PackedForward:
 
 @dataclass(frozen=True)
 class Uniform:
-    """n sequences that bring T tokens each, served in one call; what all layers share.
+    """The attention inputs, shared by all layers, of n sequences with T tokens each that are served in one call.
 
-    ``slots`` of the pool, side by side; ``places`` int64 ``[n, T]`` in them, where new keys and values go; ``longest``
-    prefix, to which all are padded; ``prefix_bias [n, 1, 1, longest]``, which hides the padding; ``local_bias
-    [n or 1, 1, G * T, T]``, the masks among what is new. It is None where T is 1: what is new counts as prefix then.
+    Attributes:
+        slots: The adjacent slots of the pool.
+        places: The positions in the slots to write new keys and values to, int64 ``[n, T]``.
+        longest: The longest prefix, to which all are padded.
+        prefix_bias: The bias that hides the padding, ``[n, 1, 1, longest]``.
+        local_bias: The bias among the new tokens, ``[n or 1, 1, G * T, T]``; None if T is 1, where the new token counts
+            as part of the prefix.
     """
 
     slots: slice
@@ -219,7 +233,7 @@ class Uniform:
     local_bias: Tensor | None
 
     def attend(self, pool: KVPool, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """``query [1, H, n * T, D]``, ``key``, ``value [1, N, n * T, D]`` -> ``[1, n * T, H, D]``."""
+        """Write K/V to the pool and compute attention; shapes as in :meth:`Forward.attend`, with tokens = n * T."""
         count = len(self.places)
         query, key, value = (x[0].unflatten(1, (count, -1)).transpose(0, 1) for x in (query, key, value))
         _, heads, tokens, head_dim = query.shape
@@ -235,7 +249,10 @@ class Uniform:
 
 
 class _Bias(NamedTuple):
-    """How one sequence's keys are masked: all in one call, or what is new apart from the prefix, ``causal`` or not."""
+    """The mask of one sequence: over all keys in one call, or, if ``apart``, over the new keys alone.
+
+    If ``causal``, the kernel's causal mask takes the place of ``bias``.
+    """
 
     bias: Tensor | None
     apart: bool
@@ -243,10 +260,10 @@ class _Bias(NamedTuple):
 
 
 def _folded(query: Tensor, kv_heads: int) -> int:
-    """How many query heads of a group become rows of one head.
+    """Return how many query heads of a group are folded into the rows of one head.
 
-    All, so that keys are read once for them; or none where torch's kernel, which gives a head to a thread, would leave
-    threads without one.
+    All are folded, so that keys are read once for the group. None are (1 is returned) if torch's kernel, which runs one
+    thread per head, would leave threads idle.
     """
     spread = has_flash(query.device) and torch.get_num_threads() > kv_heads
     return 1 if spread else query.shape[1] // kv_heads
@@ -264,10 +281,13 @@ def _bias_of(part: Part, groups: int, query: Tensor) -> _Bias:
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, length: int, masked: _Bias | None, scale: float) -> Tensor:
-    """One sequence: the prefix, which all see, and what is new, under the local mask; merged where it is long."""
+    """Compute attention of one sequence over its prefix, visible to all, and its new tokens, under the local mask.
+
+    A long prefix has a call of its own; the two outputs are merged.
+    """
     _, heads, tokens, head_dim = query.shape
     kv_heads, rows = keys.shape[1], _folded(query, keys.shape[1]) * tokens
-    folded = query.reshape(kv_heads, -1, rows, head_dim)  # where folded, head n * G + g becomes rows g * T ... of n
+    folded = query.reshape(kv_heads, -1, rows, head_dim)  # if folded, head n * G + g becomes rows g * T ... of head n
     keys, values = (x.transpose(0, 1).expand(-1, folded.shape[1], -1, -1) for x in (keys, values))
     if masked is None or not masked.apart:
         out, _ = attend(folded, keys, values, masked and masked.bias, scale)
@@ -280,5 +300,5 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, length: int, masked: _B
 
 
 def _merged(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> Tensor:
-    """Attention over both sets of keys, from that over each."""
+    """Merge attention over two sets of keys into attention over their union, by their log-sum-exps (online softmax)."""
     return torch.lerp(out, other, torch.sigmoid(other_lse - lse).unsqueeze(-1).to(out.dtype))

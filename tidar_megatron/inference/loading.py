@@ -1,7 +1,7 @@
 """Load a Hugging Face folder for decoding.
 
 An exported TiDAR checkpoint is an ordinary Llama/Qwen folder whose ``config.json`` has a ``tidar`` section
-(``mask_token_id``, ``block_size``). Any other folder serves plain autoregression.
+(``mask_token_id``, ``block_size``). Any other folder decodes autoregressively.
 """
 
 from pathlib import Path
@@ -24,29 +24,28 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     mask_token_id: int | None = None,
 ) -> DecodeModel:
-    """Load a Hugging Face folder for decoding; no code of the folder is run.
+    """Load a Hugging Face folder for decoding, without running any code from the folder.
 
     Args:
-        path: a local folder with ``config.json`` and safetensors.
-        device: as torch names it; default: ``cuda`` when there is one, else ``cpu``.
-        dtype: a floating dtype or its name; default: float32 on the CPU (bfloat16 is slow there), else bfloat16.
-        mask_token_id: lets a model without a ``tidar`` section draft with this token, which it has not learned to.
+        path: A local folder with ``config.json`` and safetensors.
+        device: A torch device name; by default ``cuda`` if available, else ``cpu``.
+        dtype: A floating dtype or its name; by default float32 on the CPU (bfloat16 is slow there), else bfloat16.
+        mask_token_id: The mask token for a model without a ``tidar`` section, which was not trained to draft.
 
     Raises:
-        UserError: a file of the folder is missing or broken, or its model is a class that computes more than the
-            engine does.
+        UserError: a file of the folder is missing or broken, or the model's class computes more than the engine does.
     """
     path = Path(path)
     if not_a_file(path / "config.json") == "not found":
         raise UserError(
-            f"{path}: no config.json there; give a Hugging Face folder (tools/convert_checkpoint.py exports one)"
+            f"{path}: has no config.json; give a Hugging Face folder (tools/convert_checkpoint.py exports one)"
         )
     torch_device = _device(device)
     torch_dtype = _dtype(dtype, torch_device)
     config = check_folder(path)
     if mask_token_id is not None and getattr(config, "tidar", None):
         raise UserError(
-            f"mask token {mask_token_id}: {path} has learned to draft with its own, "
+            f"mask token {mask_token_id}: the model in {path} was trained to draft with mask token "
             f"{config.tidar.get('mask_token_id')}; leave it out"
         )
     if mask_token_id is not None:
@@ -56,8 +55,8 @@ def load_model(
 
 
 def _load_tokenizer(path: Path) -> Any:
-    """Return None without one: token ids still work, and a program that needs text says so."""
-    if not any(path.glob("tokenizer*")):  # transformers would make up an empty one from config.json
+    """Load the folder's tokenizer; return None if it has none, since token ids work without one."""
+    if not any(path.glob("tokenizer*")):  # transformers would create an empty tokenizer from config.json
         return None
     return read_tokenizer(path)
 

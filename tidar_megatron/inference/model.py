@@ -1,6 +1,6 @@
-"""A Hugging Face causal LM as the decode step needs it: hidden states for a plan, logits for the rows that matter.
+"""A Hugging Face causal LM for decoding: hidden states of a packed forward, and logits of selected rows.
 
-``loading.py`` makes one, from a folder or from a model in memory.
+``loading.py`` creates one from a folder, ``wrapping.py`` from a model in memory.
 """
 
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ from tidar_megatron.inference.forward import Forward
 
 @dataclass
 class DecodeModel:
-    """The model, its tokenizer (None when the folder has none) and what decoding must know about it.
+    """The model, its tokenizer (None if the folder has none) and its properties that matter for decoding.
 
-    ``mask_token_id`` and ``block_size`` are None without a ``tidar`` section. No forward may hold a position at or
-    beyond ``context_limit``. ``is_tidar``: it was trained to draft, not only given a mask token by whoever loads it.
+    ``mask_token_id`` and ``block_size`` are None without a ``tidar`` section. All positions of a forward must be below
+    ``context_limit``. ``is_tidar`` is True if the model was trained to draft, not merely loaded with a mask token.
     """
 
     causal_lm: PreTrainedModel
@@ -35,8 +35,8 @@ class DecodeModel:
 
     def __post_init__(self) -> None:
         base: Any = self.causal_lm.base_model
-        if "forward" not in vars(base):  # nobody has put one of their own there, as accelerate does
-            # below transformers' decorators, which look up defaults and collect what is not asked for
+        if "forward" not in vars(base):  # not replaced, as accelerate does
+            # skip transformers' decorators, which look up defaults and collect outputs that are not needed
             base = MethodType(unwrap(type(base).forward), base)
         self._base = base
         self._head: nn.Module = self.causal_lm.get_output_embeddings()
@@ -45,15 +45,15 @@ class DecodeModel:
         self.vocab_size: int = self.causal_lm.config.vocab_size
 
     def check_attention(self) -> None:
-        """Before forwards: whoever has the model as well may have given it another attention."""
+        """Assert that the model still uses the engine's attention, which other users of the model may have changed."""
         ours = self.causal_lm.config._attn_implementation == ATTENTION_NAME
         assert ours, "somebody gave the wrapped model another attention: wrap_model it again"
 
     def forward(self, packed: Forward) -> Tensor:
-        """Run the tokens of all sequences of a forward; their K/V are written to the pool.
+        """Run a forward over the tokens of all its sequences and write their K/V to the pool.
 
         Returns:
-            Final hidden states ``[tokens, hidden]``, sequence by sequence, each in the order of its plan's layout.
+            Final hidden states ``[tokens, hidden]``, sequence by sequence, each in the order of its layout.
         """
         ids, positions = packed.inputs(self.mask_token_id, self.device)
         return self._base(
@@ -64,9 +64,10 @@ class DecodeModel:
         ).last_hidden_state[0]
 
     def logits(self, hidden: Tensor, emitted: bool = True) -> Tensor:
-        """Logits ``[rows, vocabulary]`` of hidden states ``[rows, hidden]``.
+        """Return the logits ``[rows, vocabulary]`` of hidden states ``[rows, hidden]``.
 
-        The mask token can never be emitted; ``emitted`` False leaves it its own logit, as stock transformers does.
+        The mask token's logit is minus infinity, so that it is never emitted. If ``emitted`` is False, it keeps its own
+        logit, as in transformers.
         """
         logits = self._head(hidden)
         if self.mask_token_id is not None and emitted:
@@ -76,19 +77,22 @@ class DecodeModel:
 
 @torch.inference_mode()
 def fuse_norms(causal_lm: PreTrainedModel) -> None:
-    """One call of torch for each RMSNorm instead of seven, in float32, where it gives the same bits (Gemma's are other
-    norms): of a small model's forward on a CPU they are a tenth."""
+    """Replace each float32 RMSNorm's forward with torch's fused one, if the result is bitwise identical.
+
+    The unfused norms make seven calls each and take a tenth of a small model's forward on a CPU. Some classes have
+    other norms (Gemma's), which the bitwise check leaves alone.
+    """
     for module in causal_lm.modules():
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
             weight = module.weight
             sample = torch.sin(torch.arange(4.0 * len(weight), device=weight.device)).view(4, -1)
-            alone = "forward" not in vars(module)  # nobody has put one of their own there
+            alone = "forward" not in vars(module)  # its forward was not replaced
             if alone and weight.dtype == torch.float32 and torch.equal(_fused_norm(module, sample), module(sample)):
                 module.forward = MethodType(_fused_norm, module)
 
 
 def restore_norms(causal_lm: PreTrainedModel) -> None:
-    """Give RMSNorms back their own forward, which :func:`wrap_model` replaced."""
+    """Restore the RMSNorms' own forward, which :func:`fuse_norms` replaced."""
     for module in causal_lm.modules():
         if getattr(vars(module).get("forward"), "__func__", None) is _fused_norm:
             del module.forward

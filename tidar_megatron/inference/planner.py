@@ -1,10 +1,10 @@
-"""Which plan gives the most tokens per second on this machine, for this model, on this text.
+"""The planner: choose the plan with the highest throughput on this machine, for this model and text.
 
-Two things decide: what a forward of T tokens costs behind P committed ones (``costs.py``), and how often drafts are
-accepted, which is learned while text is made (``acceptance.py``). From both the :class:`Planner` computes the rate of
-every plan - K drafts, branches for the m likeliest outcomes or for all, two forwards in turn, or plain autoregression -
-corrects it by what the plan gave where it was followed, and takes the best. A plan changes how fast the text comes,
-never what it says.
+Two estimates determine the throughput: the latency of a forward with T tokens after P committed ones (``costs.py``),
+and the acceptance rate of drafts, learned during generation (``acceptance.py``). From both, the :class:`Planner`
+computes the throughput of every plan - K drafts, branches for the m likeliest outcomes or for all, two alternating
+forwards, or plain autoregression -, corrects it by the tokens per step observed under the plan, and chooses the best. A
+plan affects the speed of generation, never the output.
 """
 
 import math
@@ -23,42 +23,42 @@ from tidar_megatron.inference.drafting import Branches, Drafts, Linear, Policy, 
 from tidar_megatron.inference.forward import ForwardLayout
 from tidar_megatron.inference.model import DecodeModel
 
-LONGEST = 255  # drafts that are tried: with a branch of each, a forward holds 2**16 tokens
+LONGEST = 255  # the largest K that is tried: with a branch per outcome, a forward has almost 2**16 tokens
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plan and what it is expected to do: ``branches`` None for all outcomes, 0 for two forwards in turn."""
+    """A plan and its expected performance; ``branches`` is None for all outcomes, 0 for two alternating forwards."""
 
     draft_length: int  # K; 1 is plain autoregression
     branches: int | None
     tokens_per_forward: float = 1.0
-    sizes: np.ndarray = field(default_factory=lambda: np.ones(1, dtype=int))  # of its forwards, in tokens
-    shares: np.ndarray = field(default_factory=lambda: np.ones(1))  # how many of its forwards are of which size
-    seconds: float = 0.0  # of a step, for one sequence
+    sizes: np.ndarray = field(default_factory=lambda: np.ones(1, dtype=int))  # the sizes of its forwards, in tokens
+    shares: np.ndarray = field(default_factory=lambda: np.ones(1))  # the fraction of its forwards of each size
+    seconds: float = 0.0  # the latency of a step, divided by the number of sequences
 
     @property
     def rate(self) -> float:
-        """Tokens per second of one sequence."""
+        """The throughput in tokens per second, for one sequence's share of a step."""
         return self.tokens_per_forward / self.seconds
 
     @property
     def forward_tokens(self) -> float:
-        """In the mean."""
+        """The average number of tokens in a forward, masks included."""
         return float(self.shares @ self.sizes)
 
     def at(self, cost: "Cost") -> "Candidate":
-        """With its seconds."""
+        """Return this candidate with its ``seconds`` set according to ``cost``."""
         return replace(self, seconds=float(self.shares @ cost(self.sizes)))
 
     @property
     def key(self) -> tuple[int, int | None]:
-        """The plan alone."""
+        """The plan as (draft length, branches), without estimates."""
         return self.draft_length, self.branches
 
     @property
     def name(self) -> str:
-        """As the options name it."""
+        """The plan's name in the table of :meth:`Planner.explain`."""
         if self.draft_length == 1:
             return "ar"
         how = {None: "all branches", 0: "linear"}.get(self.branches, f"{self.branches} branches")
@@ -66,7 +66,7 @@ class Candidate:
 
     @cached_property
     def policy(self) -> Policy:
-        """What follows it."""
+        """The policy that follows this plan."""
         if self.draft_length == 1:
             return Policy()
         return Linear(self.draft_length) if self.branches == 0 else Branches(self.draft_length, self.branches)
@@ -75,14 +75,17 @@ class Candidate:
 def expect(
     draft_length: int, branches: int | None, acceptance: Acceptance, outcomes: Outcomes | None = None
 ) -> Candidate:
-    """The long run of a plan, a Markov chain over what its drafts come from.
+    """Return the expected steady-state performance of a plan, modeled as a Markov chain over the source of its drafts.
 
-    State 0: drafts of their own branch; j: of a branch that is j tokens shorter; the last: none.
+    State 0: the drafts come from their outcome's own branch. State j: from a branch that is j tokens shorter. The last
+    state: there are no drafts. The stationary distribution weights the tokens gained and the forward size per state.
 
     Args:
-        draft_length, branches: the plan.
-        acceptance: of the drafts.
-        outcomes: which had a branch, if known; else the likeliest are as ``acceptance`` has it.
+        draft_length: K of the plan.
+        branches: The number of branches; None for all outcomes, 0 for two alternating forwards.
+        acceptance: The acceptance rates.
+        outcomes: Statistics of which outcomes had a branch. Where they have too little data, the likeliest outcomes
+            follow from ``acceptance``.
     """
     K = draft_length
     if K == 1:
@@ -97,7 +100,7 @@ def expect(
         for odd in odds:
             chances.append(reached * (1 - odd))
             reached *= odd
-        chances.append(reached)  # of 1, 2, ... accepted
+        chances.append(reached)  # chances[n - 1]: the probability that exactly n tokens are accepted
         count = len(chances)
         if branches == 0:
             own: tuple[int, ...] = (1,) if state == none else ()
@@ -116,14 +119,17 @@ def expect(
             shorter = [r for r in own if r <= n]
             moves[state, min(n - shorter[-1], none) if shorter else none] += p
     moves *= 0.999
-    moves[:, none] += 0.001  # texts begin now and then; and so no state holds for ever
-    # shares of the states: s = s @ moves, and they add up to 1
+    moves[:, none] += 0.001  # new texts start without drafts; this also makes the stationary distribution unique
+    # the stationary distribution: s = s @ moves, with sum(s) = 1
     shares = np.linalg.solve((np.eye(size) - moves + 1).T, np.ones(size))
     return Candidate(K, branches, float(shares @ gained), held, shares)
 
 
 class Cost:
-    """Seconds that a sequence pays for its tokens in a step of ``batch`` alike, behind ``context`` tokens."""
+    """The latency per sequence, in seconds, of a step with ``batch`` equal sequences of ``context`` committed tokens.
+
+    A call takes the numbers of tokens per sequence, an int array, and returns float64 seconds of the same shape.
+    """
 
     def __init__(self, clock: Clock, context: float, batch: int, most_tokens: int) -> None:
         self._curve, self._batch = clock.curve(batch, context, most_tokens * batch), batch
@@ -134,29 +140,29 @@ class Cost:
 
 @dataclass
 class _Place:
-    """What was chosen for a batch and a context, the steps since the last look, and after how many to look again."""
+    """The choice for a batch size and context length, and when to reconsider it."""
 
     choice: Candidate
-    steps: int = 0
-    look_after: int = 0
-    plain_after: int = 0  # steps in all, from which on plain ones may be tried
+    steps: int = 0  # steps since the last decision
+    look_after: int = 0  # steps after which to decide again
+    plain_after: int = 0  # the planner's step number from which plain steps may be tried
 
 
 class Planner:
-    """Chooses for all sequences of an engine.
+    """The chooser of plans for all sequences of an engine.
 
     Args:
-        costs: of this machine and model.
-        block_size: what the model was trained with; the largest K that is tried.
+        costs: The latencies on this machine for this model.
+        block_size: The block size that the model was trained with, which is the largest K that is tried.
     """
 
     BRANCHES = (None, 0, 1, 2, 3)
-    PROBE = 256  # plain steps after which drafts that are known to be useless are tried again
-    SELDOM = 1024  # steps between two looks, where little is new
-    SURPRISE = 12.0  # nats of each sequence after which most of what was learned is forgotten
-    SUSPICION, CHECK = 0.5, 16  # nats from which on, as where little is known, drafts are tried again sooner
-    AT_ONCE = 16  # what is learned from together: two of a sequence's step
-    TRIAL = 12  # steps that try what is not known: offsets beyond the blocks chosen, the time of plain steps
+    PROBE = 256  # plain steps after which drafts that were not worth it are tried again
+    SELDOM = 1024  # steps between two decisions in the steady state
+    SURPRISE = 12.0  # CUSUM threshold in nats per sequence at which most of the statistics are discarded
+    SUSPICION, CHECK = 0.5, 16  # CUSUM level in nats at which, as with little data, drafts are tried again sooner
+    AT_ONCE = 16  # records to learn from in one batch; a sequence adds two per step
+    TRIAL = 12  # length in steps of a trial: of offsets beyond the chosen block, or of the latency of plain steps
 
     def __init__(self, costs: Costs, block_size: int) -> None:
         self.lengths = sorted({k for k in (2, 3, 4, 6, 8, 12, 16, 24, 32) if k <= block_size} | {block_size})
@@ -165,20 +171,20 @@ class Planner:
         self.clock = Clock(costs)
         self.choice = Candidate(block_size, 1)
         self._most_tokens = self.lengths[-1] * (1 + self.lengths[-1])
-        self._gave: dict[tuple[int, int | None], list[float]] = {}  # tokens and steps, by plan
-        self._expected: list[Candidate] = []  # what is expected of every plan, since the last look
-        self._places: dict[tuple[int, int], _Place] = {}  # by batch and context
+        self._gave: dict[tuple[int, int | None], list[float]] = {}  # observed tokens and steps, by plan
+        self._expected: list[Candidate] = []  # the estimates of all plans, as of the last update
+        self._places: dict[tuple[int, int], _Place] = {}  # by batch size and bin of the context length
         self._here = _Place(self.choice)
         self._batch, self._context = 1, 0.0
-        # steps in all, those when what is learned began, those at the last look; and those of one token
+        # total steps; their number at the last reset and at the last update of the estimates; calls of wants_a_probe
         self._steps, self._start, self._looked, self._plain = 0, 0, 0, 0
         self._next_trial = self.SELDOM
-        # what is still to be learned from: steps as the clock takes them, and what became of drafts, by plan
+        # records that _learn has not yet processed: arguments of Clock.observe, and the outcomes of drafts, by plan
         self._timed: list[tuple[int, float, int, float]] = []
         self._seen: list[tuple[tuple[int, int | None], int, list[float], int, int]] = []
 
     def candidates(self) -> list[Candidate]:
-        """Every plan with what is expected of it now, the best first."""
+        """Return every plan with its current estimates, highest throughput first."""
         self._learn()
         if not self._expected or self._steps - self._looked >= min(
             max(4, (self._steps - self._start) // 4), self.SELDOM
@@ -192,13 +198,18 @@ class Planner:
         return sorted((plan.at(cost) for plan in self._expected), key=lambda candidate: -candidate.rate)
 
     def _corrected(self, plan: Candidate) -> Candidate:
-        """By what it gave where it was followed."""
+        """Return the plan with its tokens per forward averaged with those observed while it was in use."""
         tokens, steps = self._gave.get(plan.key, (0.0, 0.0))
-        weight = 200  # steps: text varies so much that few of them say little
+        weight = 200  # the model's weight in steps: few observed steps say little, because text varies so much
         return replace(plan, tokens_per_forward=(tokens + weight * plan.tokens_per_forward) / (steps + weight))
 
     def begin(self, batch: int, context: float) -> None:
-        """Before a forward: choose again after some steps, or where batch and context make forwards cost otherwise."""
+        """Prepare for a forward: decide again after enough steps, or if batch size or context length have changed.
+
+        Args:
+            batch: The number of sequences.
+            context: Committed tokens per sequence, on average.
+        """
         self._batch, self._context = batch, context
         if len(self._timed) + len(self._seen) >= self.AT_ONCE:
             self._learn()
@@ -214,17 +225,17 @@ class Planner:
         self.choice = here.choice
 
     def _choose(self, here: _Place) -> Candidate:
-        """The best, or what is there if about as good; now and then what may be better than it is known to be."""
+        """Return the best plan, or the current one if it is about as good; occasionally explore another."""
         found = self.candidates()
         best, plain = found[0], next(plan for plan in found if plan.draft_length == 1)
         if best is plain:
             return best
-        # a batch's plain steps may be far faster than its larger ones suggest: they are one call (attention.py)
+        # plain steps of a batch may be far faster than its larger steps suggest: their attention is a single call
         is_time = self._steps >= here.plain_after and self.clock.guesses(self._batch, self._batch)
         if is_time and 2 * plain.rate > best.rate:
             here.plain_after = self._steps + 8 * self.TRIAL
             return plain
-        # shorter blocks say nothing of the offsets beyond them
+        # shorter blocks provide no data on the offsets beyond them
         if best.draft_length < self.lengths[-1] and self._steps >= self._next_trial:
             self._next_trial = self._steps + self.TRIAL + self.SELDOM
             return next(plan for plan in found if plan.draft_length == self.lengths[-1] and plan.branches)
@@ -232,26 +243,37 @@ class Planner:
         return present if present.rate > 0.98 * best.rate else best
 
     def wants_a_probe(self) -> bool:
-        """Whether a plain step shall draft, to see whether that is worth it by now."""
+        """Return whether a plain step should draft, to check whether drafting has become worthwhile."""
         self._plain += 1
         is_sure = self.acceptance.better < self.SUSPICION and not self.acceptance.knows_little
         steps = self.PROBE if is_sure else self.CHECK
         return self._plain % (steps * self._batch) == 0
 
     def end(self, tokens: int, seconds: float | None) -> None:
-        """After a step of so many tokens; ``seconds`` if all its sequences followed the choice and read no prompt."""
+        """Record a step.
+
+        Args:
+            tokens: The tokens of the forward, all sequences together.
+            seconds: The duration of the step; None unless all sequences followed the choice and none read a prompt.
+        """
         self._steps += 1
         self._here.steps += 1
         if seconds is not None:
             self._timed.append((self._batch, self._context, tokens, seconds))
 
     def observe(self, drafts: Drafts, layout: ForwardLayout, accepted: int) -> None:
-        """What became of the drafts of a sequence that ``layout`` verified; :meth:`_learn` learns from it later."""
+        """Record the outcome of a sequence's drafts, for :meth:`_learn` to process later.
+
+        Args:
+            drafts: The verified drafts.
+            layout: The layout of the forward that verified them.
+            accepted: How many tokens were accepted, the certain token included.
+        """
         if self.choice.draft_length > 1 or layout.num_drafts > 1:
             self._seen.append((self.choice.key, drafts.lag, drafts.confidences, layout.num_drafts, accepted))
 
     def _learn(self) -> None:
-        """From some steps at once: between two forwards no cache is warm, and a step waits for what is done there."""
+        """Process the recorded steps in one batch: work between forwards runs with cold caches and delays the step."""
         for timed in self._timed:
             self.clock.observe(*timed)
         seen, self._timed, self._seen = self._seen, [], []
@@ -265,12 +287,13 @@ class Planner:
             self.acceptance.observe(lag + 1, lag == 0, accepted - 1, accepted < num_drafts)
             if lag == 0 and num_drafts == len(confidences) + 1:
                 self.outcomes.observe(confidences, accepted)
-            good_news = self.acceptance.better if key[0] < self.lengths[-1] else 0.0  # else of no use
+            # at the largest K, better acceptance cannot change the choice of K
+            good_news = self.acceptance.better if key[0] < self.lengths[-1] else 0.0
             if max(good_news, self.acceptance.worse) > self.SURPRISE * self._batch:
                 self._forget()
 
     def _forget(self) -> None:
-        """Begin anew: the text has become another."""
+        """Discard the statistics, because the text has changed."""
         self.acceptance.forget()
         self.outcomes = Outcomes()
         self._gave.clear()
@@ -280,7 +303,7 @@ class Planner:
         self._next_trial = self._steps + self.SELDOM
 
     def explain(self, count: int = 8) -> str:
-        """The best plans, and plain autoregression, and why, as a table."""
+        """Return a table of the ``count`` best plans and of plain autoregression, with their estimates."""
         lines = [f"{'plan':22} {'tokens/forward':>14} {'tokens in it':>12} {'ms':>7} {'tokens/s':>9}"]
         found = self.candidates()
         for c in [c for n, c in enumerate(found) if n < count or c.draft_length == 1]:
@@ -293,31 +316,34 @@ class Planner:
 
 
 class Planned(Policy):
-    """The policy of a sequence that follows a planner."""
+    """The policy of a sequence in mode ``auto``, which follows a planner.
 
-    planner: Planner  # of the engine that serves the sequence
+    Args:
+        longest: The largest K of any plan (:func:`longest_draft`).
+    """
+
+    planner: Planner  # the engine's, set when the sequence is queued
 
     def __init__(self, longest: int) -> None:
-        """Args: ``longest``, the largest K of any plan (:func:`longest_draft`)."""
         self.most_tokens = longest * (1 + longest)
 
     @property
     def draft_length(self) -> int:  # type: ignore[override]
-        """K of the plan chosen now."""
+        """The draft length K of the plan that is currently chosen."""
         return self.planner.choice.draft_length
 
     @property
     def drafts_at_once(self) -> bool:  # type: ignore[override]
-        """Whether the plan chosen now drafts."""
+        """Return whether the plan that is currently chosen drafts."""
         return self.planner.choice.draft_length > 1
 
     @property
     def wants_confidences(self) -> bool:  # type: ignore[override]
-        """Always: also what other plans would have done is learned from them."""
+        """Return True: the planner uses confidences to evaluate plans other than the chosen one."""
         return True
 
     def layout(self, drafts: Drafts) -> ForwardLayout:
-        """As the planner chose."""
+        """Return the layout of the planner's current choice; plain steps occasionally draft as a probe."""
         choice = self.planner.choice
         if choice.draft_length > 1:
             return choice.policy.layout(drafts)
@@ -326,7 +352,7 @@ class Planned(Policy):
         return ForwardLayout(len(drafts.tokens))
 
     def observe(self, drafts: Drafts, layout: ForwardLayout, accepted: int) -> None:
-        """Tell the planner."""
+        """Report the outcome to the planner."""
         self.planner.observe(drafts, layout, accepted)
 
 
@@ -336,9 +362,9 @@ def longest_draft(model: DecodeModel) -> int:
 
 
 def planner_of(model: DecodeModel) -> Planner:
-    """Return the planner that all engines of a model share, so that it remembers from one request to the next.
+    """Return the planner that all engines of a model share, so that its statistics carry over between requests.
 
-    Costs depend on device, dtype and torch's number of threads, so there is a planner for each of these.
+    Costs depend on device, dtype and torch's number of threads, so each combination has its own planner.
     """
     key = torch.get_num_threads(), model.device, model.dtype, model.block_size
     kept = _PLANNERS.setdefault(model.causal_lm, {})
@@ -348,7 +374,7 @@ def planner_of(model: DecodeModel) -> Planner:
 
 
 def forget_planner(model: DecodeModel) -> None:
-    """Forget what was learned of a model: its next request begins with a new planner."""
+    """Discard the planners of a model, so that its next request starts with a new one."""
     _PLANNERS.pop(model.causal_lm, None)
 
 

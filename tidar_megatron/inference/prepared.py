@@ -1,7 +1,7 @@
-"""What transformers' ``generate`` has prepared for its own loop, read as the engine's options, or refused by name.
+"""Convert the inputs that transformers' ``generate`` prepares into the engine's options, or refuse them by name.
 
-transformers turns options into logits processors and stopping criteria. Those are read here, and not the options: what
-an option means, by default or as a tensor, is then transformers' to say.
+transformers turns options into logits processors and stopping criteria. This module reads those, not the options, so
+that transformers alone interprets the options (defaults, tensors).
 """
 
 import math
@@ -32,14 +32,14 @@ from transformers.generation import (
 from tidar_megatron.errors import UserError
 from tidar_megatron.inference.sampling import SamplingOptions
 
-PROCESSORS = (  # of transformers, that the engine computes itself
+PROCESSORS = (  # transformers' processors that the engine implements itself
     *(RepetitionPenaltyLogitsProcessor, MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor),
     *(SuppressTokensLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper),
     LogitNormalization,
 )
 CRITERIA = (MaxLengthCriteria, EosTokenCriteria, StopStringCriteria)
 OUTPUTS = ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states")
-SERVED = {  # options that cause no refusal, so that no message names them
+SERVED = {  # supported options, which a refusal's message must not name
     *("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "max_length"),
     *("min_new_tokens", "min_length", "eos_token_id", "pad_token_id", "bos_token_id", "num_return_sequences"),
     *("suppress_tokens", "stop_strings", "transformers_version", "prefill_chunk_size", "renormalize_logits"),
@@ -48,18 +48,20 @@ SERVED = {  # options that cause no refusal, so that no message names them
 
 
 def refuse(names: Sequence[str]) -> None:
-    """Raise a UserError with these names, if there are any."""
+    """Raise a UserError that names these options, if there are any."""
     if names:
-        raise UserError(f"{', '.join(names)}: not served by this generate; leave it out, or leave custom_generate out")
+        raise UserError(
+            f"{', '.join(names)}: not supported by this generate; leave it out, or leave custom_generate out"
+        )
 
 
 def check_prepared(
     config: GenerationConfig, logits_processor: LogitsProcessorList, stopping_criteria: StoppingCriteriaList
 ) -> None:
-    """Refuse what the options have become, where the engine does not do it.
+    """Refuse prepared options that the engine does not support.
 
     Raises:
-        UserError: an option that is not served, by name.
+        UserError: an option is not supported; the message names it.
     """
     refuse([name for name in OUTPUTS if getattr(config, name, None)])
     unknown = [type(one).__name__ for one in logits_processor if type(one) not in PROCESSORS]
@@ -75,10 +77,14 @@ def check_prepared(
 
 
 def texts_of(ids: Tensor, mask: Tensor) -> list[list[int]]:
-    """Return the tokens of each row that are text.
+    """Return the tokens of each row without its padding.
+
+    Args:
+        ids: Token ids ``[rows, tokens]``.
+        mask: The attention mask ``[rows, tokens]``: 1 for text, 0 for padding.
 
     Raises:
-        UserError: a mask that transformers would not read as text and padding before it.
+        UserError: the mask has other values, or a row ends with padding.
     """
     if not bool(((mask == 0) | (mask == 1)).all()):
         raise UserError("attention_mask: must be 1 for text and 0 for padding")
@@ -92,10 +98,15 @@ def texts_of(ids: Tensor, mask: Tensor) -> list[list[int]]:
 
 
 def check_penalized(penalty: RepetitionPenaltyLogitsProcessor, ids: Tensor, prompts: list[list[int]]) -> None:
-    """Refuse a penalty where transformers would also count padding.
+    """Refuse a repetition penalty if transformers would also penalize padding tokens.
+
+    Args:
+        penalty: The logits processor that transformers prepared.
+        ids: Token ids ``[rows, tokens]``, padding included.
+        prompts: The tokens of each row without padding.
 
     Raises:
-        UserError: as said.
+        UserError: the padding would count as text.
     """
     ignored = getattr(penalty, "prompt_ignore_length", None)
     starts = torch.as_tensor(0 if ignored is None else ignored).expand(len(ids)).tolist()
@@ -105,10 +116,10 @@ def check_penalized(penalty: RepetitionPenaltyLogitsProcessor, ids: Tensor, prom
 
 
 def ends_of_text(criterion: EosTokenCriteria | None) -> frozenset[int]:
-    """Return the tokens that end a text.
+    """Return the end-of-sequence token ids.
 
     Raises:
-        UserError: they are no integers.
+        UserError: the ids are not integers.
     """
     tokens = torch.empty(0, dtype=torch.int64) if criterion is None else criterion.eos_token_id
     if tokens.is_floating_point():
@@ -117,7 +128,13 @@ def ends_of_text(criterion: EosTokenCriteria | None) -> frozenset[int]:
 
 
 def sampling_of(processors: dict[type, Any], drawn: bool, width: int) -> SamplingOptions:
-    """Return what transformers' processors do, as options of one row of ``width`` tokens."""
+    """Return the sampling options equivalent to transformers' processors.
+
+    Args:
+        processors: The logits processors by type.
+        drawn: Whether tokens are sampled, not greedy.
+        width: The number of tokens in a row of the inputs, padding included.
+    """
 
     def of(kind: type, name: str, default: Any) -> Any:
         return getattr(processors[kind], name) if kind in processors else default

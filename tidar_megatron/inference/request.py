@@ -1,8 +1,8 @@
-"""What is asked of generation and what comes back: options, the checks on them, steps, and the result with its figures.
+"""The interface of generation: options and their checks, steps, and the result with its statistics.
 
-Counting. The prefill emits the first token. A decode forward emits as many tokens as it accepted drafts, so plain
-autoregression is exactly 1 token per forward. Seconds are those of the forwards with what belongs to them, never of
-what the caller does between two steps.
+How tokens are counted: the prefill emits the first token. A decode forward emits one token for each accepted draft, so
+plain autoregression has exactly 1 token per forward. Seconds are those of the engine's steps and exclude the caller's
+work between steps.
 """
 
 import operator
@@ -18,24 +18,31 @@ Mode = Literal["auto", "tidar", "linear", "ar", "lookup"]
 StopReason = Literal["eos", "stop", "length", "context", "cancelled", "error"]
 
 LOOKUP_DRAFT_LENGTH = 8  # for a model without a block size
-MOST_TOKENS = 2**16  # of one sequence in one forward, drafts and masks
+MOST_TOKENS = 2**16  # largest number of tokens of a sequence in a forward, drafts and masks
 
 
 @dataclass(frozen=True)
 class DecodeOptions:
-    """How to generate.
+    """The options of a generation: decoding mode, length, stopping and sampling.
 
-    ``mode`` ``auto`` lets the planner choose among ``ar``, ``linear`` and ``tidar`` as it goes (``planner.py``);
-    without a ``tidar`` section that is plain autoregression. The others are fixed: ``tidar`` (one forward drafts and
-    verifies), ``linear`` (two in turn), ``lookup`` (drafts copied from the text), ``ar``.
-    ``draft_length`` K counts the certain token (None: the model's block size); ``branches`` is ``"all"`` or how many
-    of the likeliest outcomes get a branch (mode ``tidar`` only). Generation ends with the first end-of-sequence token
-    (unless ``ignore_eos``), with the token that completes a ``stop`` string, after ``max_new_tokens``, or when prompt
-    and output fill the model's context.
+    Generation ends with the first end-of-sequence token (unless ``ignore_eos``), with the token that completes a
+    ``stop`` string, after ``max_new_tokens``, or when prompt and output fill the model's context.
 
-    ``trust_ratio`` beta mixes the logits that verify, beta * AR + (1 - beta) * diffusion (the paper's; mode ``tidar``
-    with all branches). Below 1 the output is no longer autoregression's. ``logprobs`` keeps each emitted token's
-    log-probability under the logits that verified it, before penalties and temperature.
+    Attributes:
+        mode: ``auto`` lets the planner choose among ``ar``, ``linear`` and ``tidar`` during generation
+            (``planner.py``); without a ``tidar`` section it is plain autoregression. The other modes are fixed:
+            ``tidar`` (one forward drafts and verifies), ``linear`` (two alternating forwards), ``lookup`` (drafts
+            copied from the text), ``ar``.
+        draft_length: K, the certain token included; None for the model's block size.
+        branches: ``"all"``, or how many of the likeliest outcomes get a branch (mode ``tidar`` only).
+        max_new_tokens: The largest number of tokens to emit.
+        ignore_eos: Whether to continue after an end-of-sequence token.
+        stop: Strings that end the text.
+        sampling: How the next token is chosen.
+        trust_ratio: beta in the verifying logits, beta * AR + (1 - beta) * diffusion, as in the paper (mode ``tidar``
+            with all branches). Below 1 the output differs from autoregression.
+        logprobs: Whether to keep each emitted token's log-probability under the logits that verified it, before
+            penalties and temperature.
     """
 
     mode: Mode = "auto"
@@ -49,7 +56,11 @@ class DecodeOptions:
     logprobs: bool = False
 
     def check(self, model: DecodeModel) -> None:
-        """Raises UserError for options that ``model`` cannot serve."""
+        """Check that ``model`` can serve these options.
+
+        Raises:
+            UserError: an option is invalid or not supported by the model.
+        """
         if self.mode not in get_args(Mode):
             raise UserError(f"mode {self.mode!r}: use one of {', '.join(get_args(Mode))}")
         self.sampling.check()
@@ -59,7 +70,7 @@ class DecodeOptions:
                 "use mode ar (--plan ar), or export a TiDAR checkpoint with tools/convert_checkpoint.py"
             )
         if self.mode in ("auto", "ar") and self.draft_length is not None:
-            raise UserError(f"mode {self.mode}: has no draft length of its own; leave it out, or use mode tidar")
+            raise UserError(f"mode {self.mode}: takes no draft length; leave it out, or use mode tidar")
         if self.mode != "tidar" and self.branches != "all":
             raise UserError(f"mode {self.mode}: has no branches; leave them out, or use mode tidar")
         if self.draft_length is not None and not _positive(self.draft_length):
@@ -81,17 +92,20 @@ class DecodeOptions:
             raise UserError(f"trust ratio {self.trust_ratio:g}: below 1 needs a draft length of 2 or more")
 
     def resolved_draft_length(self, model: DecodeModel) -> int | None:
-        """K: as asked, else the model's block size; None where nothing is drafted."""
+        """Return K: the requested one, or else the model's block size; None in the modes ``auto`` and ``ar``."""
         if self.mode in ("auto", "ar"):
             return None
         return min(self.draft_length or model.block_size or LOOKUP_DRAFT_LENGTH, model.context_limit)
 
 
 def parse_plan(name: str) -> DecodeOptions:
-    """``auto``, or a fixed plan: ``ar``, ``linear:K``, ``lookup:K``, ``all:K``, or ``N:K`` with N branches.
+    """Parse a plan: ``auto``, ``ar``, ``linear:K``, ``lookup:K``, ``all:K``, or ``N:K`` with N branches.
+
+    Returns:
+        Options with mode, draft length and branches set.
 
     Raises:
-        UserError: it is none of them.
+        UserError: the name is not a plan.
     """
     kind, _, length = name.partition(":")
     if name in ("auto", "ar"):
@@ -108,7 +122,11 @@ def _positive(value: object) -> bool:
 
 
 def check_prompt(model: DecodeModel, prompt: Sequence[int]) -> None:
-    """Raises UserError for token ids that ``model`` cannot continue."""
+    """Check that ``model`` can continue a prompt.
+
+    Raises:
+        UserError: the prompt is empty, too long, holds the mask token or ids outside the vocabulary.
+    """
     if not prompt:
         raise UserError("the prompt is empty: give at least one token to continue")
     if len(prompt) >= model.context_limit:
@@ -119,12 +137,16 @@ def check_prompt(model: DecodeModel, prompt: Sequence[int]) -> None:
     check_token_ids(model, prompt)
     if model.mask_token_id in prompt:
         raise UserError(
-            f"the prompt holds the mask token (id {model.mask_token_id}), which only the engine may use: remove it"
+            f"the prompt contains the mask token (id {model.mask_token_id}), which only the engine may use: remove it"
         )
 
 
 def check_token_ids(model: DecodeModel, token_ids: Sequence[int]) -> None:
-    """Raises UserError for ids that are none of ``model``'s."""
+    """Check that token ids are in ``model``'s vocabulary.
+
+    Raises:
+        UserError: an id is not an integer or outside the vocabulary.
+    """
     for token in token_ids:
         try:
             operator.index(token)
@@ -135,31 +157,32 @@ def check_token_ids(model: DecodeModel, token_ids: Sequence[int]) -> None:
             if model.tokenizer is not None and 0 <= token < len(model.tokenizer):
                 name = model.tokenizer.convert_ids_to_tokens(int(token))
                 remedy = (
-                    f"the folder's tokenizer has {len(model.tokenizer)} ids, {name!r} among them; grow the model by "
-                    "the missing rows (transformers' resize_token_embeddings), or leave the token out"
+                    f"the folder's tokenizer has {len(model.tokenizer)} ids, including {name!r}; add the missing rows "
+                    "to the model (transformers' resize_token_embeddings), or leave the token out"
                 )
             raise UserError(f"token id {token} is outside the model's vocabulary of {model.vocab_size}: {remedy}")
 
 
 @dataclass(slots=True)
 class Step:
-    """What one forward added to a sequence: the tokens that became final, and why generation ended, if it did."""
+    """The result of one forward for a sequence: the tokens that became final, and why generation ended, if it did."""
 
     tokens: list[int]
-    seconds: float
+    seconds: float  # the duration of the engine's step
     stop: StopReason | None
     is_prefill: bool = False
     logprobs: list[float] = field(default_factory=list)
-    forward_tokens: int = 0  # of all sequences in it
-    share: float = 0.0  # of the seconds, by tokens: those of all sequences in a forward sum to its seconds
+    forward_tokens: int = 0  # the tokens of the forward, all sequences together
+    share: float = 0.0  # this sequence's share of the seconds, in proportion to its tokens in the forward
 
 
 @dataclass
 class Generation:
-    """The outcome. ``emitted`` has one entry for each decode forward; the prefill's one token is not among them.
+    """The output of a request and its statistics.
 
-    ``decode_seconds`` are of whole forwards, so how long this one took; ``decode_share`` is its part of them, which is
-    what sums over requests of a batch.
+    ``emitted`` holds the number of tokens of each decode forward; the prefill's token is not counted.
+    ``decode_seconds`` is the duration of the request's decode forwards, which other requests share; ``decode_share`` is
+    the request's share of it. Only shares may be summed over the requests of a batch.
     """
 
     mode: Mode
@@ -175,11 +198,12 @@ class Generation:
 
     @staticmethod
     def of(model: DecodeModel, options: DecodeOptions) -> "Generation":
-        """One that is about to begin."""
+        """Return an empty generation for a request that is about to begin."""
         branches = options.branches if options.mode == "tidar" else None
         return Generation(options.mode, options.resolved_draft_length(model), branches)
 
     def add(self, step: Step) -> None:
+        """Add the result of a step."""
         self.token_ids += step.tokens
         self.logprobs += step.logprobs
         self.stop = step.stop
@@ -192,26 +216,26 @@ class Generation:
 
     @property
     def forwards(self) -> int:
-        """Decode forwards, without the prefill."""
+        """The number of decode forwards, without the prefill."""
         return len(self.emitted)
 
     @property
     def tokens_per_forward(self) -> float:
-        """Tokens emitted by decode forwards / decode forwards; 0 when the prefill's token was the only one."""
+        """The average number of tokens emitted per decode forward; 0 without decode forwards."""
         return sum(self.emitted) / len(self.emitted) if self.emitted else 0.0
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens emitted by decode forwards / their seconds; 0 when there were none."""
+        """The tokens emitted by decode forwards per second of decoding; 0 without decode forwards."""
         return sum(self.emitted) / self.decode_seconds if self.emitted else 0.0
 
     @property
     def distinct_4grams(self) -> float:
-        """:func:`distinct_4grams` of the output."""
+        """The fraction of distinct 4-grams in the output; see :func:`distinct_4grams`."""
         return distinct_4grams(self.token_ids)
 
     def summary(self) -> dict[str, Any]:
-        """The figures, ready for JSON. ``draft_length`` and ``branches`` are null where the mode has none."""
+        """Return output and statistics as a JSON-serializable dict; values that the mode does not have are None."""
         return {
             "mode": self.mode,
             "draft_length": self.draft_length,
@@ -229,6 +253,9 @@ class Generation:
 
 
 def distinct_4grams(tokens: list[int]) -> float:
-    """Distinct / all 4-grams: 1 says nothing repeats, near 0 that the output loops and flatters every drafter."""
+    """Return the fraction of 4-grams that are distinct: 1 without repetition, near 0 for looping output.
+
+    Looping output is easy to draft and inflates the acceptance rate of every drafter.
+    """
     grams = list(zip(*(tokens[i:] for i in range(4)), strict=False))
     return len(set(grams)) / len(grams) if grams else 1.0

@@ -1,14 +1,14 @@
-"""What is drawn, so that the output is distributed as plain AR sampling's, whatever the drafts are.
+"""Speculative sampling: the output has the distribution of plain AR sampling, whatever the drafts are.
 
-p is the model's distribution of the next token after the request's processors (in transformers' order: repetition
-penalty, minimum length, temperature, top-k, top-p, min-p), q what a draft was drawn from. A draft x stays with
-probability min(1, p(x) / q(x)); at the first that does not, the token is drawn from max(p - q, 0), scaled to 1; if all
-stay, one more is drawn from p (speculative sampling: arXiv 2211.17192, theorem 1; arXiv 2302.01318). Greedy decoding is
-temperature 0: a draft stays if it is the argmax.
+Let p be the model's distribution of the next token after the request's processors (in transformers' order: repetition
+penalty, minimum length, temperature, top-k, top-p, min-p), and q the distribution that a draft was drawn from. A draft
+x is accepted with probability min(1, p(x) / q(x)). The token in place of the first rejected draft is drawn from
+max(p - q, 0), normalized; if all drafts are accepted, one more token is drawn from p (arXiv 2211.17192, theorem 1;
+arXiv 2302.01318). Greedy decoding is temperature 0: a draft is accepted if it is the argmax.
 
-Each request has its own source of random numbers, so what else is in the batch does not change what it draws.
+Each request has its own random generator, so its draws do not depend on the rest of the batch.
 
-Shapes: n rows, of which row i is what the model says after the i-th draft; V vocabulary.
+Shapes: n rows, where row i is the model's prediction after the i-th draft; V vocabulary.
 """
 
 import math
@@ -21,17 +21,17 @@ from torch import Tensor
 
 from tidar_megatron.errors import UserError
 
-COLDEST = 1e-4  # a temperature that logits can be divided by
-NO_NUMBERS, EXPORT = "the model's logits are not numbers", "copy or export the model again"
+COLDEST = 1e-4  # the lowest temperature above 0 that logits can be divided by
+NO_NUMBERS, EXPORT = "the model's logits are NaN or infinite", "copy or export the model again"
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How the next token is chosen. The defaults are greedy decoding.
+    """The options for choosing the next token. The defaults are greedy decoding.
 
     ``temperature`` 0 takes the likeliest token. ``top_k`` None, ``top_p`` 1, ``min_p`` 0 and ``repetition_penalty`` 1
-    change nothing. Before ``min_new_tokens`` no end-of-sequence token is emitted. With a ``seed`` and a plan that is
-    named every run draws the same tokens; mode ``auto`` chooses plans by the clock, and what is drawn depends on them.
+    have no effect. No end-of-sequence token is emitted before ``min_new_tokens``. With a ``seed`` and a fixed plan,
+    every run draws the same tokens. Mode ``auto`` chooses plans by measured time, so its draws may differ between runs.
     """
 
     temperature: float = 0.0
@@ -43,7 +43,11 @@ class SamplingOptions:
     seed: int | None = None
 
     def check(self) -> None:
-        """Raises UserError for values that mean nothing."""
+        """Check that all values are valid.
+
+        Raises:
+            UserError: a value has an invalid type or is out of range.
+        """
         _number("temperature", self.temperature, 0.0, math.inf, "0 (greedy) or more")
         if 0 < self.temperature < COLDEST:
             raise UserError(f"temperature {self.temperature}: use 0 (greedy), or at least {COLDEST}")
@@ -61,7 +65,7 @@ class SamplingOptions:
 
     @property
     def greedy(self) -> bool:
-        """Whether nothing is drawn."""
+        """Return whether decoding is greedy, so that nothing is drawn."""
         return self.temperature == 0
 
 
@@ -72,7 +76,10 @@ def _number(name: str, value: float, low: float, high: float, wanted: str, above
 
 
 def probabilities(logits: Tensor, options: SamplingOptions) -> Tensor:
-    """``logits [n, V]`` after penalties -> what a token is drawn from, float32 ``[n, V]``; temperature above 0."""
+    """Return the distributions to draw from, float32 ``[n, V]``, given penalized ``logits [n, V]``.
+
+    The temperature must be above 0.
+    """
     scores = logits.float() / options.temperature
     if options.top_k is not None and options.top_k < scores.shape[-1]:
         least = scores.topk(options.top_k, dim=-1).values[:, -1:]
@@ -80,7 +87,7 @@ def probabilities(logits: Tensor, options: SamplingOptions) -> Tensor:
     if options.top_p < 1:
         ordered, places = scores.sort(dim=-1, descending=True, stable=True)
         shares = ordered.softmax(-1)
-        beyond = shares.cumsum(-1) - shares >= options.top_p  # the likeliest always stays
+        beyond = shares.cumsum(-1) - shares >= options.top_p  # always keeps the likeliest
         scores = scores.masked_fill(beyond.gather(-1, places.argsort(-1)), -torch.inf)
     p = scores.softmax(-1)
     if options.min_p > 0:
@@ -90,32 +97,45 @@ def probabilities(logits: Tensor, options: SamplingOptions) -> Tensor:
 
 
 def penalized(logits: Tensor, penalty: float, seen: Tensor) -> Tensor:
-    """Tokens that ``seen``, bool ``[n, V]``, marks become less likely (CTRL, arXiv 1909.05858, section 4.1)."""
+    """Apply a repetition penalty (CTRL, arXiv 1909.05858, section 4.1).
+
+    Args:
+        logits: ``[n, V]``.
+        penalty: The factor; above 1 makes seen tokens less likely.
+        seen: The tokens to penalize, bool ``[n, V]``.
+    """
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def draw(weights: Tensor, uniforms: Sequence[float]) -> Tensor:
-    """One column of each row, with probability proportional to its weight: ``[n, V]``, n numbers in [0, 1) -> int64.
+    """Draw one column per row with probability proportional to its weight (inverse transform sampling).
+
+    Args:
+        weights: ``[n, V]``, not negative.
+        uniforms: n numbers in [0, 1).
+
+    Returns:
+        The columns, int64 ``[n]``.
 
     Raises:
-        UserError: weights that are no numbers, or all 0.
+        UserError: the weights of a row are NaN, infinite or all 0.
     """
     heights = weights.cumsum(-1, dtype=torch.float64)
     total = heights[:, -1:]
     if not bool(((total > 0) & total.isfinite()).all()):
         raise UserError(f"{NO_NUMBERS}: nothing can be drawn from them; {EXPORT}")
     wanted = torch.tensor(uniforms, dtype=torch.float64).unsqueeze(-1).to(weights.device) * total
-    wanted = torch.minimum(wanted, torch.nextafter(total, torch.zeros_like(total)))  # u * total may round up to it
+    wanted = torch.minimum(wanted, torch.nextafter(total, torch.zeros_like(total)))  # u * total may round up to total
     return torch.searchsorted(heights, wanted, right=True).squeeze(-1)
 
 
 def accepted(p: Tensor, drafts: Tensor, q: Tensor | None, uniforms: Sequence[float]) -> Tensor:
-    """Which drafts stay, each by itself: bool ``[n]``.
+    """Return which drafts are accepted, each considered alone: bool ``[n]``.
 
     Args:
-        p: ``[n, V]``, of the positions of the drafts.
-        drafts: int64 ``[n]``.
-        q: ``[n, V]``, what they were drawn from; None: they were certain, as an argmax or a lookup is.
+        p: The model's distributions at the drafts' positions, ``[n, V]``.
+        drafts: The drafts, int64 ``[n]``.
+        q: The distributions that the drafts were drawn from, ``[n, V]``; None for deterministic ones (argmax, lookup).
         uniforms: n numbers in [0, 1).
     """
     places = drafts.unsqueeze(-1)
@@ -125,19 +145,26 @@ def accepted(p: Tensor, drafts: Tensor, q: Tensor | None, uniforms: Sequence[flo
 
 
 def residual(p: Tensor, draft: Tensor, q: Tensor | None) -> Tensor:
-    """What the token in place of a draft that did not stay is drawn from, not scaled: ``[V]`` each -> ``[V]``."""
+    """Return the unnormalized residual distribution, ``[V]``, from which to replace a rejected draft.
+
+    Args:
+        p: The model's distribution, ``[V]``.
+        draft: The rejected draft, an int64 scalar.
+        q: The distribution that the draft was drawn from, ``[V]``; None for a deterministic draft.
+    """
     left = p.scatter(-1, draft, 0.0) if q is None else (p - q).clamp(min=0)
-    return torch.where(left.sum() > 0, left, p)  # p = q up to rounding: then any of p's tokens will do
+    return torch.where(left.sum() > 0, left, p)  # the residual is 0 if p = q up to rounding: then draw from p
 
 
 class Sampler:
-    """What one request draws from and with.
+    """The sampler of one request: its options, random generator and seen tokens.
 
     Args:
-        options: of the request.
-        prompt: token ids, which a repetition penalty counts.
-        end_of_text: ids that ``min_new_tokens`` holds back.
-        vocabulary: V.
+        options: The request's sampling options.
+        prompt: Token ids of the prompt, which count as seen for the repetition penalty.
+        end_of_text: The end-of-sequence ids that ``min_new_tokens`` suppresses.
+        vocabulary: The vocabulary size V.
+        device: The device of the logits.
     """
 
     def __init__(
@@ -158,22 +185,22 @@ class Sampler:
             self._seen[list(prompt)] = True
 
     def emit(self, tokens: Sequence[int]) -> None:
-        """These tokens became final."""
+        """Record tokens that became final."""
         self._emitted += len(tokens)
         if self._seen is not None:
             self._seen[list(tokens)] = True
 
     @property
     def processes(self) -> bool:
-        """Whether the argmax of raw logits is not yet the greedy token."""
+        """Return whether processors may change the argmax of raw logits."""
         return self._seen is not None or self._emitted < self.options.min_new_tokens
 
     def process(self, logits: Tensor, drafts: Sequence[int]) -> Tensor:
-        """Penalty and minimum length, row by row.
+        """Apply repetition penalty and minimum length to each row; return logits ``[n, V]``.
 
         Args:
-            logits: ``[n, V]``; row i comes after the first i + 1 of the drafts.
-            drafts: n tokens; the first is final (it was emitted), the others come after it.
+            logits: ``[n, V]``; row i follows the first i + 1 drafts.
+            drafts: n tokens; the first has been emitted and is final.
         """
         if self._seen is not None:
             seen = self._seen.repeat(len(logits), 1)
@@ -186,19 +213,22 @@ class Sampler:
         return logits
 
     def uniforms(self, count: int) -> list[float]:
-        """The next numbers in [0, 1)."""
+        """Return the next ``count`` random numbers in [0, 1)."""
         return self._random.random(count).tolist()
 
     def choose(self, logits: Tensor, drafts: Sequence[int], q: Tensor | None) -> list[int]:
-        """Which drafts stay, and the token after them.
+        """Verify drafts and choose the token that follows the accepted ones.
 
         Args:
-            logits: raw ``[n, V]``; row i is the model's after the i-th draft.
-            drafts: n tokens, of which the first is final already.
-            q: ``[n - 1, V]``, what the others were drawn from; None: nothing was drawn.
+            logits: The raw logits, ``[n, V]``; row i follows the i-th draft.
+            drafts: n tokens; the first is already final.
+            q: The distributions that the other drafts were drawn from, ``[n - 1, V]``; None if they are deterministic.
 
         Returns:
-            The drafts that stay, without the first, and the token drawn: one to n tokens.
+            The accepted drafts without the first, then the new token: 1 to n tokens.
+
+        Raises:
+            UserError: the logits are NaN or infinite.
         """
         logits = self.process(logits, drafts)
         if self.options.greedy:
@@ -219,7 +249,7 @@ class Sampler:
         return [*drafts[1 : count + 1], int(draw(weights[None], self.uniforms(1)))]
 
     def propose(self, logits: Tensor) -> tuple[list[int], Tensor | None]:
-        """Drafts for the rows' positions, and what they were drawn from (None: the likeliest were taken)."""
+        """Return drafts for ``logits [n, V]``, and the distributions ``[n, V]`` behind them (None if greedy)."""
         if self.options.greedy:
             return logits.argmax(-1).tolist(), None
         q = probabilities(logits, self.options)

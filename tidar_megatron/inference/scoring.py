@@ -1,4 +1,4 @@
-"""How likely the model, as an autoregressive one, finds a text: several at a time, in plain causal forwards."""
+"""Log-likelihoods of texts under the autoregressive model, several texts at a time, in plain causal forwards."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,27 +11,30 @@ from tidar_megatron.inference.forward import ForwardLayout, PackedForward, Part
 from tidar_megatron.inference.model import DecodeModel
 from tidar_megatron.inference.request import check_token_ids
 
-CHUNK = 512  # tokens of a text in a forward
-TOKENS = 4096  # of all texts that are scored together
+CHUNK = 512  # tokens of a text per forward
+TOKENS = 4096  # total tokens of the texts that are scored together
 
 
 class Score(NamedTuple):
-    """Natural-log probability of the scored tokens together, and whether each is the one greedy decoding takes."""
+    """The total log-probability (natural log) of the scored tokens, and whether greedy decoding would choose all."""
 
     logprob: float
     greedy: bool
 
 
 def score(model: DecodeModel, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
-    """Score continuations.
+    """Score continuations of contexts.
 
     Args:
-        model: what :func:`~tidar_megatron.inference.loading.load_model` returned.
-        texts: (context, continuation) token ids, one at least each; together at most ``model.context_limit + 1``, for
-            the last one is only looked up.
+        model: The model that :func:`~tidar_megatron.inference.loading.load_model` returned.
+        texts: (context, continuation) token ids, at least one each. Together they have at most
+            ``model.context_limit + 1`` tokens, because the last one is not an input.
+
+    Returns:
+        One score per text, in order.
 
     Raises:
-        UserError: an empty part, ids that are none, or more tokens than the model's context holds.
+        UserError: a part is empty, an id is outside the vocabulary, or a text exceeds the model's context.
     """
     for context, continuation in texts:
         _check(model, context, continuation)
@@ -58,11 +61,11 @@ def _score_together(
         packed = PackedForward(pool, [Part(n, start, piece, ForwardLayout(len(piece))) for n, piece in pieces])
         hidden = model.forward(packed)
         for (n, piece), row in zip(pieces, packed.starts, strict=True):
-            first = max(start, len(texts[n][0]) - 1)  # the place that predicts the first scored token
+            first = max(start, len(texts[n][0]) - 1)  # the position that predicts the first scored token
             last = start + len(piece)
             if first >= last:
                 continue
-            # the mask token's share included: the numbers that every other tool gives
+            # with the mask token's own logit, so that scores agree with other tools
             logits = model.logits(hidden[row + first - start : row + len(piece)], emitted=False)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             targets = torch.tensor(whole[n][first + 1 : last + 1], device=logits.device)
@@ -76,7 +79,7 @@ def _check(model: DecodeModel, context: Sequence[int], continuation: Sequence[in
         raise UserError("a text to score needs a context and a continuation of at least one token each")
     if len(context) + len(continuation) > model.context_limit + 1:
         raise UserError(
-            f"a text of {len(context) + len(continuation)} tokens is to be scored and the model's context holds "
+            f"the text to score has {len(context) + len(continuation)} tokens and the model's context holds "
             f"{model.context_limit}: shorten it"
         )
     check_token_ids(model, (*context, *continuation))

@@ -1,9 +1,9 @@
-"""One request on its way: what it has committed, what waits to be verified, and why it ends.
+"""The state of one request: its committed tokens, the drafts that wait for verification, and why it ends.
 
-Between two forwards a sequence is its committed prefix (K/V in the pool) and a few drafts. The first draft is
-*certain*: it was chosen from autoregressive logits already computed, so it has been emitted and only its K/V is
-missing. One forward verifies the drafts and may draft anew; what the model says after the last accepted draft is the
-next certain token. Every emitted token is therefore chosen from autoregressive logits, whatever the drafts were.
+Between forwards a sequence consists of its committed prefix (K/V in the pool) and a few drafts. The first draft is the
+*certain* token: it was chosen from autoregressive logits, so it has been emitted and only its K/V is missing. A forward
+verifies the drafts and may draft new ones; the model's prediction after the last accepted draft gives the next certain
+token. Every emitted token is therefore chosen from autoregressive logits, whatever the drafts were.
 """
 
 from collections.abc import Sequence as Tokens
@@ -23,19 +23,27 @@ from tidar_megatron.inference.text import StopStrings
 
 
 class Ending(Protocol):
-    """Decides by its tokens whether a text has ended."""
+    """A rule that decides from the tokens whether a text has ended."""
 
     def ends_with(self, token: int) -> bool:
-        """Add a token; return whether it is the last."""
+        """Add a token; return whether it ends the text."""
         ...
 
 
 class Sequence:
-    """A forward asks for :meth:`part`, gives :meth:`accept` the logits of :attr:`rows`, :meth:`draft` those of
-    :attr:`draft_rows`. ``ending`` ends the text as ``options.stop`` does, where that is empty.
+    """A request in the engine.
+
+    In each step, the engine takes :meth:`part` into the forward, passes the logits of :attr:`rows` to :meth:`accept`,
+    then those of :attr:`draft_rows` to :meth:`draft`.
+
+    Args:
+        model: The model that decodes.
+        prompt: Token ids of the prompt.
+        options: How to generate.
+        ending: A rule that ends the text; used only if ``options.stop`` is empty.
 
     Raises:
-        UserError: for options or a prompt that cannot be served.
+        UserError: the options or the prompt cannot be served.
     """
 
     def __init__(
@@ -46,47 +54,47 @@ class Sequence:
         check_prompt(model, prompt)
         self.options = options
         self.slot: int | None = None
-        self.length = 0  # committed tokens
-        self.tokens: list[int] = []  # emitted ones
-        self.logprobs: list[float] = []  # of them, if asked for
+        self.length = 0  # number of committed tokens
+        self.tokens: list[int] = []  # emitted tokens
+        self.logprobs: list[float] = []  # of the emitted tokens, if options.logprobs
         self.stop: StopReason | None = None
         self.error: Exception | None = None
         self._context_limit = model.context_limit
         self._policy = make_policy(model, options, prompt)
         if (most := self._policy.most_tokens) > MOST_TOKENS:
             raise UserError(
-                f"draft length {self._policy.draft_length}: a forward would hold {most} tokens, and {MOST_TOKENS} are "
-                "the most; use a shorter draft length or fewer branches"
+                f"draft length {self._policy.draft_length}: a forward would hold {most} tokens, and the limit is "
+                f"{MOST_TOKENS}; use a shorter draft length or fewer branches"
             )
         end_of_text = frozenset() if options.ignore_eos else model.eos_token_ids
         self._end_of_text = end_of_text
         self._sampler = Sampler(options.sampling, prompt, end_of_text, model.vocab_size, model.device)
         self._ending = StopStrings(model.tokenizer, prompt, options.stop) if options.stop else ending
         wanted = len(prompt) + options.max_new_tokens
-        self._end = min(wanted, model.context_limit)  # tokens of prompt and output together
+        self._end = min(wanted, model.context_limit)  # largest length of prompt and output together
         self._full: StopReason = "length" if wanted <= model.context_limit else "context"
         self._unread = prompt
         self._drafts = Drafts()
         self._part = Part(0, 0, (), ForwardLayout(0))
-        self._accepted = 0  # tokens of the part that are committed
+        self._accepted = 0  # tokens of the last part that were committed
 
     @property
     def is_planned(self) -> bool:
-        """Whether a planner chooses its plans: mode ``auto``."""
+        """Return whether a planner chooses the plans (mode ``auto`` with a mask token)."""
         return isinstance(self._policy, Planned)
 
     def follow(self, planner: Planner) -> None:
-        """Let the engine's planner choose the plans of a sequence that :attr:`is_planned`."""
+        """Follow the engine's planner; for a sequence that :attr:`is_planned` only."""
         assert isinstance(self._policy, Planned)
         self._policy.planner = planner
 
     @property
     def room(self) -> int:
-        """Places that its slot must have: all tokens of prompt and output, and the most that one forward holds."""
+        """The slot size it needs, in tokens: the longest prompt and output, plus the largest forward."""
         return self._end + self._policy.most_tokens
 
     def part(self, prompt_tokens: int) -> Part:
-        """What it has in the next forward: a piece of its prompt, of at most so many tokens, or its drafts."""
+        """Return its part of the next forward: at most ``prompt_tokens`` of the unread prompt, or its drafts."""
         assert self.slot is not None and self.stop is None
         if self._unread:
             tokens = self._unread[:prompt_tokens]
@@ -94,7 +102,7 @@ class Sequence:
             branches = (len(tokens),) if is_last and self._policy.drafts_at_once else ()
             layout = ForwardLayout(len(tokens), branches, self._policy.draft_length)
         else:
-            # The last token that fits needs no K/V: no draft beyond it is worth a place, nor one at the context limit.
+            # The last token that fits needs no K/V, so drafts from there on are useless.
             self._cut_drafts(self._end - 1 - self.length)
             layout = self._policy.layout(self._drafts)
             self._cut_drafts(layout.num_drafts)
@@ -104,24 +112,24 @@ class Sequence:
 
     @property
     def last_part(self) -> Part:
-        """What it had in the last forward."""
+        """The sequence's part of the last forward."""
         return self._part
 
     @property
     def context(self) -> int:
-        """Tokens that are committed once its prompt is read."""
+        """The number of tokens that are committed, the unread prompt included."""
         return self.length + len(self._unread)
 
     @property
     def reads_prompt(self) -> bool:
-        """Whether this forward is of its prompt."""
+        """Return whether the next forward reads a part of the prompt."""
         return bool(self._unread)
 
     @property
     def rows(self) -> Tokens[int]:
         """The rows of its part whose logits verify: those of the drafts or of the prompt's last token.
 
-        With a trust ratio below 1 also the first mask of each branch, which stands where these rows' next token does.
+        With a trust ratio below 1 they include the first mask of each branch, which predicts the same token.
         """
         layout = self._part.layout
         if self._unread and layout.num_drafts < len(self._unread):
@@ -134,18 +142,18 @@ class Sequence:
 
     @property
     def draft_rows(self) -> range:
-        """The rows of its part whose logits draft."""
+        """The rows of its part whose logits give the next drafts."""
         return self._part.layout.rows_after(self._accepted) if self.stop is None and not self._unread else range(0)
 
     def accept(self, logits: Tensor) -> list[int]:
-        """Verify and commit; ``logits [rows, V]`` -> the tokens that became final."""
+        """Verify the drafts with ``logits [rows, V]`` and commit the accepted ones; return the newly final tokens."""
         layout, drafts = self._part.layout, self._part.tokens
-        if not len(logits):  # a piece of the prompt, not its last
+        if not len(logits):  # a chunk of the prompt, not the last
             self._commit(layout.num_drafts)
             return []
         if (beta := self.options.trust_ratio) < 1 and layout.branches:
             verifying, drafting = logits.chunk(2)
-            # of the mask token both are minus infinity, which 0 times would not stay
+            # both are minus infinity for the mask token, and 0 times that would be NaN
             logits = drafting if beta == 0 else beta * verifying + (1 - beta) * drafting
         if self._unread:
             tokens = self._sampler.choose(logits, drafts[-1:], None)
@@ -164,7 +172,7 @@ class Sequence:
         return tokens
 
     def draft(self, logits: Tensor) -> None:
-        """Keep what these rows' ``logits [rows, V]`` propose behind the certain token."""
+        """Append drafts after the certain token, chosen from the draft rows' ``logits [rows, V]``."""
         tokens, q = self._sampler.propose(logits)
         confidences: list[float] = []
         if self._policy.wants_confidences:
@@ -186,8 +194,8 @@ class Sequence:
             self._drafts = Drafts(drafts.tokens[:count], q, drafts.confidences[: count - 1], drafts.lag)
 
     def _useful(self, layout: ForwardLayout) -> ForwardLayout:
-        """The plan, less branches that could not draft a single useful token, its masks within the context."""
-        last = self._end - 1 if self.options.trust_ratio < 1 else self._end - 3  # mixing needs the place itself
+        """Return the layout without branches that cannot draft a useful token, and with masks within the context."""
+        last = self._end - 1 if self.options.trust_ratio < 1 else self._end - 3  # mixing needs a branch's first mask
         if not layout.branches:
             return layout
         useful = tuple(r for r in layout.branches if self.length + r <= last)
@@ -199,7 +207,7 @@ class Sequence:
         return ForwardLayout(layout.num_drafts, useful, min(layout.draft_length, room))
 
     def _cut(self, tokens: list[int]) -> list[int]:
-        """The tokens up to the first end; sets why, if there is one."""
+        """Return the tokens up to the first that ends the text, and set ``stop`` if one does."""
         for count, token in enumerate(tokens, 1):
             if token in self._end_of_text:
                 self.stop = "eos"
@@ -213,7 +221,7 @@ class Sequence:
 
 
 def make_policy(model: DecodeModel, options: DecodeOptions, prompt: Tokens[int]) -> Policy:
-    """The policy of a mode."""
+    """Return the policy for the options' mode."""
     draft_length = options.resolved_draft_length(model) or 1
     if options.mode == "auto" and model.mask_token_id is not None:
         return Planned(longest_draft(model))

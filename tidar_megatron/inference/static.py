@@ -1,10 +1,10 @@
-"""Decode forwards of few shapes, for a GPU: launching a forward's many small kernels takes longer than running them.
+"""Decode forwards of a few static shapes, as CUDA graphs: on a GPU, kernel launches take longer than small kernels run.
 
-What changes from step to step - token ids, positions, places in the pool, lengths, masks - is written into tensors
-that stay where they are, and sizes are rounded up to a few. So one CUDA graph serves every step of a :class:`Shape`,
-whatever plans the sequences follow, and nothing is compiled or captured anew as texts grow.
+The inputs of a step - token ids, positions, positions in the pool, lengths, masks - are written into static buffers,
+and sizes are rounded up to a few values. One CUDA graph therefore serves every step of a :class:`Shape`, whatever plans
+the sequences follow, and nothing is recompiled or recaptured as texts grow.
 
-A prompt's pieces come in any size and are large; they go through :class:`PackedForward` as on a CPU.
+Prompt chunks are large and vary in size; they go through :class:`PackedForward`, as on a CPU.
 """
 
 from collections.abc import Sequence
@@ -28,12 +28,12 @@ from tidar_megatron.inference.forward import (
 from tidar_megatron.inference.model import DecodeModel
 
 TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320)
-MARGIN = 63  # places that rounding up may add to a slot
+MARGIN = 63  # tokens that rounding up may add to a slot
 LEAST_PREFIX = 256
 
 
 class Shape(NamedTuple):
-    """``sequences`` bring ``tokens`` each, behind at most ``prefix``; all three rounded up."""
+    """The shape of a forward: ``sequences`` of ``tokens`` each, after at most ``prefix`` tokens; all rounded up."""
 
     sequences: int
     tokens: int
@@ -41,7 +41,7 @@ class Shape(NamedTuple):
 
     @staticmethod
     def of(parts: Sequence[Part], pool: KVPool) -> "Shape | None":
-        """None for parts that are too large, or have no room for what is rounded up."""
+        """Return the shape for these parts, or None if they are too large or the pool has no room for the rounding."""
         most = max(part.layout.num_tokens for part in parts)
         tokens = next((size for size in TOKENS if size >= most), None)
         if tokens is None or any(part.length + tokens > pool.capacity for part in parts):
@@ -56,9 +56,9 @@ def _power_of_two(least: int) -> int:
 
 
 class Capturing(NamedTuple):
-    """Where all graphs of an engine are captured, on the model's GPU, whichever is the current one.
+    """The stream and memory pool in which all graphs of an engine are captured, on the model's GPU.
 
-    They share their memory: what one has made is used up before another runs.
+    The graphs share memory, because the output of one is consumed before another runs.
     """
 
     stream: torch.cuda.Stream
@@ -66,18 +66,18 @@ class Capturing(NamedTuple):
 
     @staticmethod
     def on(device: torch.device) -> "Capturing":
-        """On a GPU."""
+        """Create a stream and a graph memory pool on a GPU, which need not be the current device."""
         with torch.cuda.device(device):
             return Capturing(torch.cuda.Stream(device), torch.cuda.graph_pool_handle())
 
 
 class StaticForward:
-    """A forward of one shape; the slots of sequences that are not in it bring tokens that mean nothing."""
+    """A :class:`Forward` of one static shape; slots without a sequence in the forward hold padding tokens."""
 
     def __init__(self, pool: KVPool, shape: Shape, device: torch.device, capturing: "Capturing | None" = None) -> None:
         self._pool, self._shape, self._capturing = pool, shape, capturing
         count = shape.sequences * shape.tokens
-        self._numbers = torch.zeros(3, count, dtype=torch.int64, device=device)  # token ids, positions, places
+        self._numbers = torch.zeros(3, count, dtype=torch.int64, device=device)  # token ids, positions, slot positions
         self._lengths = torch.zeros(shape.sequences, dtype=torch.int64, device=device)
         self._visible = torch.zeros(shape.sequences, shape.tokens, shape.tokens, dtype=torch.bool, device=device)
         self._uniform: Uniform | None = None
@@ -88,7 +88,7 @@ class StaticForward:
         self.num_tokens = count
 
     def load(self, parts: Sequence[Part], mask_token_id: int | None) -> None:
-        """Write what the sequences bring."""
+        """Write the parts of the sequences to the static buffers."""
         sequences, tokens, _ = self._shape
         ids, positions = torch.zeros(2, sequences, tokens, dtype=torch.int64)
         lengths = torch.zeros(sequences, dtype=torch.int64)
@@ -105,12 +105,12 @@ class StaticForward:
         self.starts = [part.slot * tokens for part in parts]
 
     def inputs(self, mask_token_id: int | None, device: torch.device) -> Tensor:
-        """As :meth:`Forward.inputs`; called first in every forward."""
+        """Return token ids and position ids; see :meth:`Forward.inputs`. Every forward calls this first."""
         self._uniform = None
         return self._numbers[:2, None]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """As :meth:`Forward.attend`."""
+        """Write K/V and compute attention; see :meth:`Forward.attend`."""
         if self._uniform is None:
             self._uniform = self._as_uniform(query.shape[1] // key.shape[1], query.dtype)
         return self._uniform.attend(self._pool, layer, query, key, value, scale)
@@ -130,7 +130,7 @@ class StaticForward:
         )
 
     def run(self, model: DecodeModel) -> Tensor:
-        """Hidden states ``[tokens, hidden]``, which the next run overwrites."""
+        """Run the forward and return hidden states ``[tokens, hidden]``, which the next run overwrites."""
         self._uses += 1
         if self._graph is not None:
             self._graph.replay()
@@ -144,27 +144,30 @@ class StaticForward:
                 with torch.cuda.graph(graph, pool=self._capturing.memory, stream=self._capturing.stream):
                     self._hidden = model.forward(self)
             self._graph = graph
-            self._graph.replay()  # what is captured has not run
+            self._graph.replay()  # capturing does not run the kernels
         assert self._hidden is not None
         return self._hidden
 
 
-WARM_UP = 3  # runs of a shape before it is captured: libraries choose kernels in the first, and a rare shape never pays
+WARM_UP = 3  # eager runs before capture: libraries choose kernels in the first, and rare shapes do not pay off
 
 
 @lru_cache(maxsize=512)
 def _padded_mask(layout: ForwardLayout, tokens: int, device: torch.device) -> Tensor:
-    """:func:`local_mask` as ``[tokens, tokens]``; what is padding sees itself, so that it stays a number."""
+    """Return :func:`local_mask` padded to ``[tokens, tokens]``; padding sees itself, so that its output is finite."""
     mask = torch.eye(tokens, dtype=torch.bool)
     mask[: layout.num_tokens, : layout.num_tokens] = local_mask(layout)
     return mask.to(device)
 
 
 class Forwards:
-    """Runs the forwards of an engine over its pool.
+    """The runner of an engine's forwards, which owns the KV pool.
 
     Args:
-        static: whether decode steps have few shapes and, on a GPU, become CUDA graphs; None: on a GPU.
+        model: The model that decodes.
+        slots: The number of slots in the pool.
+        capacity: The size of a slot in tokens.
+        static: Whether decode steps use a few static shapes (on a GPU, as CUDA graphs); by default on a GPU only.
     """
 
     def __init__(self, model: DecodeModel, slots: int, capacity: int, static: bool | None = None) -> None:
@@ -176,7 +179,15 @@ class Forwards:
         self._capturing = Capturing.on(model.device) if model.device.type == "cuda" else None
 
     def run(self, parts: Sequence[Part], reads_prompt: bool = False) -> tuple[Tensor, Forward]:
-        """Hidden states ``[tokens, hidden]``, and the forward that says where each part's rows start."""
+        """Run one forward over the parts.
+
+        Args:
+            parts: The parts, in the order of their slots.
+            reads_prompt: Whether any part is a chunk of a prompt; such forwards are never static.
+
+        Returns:
+            Hidden states ``[tokens, hidden]``, and the forward, whose ``starts`` are the first rows of the parts.
+        """
         shape = Shape.of(parts, self.pool) if self.is_static and not reads_prompt else None
         if shape is None:
             packed = PackedForward(self.pool, parts)

@@ -1,4 +1,4 @@
-"""Text to tokens and back: how a prompt is encoded, and the streams of ``text_stream.py``."""
+"""Conversion between text and tokens: the encoding of prompts, and the streams of ``text_stream.py``."""
 
 from tidar_megatron.errors import UserError
 from tidar_megatron.inference.model import DecodeModel
@@ -6,17 +6,17 @@ from tidar_megatron.text_stream import StopStrings, TextStream, continuation
 
 __all__ = ["NO_TOKENIZER", "StopStrings", "TextStream", "continuation", "encode_prompt"]
 
-NO_TOKENIZER = "the model's folder has no tokenizer: copy its tokenizer.json and tokenizer_config.json there"
+NO_TOKENIZER = "the model's folder has no tokenizer: copy tokenizer.json and tokenizer_config.json into that folder"
 
 
 def encode_prompt(model: DecodeModel, text: str) -> list[int]:
-    """The prompt's token ids, with the special tokens that the tokenizer adds by default, or without.
+    """Return the prompt's token ids, without special tokens for a TiDAR model, else with the tokenizer's default ones.
 
-    A TiDAR model was trained on documents without them (``data/tokenizer.py``); another model is prompted as usual,
-    also where it drafts with a mask token that it has not learned.
+    A TiDAR model was trained on documents without special tokens (``data/tokenizer.py``). Other models get their usual
+    prompt, even if they draft with a mask token that they were not trained on.
 
     Raises:
-        UserError: no tokenizer, or an empty prompt (also where the tokenizer would add a special token).
+        UserError: the model has no tokenizer, or the text is empty (even if the tokenizer adds a special token).
     """
     if model.tokenizer is None:
         raise UserError(NO_TOKENIZER)

@@ -1,4 +1,4 @@
-"""Run a model of half precision in float32, a layer at a time, so that its weights never lie in memory twice."""
+"""Run a half-precision model in float32 one layer at a time, so that memory never holds all weights twice."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,10 +12,10 @@ HALF = (torch.float16, torch.bfloat16)
 
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
-    """Give each layer float32 copies of its half-precision weights while it runs, and its own weights back after it.
+    """Replace each layer's half-precision weights by float32 copies while the layer runs, then restore them.
 
-    A layer is an item of an outermost ``ModuleList``; outside of these it is a module without children. What else owns
-    a tensor has the copy throughout.
+    A layer is an item of an outermost ``ModuleList`` or, outside of these, a module without children. Other modules
+    that own tensors keep float32 copies for the whole context.
     """
     layers = dict.fromkeys(item for module in _outermost_lists(model) for item in module)
     inside = {part for layer in layers for part in layer.modules()}
@@ -23,7 +23,7 @@ def in_float32(model: nn.Module) -> Iterator[None]:
     leaves = [part for part in outside if not any(part.children())]
     kept: list[_Swap] = []
     handles = []
-    room: dict[Any, Tensor] = {}  # one layer runs at a time, so all use the same
+    room: dict[Any, Tensor] = {}  # one layer runs at a time, so all layers share one buffer
     for module in (*layers, *leaves):
         swap = _Swap(module.modules(), room)
         kept.append(swap)
@@ -42,11 +42,11 @@ def in_float32(model: nn.Module) -> Iterator[None]:
 
 
 class _Swap:
-    """The half-precision parameters and buffers of some modules, and float32 copies in their places.
+    """A swap of some modules' half-precision parameters and buffers for float32 copies, and back.
 
     Args:
-        modules: own the tensors.
-        room: memory for the copies, which others may use after :meth:`restore`.
+        modules: The modules that own the tensors.
+        room: Memory for the copies, which other swaps may use after :meth:`restore`.
     """
 
     def __init__(self, modules: Iterable[nn.Module], room: dict[Any, Tensor]) -> None:
@@ -54,7 +54,7 @@ class _Swap:
         self._own: list[tuple[dict[str, Any], str, Tensor]] = []
 
     def to_float32(self) -> None:
-        """Put copies in place; without effect where they are."""
+        """Replace the tensors by float32 copies; this is a no-op if they are already replaced."""
         if self._own:
             return
         for module in self._modules:
@@ -70,7 +70,7 @@ class _Swap:
             tensors[name] = nn.Parameter(copy, requires_grad=False) if isinstance(tensor, nn.Parameter) else copy
 
     def restore(self) -> None:
-        """Put the modules' own tensors back; without effect where they are."""
+        """Restore the modules' own tensors; this is a no-op if they are in place."""
         for tensors, name, tensor in self._own:
             tensors[name] = tensor
         self._own = []

@@ -1,4 +1,4 @@
-"""Wrap a model that is in memory for decoding. A class that computes more than the engine does is refused."""
+"""Wrap a model in memory for decoding, and refuse classes that compute more than the engine does."""
 
 from typing import Any
 from weakref import WeakSet
@@ -15,19 +15,24 @@ from tidar_megatron.tidar_section import check_tidar
 
 
 def wrap_model(causal_lm: PreTrainedModel, tokenizer: Any = None) -> DecodeModel:
-    """Wrap a model that is already in memory; it is switched to evaluation and to our attention, in place.
+    """Wrap a model that is already in memory; this switches it to eval mode and the engine's attention, in place.
+
+    Args:
+        causal_lm: The model, with all weights on one device.
+        tokenizer: Its tokenizer, or None.
 
     Raises:
-        UserError: the class computes more than the engine does, or a broken ``tidar`` section.
+        UserError: the class computes more than the engine does, the ``tidar`` section is broken, weights are offloaded,
+            or autocast is on.
     """
     config = causal_lm.config
     if any(weight.is_meta for weight in causal_lm.parameters()):
         raise UserError(
             f"{type(causal_lm).__name__}: some of its weights are not in memory (device_map or accelerate offloads "
-            "them); load the whole model on one device"
+            "them); load the complete model on one device"
         )
     if torch.is_autocast_enabled(causal_lm.device.type):
-        raise UserError("autocast is not served: decode outside its block, with a model that was loaded in the dtype")
+        raise UserError("autocast is not supported: decode outside of it, with a model loaded in the wanted dtype")
     causal_lm.eval()
     causal_lm.set_attn_implementation(ATTENTION_NAME)
     if causal_lm.config._attn_implementation != ATTENTION_NAME:
@@ -42,7 +47,7 @@ def wrap_model(causal_lm: PreTrainedModel, tokenizer: Any = None) -> DecodeModel
     settings = [part.to_dict() for part in (config, getattr(causal_lm, "generation_config", None)) if part is not None]
     if mask_token_id is not None and (meaning := other_meaning(mask_token_id, tokenizer, *settings)):
         given = "config.json: tidar.mask_token_id" if config.tidar.get("trained", True) else "mask token"
-        raise UserError(f"{given} {mask_token_id} is {meaning}; it may mean nothing else; choose another id")
+        raise UserError(f"{given} {mask_token_id} is {meaning}; it must have no other meaning; choose another id")
     fuse_norms(causal_lm)
     model = DecodeModel(
         causal_lm=causal_lm,
@@ -59,11 +64,11 @@ def wrap_model(causal_lm: PreTrainedModel, tokenizer: Any = None) -> DecodeModel
     return model
 
 
-_CHECKED: WeakSet[PreTrainedModel] = WeakSet()  # models that were compared with what transformers computes
+_CHECKED: WeakSet[PreTrainedModel] = WeakSet()  # models that have passed check_compatible
 
 
 def _tidar_section(config: PretrainedConfig) -> tuple[int | None, int | None]:
-    """Return the mask token's id and the block size; None twice without a section."""
+    """Return the mask token's id and the block size, or (None, None) without a ``tidar`` section."""
     section = getattr(config, "tidar", None)
     if section is None:
         return None, None
