@@ -40,4 +40,4 @@ def other_meaning(mask_token_id: int, tokenizer: Any, *settings: Mapping[str, An
     name = tokenizer.convert_ids_to_tokens(mask_token_id) if mask_token_id < len(tokenizer) else None
     if name is None or RESERVED.fullmatch(name) or (added is not None and added.special):
         return None
-    return f"{name!r}, which occurs in text"
+    return f"{name!r}, which occurs in texts"

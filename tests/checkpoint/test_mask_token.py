@@ -102,7 +102,7 @@ def test_a_mask_token_with_another_meaning_is_refused(tmp_path):
     section = json.loads((out / "config.json").read_text())["tidar"]
     cases = [
         ("config.json", {"tidar": section | {"mask_token_id": 256}}, "256.* is the EOS token"),
-        ("config.json", {"tidar": section | {"mask_token_id": 97}}, "97.* is 'a', which occurs in text"),
+        ("config.json", {"tidar": section | {"mask_token_id": 97}}, "97.* is 'a', which occurs in texts"),
         ("config.json", {"bos_token_id": MASK}, "258.* is the BOS token"),
         ("generation_config.json", {"pad_token_id": MASK}, "258.* is the PAD token"),
         ("generation_config.json", {"eos_token_id": [3, MASK]}, "258.* is the EOS token"),
