@@ -8,11 +8,12 @@ import pytest
 from tidar_megatron.inference import costs as timing
 from tidar_megatron.inference import engine
 from tidar_megatron.inference.acceptance import Acceptance, Outcomes
+from tidar_megatron.inference.candidates import Cost, expect
 from tidar_megatron.inference.costs import Clock, Costs, load_costs
 from tidar_megatron.inference.drafting import Branches, Drafts, Linear, likeliest_outcomes
 from tidar_megatron.inference.engine import generate, generate_batch
 from tidar_megatron.inference.forward import ForwardLayout
-from tidar_megatron.inference.planner import Cost, Planned, Planner, expect, longest_draft
+from tidar_megatron.inference.planner import Planned, Planner, longest_draft
 from tidar_megatron.inference.request import DecodeOptions
 
 FREE = Costs([1, 272], [64], [[0.01], [0.01]])  # a machine with free slots

@@ -10,14 +10,8 @@ from tidar_megatron.config.reader import (
     load_resolved_config,
     parse_config,
 )
-from tidar_megatron.config.sections import (
-    Config,
-    HealthConfig,
-    ModelConfig,
-    ParallelConfig,
-    ResolvedConfig,
-    TiDARConfig,
-)
+from tidar_megatron.config.sections import HealthConfig, ModelConfig, ParallelConfig, TiDARConfig
+from tidar_megatron.config.tree import Config, ResolvedConfig
 
 CONFIG_FILE = "resolved_config.yaml"  # the resolved configuration, in the run's folder
 

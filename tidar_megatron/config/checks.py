@@ -5,7 +5,8 @@ Each error is one line that names the flag, its value and the nearest value or l
 
 import math
 
-from tidar_megatron.config.sections import Config, ModelConfig
+from tidar_megatron.config.sections import ModelConfig
+from tidar_megatron.config.tree import Config
 from tidar_megatron.errors import UserError
 
 TP, PP, VPP, CP, EP = (

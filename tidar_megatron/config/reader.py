@@ -16,7 +16,8 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from tidar_megatron.config.checks import check_config
-from tidar_megatron.config.sections import Config, ResolvedConfig, Sources
+from tidar_megatron.config.sections import Sources
+from tidar_megatron.config.tree import Config, ResolvedConfig
 from tidar_megatron.errors import UserError
 from tidar_megatron.program import OneLineParser
 

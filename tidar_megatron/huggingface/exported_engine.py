@@ -8,7 +8,7 @@ from tidar_megatron import __version__
 
 MODULES = {  # file in the folder -> module of this package; transformers calls the first
     "generate": "inference/custom_generate",
-    **{name: f"inference/{name}" for name in ("engine", "sequence", "drafting", "planner", "acceptance")},
+    **{name: f"inference/{name}" for name in ("engine", "sequence", "drafting", "planner", "candidates", "acceptance")},
     **{name: f"inference/{name}" for name in ("costs", "static", "forward", "attention", "cache", "model", "request")},
     **{name: f"inference/{name}" for name in ("sampling", "text", "prepared", "wrapping", "compatibility", "upcast")},
     **{name: name for name in ("attention_mask", "attention_kernels", "text_stream", "mask_token", "tidar_section")},
