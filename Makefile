@@ -33,7 +33,7 @@ help:
 
 setup: $(STAMP)
 
-$(STAMP): setup.py constraints.txt
+$(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python $(VERSION) is too old; make PYTHON=python3.11 (or 3.12)")'
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)

@@ -1,4 +1,4 @@
-"""Run the programs in ``tools/``: check arguments, guard the standard streams, and print an error as one line.
+"""Run every program of ``tidar``: check arguments, guard the standard streams, and print an error as one line.
 
 A :class:`~tidar_megatron.errors.UserError` exits with status 2. A training run that a signal stopped exits with 75
 (EX_TEMPFAIL: start it again and it resumes), one that makes no progress with 76.
@@ -14,11 +14,12 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tidar_megatron.errors import Diverged, Interrupted, LocalError, Stalled, UserError
 from tidar_megatron.streams import standard_streams
 
+COMPLETION = "_ARGCOMPLETE"  # in the environment while a shell asks for what may be typed next
 INTERRUPTED_STATUS, DIVERGED_STATUS = 75, 76
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # errors that any write can raise
 
@@ -76,7 +77,20 @@ def _check_arguments() -> None:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser that raises :class:`UserError` and suggests the flag that was probably meant."""
+    """An ArgumentParser that raises :class:`UserError` and suggests the flag that was probably meant.
+
+    It completes flags and their values in a shell where argcomplete is installed and registered.
+    """
+
+    def parse_known_args(self, args=None, namespace=None) -> tuple[Any, list[str]]:  # type: ignore[no-untyped-def]
+        """Parse as the parent does; for a shell that asks for completions, print them and end the process instead."""
+        if args is None and COMPLETION in os.environ:  # argcomplete, and a command of this parser, give arguments
+            try:
+                import argcomplete
+            except ImportError:
+                sys.exit(1)
+            argcomplete.autocomplete(self)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         if "unrecognized arguments:" in message:

@@ -1,75 +1,7 @@
 #!/usr/bin/env python
-"""Proves for a checkpoint, dtype and machine that drafting changes nothing but the speed.
+"""Run ``tidar certify`` from a file: python tools/certify.py --model DIR --prompts FILE.jsonl"""
 
-python tools/certify.py --model DIR --prompts FILE.jsonl [--json]
-"""
-
-import json
-import sys
-
-from tidar_megatron.errors import UserError
-from tidar_megatron.program import OneLineParser, run_tool
-
-
-def main() -> None:
-    """Parse, decode with every plan, compare, report; exit status 1 where the certificate does not hold."""
-    parser = OneLineParser(description="Greedy output against transformers' generate; the sampled distribution.")
-    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder")
-    parser.add_argument("--prompts", required=True, metavar="FILE", help="JSON lines: strings, or with a prompt")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N prompts")
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="of each prompt [128]")
-    parser.add_argument("--draft-lengths", type=int, nargs="+", default=[2, 4, 8, 16], metavar="K", help="[2 4 8 16]")
-    parser.add_argument("--samples", type=int, default=2000, metavar="N", help="drawn with each plan [2000]; 0: none")
-    parser.add_argument(
-        "--mask-token-id", type=int, metavar="ID", help="draft with this token where the model has none"
-    )
-    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--dtype", help="default: float32, also on a GPU: narrower types make ties")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, as the last line")
-    args = parser.parse_args()
-    for name, value, least in (
-        ("--limit", args.limit, 1),
-        ("--max-new-tokens", args.max_new_tokens, 1),
-        ("--samples", args.samples, 0),
-        *(("--draft-lengths", K, 1) for K in args.draft_lengths),
-    ):
-        if value is not None and value < least:
-            raise UserError(f"{name} {value}: must be at least {least}")
-    from tidar_megatron.evaluation import certificate  # heavy: after the command line is known to be sound
-    from tidar_megatron.inference.loading import load_model
-    from tidar_megatron.inference.text import encode_prompt
-
-    texts = certificate.read_prompts(args.prompts)[: args.limit]
-    model = load_model(args.model, args.device, args.dtype or "float32", args.mask_token_id)
-    prompts = [encode_prompt(model, text) for text in texts]
-    runs = certificate.plans(args.draft_lengths, drafts=model.mask_token_id is not None)
-    found = certificate.certify(model, args.model, prompts, args.max_new_tokens, runs, args.samples)
-    if args.json:
-        print(json.dumps(found.as_dict()))
-    else:
-        show(found)
-    sys.exit(0 if found.holds else 1)
-
-
-def show(found) -> None:  # type: ignore[no-untyped-def]
-    """A table, and the verdict."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("plan", "batch", "identical", "ties", "different", title=f"{found.prompts} prompts, greedy")
-    for run in found.runs:
-        table.add_row(run.plan, str(run.batch), *(str(n) for n in (run.identical, len(run.ties), len(run.differences))))
-    console = Console(width=100)
-    console.print(table)
-    if found.sampled:
-        table = Table("plan", "samples", "p-value", title="sampled: chi-square against the model's distribution")
-        for test in found.sampled:
-            table.add_row(test["plan"], str(test["samples"]), f"{test['p_value']:.3f}")
-        console.print(table)
-    verdict = "holds" if found.holds else "does NOT hold"
-    same = f"{found.identical} of {found.prompts} prompts identical in every run, {found.ties} tied"
-    print(f"{same}: the certificate {verdict}")
-
+from tidar_megatron.cli.main import launch
 
 if __name__ == "__main__":
-    run_tool(main)
+    launch("certify")

@@ -1,30 +1,7 @@
 #!/usr/bin/env python
-"""Does every parallel layout give the numbers of one rank here? The first thing to run on a new cluster.
+"""Run ``tidar check-layout`` from a file: torchrun --nproc-per-node 4 tools/check_layout.py"""
 
-torchrun --nproc-per-node 4 tools/check_layout.py
-"""
-
-import os
-
-from tidar_megatron.program import OneLineParser, run_tool
-
-
-def main() -> None:
-    """Parse, run every layout, compare with a process of its own, report."""
-    parser = OneLineParser(description="Compare every layout that fits the world size with one rank.")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument("--layout", action="append", metavar="NAME", help="only this layout; may be given again")
-    parser.add_argument("--list", action="store_true", help="name the layouts that fit, and run none")
-    parser.add_argument("--one-rank", metavar="FILE", help="internal: write the reference's results to FILE")
-    parser.add_argument("--sequences-for", type=int, default=1, metavar="N", help="internal: the launch's processes")
-    arguments = parser.parse_args()
-    from tidar_megatron.training import layout_report  # heavy: after the command line is known to be sound
-
-    if arguments.one_rank:
-        layout_report.write_reference(arguments.one_rank, arguments.sequences_for)
-    else:
-        layout_report.report(arguments.layout, list_only=arguments.list, as_json=arguments.json)
-
+from tidar_megatron.cli.main import launch
 
 if __name__ == "__main__":
-    run_tool(main, rank=int(os.environ.get("RANK", "0")))
+    launch("check-layout")

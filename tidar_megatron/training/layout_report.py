@@ -100,7 +100,8 @@ def run(layouts: list[Layout], world_size: int, console: Console, is_main: bool)
 def start_reference(path: Path, world_size: int) -> subprocess.Popen:
     """Start a process outside of the launcher's job that trains the same models on one rank."""
     alone = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
-    command = [sys.executable, sys.argv[0], "--one-rank", str(path), "--sequences-for", str(world_size)]
+    command = [sys.executable, "-m", "tidar_megatron", "check-layout", "--one-rank", str(path)]
+    command += ["--sequences-for", str(world_size)]
     return subprocess.Popen(command, env=alone, stdout=sys.stderr)
 
 
