@@ -3,6 +3,9 @@
 import ast
 from pathlib import Path
 
+import tidar_megatron
+
+API = set(tidar_megatron.__all__)
 PACKAGE = Path(__file__).parent.parent / "tidar_megatron"
 FLOORS = {
     "errors": -4,  # the ground
@@ -65,6 +68,8 @@ def violations(path, source):
         other = room(module)
         if other in FLOORS and other != mine and FLOORS[other] >= FLOORS[mine]:
             yield f"{relative} (F{FLOORS[mine]}) imports {module} (F{FLOORS[other]})"
+        if module.startswith("tidar_megatron.") and other in API:
+            yield f"{relative} imports {other} through the package, and so past the floors"
         for unknown in FORBIDDEN.get(mine, ()):
             if any(str(relative) == file and (module + ".").startswith(allowed + ".") for file, allowed in ALLOWED):
                 continue
@@ -87,6 +92,7 @@ def test_the_test_can_fail():
     assert list(violations(fake, "from tidar_megatron.models.loss import joint_loss"))
     assert list(violations(fake, "def f():\n    import megatron.core"))
     assert list(violations(PACKAGE / "inference" / "x.py", "from tidar_megatron.training import loop"))
+    assert list(violations(fake, "from tidar_megatron import generate"))
     assert not list(violations(PACKAGE / "training" / "x.py", "from tidar_megatron.models.loss import joint_loss"))
 
 
