@@ -76,17 +76,19 @@ _MODULES = {
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 
-def __getattr__(name: str) -> Any:
-    """Import a name of the API when it is first used.
+if not TYPE_CHECKING:  # a type checker is to find names that do not exist
 
-    Raises:
-        AttributeError: the package has no such name.
-    """
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-    globals()[name] = value  # the next use finds it without this function
-    return value
+    def __getattr__(name: str) -> Any:
+        """Import a name of the API when it is first used.
+
+        Raises:
+            AttributeError: the package has no such name.
+        """
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+        globals()[name] = value  # the next use finds it without this function
+        return value
 
 
 def __dir__() -> list[str]:

@@ -37,7 +37,7 @@ def test_nothing_heavy_is_imported_before_it_is_used():
 
 def test_what_editors_see_is_what_there_is():
     """The imports for type checkers, ``__all__`` and the documentation name the same things."""
-    (typed,) = [node for node in SOURCE.body if isinstance(node, ast.If)]
+    typed = next(node for node in SOURCE.body if isinstance(node, ast.If))
     seen = {alias.name: node.module for node in typed.body for alias in node.names}
     assert sorted(seen) == sorted(tidar_megatron.__all__)
     for name, module in seen.items():
