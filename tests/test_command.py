@@ -71,6 +71,7 @@ def test_under_torchrun_one_rank_speaks(name, speaks, monkeypatch, capsys):
     assert ("what all ranks say" in capsys.readouterr().err) == speaks
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("line", "words", "completions"),
     [

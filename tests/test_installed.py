@@ -18,6 +18,7 @@ TINY = (
     "--seq-length 32 --block-size 4 --num-layers 1 --hidden-size 16 --ffn-hidden-size 32 --num-attention-heads 2 "
     "--train-iters 2 --global-batch-size 2 --micro-batch-size 2"
 )
+pytestmark = pytest.mark.process
 WITHOUT = ("PYTHONPATH", "RANK", "WORLD_SIZE")
 
 

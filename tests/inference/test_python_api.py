@@ -28,6 +28,7 @@ def test_the_example_of_the_readme(checkpoint, capsys):
     assert re.fullmatch(r"(\w+ \d+\.\d\d tokens per forward\n){2}", "\n".join(figures))
 
 
+@pytest.mark.process
 def test_nothing_heavy_is_imported_before_it_is_used():
     program = "import sys, tidar_megatron\nassert 'load_model' in dir(tidar_megatron)\nprint(*sys.modules)"
     done = subprocess.run([sys.executable, "-S", "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
