@@ -51,7 +51,7 @@ def test_a_run_starts_from_it_and_its_export_has_the_rows(source, tmp_path, caps
     assert weights["embedding.word_embeddings.weight"][:262].any(1).all()
     run, hf = tmp_path / "run", tmp_path / "hf"
     pretrain(build_config(starting_from(source / "hf", [source / "data"], checkpoint={"save": str(run)})))
-    assert "/hf, with 4 new rows in its vocabulary of 262 ids" in capsys.readouterr().out
+    assert "/hf, with 4 new rows in a vocabulary of 262 ids" in capsys.readouterr().out
     export_run(run, hf)
     shut_down()
     assert json.loads((hf / "config.json").read_text())["vocab_size"] == 262

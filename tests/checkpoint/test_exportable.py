@@ -143,5 +143,5 @@ def test_what_a_class_itself_refuses_is_refused(monkeypatch):
         raise ValueError("no\nsuch thing")
 
     monkeypatch.setattr(Qwen3Config, "from_dict", refuse)
-    with pytest.raises(UserError, match=r"Qwen3ForCausalLM refuses this model.* exported: no such thing; change"):
+    with pytest.raises(UserError, match=r"Qwen3ForCausalLM rejects this model.* exported: no such thing; change"):
         resolve(configuration(True, False, False, False, "plain"), TOKENIZER)

@@ -119,7 +119,7 @@ def test_asking_for_what_cannot_run_here():
 @pytest.mark.parametrize(
     ("model", "bf16", "why"),
     [
-        ({"hidden_size": 64, "num_attention_heads": 8}, True, "no heads of 8 channels, 16 at least"),
+        ({"hidden_size": 64, "num_attention_heads": 8}, True, "at least 16 channels per head, the model has 8"),
         ({}, False, "--bf16"),
     ],
 )
