@@ -1,4 +1,4 @@
-"""What tests of several folders share: profiles, tiers, and shards of ragged documents."""
+"""Fixtures and hooks that tests of several folders share: profiles, tiers, and shards of ragged documents."""
 
 import gc
 import os
@@ -63,7 +63,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_runtest_setup(item):
-    """From here on: whether the test may start a process."""
+    """Note whether the test may start a process."""
     _running["marked"] = item.get_closest_marker("process") is not None
 
 

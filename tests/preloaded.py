@@ -1,4 +1,4 @@
-"""What the processes of tests/ranks.py find imported: nothing here starts a thread or a process group."""
+"""The imports that the processes of tests/ranks.py find done; none of them starts a thread or a process group."""
 
 import gc
 import os

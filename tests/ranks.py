@@ -77,7 +77,7 @@ class Process:
 
 
 class ForkedSubprocess:
-    """What takes the place of the module ``subprocess`` in a module whose programs are to be forked."""
+    """A stand-in for the module ``subprocess``, for a module whose programs are to be forked."""
 
     DEVNULL, TimeoutExpired = subprocess.DEVNULL, subprocess.TimeoutExpired
 
@@ -173,7 +173,7 @@ def started(arguments, log, count=1, **variables):
 
 
 class _Largest:
-    """Writes beyond so many bytes of a file fail, as on a full disk."""
+    """Let writes beyond ``size`` bytes of a file fail, as on a full disk."""
 
     def __init__(self, size):
         self.size = size

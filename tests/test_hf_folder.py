@@ -77,6 +77,7 @@ def refused(action, *said):
                 "original_max_position_embeddings": 16,
             },
         },
+        {"rope_parameters": {"full_attention": {"low_freq_factor": 4.0, "high_freq_factor": 1.0}}},
         {"hidden_act": "foo"},
         {"vocab_size": 10**12},
         {"hidden_size": 0},

@@ -1,4 +1,4 @@
-"""What is done to one rank of a run when it comes to a step."""
+"""Damage one rank of a run when it reaches a step."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from tidar_megatron.training.trainer import Trainer
 
 
 def damage_rank(what, whose, at, rank):
-    """In rank ``rank``, before it begins: do ``what`` at step ``at`` if the rank is ``whose``."""
+    """Prepare rank ``rank`` to do ``what`` at step ``at`` if it is rank ``whose``."""
     if rank != whose:
         return
     real_step, real_batches, real_forward = Trainer.step, TrainingData.step_batches, gpt.GPTModel.forward

@@ -53,7 +53,7 @@ TROUBLES = {
 
 
 def trouble(name, rank):
-    """What rank ``rank`` does before it begins."""
+    """Prepare rank ``rank``, in it, before it begins."""
     whose, (place, function), what = TROUBLES[name]
     startup.BEAT, startup.SILENT, startup.GRACE, startup.ALIKE = 0.2, 20.0, 3.0, 3.0
     if rank in whose:

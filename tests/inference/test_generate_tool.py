@@ -185,6 +185,7 @@ def test_the_plan_is_named_or_explained(checkpoint, tool):
     for wrong, message in (
         (["--plan", "fast"], "plan 'fast': use auto, ar, linear:8"),
         (["--plan", "2:8", "--mode", "ar"], "--plan 2:8: names it all"),
+        (["--mode", "linear", "--branches", "all"], "--mode linear: takes no --branches"),
         (["--mode", "ar", "--draft-length", 4], "mode ar: takes no draft length"),
         (["--mode", "ar", "--explain-plan"], "--explain-plan: needs --plan auto"),
         (["--temperature", "nan"], "temperature nan: must be"),

@@ -58,7 +58,7 @@ EXPERTS = ("transformer_engine", "experts", True)
 
 
 def choices(packages, *asked):
-    """What is chosen in an interpreter where the stubs of ``packages`` are importable, for each configuration."""
+    """Return what an interpreter chooses for each configuration where the stubs of ``packages`` are importable."""
     program = f"ASKED = {asked!r}\n{CHOICES}"
     command = [sys.executable, "-W", "ignore", "-m", "tests.stubs", packages, program]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

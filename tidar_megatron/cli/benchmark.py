@@ -1,4 +1,4 @@
-"""What training costs over plain AR, and what decoding gains, measured side by side in one process.
+"""Measure the cost of training over plain AR, and the gain of decoding, side by side in one process.
 
 tidar benchmark training|attention|loss|loader|checkpoint|decode|planner|step [--json]
 """
@@ -44,7 +44,7 @@ MEANT_FOR = {
 
 
 def run_model(arguments: argparse.Namespace, repeats: int) -> dict[str, Any]:
-    """Load, then measure."""
+    """Load the model, then measure."""
     import torch
 
     from tidar_megatron.benchmark.bodies import BODIES
@@ -89,7 +89,7 @@ def run_model(arguments: argparse.Namespace, repeats: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Parse, measure, write, print."""
+    """Parse the command line, measure, write the results, and print them."""
     parser = OneLineParser(description="Ratios of interleaved runs; the results are kept as JSON.", allow_abbrev=False)
     parser.add_argument("what", choices=sorted(REPEATS))
     parser.add_argument("--seq-lengths", type=int, nargs="+", metavar="S", help="clean tokens of a sequence")

@@ -1,4 +1,4 @@
-"""Proves for a checkpoint, dtype and machine that drafting changes nothing but the speed.
+"""Prove for a checkpoint, dtype and machine that drafting changes nothing but the speed.
 
 tidar certify --model DIR --prompts FILE.jsonl [--json]
 """
@@ -11,7 +11,7 @@ from tidar_megatron.program import OneLineParser
 
 
 def main() -> None:
-    """Parse, decode with every plan, compare, report; exit status 1 where the certificate does not hold."""
+    """Decode with every plan, compare, and report; exit with status 1 if the certificate does not hold."""
     parser = OneLineParser(description="Greedy output against transformers' generate; the sampled distribution.")
     parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder")
     parser.add_argument("--prompts", required=True, metavar="FILE", help="JSON lines: strings, or with a prompt")
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def show(found) -> None:  # type: ignore[no-untyped-def]
-    """A table, and the verdict."""
+    """Print the table and the verdict."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""Does every parallel layout give the numbers of one rank here? The first thing to run on a new cluster.
+"""Compare every parallel layout with one rank. Run this first on a new cluster.
 
 torchrun --nproc-per-node 4 tools/check_layout.py
 """
@@ -7,7 +7,7 @@ from tidar_megatron.program import OneLineParser
 
 
 def main() -> None:
-    """Parse, run every layout, compare with a process of its own, report."""
+    """Run every layout, compare it with a single process, and report."""
     parser = OneLineParser(description="Compare every layout that fits the world size with one rank.")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--layout", action="append", metavar="NAME", help="only this layout; may be given again")

@@ -1,4 +1,4 @@
-"""Hugging Face folder -> a run's folder, a run's checkpoint -> Hugging Face folder, and whether both are one model.
+"""Import a Hugging Face folder as a run, export a run's checkpoint, or verify that both are one model.
 
 tidar convert import --hf runs/smollm2/hf --output runs/smollm2/imported
 tidar convert export --checkpoint runs/quickstart --hf runs/quickstart/hf
@@ -18,7 +18,7 @@ LAYOUT = [f"{kind}_model_parallel_size" for kind in ("tensor", "pipeline", "virt
 
 
 def main() -> None:
-    """Parse, then convert."""
+    """Parse the command line, then convert."""
     parser = OneLineParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     verbs = parser.add_subparsers(dest="verb", required=True)
     to_run = verbs.add_parser("import", help="a Hugging Face folder -> a run's folder, for --init-from")

@@ -1,4 +1,4 @@
-"""Scores of a model on lm-eval's tasks, local JSON lines or HumanEval, by draft/verify and by plain AR side by side.
+"""Score a model on lm-eval's tasks, local JSON lines or HumanEval, by draft/verify and by plain AR side by side.
 
 tidar evaluate --model DIR --tasks FILE.jsonl [NAME ...] [--human-eval] [--json]
 """
@@ -10,7 +10,7 @@ from tidar_megatron.program import OneLineParser
 
 
 def main() -> None:
-    """Parse, evaluate by both, report."""
+    """Parse the command line, evaluate with both, and report."""
     parser = OneLineParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder with a tokenizer")
     parser.add_argument(
@@ -57,12 +57,12 @@ def main() -> None:
 
 
 def number(value: float) -> str:
-    """Four places, or of a large one four digits: perplexities know no bounds."""
+    """Return a score with four decimals, a large one with four digits: a perplexity has no upper bound."""
     return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.3e}"
 
 
 def show(rows, plan) -> None:  # type: ignore[no-untyped-def]
-    """A table, and what differs."""
+    """Print the table, and what differs."""
     from rich.console import Console
     from rich.table import Table
 

@@ -24,7 +24,7 @@ COLOURS = ("green", "cyan", "yellow")
 
 
 def parse_branches(text: str) -> int | str:
-    """``all`` or a number; whether it makes sense is the engine's to say."""
+    """Return ``all`` or a number as it was given; the engine checks it."""
     try:
         return int(text)
     except ValueError:
@@ -67,7 +67,11 @@ def parse_args() -> argparse.Namespace:
 
 
 def plan_of(args: argparse.Namespace) -> "DecodeOptions":
-    """The plan that was asked for, as options."""
+    """Return the options of the plan that the flags name.
+
+    Raises:
+        UserError: the flags contradict each other.
+    """
     from tidar_megatron.inference.request import DecodeOptions, Mode, parse_plan
 
     single = args.mode, args.draft_length, args.branches
@@ -77,11 +81,13 @@ def plan_of(args: argparse.Namespace) -> "DecodeOptions":
         return parse_plan(args.plan)
     fixed = args.draft_length is not None or args.branches is not None or args.trust_ratio < 1
     mode: Mode = args.mode or ("tidar" if fixed else "auto")
+    if mode != "tidar" and args.branches is not None:  # options cannot tell "all" from their default
+        raise UserError(f"--mode {mode}: takes no --branches; leave them out, or use --mode tidar")
     return DecodeOptions(mode, args.draft_length, "all" if args.branches is None else args.branches)
 
 
 def read_standard_input() -> str:
-    """All of it, as it is: the end of its last line too."""
+    """Return standard input unchanged, the end of its last line included."""
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -89,7 +95,7 @@ def read_standard_input() -> str:
 
 
 def of_a_draw(args: argparse.Namespace) -> dict[str, bool]:
-    """The settings that act on what is drawn alone, and whether they were given."""
+    """Return the flags that only affect sampling, and whether each was given."""
     given = {"--top-k": args.top_k is not None, "--top-p": args.top_p != 1, "--min-p": args.min_p != 0}
     return given | {"--seed": args.seed is not None}
 
@@ -164,7 +170,7 @@ def main() -> None:
 
 
 def make_writer() -> Callable[[str], None]:
-    """Writes a piece of text at once; in a terminal the colour changes with every piece, so with every forward."""
+    """Return a function that writes a piece of text at once; in a terminal each forward has its own colour."""
     if not sys.stdout.isatty():
         return lambda piece: print(piece, end="", flush=True)
 

@@ -1,4 +1,4 @@
-"""Say what is in a checkpoint, whether it is whole, and which run it is from; nothing in it is executed.
+"""Say what is in a checkpoint, whether it is intact, and which run it is from; nothing in it is executed.
 
 tidar inspect-checkpoint runs/quickstart [--verify] [--json]
 tidar inspect-checkpoint runs/quickstart/iter_0000100 --verify
@@ -13,7 +13,7 @@ from tidar_megatron.program import OneLineParser
 
 
 def main() -> None:
-    """Parse, read, print."""
+    """Read the checkpoint, and print what it holds."""
     parser = OneLineParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("folder", help="folder that was --save in training: all checkpoints; or one of its iter_..")
     parser.add_argument("--verify", action="store_true", help="read every file and compare its hash")

@@ -1,4 +1,4 @@
-"""Look into training data: shards and whether they are whole, some documents, and a packed sequence in colour.
+"""Look into training data: shards and whether they are intact, some documents, and a packed sequence in colour.
 
     tidar inspect-data data/quickstart/train --seq-length 256 --block-size 8
 
@@ -13,7 +13,7 @@ from tidar_megatron.program import OneLineParser
 
 
 def main() -> None:
-    """Parse, look, tell."""
+    """Read the data, and print what it holds."""
     parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

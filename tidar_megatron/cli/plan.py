@@ -1,4 +1,4 @@
-"""Which layouts of a model fit a number of GPUs, and how long would a step be? Needs no GPU.
+"""Find the layouts of a model that fit a number of GPUs, and predict their step time, without a GPU.
 
 tidar plan --config examples/quickstart/config.yaml --vocab-size 257 --gpus 8 --hardware h100
 """
@@ -12,7 +12,7 @@ from tidar_megatron.program import OneLineParser
 
 
 def main() -> None:
-    """Parse, plan, print."""
+    """Search the layouts, and print them."""
     parser = OneLineParser(description="Layouts that fit, the fastest first; predictions rest on printed assumptions.")
     parser.add_argument("--config", required=True, metavar="FILE.yaml", help="the run's configuration")
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs of the job")

@@ -23,7 +23,7 @@ from tidar_megatron.program import OneLineParser
 
 
 def main() -> None:
-    """Parse, build, call."""
+    """Parse the command line, then prepare the data."""
     parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

@@ -12,7 +12,7 @@ from tidar_megatron.training import signals
 
 
 def main() -> None:
-    """Parse, then train."""
+    """Parse the command line, then train."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of a rank that is gone have forty lines
     signals.install()  # before anything heavy is imported: a signal that comes meanwhile must not end the process
     from tidar_megatron.config import parse_config

@@ -130,11 +130,12 @@ def check_raw(raw: Tree, path: Path) -> None:
     _check_numbers(raw, path, "")
     for name in ("rope_scaling", "rope_parameters"):
         rope = raw.get(name) or {}
-        for section in [rope, *(value for value in rope.values() if isinstance(value, dict))]:  # nested in Gemma 3
+        nested = {f"{name}.{key}": value for key, value in rope.items() if isinstance(value, dict)}  # as in Gemma 3
+        for where, section in {name: rope, **nested}.items():
             low, high = section.get("low_freq_factor"), section.get("high_freq_factor")
             if low is not None and high is not None and low >= high:
                 raise UserError(
-                    f"{path}: {name}.low_freq_factor {low} is not below high_freq_factor {high}; correct it"
+                    f"{path}: {where}.low_freq_factor {low} is not below high_freq_factor {high}; correct it"
                 )
     tidar = raw.get("tidar")
     if tidar is not None:

@@ -252,8 +252,9 @@ def export_huggingface(
     """
     check_free("--hf", folder)
     eos_token_id = tokenizer.eos_token_id if tokenizer is not None else None
-    before = read_json(Path(source) / CONFIG) if source is not None else None
-    if source is not None and before is not None:
+    before = None
+    if source is not None:
+        before = read_json(Path(source) / CONFIG)
         check_raw(before, Path(source) / CONFIG)
     hf_config = huggingface_config(config, eos_token_id, before)
     mask = config.tidar.mask_token_id

@@ -162,8 +162,8 @@ def _engine_logits(model: DecodeModel, prompts: list[list[int]], masks: int) -> 
         for number in served:
             tokens = prompts[number][done[number] : until(len(prompts[number]))]
             drafting = masks and done[number] > 0 and len(tokens) > 1
-            plan = ForwardLayout(len(tokens), (len(tokens),), masks) if drafting else ForwardLayout(len(tokens))
-            parts.append(Part(number, done[number], tokens, plan))
+            layout = ForwardLayout(len(tokens), (len(tokens),), masks) if drafting else ForwardLayout(len(tokens))
+            parts.append(Part(number, done[number], tokens, layout))
         packed = PackedForward(pool, parts)
         hidden = model.forward(packed)
         for number, part, start in zip(served, parts, packed.starts, strict=True):
