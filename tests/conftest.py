@@ -10,7 +10,7 @@ import pytest
 from hypothesis import settings
 
 # `make test` draws some examples, `make test-slow` many
-settings.register_profile("quick", max_examples=60, deadline=None)
+settings.register_profile("quick", max_examples=40, deadline=None)
 settings.register_profile("thorough", max_examples=500, deadline=None)
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "quick")
 THOROUGH = PROFILE == "thorough"

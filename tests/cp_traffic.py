@@ -54,7 +54,8 @@ def main():
     from tidar_megatron.models.gpt import build_model, run_model
     from tidar_megatron.models.initialize import initialize_weights
     from tidar_megatron.models.loss import joint_loss
-    from tidar_megatron.training.layout_check import Documents, variant_config
+    from tidar_megatron.training.layout_check import Documents
+    from tidar_megatron.training.layout_variants import variant_config
 
     for size in (2, 4):
         for heads in (1, 4):

@@ -30,6 +30,7 @@ SOME = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model_type", "variant"), list(SOME))
 def test_some_configurations(model_type, variant):
     changes = survey.variants(model_type)[variant]

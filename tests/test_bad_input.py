@@ -89,7 +89,7 @@ def test_flags_that_would_do_nothing(train, tmp_path):
 
 
 def test_no_data(train, tmp_path):
-    refused(train("--train-data", tmp_path), "manifest.json", "tools/prepare_data.py")
+    refused(train("--train-data", tmp_path), "manifest.json", "tidar prepare-data")
 
 
 def test_damaged_shards(train, shards, tmp_path):

@@ -284,6 +284,7 @@ def test_following_the_remedy_works(flags):
 counts = st.sampled_from([1, 2, 3, 4, 5, 6, 8, 12, 16])
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(
     sizes=st.fixed_dictionaries(dict.fromkeys([*SHORT.values(), "--num-layers", "--num-query-groups"], counts)),
@@ -317,6 +318,7 @@ def test_defaults_stand():
     assert build_config({}) == Config()
 
 
+@pytest.mark.slow
 @given(st.integers(1, 5000), st.data())
 def test_a_fraction_of_the_blocks(blocks, data):
     """The nearest whole number of blocks and at least one; a remedy names any number in as few digits as will do."""

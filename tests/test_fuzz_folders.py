@@ -204,6 +204,7 @@ def _sample(every: list[Mutation], seed: str) -> list[Mutation]:
     return chosen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sound", "file", "use"), CASES + SLOW * FULL, ids=lambda value: getattr(value, "__name__", value)
 )

@@ -94,7 +94,7 @@ def main() -> None:
     print_table(figures, summary)
     draw(run / "quickstart.png", metrics, figures)
     print(f"{run / 'summary.json'}, {run / 'quickstart.png'}")
-    print(f"try it: . .venv/bin/activate; python tools/generate.py --model {folder} --branches 2 --prompt '{EXAMPLE}'")
+    print(f"try it: . .venv/bin/activate; tidar generate --model {folder} --branches 2 --prompt '{EXAMPLE}'")
     if not summary["identical_to_ar"]:
         raise UserError(f"{run / 'summary.json'}: a plan's output differs from AR's; please report this file")
 
@@ -117,7 +117,8 @@ def print_table(figures: dict[str, Any], summary: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{summary['prompts']} held-out prompts x {NEW_TOKENS} tokens, greedy, prefill excluded")
+    title = f"{summary['prompts']} held-out prompts x {NEW_TOKENS} tokens, greedy, prefill excluded"
+    table = Table(title=title, caption="speeds: medians over the prompts, plans interleaved prompt by prompt")
     for column in ("plan", "tokens/forward", "tokens/s", "speed-up over AR", "identical to AR", "distinct 4-grams"):
         table.add_column(column, justify="left" if column == "plan" else "right")
     for name, f in figures.items():

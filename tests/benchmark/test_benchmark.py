@@ -52,6 +52,7 @@ def test_rows(what, keys, tmp_path, monkeypatch):
         assert (tmp_path / "plot.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_loss(monkeypatch):
     """On sizes where it takes no time."""
     monkeypatch.setattr(loss_benchmark, "VOCABULARY", 4096)

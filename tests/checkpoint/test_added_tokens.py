@@ -42,6 +42,7 @@ def resized(folder):
     return model.get_input_embeddings().weight.detach(), model.get_output_embeddings().weight.detach()
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_it_and_its_export_has_the_rows(source, tmp_path, capsys):
     embedding, head = resized(source / "hf")
     config, weights = starts_from(source / "hf", [source / "data"])
@@ -60,6 +61,7 @@ def test_a_run_starts_from_it_and_its_export_has_the_rows(source, tmp_path, caps
     starts_from(hf, [source / "data"])  # nothing is left to grow
 
 
+@pytest.mark.slow
 def test_an_import_has_the_rows_too(source, tmp_path):
     config = import_run(source / "hf", tmp_path / "run")
     assert (config.tidar.mask_token_id, config.model.vocab_size) == (None, 261)

@@ -31,6 +31,7 @@ def draws():
     return random.random(), np.random.random(), torch.rand(()).item(), stream
 
 
+@pytest.mark.slow
 def test_an_asynchronous_run_is_the_same_run(shards, tmp_path):
     for name, asynchronous in (("sync", False), ("async", True)):
         checkpoint = {"save": str(tmp_path / name), "save_interval": 1, "keep_last": 2, "async_save": asynchronous}

@@ -167,6 +167,7 @@ def refused(hf, run):
     return None
 
 
+@pytest.mark.slow
 @settings(max_examples=max(1, settings.default.max_examples // 3))
 @given(
     kind=st.sampled_from(KINDS),

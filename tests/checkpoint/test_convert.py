@@ -175,6 +175,7 @@ def test_a_used_id_is_no_mask_token(tmp_path):
     assert import_run(hf, tmp_path / "run", None, "mean", 258).tidar.mask_token_id == 258
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tie", [True, False])
 def test_a_mask_row_of_its_own_is_no_other_model(tmp_path, tie):
     hf = write_random_model(tmp_path / "hf", "llama", tie=tie)
@@ -273,7 +274,7 @@ def test_the_tool(tmp_path):
     assert json.loads(done.stdout)["max_logit_difference"] <= 1e-4
     done = tool("export", "--checkpoint", run, "--hf", tmp_path / "out")
     assert done.returncode == 0
-    assert "no mask token, so tools/generate.py decodes it plainly" in done.stdout
+    assert "no mask token, so tidar generate decodes it plainly" in done.stdout
     same_folder(hf, tmp_path / "out")
     weights = load_file(hf / "model.safetensors")
     weights["model.norm.weight"] *= 2
@@ -285,6 +286,7 @@ def test_the_tool(tmp_path):
     assert "is not the model in" in done.stderr
 
 
+@pytest.mark.slow
 def test_what_cannot_be_imported_leaves_nothing(tmp_path):
     hf, run = write_random_model(tmp_path / "hf", "llama", tie=False), tmp_path / "run"
     weights, config = hf / "model.safetensors", json.loads((hf / "config.json").read_text())

@@ -17,7 +17,7 @@ from tidar_megatron.distributed.fake import play_rank
 from tidar_megatron.errors import UserError
 from tidar_megatron.huggingface.families import huggingface_config
 from tidar_megatron.huggingface.folders import export_huggingface
-from tidar_megatron.huggingface.streaming import whole_model
+from tidar_megatron.huggingface.streaming import unsharded_model
 from tidar_megatron.models.gpt import build_model, run_model
 from tidar_megatron.models.initialize import initialize_weights
 from tidar_megatron.models.output_layer import output_weight
@@ -73,7 +73,7 @@ def configuration(qk_layernorm, bias, experts, untied, width):
 @torch.no_grad()
 def largest_difference(config, folder):
     """Between the logits of a model with random weights, and those of transformers from its exported folder."""
-    whole, tokens = whole_model(config), torch.randint(MASK, (32,))
+    whole, tokens = unsharded_model(config), torch.randint(MASK, (32,))
     batch = make_batch([pack([Piece(0, 0, 32)], [tokens.numpy()], 0)], 4, MASK, doubled=False)
     with play_rank(config.parallel, 0, 1, "cpu") as ranks:
         (model,) = build_model(config, config.model.vocab_size, ranks)
@@ -89,6 +89,7 @@ def largest_difference(config, folder):
     return (ours - theirs).abs().max().item()
 
 
+@pytest.mark.slow
 def test_what_is_trained_can_be_exported_and_nothing_else_is_refused(tmp_path):
     """Accepted: its export loads, and computes the same. Refused: in one line, by all that would have to do with it."""
     exported, refused = set(), set()

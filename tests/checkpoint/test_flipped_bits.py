@@ -7,7 +7,7 @@ import pytest
 from hypothesis import settings
 
 from tests.training.small_runs import small
-from tidar_megatron.checkpoint.contents import STATE_FILE, whole_checkpoint
+from tidar_megatron.checkpoint.contents import STATE_FILE, intact_checkpoint
 from tidar_megatron.checkpoint.folder import checkpoint_folder, saved_iterations
 from tidar_megatron.checkpoint.integrity import FILE_NAME
 from tidar_megatron.checkpoint.summary import inspect
@@ -69,10 +69,10 @@ def test_a_bit_of_every_file(shards, copy, capsys):
         content = path.read_bytes()
         flip(path, draw.randrange(len(content)), draw.randrange(8))
         (old, new) = inspect(copy, verify=True)["checkpoints"]
-        assert old["whole"] and new["damage"].startswith(f"{path} "), path.name
+        assert old["intact"] and new["damage"].startswith(f"{path} "), path.name
         capsys.readouterr()
         starting_point(trainer.config, fingerprint)
-        assert whole_checkpoint(copy) == checkpoint_folder(copy, OLD), path.name
+        assert intact_checkpoint(copy) == checkpoint_folder(copy, OLD), path.name
         said = capsys.readouterr().err
         assert said.startswith(f"warning: {path} ") and said.endswith(f"; resuming from iteration {OLD}\n")
         path.write_bytes(content)

@@ -69,6 +69,7 @@ def test_layouts_are_checked_against_the_folders_model(imported, shards):
             resolve(config, tokenizer, origin)
 
 
+@pytest.mark.slow
 def test_what_the_folder_said_outlives_moves(imported, shards, tmp_path, capsys):
     """A run continued in another folder still exports the architecture that it was imported from."""
     one, two = (str(tmp_path / name) for name in ("one", "two"))

@@ -29,7 +29,7 @@ def test_what_is_in_it(run, shards):
     parameters = sum(p.numel() for p in trainer.model[0].parameters())
     trainer.close()
     (row,) = found["checkpoints"]
-    assert row["whole"] and row["verified"] and row["optimizer"]
+    assert row["intact"] and row["verified"] and row["optimizer"]
     assert row["parameters"] == parameters
     assert row["bytes"] == sum(p.stat().st_size for p in checkpoint_folder(run, 8).iterdir() if p.name != FILE_NAME)
     assert found["state"]["iteration"] == 8
@@ -57,7 +57,7 @@ def test_the_program(run, tmp_path):
         path.write_bytes(sound)
     assert done.returncode == 1
     first, second = json.loads(done.stdout)["checkpoints"]
-    assert first["whole"] and not second["whole"]
+    assert first["intact"] and not second["intact"]
     assert "state.json was changed" in second["damage"]
 
 

@@ -54,6 +54,7 @@ def test_the_exported_row_is_never_the_largest(hidden):
         assert (logits / temperature).softmax(-1)[..., 7].max() <= 1 / (rows_mixed(41) + 1) + 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_only_the_mask_row_of_a_head_is_changed_and_not_of_what_was_imported_with_it(tmp_path, dtype):
     hf = write_random_model(tmp_path / "hf", "llama", tie=False, dtype=dtype)

@@ -32,6 +32,7 @@ def test_three_sources_at_70_20_10() -> None:
                     assert abs(had[which] / (number + 1) - share) < 0.001
 
 
+@pytest.mark.slow
 @given(WEIGHTS)
 @settings(deadline=None, max_examples=30)
 def test_shares_hold_at_every_prefix(weights: list[Fraction]) -> None:

@@ -183,7 +183,7 @@ def test_a_mistyped_prefix_is_told_what_is_there(tmp_path: Path, tokenizer: str)
     refused(
         str(tmp_path / "x.jsonl"),
         tokenizer,
-        r"x\.jsonl: is a file; write its text as shards .*prepare_data\.py --input \S*x\.jsonl$",
+        r"x\.jsonl: is a file; write its text as shards with tidar prepare-data --input \S*x\.jsonl$",
     )
     with pytest.raises(UserError, match=r"wiki: there is neither .*wiki_text_document"):  # also where weights are given
         any_pair({"--train-data": ["0.5", str(tmp_path), "0.5", f"{tmp_path}/pairs/wiki"], "--valid-data": []})

@@ -83,6 +83,7 @@ def test_the_same_documents_give_the_same_bytes(shards_once: Path, tmp_path: Pat
             assert path.read_bytes() == (again / path.name).read_bytes()
 
 
+@pytest.mark.slow
 def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens([f"extra{n}" for n in range(65536 - 257)])

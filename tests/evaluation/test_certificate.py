@@ -33,7 +33,7 @@ def run(folder, names=("ar", "all:4", "1:3"), samples=0, new=20):
 
 @pytest.mark.slow
 def test_it_holds(folder):
-    found = run(folder, ("ar", "auto", "lookup:4", "linear:4", "all:4", "1:3"), samples=300)
+    found = run(folder, ("ar", "auto", "lookup:4", "linear:4", "all:4", "1:3"), samples=150)
     assert (found.prompts, found.identical, found.ties, found.holds) == (3, 3, 0, True)
     assert {(r.plan, r.batch) for r in found.runs} >= {("auto", 1), ("linear:4", 8)}
     assert all(r.identical == 3 and not r.ties and not r.differences for r in found.runs)
@@ -82,7 +82,7 @@ def test_a_tie_is_told_apart(folder, monkeypatch):
 @pytest.mark.slow
 def test_another_distribution_is_noticed(folder, monkeypatch):
     monkeypatch.setattr(sampling, "residual", lambda p, draft, q: p)
-    found = run(folder, ("ar", "all:4"), samples=1500, new=4)
+    found = run(folder, ("ar", "all:4"), samples=800, new=4)
     values = {test["plan"]: test["p_value"] for test in found.sampled}
     assert values["ar"] > certificate.LEAST_P_VALUE > values["all:4"]
     assert found.identical == 3 and not found.holds

@@ -58,11 +58,11 @@ def test_a_flood_of_words_is_cut():
 def test_what_it_starts_ends_with_it(tmp_path, ending):
     """The child holds the standard files open; when it is stopped, it cannot write."""
     later = tmp_path / "later"
-    child = f"import time; time.sleep(4); open({str(later)!r}, 'w').close()"
+    child = f"import time; time.sleep(2); open({str(later)!r}, 'w').close()"
     program = f"import os, subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', {child!r}])\n{ending}"
     start = time.monotonic()
     assert passes(program, seconds=1)[0] == (ending == "")
-    time.sleep(max(0.0, start + 6 - time.monotonic()))
+    time.sleep(max(0.0, start + 3 - time.monotonic()))
     assert not later.exists()
 
 

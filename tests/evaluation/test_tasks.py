@@ -82,6 +82,7 @@ def test_likelihoods_are_those_of_lm_evals_own_model(folder):
     assert found == pytest.approx(should, abs=1e-4, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_text_is_that_of_lm_evals_own_model_whatever_the_plan(folder):
     from lm_eval.models.huggingface import HFLM
 
@@ -120,6 +121,7 @@ def files(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_local_tasks_by_a_plan_and_by_ar(folder, files):
     model = load_model(folder)
     names = [str(files / f"{name}.jsonl") for name in ("choices", "texts", "answers")]
@@ -148,6 +150,7 @@ def test_local_tasks_by_a_plan_and_by_ar(folder, files):
     assert rows["choices"]["scores"]["acc"] == pytest.approx(right / 6)
 
 
+@pytest.mark.slow
 def test_options_of_a_task_are_served_or_refused(folder):
     from lm_eval.models.huggingface import HFLM
 
@@ -320,6 +323,7 @@ def test_lm_evals_own_command_line(folder, tmp_path):
     assert (done.returncode, done.stderr.splitlines()[-1][:7]) == (2, "error: ")
 
 
+@pytest.mark.slow
 def test_the_warm_up_teaches_the_planner_nothing(folder):
     model = load_model(folder)
     before = planner_of(model)

@@ -17,7 +17,7 @@ from tidar_megatron.distributed.groups import shut_down
 from tidar_megatron.program import run_tool
 from tidar_megatron.training import loop, step
 from tidar_megatron.training.loop import pretrain
-from tidar_megatron.training.optimizer import whole_weights
+from tidar_megatron.training.optimizer import full_weights
 from tidar_megatron.training.trainer import Trainer
 
 SHARDED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
@@ -65,7 +65,7 @@ POISONS = {
 
 def state(trainer):
     """Everything that an update changes, copied."""
-    with whole_weights(trainer.ddp):
+    with full_weights(trainer.ddp):
         weights = [p.detach().clone() for chunk in trainer.model for p in chunk.parameters()]
     chained = getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer])
     moments = [copy.deepcopy(list(one.optimizer.state.values())) for one in chained]

@@ -65,7 +65,7 @@ def test_bad_options(tiny, options, message):
 def test_tidar_needs_its_section(tiny):
     model = tiny("llama", tidar=False)
     with pytest.raises(
-        UserError, match=r"no tidar section.*use mode ar \(--plan ar\), or export a TiDAR checkpoint with tools/conv"
+        UserError, match=r"no tidar section.*use mode ar \(--plan ar\), or export a TiDAR checkpoint with tidar conv"
     ):
         generate(model, [1, 2], tidar())
     expected = generate(model, [1, 2], ar()).token_ids

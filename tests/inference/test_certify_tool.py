@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from tests.programs import call
 
 
+@pytest.mark.slow
 def test_the_program(checkpoint, tmp_path):
     (tmp_path / "prompts.jsonl").write_text('"hello"\n"abc"\n')
     command = ["tools/certify.py", "--model", checkpoint, "--prompts", tmp_path / "prompts.jsonl"]

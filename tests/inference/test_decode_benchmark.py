@@ -16,6 +16,7 @@ def test_contexts_are_the_prompts_end_to_end():
     assert text_of(prompts, 8, 1) == [4, 5, 1, 2, 3, 6, 4, 5]
 
 
+@pytest.mark.slow
 def test_rows(checkpoint):
     model = load_model(checkpoint)
     prompts = [list(b"hello world"), list(b"another one")]
@@ -50,6 +51,7 @@ def test_bad_input(arguments, message, tmp_path):
     assert done.returncode == 2 and message in done.stderr, done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_the_program(checkpoint, tmp_path):
     (tmp_path / "prompts.jsonl").write_text('"hello"\n"abc"\n')
     command = ["tools/benchmark.py", "decode", "--model", checkpoint]

@@ -44,6 +44,7 @@ def test_every_plan_equals_ar_where_drafts_are_accepted(trained, prompts, draft_
         assert got.token_ids == expected, prompt
 
 
+@pytest.mark.slow
 def test_trained_model_equals_stock_generate(trained, stock_generate, prompts):
     for prompt in prompts:
         assert generate(trained, prompt, ar(30)).token_ids == stock_generate(trained, prompt, 30)
@@ -58,6 +59,7 @@ def test_lookup_equals_ar_and_accepts_drafts(trained, prompts):
     assert most == 5
 
 
+@pytest.mark.slow
 def test_every_number_of_accepted_drafts_occurs_and_every_fallback(trained, prompts, monkeypatch):
     """Else the tests above prove less than they say: n = 1 .. K with all branches, and n - j = 0 .. K - 1 with one."""
     accepted, lags = set(), set()
@@ -79,6 +81,7 @@ def test_every_number_of_accepted_drafts_occurs_and_every_fallback(trained, prom
     assert {None, 0, 1, 2, 3} <= lags
 
 
+@pytest.mark.slow
 def test_all_branches_beat_one_and_one_beats_ar(trained, prompts):
     def tokens_per_forward(options):
         runs = [generate(trained, prompt, options) for prompt in prompts]

@@ -165,11 +165,12 @@ def test_a_folder_without_a_tidar_section(checkpoint, tool, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     status, _, err = tool("--model", tmp_path, "--prompt", "a", "--mode", "tidar")
     assert status == 2
-    assert "use mode ar (--plan ar), or export a TiDAR checkpoint with tools/convert_checkpoint.py" in err
+    assert "use mode ar (--plan ar), or export a TiDAR checkpoint with tidar convert export" in err
     status, out, err = tool("--model", tmp_path, "--prompt", "a")
     assert status == 0 and "no tidar section: plain autoregression" in err and "1.00 tokens per forward" in out
 
 
+@pytest.mark.slow
 def test_the_plan_is_named_or_explained(checkpoint, tool):
     arguments = ["--model", checkpoint, "--prompt", "a", "--max-new-tokens", 12, "--ignore-eos"]
     status, out, _ = tool(*arguments, "--explain-plan")

@@ -41,6 +41,7 @@ def test_a_body_must_be_larger(trained):
         grown(grown(trained, "88M"), "11M")
 
 
+@pytest.mark.slow
 def test_useless_drafts_change_no_text_and_are_not_accepted(trained, prompts):
     useless = with_useless_drafts(trained)
     forwards = {}
@@ -68,6 +69,7 @@ def test_the_planner_against_every_plan(trained, prompts, monkeypatch):
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_a_step_against_a_bare_forward(checkpoint):
     model = load_model(checkpoint)
     found = step(model, checkpoint, [list(b"hello world")], [16, 40, 4096], 6, 2)

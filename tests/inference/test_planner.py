@@ -265,6 +265,7 @@ def test_costs_are_timed_once_and_kept(trained, tmp_path, monkeypatch):
         load_costs(trained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("costs", [FREE, DEAR, MIDDLING])
 def test_the_text_does_not_depend_on_the_plan(trained, prompts, costs, monkeypatch):
     """Also while the plan changes: alone, in a batch, and on a planner that has learned from other text."""

@@ -23,7 +23,7 @@ from tidar_megatron.inference.sequence import Sequence
 from tidar_megatron.inference.wrapping import wrap_model
 
 CPU = torch.device("cpu")
-SAMPLES = int(os.environ.get("TIDAR_SAMPLES", 100_000 if THOROUGH else 1_500))
+SAMPLES = int(os.environ.get("TIDAR_SAMPLES", 100_000 if THOROUGH else 1_000))
 
 
 # ---- the parts ----------------------------------------------------------------------------------------------------

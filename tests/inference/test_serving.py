@@ -16,6 +16,7 @@ from tidar_megatron.inference.sampling import SamplingOptions
 from tidar_megatron.inference.sequence import Sequence
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["tidar", "linear", "ar", "lookup"])
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_a_batch_gives_each_prompt_what_it_gives_alone(trained, prompts, mode, batch_size, monkeypatch):

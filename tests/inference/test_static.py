@@ -27,6 +27,7 @@ def decode(model, prompts, plan, static, slots=3, tokens=60):
     return [sequence.tokens for sequence in asked], engine
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 def test_tokens_are_those_of_packed_forwards(trained, prompts, plan):
     expected, packed = decode(trained, prompts, plan, False)

@@ -40,6 +40,7 @@ def test_never_more_than_max_new_tokens(trained, prompts, max_new_tokens):
             assert got.stop == "length"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["tidar", "linear", "ar", "lookup"])
 def test_stops_with_the_first_eos(trained, stock_generate, prompts, mode):
     prompt = prompts[4]

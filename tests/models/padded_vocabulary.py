@@ -27,7 +27,8 @@ def measure(layout, multiple, untied):
     from tidar_megatron.models.gpt import build_model
     from tidar_megatron.models.initialize import initialize_weights
     from tidar_megatron.models.parameters import VOCABULARY, own_parameters
-    from tidar_megatron.training.layout_check import Documents, variant_config
+    from tidar_megatron.training.layout_check import Documents
+    from tidar_megatron.training.layout_variants import variant_config
     from tidar_megatron.training.optimizer import build_optimizer, wrap_model
     from tidar_megatron.training.step import evaluate, forward_backward, train_step
 

@@ -16,7 +16,8 @@ from tidar_megatron.models.gpt import build_model, run_model
 from tidar_megatron.models.initialize import initialize_weights
 from tidar_megatron.models.layers import PositionRotaryEmbedding
 from tidar_megatron.models.loss import joint_loss, token_losses
-from tidar_megatron.training.layout_check import MASK_TOKEN_ID, Documents, variant_config
+from tidar_megatron.training.layout_check import Documents
+from tidar_megatron.training.layout_variants import MASK_TOKEN_ID, variant_config
 
 S, B = 20, 4
 

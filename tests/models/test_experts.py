@@ -11,7 +11,8 @@ from tidar_megatron.models.experts import BalancedRouter, take_balancing_loss
 from tidar_megatron.models.gpt import build_model, run_model
 from tidar_megatron.models.initialize import initialize_weights
 from tidar_megatron.models.loss import joint_loss
-from tidar_megatron.training.layout_check import Documents, variant_config
+from tidar_megatron.training.layout_check import Documents
+from tidar_megatron.training.layout_variants import variant_config
 
 
 @pytest.fixture(scope="module")

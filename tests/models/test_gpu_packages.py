@@ -20,7 +20,7 @@ import json
 from functools import partial
 import tidar_megatron.models.gpt as gpt
 from tidar_megatron.distributed.groups import initialize, shut_down
-from tidar_megatron.training.layout_check import variant_config
+from tidar_megatron.training.layout_variants import variant_config
 
 from megatron.core.optimizer import Adam
 

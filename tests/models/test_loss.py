@@ -11,7 +11,8 @@ from tidar_megatron.distributed.groups import initialize, shut_down
 from tidar_megatron.models import cross_entropy
 from tidar_megatron.models.cross_entropy import linear_cross_entropy
 from tidar_megatron.models.gpt import build_model
-from tidar_megatron.training.layout_check import Documents, variant_config
+from tidar_megatron.training.layout_check import Documents
+from tidar_megatron.training.layout_variants import variant_config
 from tidar_megatron.training.optimizer import wrap_model
 from tidar_megatron.training.step import evaluate, forward_backward
 
@@ -50,6 +51,7 @@ def error(ours, theirs):
     return ((ours.double() - theirs).norm() / theirs.norm().clamp(min=1e-12)).item()
 
 
+@pytest.mark.slow
 @given(
     n=st.integers(1, 40),
     h=st.integers(1, 12),
@@ -146,6 +148,7 @@ def test_the_logits_of_one_chunk_at_most(ranks, dtype):
     assert ranks(1, run) == [chunk * vocabulary]
 
 
+@pytest.mark.slow
 def test_a_step_and_an_evaluation_make_no_logits(monkeypatch):
     """Of the whole model, with a vocabulary that dwarfs everything else; and the numbers do not depend on the chunk."""
     vocabulary = 4096

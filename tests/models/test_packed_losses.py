@@ -10,7 +10,7 @@ from tidar_megatron.distributed.groups import initialize, shut_down
 from tidar_megatron.models.gpt import build_model, run_model
 from tidar_megatron.models.initialize import initialize_weights
 from tidar_megatron.models.loss import token_losses
-from tidar_megatron.training.layout_check import MASK_TOKEN_ID, variant_config
+from tidar_megatron.training.layout_variants import MASK_TOKEN_ID, variant_config
 
 B = 4
 

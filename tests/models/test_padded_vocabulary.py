@@ -13,7 +13,7 @@ from tidar_megatron.huggingface.convert import export_run
 from tidar_megatron.models.gpt import build_model, padded_vocab_size
 from tidar_megatron.models.parameters import VOCABULARY, kind_of
 from tidar_megatron.planning.sizes import Sizes
-from tidar_megatron.training.layout_check import MASK_TOKEN_ID, variant_config
+from tidar_megatron.training.layout_variants import MASK_TOKEN_ID, variant_config
 from tidar_megatron.training.trainer import Trainer
 
 IDS = MASK_TOKEN_ID + 1

@@ -59,6 +59,7 @@ def test_distinct_parameters_are_those_of_the_huggingface_model(world_size, mode
     assert count_distinct_parameters(sizes) == huggingface_parameters({**MODEL, **model}, sizes)
 
 
+@pytest.mark.slow
 def test_experts_of_a_real_model():
     """Qwen3-30B-A3B has 30,532,122,624 parameters; its layers are alike, so two of them tell."""
     two, four = (
@@ -85,6 +86,7 @@ def run_tool(*arguments):
     return call("tools/plan.py", *arguments)
 
 
+@pytest.mark.slow
 def test_the_8b_recipe_on_64_gpus():
     config = ROOT / "examples/recipes/qwen3-8b-b16.yaml"
     done = run_tool("--config", config, "--gpus", 64, "--gpu-memory-gib", 80, "--json")
@@ -102,6 +104,7 @@ def test_the_8b_recipe_on_64_gpus():
     assert steps == sorted(steps)
 
 
+@pytest.mark.slow
 def test_the_yaml_of_the_best_is_the_best(tmp_path):
     """What the plan says to write, written into the recipe, is the layout that it meant."""
 
@@ -182,6 +185,7 @@ def test_what_a_layout_costs():
     assert stages.seconds.bubble > 0 == one.seconds.bubble
 
 
+@pytest.mark.slow
 def test_experts_are_planned_too():
     config = sizes_of(8, {**MOE, "moe_token_dispatcher_type": "alltoall"}, {"global_batch_size": 64}).config
     found = search(config, 8, H100, 79.0)

@@ -299,6 +299,7 @@ def is_group(script_object):
     return "ProcessGroup" in str(script_object._type())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("world_size", "parallel", "model"),
     [

@@ -5,20 +5,20 @@ import multiprocessing
 import os
 import types
 
-from tidar_megatron.training import layout_check, layout_report
+from tidar_megatron.training import layout_report, layout_variants
 
 SEQUENCES = 4  # at least one micro-batch a rank, and as many as an interleaved pipeline needs
-whole_config, write_reference = layout_check.variant_config, layout_report.write_reference
+full_config, write_reference = layout_variants.variant_config, layout_report.write_reference
 
 
 def quickly(rank):
     """In a rank, before it begins."""
-    layout_check.variant_config = layout_report.variant_config = smaller_config
+    layout_variants.variant_config = layout_report.variant_config = smaller_config
     layout_report.start_reference = fork_reference
 
 
 def smaller_config(*arguments, **named):
-    config = whole_config(*arguments, **named)
+    config = full_config(*arguments, **named)
     return dataclasses.replace(config, training=dataclasses.replace(config.training, global_batch_size=SEQUENCES))
 
 

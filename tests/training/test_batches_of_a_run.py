@@ -32,6 +32,7 @@ def test_half_of_the_blocks(half, whole):
     assert ours == pytest.approx(theirs, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{}, {"micro_batch_size": 1}])
 def test_a_resume_chooses_the_same_blocks(half, shards, tmp_path, change):
     """Also in other micro-batches."""
@@ -48,6 +49,7 @@ def prefetching():
     return {thread for thread in threading.enumerate() if thread.name.startswith("prefetch")}
 
 
+@pytest.mark.slow
 def test_batches_are_built_ahead_and_nothing_is_left_running(whole, shards, tmp_path, monkeypatch):
     """Each step's once, in order and in one thread, over the change of phase; as a run without a thread trains."""
     built, before = [], prefetching()

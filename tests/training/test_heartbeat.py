@@ -36,6 +36,7 @@ def rank(monkeypatch):
     return make
 
 
+@pytest.mark.slow
 def test_those_that_wake_name_the_one_that_does_not(rank, monkeypatch):
     monkeypatch.setattr(heartbeat, "GRACE", 2.0)
     ranks = [rank(number) for number in range(3)]

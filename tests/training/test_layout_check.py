@@ -13,8 +13,8 @@ from tests.conftest import THOROUGH
 from tests.ranks import run_ranks
 from tests.training.quick_check import quickly
 from tidar_megatron.distributed.groups import shut_down
-from tidar_megatron.training import layout_check
-from tidar_megatron.training.layout_check import ALL_LAYOUTS, VARIANTS, compare, layouts_for, measure, variant_config
+from tidar_megatron.training.layout_check import compare, measure
+from tidar_megatron.training.layout_variants import ALL_LAYOUTS, VARIANTS, Layout, layouts_for, variant_config
 
 PROMISED = """TP4 | TP2xPP2+SP | PP4 | PP2xVPP2 | PP2xTP2xVPP2+SP | CP2 | CP4 | CP2xTP2+SP
 | CP2xPP2, distributed optimizer | DP2xTP2 | DP4, distributed optimizer, both overlaps
@@ -66,6 +66,7 @@ def test_the_promised_layouts_are_there():
     assert len(there) >= 35 and {*there} >= {*names(PROMISED), *names(QUICK)}
 
 
+@pytest.mark.slow
 def test_layouts_of_other_worlds():
     assert {layout.name for layout in layouts_for(1)} >= {"one", "full recompute", "bf16"}
     assert "PP2xVPP2" in {layout.name for layout in layouts_for(2)}
@@ -82,7 +83,7 @@ def one():
 @pytest.mark.parametrize("wrong", ["loss", "gradient", "one rank's copy", "missing", "not a number"])
 def test_a_wrong_layout_is_found(one, wrong):
     """A relative error of one in a thousand, in one number, is not overlooked."""
-    layout = layout_check.Layout("x", {})
+    layout = Layout("x", {})
     assert compare(layout, [one], one).ok
     other = dataclasses.replace(one, losses=[list(step) for step in one.losses], grads=dict(one.grads))
     name = "decoder.layers.3.self_attention.k_layernorm.weight"

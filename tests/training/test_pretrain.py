@@ -64,6 +64,7 @@ def test_the_logged_loss_is_the_formula(shards, tmp_path):
             assert m["clean_tokens_per_second"] * m["step_seconds"] == pytest.approx(4 * 32)
 
 
+@pytest.mark.slow
 def test_evaluation_is_of_the_held_out_data(whole, shards):
     """All of it, and it is not the training data's."""
     means = []

@@ -20,6 +20,7 @@ from tidar_megatron.training.loop import pretrain
 from tidar_megatron.training.trainer import Trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 3, 5])
 def test_stop_and_continue_gives_the_same_losses(whole, shards, tmp_path, stop):
     """Stopped in the AR warm-up, in the joint phase, and after an evaluation; bit for bit."""
@@ -30,6 +31,7 @@ def test_stop_and_continue_gives_the_same_losses(whole, shards, tmp_path, stop):
     assert losses(tmp_path) == losses(whole)
 
 
+@pytest.mark.slow
 def test_a_resume_forgets_what_was_logged_after_its_checkpoint(whole, shards, tmp_path):
     run = {"save": str(tmp_path), "load": str(tmp_path)}
     pretrain(small(shards, checkpoint=run, training={"exit_interval": 3}))
@@ -40,6 +42,7 @@ def test_a_resume_forgets_what_was_logged_after_its_checkpoint(whole, shards, tm
     assert iterations == list(range(1, STEPS + 1))
 
 
+@pytest.mark.slow
 def test_a_longer_run_goes_on_with_the_new_schedule(shards, tmp_path):
     """More --train-iters and another --lr at a resume are followed, not ignored."""
     run = {"save": str(tmp_path), "load": str(tmp_path)}
@@ -92,6 +95,7 @@ def test_init_from_an_export_keeps_its_mask_token_and_refuses_other_shapes(whole
         Trainer.build(build_config({**tree, "model": {"num_layers": 3, "num_query_groups": 2}}))
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_publishes_nothing(shards, tmp_path, monkeypatch):
     run = {"save": str(tmp_path), "load": str(tmp_path), "save_interval": 3}
     real, calls = dist_checkpointing.save, []
@@ -112,6 +116,7 @@ def test_a_save_that_fails_publishes_nothing(shards, tmp_path, monkeypatch):
     assert latest_iteration(tmp_path) == STEPS
 
 
+@pytest.mark.slow
 def test_export_of_an_older_iteration(shards, tmp_path):
     pretrain(small(shards, checkpoint={"save": str(tmp_path / "run"), "save_interval": 4}))
     with pytest.raises(UserError, match=r"--iteration 5: is not in .*; there are: 4, 8"):

@@ -243,6 +243,7 @@ def test_a_run_that_watches_a_lock_can_be_ended(shards, tmp_path, monkeypatch):
     assert handlers == [signal.SIG_DFL]
 
 
+@pytest.mark.slow
 def test_a_run_holds_its_folder(shards, tmp_path):
     """Refused while another holds it; released however a run ends; whoever lost it saves nothing any more."""
     run = {"save": str(tmp_path), "load": str(tmp_path), "save_interval": 2}

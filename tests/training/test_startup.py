@@ -53,6 +53,7 @@ def stop(start):
     start._thread.join()
 
 
+@pytest.mark.slow
 def test_they_meet_and_go_on(job):
     ranks = [job.rank(number) for number in range(3)]
     for start in ranks:
@@ -64,6 +65,7 @@ def test_they_meet_and_go_on(job):
     assert not job.ended
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("gone", "others"), [(1, (0, 2)), (0, (1, 2))])
 @pytest.mark.parametrize("broken", [False, True])
 def test_a_silent_rank_is_named(job, gone, others, broken):
@@ -90,6 +92,7 @@ def test_a_rank_that_never_comes(job):
     del ranks
 
 
+@pytest.mark.slow
 def test_a_phase_that_ends_as_the_last_one_does_is_watched(job):
     ranks = [job.rank(number, 2) for number in range(2)]
     for start in ranks:

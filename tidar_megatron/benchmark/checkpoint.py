@@ -83,7 +83,7 @@ def checkpoint(repeats: int, folder: str | Path) -> dict[str, Any]:
             sync, background = keeper(False), keeper(True)
             step()
             blocked: dict[str, list[float]] = {"sync": [], "async": []}
-            alone, beside, whole = [], [], []
+            alone, beside, until_published = [], [], []
             for number in range(repeats + 1):  # the first round warms up
                 alone.append(seconds(step))
                 blocked["sync"].append(seconds(partial(sync.save, run, 2 * number, 0, {})))
@@ -92,7 +92,7 @@ def checkpoint(repeats: int, folder: str | Path) -> dict[str, Any]:
                 while background.saving:
                     beside.append(seconds(step))
                     spent += seconds(background.maybe_finalize)
-                whole.append(time.perf_counter() - start)
+                until_published.append(time.perf_counter() - start)
                 blocked["async"].append(spent)
             written = sum(path.stat().st_size for path in checkpoint_folder(scratch, 2 * repeats + 1).iterdir())
         finally:
@@ -104,7 +104,7 @@ def checkpoint(repeats: int, folder: str | Path) -> dict[str, Any]:
         "bytes": written,
         "sync_seconds": rounded(Spread.of(blocked["sync"][1:])),
         "async_blocked_seconds": rounded(Spread.of(blocked["async"][1:])),
-        "async_until_published_seconds": rounded(Spread.of(whole[1:])),
+        "async_until_published_seconds": rounded(Spread.of(until_published[1:])),
         "blocked_over_sync": round(ratio.median, 4),
         "spread": rounded(ratio),
         "step_seconds": rounded(Spread.of(alone[1:])),

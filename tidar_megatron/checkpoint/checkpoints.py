@@ -236,10 +236,10 @@ class Checkpoints:
         self.close()
         if self._ranks.is_main:
             shutil.rmtree(save.partial, ignore_errors=True)
-        whole = (
+        intact = (
             [i for i in folder.restart_points(into)[0] if i != save.iteration] if folder.saved_iterations(into) else []
         )
-        kept = f"iteration {whole[0]} is intact, --load {into} resumes it" if whole else "nothing was saved before"
+        kept = f"iteration {intact[0]} is intact, --load {into} resumes it" if intact else "nothing was saved before"
         return UserError(f"--save {into}: iteration {save.iteration} is not saved: {reason}; {kept}")
 
     def _layout(self) -> dict[str, Any]:
@@ -257,8 +257,8 @@ class Checkpoints:
         """
         source, settings = self._config.checkpoint.load, self._config.checkpoint
         assert source is not None
-        checkpoint = contents.whole_checkpoint(source, settings.verify_checkpoint)
-        state = contents.read_state(checkpoint, verify=False)  # whole_checkpoint has verified it
+        checkpoint = contents.intact_checkpoint(source, settings.verify_checkpoint)
+        state = contents.read_state(checkpoint, verify=False)  # intact_checkpoint has verified it
         check_fingerprint(source, state.fingerprint, self._fingerprint, settings.override_fingerprint)
         try:
             contents.load(checkpoint, run, same_layout=state.layout == self._layout())

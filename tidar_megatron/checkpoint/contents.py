@@ -30,7 +30,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from tidar_megatron.checkpoint.folder import checkpoint_folder, no_whole_checkpoint, restart_points
+from tidar_megatron.checkpoint.folder import checkpoint_folder, no_intact_checkpoint, restart_points
 from tidar_megatron.checkpoint.integrity import Count, Damaged, check_hash, check_hashes
 from tidar_megatron.checkpoint.optimizer_state import fill, state_to_fill, state_to_save
 from tidar_megatron.checkpoint.pickles import read_metadata, weights_only
@@ -128,7 +128,7 @@ def _first_damage(check: Callable[[], None]) -> str | None:
     return next((said for said in problems if said), None)
 
 
-def whole_checkpoint(folder: str | Path, verify: bool = True) -> Path:
+def intact_checkpoint(folder: str | Path, verify: bool = True) -> Path:
     """Return the best intact checkpoint in a run's folder, and print which checkpoints were skipped. Collective.
 
     Args:
@@ -156,7 +156,7 @@ def whole_checkpoint(folder: str | Path, verify: bool = True) -> Path:
                 print(f"warning: {said}; resuming from iteration {iteration}", file=sys.stderr, flush=True)
             return checkpoint
         passed_over.append(problem)
-    raise no_whole_checkpoint(folder, passed_over)
+    raise no_intact_checkpoint(folder, passed_over)
 
 
 def load(checkpoint: Path, run: Trained, same_layout: bool) -> None:

@@ -132,19 +132,19 @@ def restart_points(folder: str | Path) -> tuple[list[int], list[str]]:
     iterations = [i for i in saved_iterations(folder) if named is None or i <= named]
     if named is not None and named not in iterations:
         passed_over.append(f"{Path(folder) / TRACKER} names iteration {named}, which has no folder")
-    whole = []
+    intact = []
     for iteration in reversed(iterations):
         damage = _damage(folder, iteration)
         if damage is None:
-            whole.append(iteration)
-        elif not whole:
+            intact.append(iteration)
+        elif not intact:
             passed_over.append(damage)
-    if not whole and passed_over:
-        raise no_whole_checkpoint(folder, passed_over)
-    return whole, passed_over
+    if not intact and passed_over:
+        raise no_intact_checkpoint(folder, passed_over)
+    return intact, passed_over
 
 
-def no_whole_checkpoint(folder: str | Path, damage: list[str]) -> UserError:
+def no_intact_checkpoint(folder: str | Path, damage: list[str]) -> UserError:
     """Return the error for a folder without an intact checkpoint."""
     return UserError(
         f"{folder}: no checkpoint in it is intact: {'; '.join(damage)}; restore one, or start from scratch in another "
@@ -180,5 +180,5 @@ def latest_iteration(folder: str | Path) -> int | None:
     Raises:
         UserError: No checkpoint is intact.
     """
-    whole, _ = restart_points(folder)
-    return whole[0] if whole else None
+    intact, _ = restart_points(folder)
+    return intact[0] if intact else None

@@ -58,11 +58,11 @@ def summary(checkpoint: Path, verify: bool) -> dict[str, Any]:
     """Summarize one checkpoint.
 
     Returns:
-        ``whole``: whether the sizes match the manifest, and with ``verify`` the hashes; ``damage``: what does not
+        ``intact``: whether the sizes match the manifest, and with ``verify`` the hashes; ``damage``: what does not
         match, or None; ``name``, ``verified``; and as far as they are known ``bytes``, ``files`` (a count),
         ``parameters`` (a count) and ``optimizer`` (whether it holds the optimizer's state).
     """
-    row: dict[str, Any] = {"name": checkpoint.name, "whole": True, "verified": verify, "damage": None}
+    row: dict[str, Any] = {"name": checkpoint.name, "intact": True, "verified": verify, "damage": None}
     try:
         manifest = check_sizes(checkpoint)
         row |= {"bytes": sum(entry.bytes for entry in manifest.files.values()), "files": len(manifest.files)}
@@ -73,7 +73,7 @@ def summary(checkpoint: Path, verify: bool) -> dict[str, Any]:
         row["parameters"] = sum(t["elements"] for t in tensors if not t["name"].startswith(OPTIMIZER))
         row["optimizer"] = any(t["name"].startswith(OPTIMIZER) for t in tensors)
     except Damaged as damage:
-        row |= {"whole": False, "damage": str(damage)}
+        row |= {"intact": False, "damage": str(damage)}
     return row
 
 
@@ -131,7 +131,7 @@ def describe(found: dict[str, Any]) -> list[str]:
 
 
 def _one_line(row: dict[str, Any]) -> str:
-    if not row["whole"]:
+    if not row["intact"]:
         return f"DAMAGED: {row['damage']}"
     known = "intact (sizes and hashes match)" if row["verified"] else "intact (sizes match)"
     held = f"{row['parameters']:,} parameters {'with' if row['optimizer'] else 'without'} optimizer state"

@@ -64,7 +64,7 @@ def _import(args: argparse.Namespace) -> None:
     mask = "no mask token" if config.tidar.mask_token_id is None else f"mask token {config.tidar.mask_token_id}"
     print(
         f"{args.output}: {_shape(config, args.hf)}, {mask}; "
-        f"start a run from it with tools/pretrain.py --init-from {args.output}"
+        f"start a run from it with tidar pretrain --init-from {args.output}"
     )
 
 
@@ -85,7 +85,7 @@ def _export(args: argparse.Namespace) -> None:
         raise UserError(f"--max-shard-size-gb {args.max_shard_size_gb}: must be a number above 0")
     iteration = export_run(args.checkpoint, args.hf, args.iteration, int(shard_bytes))
     drafts = "tidar" in json.loads((Path(args.hf) / "config.json").read_text(encoding="utf-8"))
-    ours = "tools/generate.py drafts" if drafts else "it has no mask token, so tools/generate.py decodes it plainly"
+    ours = "tidar generate drafts" if drafts else "it has no mask token, so tidar generate decodes it plainly"
     print(f"{args.hf}: the model of iteration {iteration}; any Hugging Face program loads it, {ours}")
 
 

@@ -75,4 +75,4 @@ def show(rows, plan) -> None:  # type: ignore[no-untyped-def]
     Console(width=120).print(table)
     for row in rows:
         if row["scores_differ"]:
-            print(f"{row['task']}: the scores of {plan} and of AR DIFFER; tools/certify.py tells where")
+            print(f"{row['task']}: the scores of {plan} and of AR DIFFER; tidar certify tells where")

@@ -23,5 +23,5 @@ def main() -> None:
 
     found = inspect(args.folder, args.verify)
     print(json.dumps(found) if args.json else "\n".join(describe(found)))
-    if not all(row["whole"] for row in found["checkpoints"]):
+    if not all(row["intact"] for row in found["checkpoints"]):
         sys.exit(1)

@@ -36,7 +36,7 @@ def main() -> None:
     if arguments.tokenizer and not is_pair(arguments.data):
         raise UserError(f"--tokenizer {arguments.tokenizer}: is for .bin/.idx pairs; shards carry their own")
 
-    whole = inspect_data(
+    intact = inspect_data(
         arguments.data,
         arguments.tokenizer,
         arguments.seq_length,
@@ -44,4 +44,4 @@ def main() -> None:
         arguments.samples,
         Console(highlight=False),
     )
-    sys.exit(0 if whole else 1)
+    sys.exit(0 if intact else 1)

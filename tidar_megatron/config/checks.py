@@ -267,10 +267,10 @@ def refuse_world_size(layout: str, size: int, world_size: int) -> None:
         )
 
 
-def shortest_fraction(part: int, whole: int) -> str:
-    """Return the shortest decimal fraction that, multiplied by ``whole``, rounds to ``part``."""
-    texts = (f"{part / whole:.{digits}g}" for digits in range(1, 18))
-    return next(text for text in texts if round(float(text) * whole) == part)
+def shortest_fraction(part: int, total: int) -> str:
+    """Return the shortest decimal fraction that, multiplied by ``total``, rounds to ``part``."""
+    texts = (f"{part / total:.{digits}g}" for digits in range(1, 18))
+    return next(text for text in texts if round(float(text) * total) == part)
 
 
 def nearest(value: int, step: int) -> int:

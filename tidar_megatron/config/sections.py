@@ -131,7 +131,7 @@ class ModelConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Section):
-    """Training and held-out data: shards from tools/prepare_data.py, Megatron .bin/.idx pairs, or blends of them."""
+    """Training and held-out data: shards from tidar prepare-data, Megatron .bin/.idx pairs, or blends of them."""
 
     train_data: Sources = described(
         "training data: a folder of shards, the prefix of a .bin/.idx pair, or a blend: WEIGHT PATH WEIGHT PATH ...", ()
@@ -266,7 +266,8 @@ class CheckpointConfig(Section):
 class LoggingConfig(Section):
     """Logs, metrics and generated samples."""
 
-    log_interval: Count = described("steps between log lines", 10)
+    log_interval: Count = described("steps between records in metrics.jsonl and the dashboards", 10)
+    console_interval: Count | None = described("steps between lines on the console; default: --log-interval", None)
     log_sample_ids: bool = described(
         "log which packed sequences each step trains on, in sample_ids/ of the run's folder", False
     )

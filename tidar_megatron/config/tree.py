@@ -1,4 +1,4 @@
-"""The whole configuration: a tree of sections, and what follows from several of them."""
+"""The configuration: a tree of sections, and what follows from several of them."""
 
 import dataclasses
 from dataclasses import dataclass

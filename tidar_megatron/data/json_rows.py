@@ -206,7 +206,7 @@ class _Reader:
             else:
                 length = end - self._at
                 # a number at the end of the chunk may continue in the next chunk
-                whole = end < len(self._buffer) and self._buffer[end] not in ".eE"
-                if whole or not self._more():
+                complete = end < len(self._buffer) and self._buffer[end] not in ".eE"
+                if complete or not self._more():
                     self._at += length
                     return value

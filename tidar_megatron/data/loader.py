@@ -57,7 +57,7 @@ class TrainingData:
     """One or several sources of documents, delivered as doubled batches.
 
     Args:
-        data: One path, or weight, path, weight, path, ...; a path is a folder written by ``tools/prepare_data.py``, or
+        data: One path, or weight, path, weight, path, ...; a path is a folder written by ``tidar prepare-data``, or
             the prefix of a ``.bin/.idx`` pair.
         settings: The settings of the sequences.
         tokenizer: The Hugging Face tokenizer folder of ``.bin/.idx`` pairs.
@@ -235,7 +235,7 @@ class TrainingData:
         if self._text_may_hold_mask and (packed.tokens == mask).any():
             raise UserError(
                 f"data {self.sources[source].name}: its text holds the mask token (id {mask}); choose another "
-                "with --mask-token-id, or prepare the data again with tools/prepare_data.py"
+                "with --mask-token-id, or prepare the data again with tidar prepare-data"
             )
         return packed
 
@@ -259,7 +259,7 @@ def _check_same_tokenizer(mine: StoredDocuments, theirs: StoredDocuments) -> Non
     if mine.tokenizer.fingerprint != theirs.tokenizer.fingerprint:
         raise UserError(
             f"data {theirs.name} was written with another tokenizer than {mine.name}; prepare both with the same one "
-            "(in one call: tools/prepare_data.py --held-out-output)"
+            "(in one call: tidar prepare-data --held-out-output)"
         )
 
 

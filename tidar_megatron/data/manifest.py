@@ -80,7 +80,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         UserError: ``folder`` is not a local folder, or its manifest is missing or invalid.
     """
     path = local_folder(folder) / FILE_NAME
-    remedy = "write the data again with tools/prepare_data.py"
+    remedy = "write the data again with tidar prepare-data"
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -129,7 +129,7 @@ def _read_idx(bin_path: Path, idx_path: Path) -> tuple[np.dtype, NDArray[np.int6
     if size == _HEADER.size + 13 * sequences + 8 * edges_count and sequences:
         raise UserError(
             f"{idx_path}: is a multimodal index (each sequence has a mode), which is not read here; "
-            "prepare the text alone, as Megatron's tools/preprocess_data.py or tools/prepare_data.py do"
+            "prepare the text alone, as Megatron's tools/preprocess_data.py or tidar prepare-data do"
         )
     if edges_count < 1 or size != _HEADER.size + 12 * sequences + 8 * edges_count:
         raise wrong(idx_path, f"has {size} bytes, which do not fit its {sequences} sequences; was it truncated?")

@@ -1,4 +1,4 @@
-"""Preparation of data: encodes text as training and held-out shards (launched by ``tools/prepare_data.py``)."""
+"""Preparation of data: encodes text as training and held-out shards (launched by ``tidar prepare-data``)."""
 
 import itertools
 import math

@@ -67,7 +67,7 @@ def inspect_data(
 
 def _show_shards(folder: str, console: Console) -> bool:
     """Print a table with a row for each shard, and return whether all shards match the manifest."""
-    manifest, whole = read_manifest(folder), True
+    manifest, intact = read_manifest(folder), True
     table = Table("shard", "documents", "tokens", "bytes", "SHA-256", title=Text(_printable(folder)))
     for shard in manifest.shards:
         file = Path(folder) / shard.name
@@ -75,18 +75,18 @@ def _show_shards(folder: str, console: Console) -> bool:
             state = "ok" if sha256_of(file) == shard.sha256 else "differs from the manifest's"
         except OSError as error:
             state = error.strerror or "cannot be read"
-        whole &= state == "ok"
+        intact &= state == "ok"
         style = "" if state == "ok" else "bold red"
         table.add_row(shard.name, f"{shard.documents:,}", f"{shard.tokens:,}", f"{shard.bytes:,}", state, style=style)
     console.print(table)
-    if not whole:
+    if not intact:
         console.print("damaged: copy the folder again, or prepare the data again with --overwrite")
     strays = sorted(file.name for file in Path(folder).glob("*.tar"))
     if strays := [name for name in strays if name not in {shard.name for shard in manifest.shards}]:
         console.print(
             f"not in the manifest, so not read: {_printable(', '.join(strays[:5]))}", markup=False, soft_wrap=True
         )
-    return whole
+    return intact
 
 
 def _show_row(batch: Batch, block_size: int, tokenizer: PreTrainedTokenizerFast, console: Console) -> None:

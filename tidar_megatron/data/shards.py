@@ -127,7 +127,7 @@ def built_from(folder: Path, manifest: Manifest) -> Facts:
             wrong.append(f"shard {path}: is too small for the counts of the manifest")
     if wrong:
         more = f" and {len(wrong) - _NAMED} more of {len(paths)}" if len(wrong) > _NAMED else ""
-        remedy = "copy the folder again or write the data again with tools/prepare_data.py"
+        remedy = "copy the folder again or write the data again with tidar prepare-data"
         raise UserError(f"{'; '.join(wrong[:_NAMED])}{more}; {remedy}")
     return {"manifest": sha256_of(folder / FILE_NAME), "changed": changed}
 
@@ -178,4 +178,4 @@ def _read_tar(path: Path, dtype: np.dtype) -> Iterator[tuple[int, NDArray]]:
 
 
 def _damaged(path: Path, what: str) -> UserError:
-    return UserError(f"shard {path}: {what}; copy it again or write the data again with tools/prepare_data.py")
+    return UserError(f"shard {path}: {what}; copy it again or write the data again with tidar prepare-data")

@@ -68,7 +68,7 @@ def is_pair(path: str) -> bool:
     if any(Path(path + suffix).is_file() for suffix in (".bin", ".idx")):
         return True
     if local_folder(path).exists():
-        raise UserError(f"data {path}: is a file; write its text as shards with tools/prepare_data.py --input {path}")
+        raise UserError(f"data {path}: is a file; write its text as shards with tidar prepare-data --input {path}")
     raise UserError(
         f"data {path}: there is neither a folder of shards nor a pair {folder.name}.bin and {folder.name}.idx; "
         f"{_instead(folder)}"
@@ -92,7 +92,7 @@ def _instead(folder: Path) -> str:
         near = sorted(pairs, key=lambda pair: -difflib.SequenceMatcher(None, Path(pair).name, folder.name).ratio())
         return f"the prefix of a pair is its path without .bin and .idx; there are {_some(near[:_SHOWN], len(pairs))}"
     if folder.parent.is_dir():
-        return f"{folder.parent} holds no pair; name a pair, or a folder that tools/prepare_data.py wrote"
+        return f"{folder.parent} holds no pair; name a pair, or a folder that tidar prepare-data wrote"
     return f"there is no folder {folder.parent}"
 
 

@@ -128,7 +128,7 @@ def human_eval(
 
     Args:
         model: The model, with its tokenizer.
-        plan: The plan, as ``--plan`` of ``tools/generate.py``.
+        plan: The plan, as ``--plan`` of ``tidar generate``.
         batch_size: The number of texts that are generated together.
         limit: The number of problems to use, from the first; None for all.
         max_new_tokens: The largest number of tokens in a completion.

@@ -1,13 +1,14 @@
 """A fair comparison of decoding plans in one process: their throughput, and whether their outputs agree.
 
-Every prompt is decoded by every plan in turn, so that drift in the machine's speed affects all plans alike. Times
-exclude the prefill, and EOS is ignored. The fraction of distinct 4-grams is reported too, because looping output
-flatters drafting, and prompt lookup most of all.
+Every prompt is decoded by every plan in turn, in an order that rotates, and speeds are medians over the prompts: a
+plan's figure must not depend on the minute in which it ran. Times exclude the prefill, and EOS is ignored. The fraction
+of distinct 4-grams is reported too, because looping output flatters drafting, and prompt lookup most of all.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from statistics import median
 from typing import Any
 
 import torch
@@ -21,7 +22,15 @@ from tidar_megatron.inference.request import DecodeOptions, distinct_4grams
 
 @dataclass(frozen=True)
 class PlanFigures:
-    """The results of one plan over all prompts."""
+    """The results of one plan over all prompts.
+
+    Attributes:
+        tokens_per_forward: Tokens over forwards, both summed over the prompts.
+        tokens_per_second: The median over the prompts.
+        speedup_over_ar: The median over the prompts of AR's seconds divided by the plan's, for the same prompt.
+        identical_to_ar: Whether every output equals AR's.
+        distinct_4grams: The fraction of distinct 4-grams in an output, averaged over the prompts.
+    """
 
     tokens_per_forward: float
     tokens_per_second: float
@@ -64,18 +73,19 @@ def compare_plans(
     for decode in decoders.values():  # warm-up: allocate masks and memory before timing
         decode(prompts[0])
     runs: dict[str, list[Decoded]] = {name: [] for name in decoders}
-    for prompt in prompts:
-        for name, decode in decoders.items():
-            runs[name].append(decode(prompt))
+    names = list(decoders)
+    for number, prompt in enumerate(prompts):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            runs[name].append(decoders[name](prompt))
     ar = runs["ar"]
-    ar_seconds = sum(run.seconds for run in ar)
     # every run decodes the same number of tokens after the prefill, whatever its last forward accepted beyond them
-    tokens = len(prompts) * (max_new_tokens - 1)
+    tokens = max_new_tokens - 1
     return {
         name: PlanFigures(
-            tokens_per_forward=tokens / sum(run.forwards for run in done),
-            tokens_per_second=tokens / (seconds := sum(run.seconds for run in done)),
-            speedup_over_ar=ar_seconds / seconds,
+            tokens_per_forward=len(prompts) * tokens / sum(run.forwards for run in done),
+            tokens_per_second=median(tokens / run.seconds for run in done),
+            speedup_over_ar=median(its.seconds / run.seconds for run, its in zip(done, ar, strict=True)),
             identical_to_ar=all(run.token_ids == its.token_ids for run, its in zip(done, ar, strict=True)),
             distinct_4grams=sum(distinct_4grams(run.token_ids) for run in done) / len(done),
         )

@@ -149,7 +149,7 @@ def run_tasks(
     Args:
         model: The model that :func:`~tidar_megatron.inference.loading.load_model` returned, with its tokenizer.
         tasks: Names of lm-eval tasks, lm-eval YAML files, or files of JSON lines (``.json``, ``.jsonl``).
-        plan: The plan, as ``--plan`` of ``tools/generate.py``.
+        plan: The plan, as ``--plan`` of ``tidar generate``.
         batch_size: The number of texts that are generated together.
         limit: The number of documents per task; None for all.
         num_fewshot: The number of examples before each document; None for the task's own.

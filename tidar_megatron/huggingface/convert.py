@@ -1,7 +1,7 @@
 """Conversion of a Hugging Face folder to a run's folder and back, tensor by tensor in one process, and verification.
 
 Checkpoints do not depend on the layout, so an imported one can be loaded in any layout. ``import`` writes a run's
-folder whose checkpoint has only weights; ``tools/pretrain.py --init-from`` starts from it.
+folder whose checkpoint has only weights; ``tidar pretrain --init-from`` starts from it.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ from tidar_megatron.huggingface.folders import (
 )
 from tidar_megatron.huggingface.origin import keep_huggingface_files, kept_huggingface_files
 from tidar_megatron.huggingface.output_row import mask_output_row
-from tidar_megatron.huggingface.streaming import WeightReader, WholeModel, whole_model, write_weights
+from tidar_megatron.huggingface.streaming import UnshardedModel, WeightReader, unsharded_model, write_weights
 from tidar_megatron.huggingface.token_ids import check_mask_token
 from tidar_megatron.models.gpt import build_model, run_model
 from tidar_megatron.models.initialize import MaskRow
@@ -112,12 +112,12 @@ def import_run(
     check_mask_token(source, config.tidar.mask_token_id, tokenizer)
     check_config(config)
     resolved = ResolvedConfig.of(config)
-    whole = whole_model(resolved)
-    tensors.check_shapes(whole, model)
+    unsharded = unsharded_model(resolved)
+    tensors.check_shapes(unsharded, model)
     mask = config.tidar.mask_token_id if init_mask_token is not None else None
     row = MaskRow(init_mask_token or "keep", mask, model.vocab_size, resolved.vocab_size)
     with new_folder("--output", target, CONFIG_FILE) as run:
-        _write_checkpoint(config, whole, run, tensors, model, row)
+        _write_checkpoint(config, unsharded, run, tensors, model, row)
         if tokenizer is not None:
             save_tokenizer(tokenizer, run / TOKENIZER_FOLDER)
         keep_huggingface_files(source, run)
@@ -159,18 +159,18 @@ def _with_mask_token(config: Config, tokenizer: Any, mask_token_id: int | None) 
 
 
 def _write_checkpoint(
-    config: Config, whole: WholeModel, run: Path, tensors: Safetensors, model: ModelConfig, row: MaskRow
+    config: Config, unsharded: UnshardedModel, run: Path, tensors: Safetensors, model: ModelConfig, row: MaskRow
 ) -> None:
     partial = folder.new_partial(run, 0)
     dtype = torch.bfloat16 if config.training.bf16 else torch.float32
 
     def read(name: str) -> Tensor:
-        tensor = tensors.parameter(name, model, whole.shapes[name]).to(dtype)
+        tensor = tensors.parameter(name, model, unsharded.shapes[name]).to(dtype)
         if name in VOCABULARY:
             row.fill(tensor, name)
         return tensor
 
-    write_weights(partial, whole, read)
+    write_weights(partial, unsharded, read)
     state = State(
         iteration=0,
         consumed_sequences=0,
@@ -186,7 +186,7 @@ def _write_checkpoint(
 
 
 # --- out ---------------------------------------------------------------------------------------------------------
-def _whole_checkpoint(run: Path, iteration: int | None) -> tuple[ResolvedConfig, int, Path]:
+def _intact_checkpoint(run: Path, iteration: int | None) -> tuple[ResolvedConfig, int, Path]:
     """Return a run's configuration with the default layout, and an iteration with its verified checkpoint folder.
 
     Args:
@@ -233,17 +233,17 @@ def export_run(
         UserError: ``run`` is not a run's folder, its checkpoint is missing or damaged, or ``target`` is not empty.
     """
     run = Path(run)
-    config, iteration, checkpoint = _whole_checkpoint(run, iteration)
-    whole = whole_model(config)
+    config, iteration, checkpoint = _intact_checkpoint(run, iteration)
+    unsharded = unsharded_model(config)
     try:
         # an imported model may have no tokenizer; a trained run always has one
         has_none = read_state(checkpoint).weights_only and not (run / TOKENIZER_FOLDER).exists()
         tokenizer = None if has_none else load_tokenizer(run / TOKENIZER_FOLDER)
-        reader, source = WeightReader(checkpoint, whole), kept_huggingface_files(run)
+        reader, source = WeightReader(checkpoint, unsharded), kept_huggingface_files(run)
         # a model that was imported with its mask token and not trained is exported unchanged, bit for bit
         section = tidar_section(source) if source is not None and read_state(checkpoint).weights_only else {}
         keep_mask_row = section.get("mask_token_id") == config.tidar.mask_token_id
-        export_huggingface(whole, reader.read, config, tokenizer, target, source, shard_bytes, keep_mask_row)
+        export_huggingface(unsharded, reader.read, config, tokenizer, target, source, shard_bytes, keep_mask_row)
     except Damaged as damage:
         raise UserError(f"--checkpoint {run}: {damage}") from None
     return iteration
@@ -272,7 +272,7 @@ def verify(hf: str | Path, run: str | Path, iteration: int | None = None, length
     Raises:
         UserError: One of the two cannot be read, or the models have different shapes.
     """
-    ours, iteration, checkpoint = _whole_checkpoint(Path(run), iteration)
+    ours, iteration, checkpoint = _intact_checkpoint(Path(run), iteration)
     hf_config = check_folder(hf)
     theirs = model_from_huggingface(hf, ours.model)
     assert theirs.vocab_size is not None

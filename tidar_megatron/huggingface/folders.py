@@ -24,7 +24,7 @@ from tidar_megatron.huggingface.families import huggingface_config, model_from_h
 from tidar_megatron.huggingface.mapping import expected_names, huggingface_names, join, split
 from tidar_megatron.huggingface.model_card import write_model_card
 from tidar_megatron.huggingface.output_row import mask_output_row
-from tidar_megatron.huggingface.streaming import WholeModel
+from tidar_megatron.huggingface.streaming import UnshardedModel
 from tidar_megatron.huggingface.token_ids import check_mask_token, exported_generation_config
 from tidar_megatron.mask_token import MASK_TOKEN
 from tidar_megatron.models.parameters import VOCABULARY, kind_of, own_parameters, shard_group
@@ -112,11 +112,11 @@ class Safetensors:
             raise UserError(f"{self.folder}: tensor {name} has values that are NaN or infinite; save the model again")
         return tensor
 
-    def check_shapes(self, whole: WholeModel, model: ModelConfig) -> None:
+    def check_shapes(self, unsharded: UnshardedModel, model: ModelConfig) -> None:
         """Refuse tensors whose shapes do not fit the model, without reading a tensor.
 
         Args:
-            whole: Our model.
+            unsharded: Our model.
             model: The folder's model configuration.
 
         Raises:
@@ -126,7 +126,7 @@ class Safetensors:
         def outline(name: str) -> Tensor:
             return torch.empty(self._where[name].get_slice(name).get_shape(), device="meta")
 
-        for name, shape in whole.shapes.items():
+        for name, shape in unsharded.shapes.items():
             self.parameter(name, model, shape, outline)
 
     def parameter(
@@ -152,15 +152,15 @@ class Safetensors:
         names = huggingface_names(kind, numbers)
         tensors = [read(hf) for hf in names]
         try:
-            whole = join(kind, tensors, model.num_query_groups or model.num_attention_heads)
+            full = join(kind, tensors, model.num_query_groups or model.num_attention_heads)
         except RuntimeError:
-            whole = torch.empty(0)  # heads that do not divide, or parts of unequal width: reported below
-        if name in VOCABULARY and whole.dim() == 2 and len(whole) == model.vocab_size and len(whole) < shape[0]:
-            whole = torch.cat([whole, whole.new_zeros(shape[0] - len(whole), whole.shape[1])])
-        if whole.shape != shape:
+            full = torch.empty(0)  # heads that do not divide, or parts of unequal width: reported below
+        if name in VOCABULARY and full.dim() == 2 and len(full) == model.vocab_size and len(full) < shape[0]:
+            full = torch.cat([full, full.new_zeros(shape[0] - len(full), full.shape[1])])
+        if full.shape != shape:
             found = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
             raise UserError(f"{self.folder}: {names[0]} does not fit the model in {CONFIG}: {found}; correct {CONFIG}")
-        return whole
+        return full
 
 
 def has_tokenizer(folder: str | Path) -> bool:
@@ -218,13 +218,13 @@ def load_huggingface_weights(chunks: list[GPTModel], folder: str | Path, model: 
     source.check(model)
     for name, parameter, chunk in own_parameters(chunks):
         group, (kind, _) = shard_group(chunk, name), kind_of(name)
-        whole = source.parameter(name, model, tuple(kind.whole_shape(parameter.shape, group.size())))
-        parameter.copy_(kind.part(whole, group.rank(), group.size()))
+        full = source.parameter(name, model, tuple(kind.full_shape(parameter.shape, group.size())))
+        parameter.copy_(kind.part(full, group.rank(), group.size()))
 
 
 # --- out ---------------------------------------------------------------------------------------------------------
 def export_huggingface(
-    whole: WholeModel,
+    unsharded: UnshardedModel,
     read: Callable[[str], Tensor],
     config: Config,
     tokenizer: Any,
@@ -236,7 +236,7 @@ def export_huggingface(
     """Write a model as a Hugging Face folder, atomically: config, safetensors, tokenizer, the engine, a model card.
 
     Args:
-        whole: The model's parameter names and shapes.
+        unsharded: The model's parameter names and shapes.
         read: A function that returns a full parameter by its name in the model.
         config: The resolved configuration.
         tokenizer: The transformers tokenizer that the model was trained with, or None.
@@ -273,7 +273,7 @@ def export_huggingface(
         check_mask_token(hf, mask, tokenizer, shown=folder)
         if settled(model_from_huggingface(hf, config.model)) != settled(config.model):
             raise UserError(f"{source}: its {CONFIG} has settings that would change the exported model; remove them")
-        _write_weights(whole, exported, hf, shard_bytes)
+        _write_weights(unsharded, exported, hf, shard_bytes)
         write_custom_generate(hf)
         row = "tied" if not untied else "kept" if keep_mask_row else "mean"
         write_model_card(hf, Path(folder).resolve().name, hf_config, row)
@@ -283,11 +283,11 @@ def export_huggingface(
             save_tokenizer(tokenizer, hf)
 
 
-def _write_weights(whole: WholeModel, read: Callable[[str], Tensor], folder: Path, shard_bytes: int) -> None:
+def _write_weights(unsharded: UnshardedModel, read: Callable[[str], Tensor], folder: Path, shard_bytes: int) -> None:
     shards: list[list[str]] = [[]]
     held = total = 0  # bytes
-    for name, shape in whole.shapes.items():
-        size = shape.numel() * whole.pieces[name][0].dtype.itemsize
+    for name, shape in unsharded.shapes.items():
+        size = shape.numel() * unsharded.pieces[name][0].dtype.itemsize
         if shards[-1] and held + size > shard_bytes:
             shards.append([])
             held = 0
@@ -299,7 +299,7 @@ def _write_weights(whole: WholeModel, read: Callable[[str], Tensor], folder: Pat
         weights: dict[str, Tensor] = {}
         for name in names:
             kind, numbers = kind_of(name)
-            parts = split(kind, read(name), whole.num_query_groups, whole.num_attention_heads)
+            parts = split(kind, read(name), unsharded.num_query_groups, unsharded.num_attention_heads)
             for hf, part in zip(huggingface_names(kind, numbers), parts, strict=True):
                 weights[hf] = part.contiguous()
                 total += part.nbytes

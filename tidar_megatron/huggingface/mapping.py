@@ -82,18 +82,18 @@ def join(kind: ParameterKind, tensors: list[Tensor], groups: int) -> Tensor:
     return torch.cat(tensors) if kind.fused == "glu" else tensors[0]
 
 
-def split(kind: ParameterKind, whole: Tensor, groups: int, heads: int) -> list[Tensor]:
+def split(kind: ParameterKind, full: Tensor, groups: int, heads: int) -> list[Tensor]:
     """Return the Hugging Face tensors of a full (unsharded) parameter: the inverse of :func:`join`.
 
     Args:
         kind: The parameter's kind.
-        whole: The full parameter.
+        full: The full parameter.
         groups: The number of query groups of the model.
         heads: The number of query heads of the model.
     """
     if kind.fused == "qkv":
-        per_head = whole.shape[0] // (heads + 2 * groups)
-        by_group = whole.reshape(groups, -1, *whole.shape[1:])
+        per_head = full.shape[0] // (heads + 2 * groups)
+        by_group = full.reshape(groups, -1, *full.shape[1:])
         parts = by_group.split([heads // groups * per_head, per_head, per_head], dim=1)
         return [part.flatten(0, 1).contiguous() for part in parts]
-    return [part.contiguous() for part in whole.chunk(2)] if kind.fused == "glu" else [whole]
+    return [part.contiguous() for part in full.chunk(2)] if kind.fused == "glu" else [full]

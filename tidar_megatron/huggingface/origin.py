@@ -7,7 +7,7 @@ from typing import Protocol
 
 from megatron.core.models.gpt import GPTModel
 
-from tidar_megatron.checkpoint.contents import load_weights, whole_checkpoint
+from tidar_megatron.checkpoint.contents import intact_checkpoint, load_weights
 from tidar_megatron.checkpoint.folder import latest_iteration
 from tidar_megatron.checkpoint.integrity import Damaged
 from tidar_megatron.config import CONFIG_FILE, ModelConfig, load_resolved_config
@@ -126,7 +126,7 @@ class _Run:
 
     def load(self, chunks: list[GPTModel]) -> None:
         try:
-            checkpoint = whole_checkpoint(self._folder)
+            checkpoint = intact_checkpoint(self._folder)
         except UserError as error:
             raise UserError(f"--init-from {error}") from None
         try:

@@ -46,7 +46,7 @@ from tidar_megatron.models.parameters import VOCABULARY
 
 
 @dataclass(frozen=True)
-class WholeModel:
+class UnshardedModel:
     """The layout of a full (unsharded) model in its checkpoints.
 
     Attributes:
@@ -66,7 +66,7 @@ class WholeModel:
     num_attention_heads: int
 
 
-def whole_model(config: ResolvedConfig) -> WholeModel:
+def unsharded_model(config: ResolvedConfig) -> UnshardedModel:
     """Return the full model of a resolved configuration, built with layers that need no GPU packages."""
     local = dataclasses.replace(config.model, transformer_impl="local", moe_grouped_gemm=False)
     config = dataclasses.replace(config, model=local, parallel=ParallelConfig())
@@ -82,7 +82,7 @@ def whole_model(config: ResolvedConfig) -> WholeModel:
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         transformer = model.config
     assert shapes.keys() == pieces.keys()
-    return WholeModel(
+    return UnshardedModel(
         config.vocab_size, shapes, pieces, objects, transformer.num_query_groups, transformer.num_attention_heads
     )
 
@@ -94,19 +94,19 @@ def _chunk(piece: ShardedTensor) -> ChunkStorageMetadata:
 
 # --- into a checkpoint -------------------------------------------------------------------------------------------
 class _Writing(SavePlanner):
-    def __init__(self, whole: WholeModel, read: Callable[[str], Tensor]) -> None:
+    def __init__(self, unsharded: UnshardedModel, read: Callable[[str], Tensor]) -> None:
         self._read = read
         self._sources: dict[MetadataIndex, tuple[str, int, int]] = {}  # parameter, piece number, number of pieces
         self._items: list[WriteItem] = []
         self._last: tuple[str, Tensor] | None = None
-        for name, pieces in whole.pieces.items():
+        for name, pieces in unsharded.pieces.items():
             for number, piece in enumerate(pieces):
                 chunk = _chunk(piece)
                 index = MetadataIndex(piece.key, chunk.offsets)
                 data = TensorWriteData(chunk, TensorProperties(dtype=piece.dtype), torch.Size(piece.global_shape))
                 self._items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
                 self._sources[index] = (name, number, len(pieces))
-        self._items += [WriteItem(MetadataIndex(o.unique_key), WriteItemType.BYTE_IO) for o in whole.objects]
+        self._items += [WriteItem(MetadataIndex(o.unique_key), WriteItemType.BYTE_IO) for o in unsharded.objects]
 
     def set_up_planner(self, state_dict: object, storage_meta: object = None, is_coordinator: bool = False) -> None:
         pass
@@ -139,12 +139,12 @@ class _Files(torch_checkpoint.FileSystemWriter):
         return StorageMeta()  # torch's would store the folder's name, which is temporary
 
 
-def write_weights(folder: Path, whole: WholeModel, read: Callable[[str], Tensor]) -> None:
+def write_weights(folder: Path, unsharded: UnshardedModel, read: Callable[[str], Tensor]) -> None:
     """Write the files of a checkpoint that has only weights.
 
     Args:
         folder: The folder to write to; it must exist and be empty.
-        whole: The model, from :func:`whole_model`.
+        unsharded: The model, from :func:`unsharded_model`.
         read: A function that returns a full parameter by its name, in the model's dtype.
 
     Raises:
@@ -154,7 +154,7 @@ def write_weights(folder: Path, whole: WholeModel, read: Callable[[str], Tensor]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is disabled on purpose
         try:
-            torch_checkpoint.save({}, storage_writer=writer, planner=_Writing(whole, read), no_dist=True)
+            torch_checkpoint.save({}, storage_writer=writer, planner=_Writing(unsharded, read), no_dist=True)
         except CheckpointException as error:  # torch's wrapper around the actual exception
             raise next(iter(error.failures.values()))[0] from None
     nothing = io.BytesIO()  # the state that is not tensors
@@ -192,22 +192,22 @@ class WeightReader:
 
     Args:
         folder: The checkpoint's folder.
-        whole: The model, from :func:`whole_model`.
+        unsharded: The model, from :func:`unsharded_model`.
 
     Raises:
         Damaged: The checkpoint was not written by this package, or has another model.
     """
 
-    def __init__(self, folder: Path, whole: WholeModel) -> None:
+    def __init__(self, folder: Path, unsharded: UnshardedModel) -> None:
         self._metadata = read_metadata(folder)
-        self._stored, self._vocab_size = whole.pieces, whole.vocab_size
+        self._stored, self._vocab_size = unsharded.pieces, unsharded.vocab_size
         self._reader = torch_checkpoint.FileSystemReader(folder)
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         for name, pieces in self._stored.items():
             for piece in pieces:
                 found = getattr(self._metadata.state_dict_metadata.get(piece.key), "size", None)
                 wanted = tuple(piece.global_shape)
-                if name in VOCABULARY and found and found[0] >= whole.vocab_size:
+                if name in VOCABULARY and found and found[0] >= unsharded.vocab_size:
                     wanted = (found[0], *wanted[1:])
                 if found is None or tuple(found) != wanted:
                     holds = "is missing" if found is None else f"has the shape {tuple(found)}, not {wanted}"

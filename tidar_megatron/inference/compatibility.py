@@ -70,7 +70,7 @@ def check_compatible(model: DecodeModel) -> None:
         raise UserError(
             f"{type(causal_lm).__name__} computes more than the engine does: {reason}"
             f"{f' (its configuration has {suspects})' if suspects else ''}; "
-            "use a Llama, Qwen or Mistral checkpoint that attends to the whole prefix in every layer"
+            "use a Llama, Qwen or Mistral checkpoint that attends to the full prefix in every layer"
         )
 
 

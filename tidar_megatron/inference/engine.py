@@ -166,7 +166,7 @@ class Engine:
 class _Logits:
     """The logits of a forward, computed only for the requested rows, or for all rows at once if there are few.
 
-    Each call reads the whole output layer, which dominates the cost of a call with few rows.
+    Each call reads the full output layer, which dominates the cost of a call with few rows.
     """
 
     FEW = 32

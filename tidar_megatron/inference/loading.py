@@ -37,9 +37,7 @@ def load_model(
     """
     path = Path(path)
     if not_a_file(path / "config.json") == "not found":
-        raise UserError(
-            f"{path}: has no config.json; give a Hugging Face folder (tools/convert_checkpoint.py exports one)"
-        )
+        raise UserError(f"{path}: has no config.json; give a Hugging Face folder (tidar convert export writes one)")
     torch_device = _device(device)
     torch_dtype = _dtype(dtype, torch_device)
     config = check_folder(path)

@@ -67,7 +67,7 @@ class DecodeOptions:
         if self.mode in ("tidar", "linear") and model.mask_token_id is None:
             raise UserError(
                 "the model's config.json has no tidar section, so it cannot draft: "
-                "use mode ar (--plan ar), or export a TiDAR checkpoint with tools/convert_checkpoint.py"
+                "use mode ar (--plan ar), or export a TiDAR checkpoint with tidar convert export"
             )
         if self.mode in ("auto", "ar") and self.draft_length is not None:
             raise UserError(f"mode {self.mode}: takes no draft length; leave it out, or use mode tidar")

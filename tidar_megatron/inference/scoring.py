@@ -53,10 +53,10 @@ def _score_together(
     model: DecodeModel, texts: Sequence[tuple[Sequence[int], Sequence[int]]], capacity: int
 ) -> list[Score]:
     pool = KVPool(len(texts), capacity)
-    whole = [[*context, *continuation] for context, continuation in texts]
+    sequences = [[*context, *continuation] for context, continuation in texts]
     logprobs, greedy = [0.0] * len(texts), [True] * len(texts)
     for start in range(0, capacity - 1, CHUNK):
-        pieces = [(n, ids[start : min(start + CHUNK, len(ids) - 1)]) for n, ids in enumerate(whole)]
+        pieces = [(n, ids[start : min(start + CHUNK, len(ids) - 1)]) for n, ids in enumerate(sequences)]
         pieces = [(n, piece) for n, piece in pieces if piece]
         packed = PackedForward(pool, [Part(n, start, piece, ForwardLayout(len(piece))) for n, piece in pieces])
         hidden = model.forward(packed)
@@ -68,7 +68,7 @@ def _score_together(
             # with the mask token's own logit, so that scores agree with other tools
             logits = model.logits(hidden[row + first - start : row + len(piece)], emitted=False)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            targets = torch.tensor(whole[n][first + 1 : last + 1], device=logits.device)
+            targets = torch.tensor(sequences[n][first + 1 : last + 1], device=logits.device)
             logprobs[n] += logits.log_softmax(-1).gather(-1, targets[:, None]).double().sum().item()
             greedy[n] &= bool((logits.argmax(-1) == targets).all())
     return [Score(*pair) for pair in zip(logprobs, greedy, strict=True)]

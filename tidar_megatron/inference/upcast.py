@@ -15,7 +15,7 @@ def in_float32(model: nn.Module) -> Iterator[None]:
     """Replace each layer's half-precision weights by float32 copies while the layer runs, then restore them.
 
     A layer is an item of an outermost ``ModuleList`` or, outside of these, a module without children. Other modules
-    that own tensors keep float32 copies for the whole context.
+    that own tensors keep float32 copies for all of the context.
     """
     layers = dict.fromkeys(item for module in _outermost_lists(model) for item in module)
     inside = {part for layer in layers for part in layer.modules()}

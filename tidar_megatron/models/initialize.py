@@ -36,13 +36,13 @@ def initialize_weights(chunks: list[GPTModel], seed: int) -> None:
         std = transformer.init_method_std
         if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
             std /= (2 * transformer.num_layers) ** 0.5
-        shape = kind.whole_shape(parameter.shape, group.size())
+        shape = kind.full_shape(parameter.shape, group.size())
         key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
         generator = torch.Generator(parameter.device).manual_seed(key)
-        whole = torch.zeros(shape, dtype=torch.float32, device=parameter.device)
+        full = torch.zeros(shape, dtype=torch.float32, device=parameter.device)
         ids = model.unpadded_vocab_size if name in VOCABULARY else shape[0]
-        whole[:ids].normal_(0.0, std, generator=generator)
-        parameter.copy_(kind.part(whole, group.rank(), group.size()))
+        full[:ids].normal_(0.0, std, generator=generator)
+        parameter.copy_(kind.part(full, group.rank(), group.size()))
 
 
 @dataclass(frozen=True)

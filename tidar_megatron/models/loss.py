@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tidar_megatron.data.doubled import Batch
 from tidar_megatron.models.cross_entropy import linear_cross_entropy
-from tidar_megatron.models.output_layer import output_weight, whole_states
+from tidar_megatron.models.output_layer import full_states, output_weight
 
 
 def token_losses(chunk: GPTModel, batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,7 +24,7 @@ def token_losses(chunk: GPTModel, batch: Batch, hidden: Tensor) -> tuple[Tensor,
     Returns:
         The sum, a differentiable float32 scalar; and the cross-entropies, float32 ``[b, t]`` without a gradient.
     """
-    states = whole_states(chunk, hidden)
+    states = full_states(chunk, hidden)
     total, losses = linear_cross_entropy(
         states.flatten(0, 1),
         output_weight(chunk),

@@ -40,7 +40,7 @@ def output_weight(chunk: GPTModel) -> Tensor:
     return chunk.shared_embedding_or_output_weight() if chunk.output_layer.weight is None else chunk.output_layer.weight
 
 
-def whole_states(chunk: GPTModel, hidden: Tensor) -> Tensor:
+def full_states(chunk: GPTModel, hidden: Tensor) -> Tensor:
     """Return the hidden states of all tokens, for products with this rank's rows of the output layer's weight.
 
     Args:

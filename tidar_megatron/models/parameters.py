@@ -37,20 +37,20 @@ class ParameterKind:
         """Return megatron-core's name."""
         return self.names[0]
 
-    def whole_shape(self, part: torch.Size, tp_size: int) -> list[int]:
+    def full_shape(self, part: torch.Size, tp_size: int) -> list[int]:
         """Return the shape of the full parameter, given the shape of one rank's part."""
         shape = list(part)
         if self.shard != "replicated":
             shape[0 if self.shard == "rows" else 1] *= tp_size
         return shape
 
-    def part(self, whole: Tensor, tp_rank: int, tp_size: int) -> Tensor:
+    def part(self, full: Tensor, tp_rank: int, tp_size: int) -> Tensor:
         """Return the part of a full parameter that one tensor-parallel rank holds."""
         if self.shard == "replicated":
-            return whole
+            return full
         if self.fused == "glu":  # each rank holds its part of the gate above its part of the up projection
-            return torch.cat([half.chunk(tp_size)[tp_rank] for half in whole.chunk(2)])
-        return whole.chunk(tp_size, dim=0 if self.shard == "rows" else 1)[tp_rank]
+            return torch.cat([half.chunk(tp_size)[tp_rank] for half in full.chunk(2)])
+        return full.chunk(tp_size, dim=0 if self.shard == "rows" else 1)[tp_rank]
 
 
 KINDS = (

@@ -79,11 +79,11 @@ class Estimate:
         distributed optimizer's weights can be hidden behind the first micro-batch's forward, one third of its work.
         """
         parallel, w = self.sizes.config.parallel, self.sizes.w
-        whole = sum(t.seconds for t in self.traffic(stage) if t.group == "DP")
-        gather = whole * w / (4 + w) if parallel.use_distributed_optimizer else 0.0
+        total = sum(t.seconds for t in self.traffic(stage) if t.group == "DP")
+        gather = total * w / (4 + w) if parallel.use_distributed_optimizer else 0.0
         exposed = 0.0
         for seconds, overlapped, compute in (
-            (whole - gather, parallel.overlap_grad_reduce, 2 / 3 * micro_batch),
+            (total - gather, parallel.overlap_grad_reduce, 2 / 3 * micro_batch),
             (gather, parallel.overlap_param_gather, 1 / 3 * micro_batch),
         ):
             least = seconds * (1 - efficiency("hidden"))

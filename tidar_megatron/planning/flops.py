@@ -54,8 +54,8 @@ def chunk_flops(sizes: Sizes, last: bool) -> Flops:
     layer = attention + feed_forward
     total = layer.times(3 * n, 3.5 * n)
     if parallel.recompute_granularity == "full":
-        whole = parallel.recompute_method == "uniform"
-        again = n if whole else min(parallel.recompute_num_layers, n)
+        uniform = parallel.recompute_method == "uniform"
+        again = n if uniform else min(parallel.recompute_num_layers, n)
         total += layer.times(again)
     elif parallel.recompute_granularity == "selective":
         modules = parallel.recompute_modules

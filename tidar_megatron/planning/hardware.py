@@ -1,4 +1,4 @@
-"""The table of hardware, and the assumptions that turn peaks into predictions. ``tools/plan.py`` prints both.
+"""The table of hardware, and the assumptions that turn peaks into predictions. ``tidar plan`` prints both.
 
 Peaks and bandwidths are the vendor's figures. The efficiencies are **assumptions**: this project has not measured any
 of them on such a machine. Replace them by measured figures once there are some.

@@ -1,4 +1,4 @@
-"""The report of ``tools/plan.py``: the best layouts, verified by building their ranks, as JSON or as tables."""
+"""The report of ``tidar plan``: the best layouts, verified by building their ranks, as JSON or as tables."""
 
 import dataclasses
 import json

@@ -62,12 +62,12 @@ def candidates(config: Config, gpus: int, hardware: Hardware) -> Iterator[Sizes]
             for b in MICRO_BATCH_SIZES:
                 training = dataclasses.replace(config.training, micro_batch_size=b)
                 try:
-                    whole = Sizes.of(dataclasses.replace(config, parallel=layout, training=training), gpus)
+                    sized = Sizes.of(dataclasses.replace(config, parallel=layout, training=training), gpus)
                 except UserError:
                     break  # a layout that refuses a micro-batch size refuses all larger ones
                 for recompute in recomputes:
                     again = dataclasses.replace(layout, **recompute)  # type: ignore[arg-type]
-                    yield Sizes(dataclasses.replace(whole.config, parallel=again), gpus)
+                    yield Sizes(dataclasses.replace(sized.config, parallel=again), gpus)
 
 
 def search(config: Config, gpus: int, hardware: Hardware, memory_gib: float) -> list[Estimate]:

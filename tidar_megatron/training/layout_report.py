@@ -1,4 +1,4 @@
-"""Run the layout check (``tools/check_layout.py``): a one-rank reference, every layout that fits, and the report."""
+"""Run the layout check (``tidar check-layout``): a one-rank reference, every layout that fits, and the report."""
 
 import dataclasses
 import json
@@ -15,16 +15,8 @@ from rich.table import Table
 
 from tidar_megatron.distributed.groups import shut_down, world_size_from_environment
 from tidar_megatron.errors import UserError
-from tidar_megatron.training.layout_check import (
-    VARIANTS,
-    Comparison,
-    Layout,
-    Measured,
-    compare,
-    layouts_for,
-    measure,
-    variant_config,
-)
+from tidar_megatron.training.layout_check import Comparison, Measured, compare, measure
+from tidar_megatron.training.layout_variants import VARIANTS, Layout, layouts_for, variant_config
 
 LAUNCHER = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
 

@@ -16,7 +16,7 @@ from tidar_megatron.streams import outliving_output
 from tidar_megatron.training import signals
 from tidar_megatron.training.describe import describe
 from tidar_megatron.training.generations import Samples
-from tidar_megatron.training.metrics import MetricsLogger
+from tidar_megatron.training.metrics import MetricsLogger, seconds_left
 from tidar_megatron.training.trainer import Trainer
 
 LOST = 1 + max(signals.REASONS)  # this run has lost the lock on its folder: stop without saving
@@ -112,6 +112,7 @@ def _loop(trainer: Trainer, logger: MetricsLogger, samples: Samples | None) -> s
             clean_tokens = steps * training.global_batch_size * config.data.seq_length
             values |= {"step_seconds": seconds / steps, "clean_tokens_per_second": clean_tokens / seconds}
             values |= {**trainer.own_time.report(), "memory_gib": peak_memory() / 2**30}
+            values["seconds_left"] = seconds_left(config, iteration, values["step_seconds"])
             logger.training(iteration, values)
             for said in samples.poll() if samples is not None else ():
                 logger.samples(said)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from tidar_megatron.config import Config
 from tidar_megatron.errors import UserError
@@ -70,12 +71,41 @@ def iteration_of(line: str) -> float:
     return iteration if type(iteration) is int else math.inf
 
 
+def seconds_left(config: Config, iteration: int, step_seconds: float) -> float:
+    """Return the estimated seconds of all steps after ``iteration``, without evaluations and saves.
+
+    A joint step takes longer than a step of the AR warm-up: a step's time is taken as proportional to its tokens.
+
+    Args:
+        config: The configuration of the run.
+        iteration: The number of steps that are done, at least 1.
+        step_seconds: The seconds of a step of the same phase as step ``iteration``.
+    """
+    warmup, clean = config.ar_warmup_iters, config.data.seq_length
+    joint = clean + config.chosen_blocks * config.tidar.block_size
+    ar_steps = max(warmup - iteration, 0)
+    joint_steps = config.training.train_iters - iteration - ar_steps
+    return step_seconds * (ar_steps * clean + joint_steps * joint) / (joint if iteration > warmup else clean)
+
+
+def clock(seconds: float) -> str:
+    """Return ``seconds`` as ``h:mm:ss``, or ``m:ss`` below an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
 class MetricsLogger:
-    """The console, the record and the dashboards of a run; a no-op on all processes but the main one."""
+    """The console, the record and the dashboards of a run; a no-op on all processes but the main one.
+
+    In a terminal, a progress bar below the lines shows the latest step.
+    """
 
     def __init__(self, config: Config, is_main: bool, resume_from: int = 0) -> None:
         self.console = Console(quiet=not is_main, highlight=False, soft_wrap=True)
         self.train_iters = config.training.train_iters
+        self.console_interval = config.logging.console_interval or config.logging.log_interval
+        self.lines_until = resume_from  # the iteration of the latest line of a step
+        self.bar: Progress | None = None
         self.record: JsonLines | None = None
         self.texts: JsonLines | None = None
         self.dashboards: list[Dashboard] = []
@@ -89,6 +119,8 @@ class MetricsLogger:
             self._open("TensorBoard", lambda: TensorBoard(tensorboard, config))
         if config.logging.wandb_project:
             self._open("W&B", lambda: WandB(config, folder or Path("."), self.console))
+        if self.console.is_interactive:
+            self.bar = _bar(self.console, self.train_iters, resume_from)
 
     def _open(self, name: str, make: Callable[[], Dashboard]) -> None:
         try:
@@ -102,8 +134,21 @@ class MetricsLogger:
 
     def training(self, iteration: int, values: Values) -> None:
         """Log the values of a training step."""
+        interval, last = self.console_interval, iteration == self.train_iters
+        if last or iteration // interval > self.lines_until // interval:
+            self.say(self._line(iteration, values))
+            self.lines_until = iteration
+        if self.bar is not None:
+            losses = f"AR {values['ar_loss']:.3f}"
+            if values["diffusion_loss"] is not None:
+                losses += f", diffusion {values['diffusion_loss']:.3f}"
+            left = clock(values["seconds_left"])
+            self.bar.update(self.bar.task_ids[0], completed=iteration, losses=losses, left=left, refresh=True)
+        self._write(iteration, values)
+
+    def _line(self, iteration: int, values: Values) -> str:
         diffusion, several = values["diffusion_loss"], "slowest_rank" in values
-        self.say(
+        return (
             f"step {iteration:>{len(str(self.train_iters))}}/{self.train_iters}"
             f" | {values['phase']:<5} | AR {values['ar_loss']:.4f}"
             + (f" | diffusion {diffusion:.4f}" if diffusion is not None else "")
@@ -112,8 +157,8 @@ class MetricsLogger:
             + (f" | slowest rank {values['slowest_rank']} ({values['slowest_over_median']:.2f}x)" if several else "")
             + f" | {values['memory_gib']:.2f} GiB"
             + (f" | {values['skipped_iterations']} skipped" if values["skipped_iterations"] else "")
+            + (f" | {clock(values['seconds_left'])} left" if iteration < self.train_iters else "")
         )
-        self._write(iteration, values)
 
     def evaluation(self, iteration: int, values: Values) -> None:
         """Log an evaluation on held-out data."""
@@ -143,7 +188,9 @@ class MetricsLogger:
         self._show(lambda dashboard: dashboard.published(iteration, checkpoint))
 
     def close(self) -> None:
-        """Flush and close the files and dashboards."""
+        """End the progress bar, and flush and close the files and dashboards."""
+        if self.bar is not None:
+            self.bar.stop()
         for file in (self.record, self.texts):
             if file is not None:
                 file.close()
@@ -162,3 +209,17 @@ class MetricsLogger:
             except Exception as error:
                 self.dashboards.remove(dashboard)
                 self.say(f"{type(dashboard).__name__} is disabled from here on: {type(error).__name__}: {error}")
+
+
+def _bar(console: Console, train_iters: int, completed: int) -> Progress:
+    """Return a running progress bar. It has no thread of its own, because a writer of checkpoints may be forked."""
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[losses]} | {task.fields[left]} left"),
+    )
+    bar = Progress(*columns, console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+    bar.add_task("training", total=train_iters, completed=completed, losses="", left="?")
+    bar.start()
+    console.show_cursor(True)  # a killed run must not leave the terminal without one
+    return bar

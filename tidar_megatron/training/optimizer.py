@@ -43,7 +43,7 @@ def wrap_model(chunks: list[GPTModel], config: Config) -> list[DistributedDataPa
 
 
 @contextmanager
-def whole_weights(model: list[DistributedDataParallel]) -> Iterator[None]:
+def full_weights(model: list[DistributedDataParallel]) -> Iterator[None]:
     """Complete the all-gather of the weights, and suspend gathering in the forward, for work outside training steps."""
     overlapping = [chunk for chunk in model if chunk.ddp_config.overlap_param_gather]
     for chunk in overlapping:
@@ -63,10 +63,10 @@ def gradient_norm(optimizer: MegatronOptimizer, model: list[DistributedDataParal
     over tensor-parallel ranks on one of them only, and would miss a NaN on the others.
     """
     optimizer.prepare_grads()
-    whole = float(optimizer.get_grad_norm())
+    norm = float(optimizer.get_grad_norm())
     own = [p.main_grad for chunk in model for p in chunk.parameters() if p.requires_grad]
     largest = torch.stack(torch._foreach_norm(own)).max().item()  # max propagates NaN
-    return whole if math.isfinite(largest) else largest
+    return norm if math.isfinite(largest) else largest
 
 
 def build_optimizer(

@@ -61,7 +61,7 @@ def check_inputs(config: Config) -> Inputs:
         UserError: A flag is missing or invalid; the message names it.
     """
     if not config.data.train_data:
-        raise UserError("--train-data is missing: give a folder made by tools/prepare_data.py")
+        raise UserError("--train-data is missing: give a folder made by tidar prepare-data")
     check_world_size(config, world_size_from_environment())
     check_backend(config)
     for name in ("save_interval", "async_save", "keep_last"):
@@ -137,7 +137,7 @@ def resolve(
         where = f"--init-from {config.training.init_from}" if config.training.init_from else "--vocab-size"
         raise UserError(
             f"{where}: {model.vocab_size} ids are fewer than the {tokenizer.vocab_size} of the data's tokenizer; "
-            "prepare the data with the model's own tokenizer (tools/prepare_data.py --tokenizer FOLDER)"
+            "prepare the data with the model's own tokenizer (tidar prepare-data --tokenizer FOLDER)"
         )
     first_free = tokenizer.vocab_size
     if mask is None:

@@ -19,8 +19,8 @@ from tidar_megatron.models.draft_metrics import EvaluationSums, evaluation_sums
 from tidar_megatron.models.experts import take_balancing_loss
 from tidar_megatron.models.gpt import run_model, unwrap
 from tidar_megatron.models.loss import joint_loss
-from tidar_megatron.models.output_layer import output_weight, whole_states
-from tidar_megatron.training.optimizer import gradient_norm, whole_weights
+from tidar_megatron.models.output_layer import full_states, output_weight
+from tidar_megatron.training.optimizer import full_weights, gradient_norm
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def evaluate(model: Model, batches: list[Batch], block_size: int, ranks: Ranks) 
         chunk = unwrap(model)
 
         def report(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            states = whole_states(chunk, hidden)
+            states = full_states(chunk, hidden)
             weight, vocab_size = output_weight(chunk), chunk.unpadded_vocab_size
             sums = evaluation_sums(states, weight, batch, block_size, ranks.groups.tp, vocab_size)
             return hidden.new_zeros(()), hidden.new_zeros((), dtype=torch.int32), sums.values
@@ -174,7 +174,7 @@ def evaluate(model: Model, batches: list[Batch], block_size: int, ranks: Ranks) 
         chunk.eval()
     at_hand = [batch.to(ranks.device) for batch in batches]
     batches.clear()
-    with torch.no_grad(), whole_weights(model):  # megatron-core's forward_only alone still records the graph
+    with torch.no_grad(), full_weights(model):  # megatron-core's forward_only alone still records the graph
         reports = _run_schedule(model, at_hand, forward, forward_only=True)
     for chunk in model:
         chunk.train()

@@ -31,7 +31,7 @@ from tidar_megatron.models.initialize import MaskRow, initialize_weights, start_
 from tidar_megatron.training import sample_ids, signals
 from tidar_megatron.training.generations import Samples
 from tidar_megatron.training.health import Health
-from tidar_megatron.training.optimizer import build_optimizer, whole_weights, wrap_model
+from tidar_megatron.training.optimizer import build_optimizer, full_weights, wrap_model
 from tidar_megatron.training.resolve import ResolvedRun, check_inputs, resolve_run, starting_point
 from tidar_megatron.training.run_lock import RunLock, take_lock
 from tidar_megatron.training.step import evaluate, train_step
@@ -239,7 +239,7 @@ class Trainer:
             with self._data_in_time():
                 self.prefetcher.settle()  # a forked writer must not inherit a lock that is held
             states = {name: part.state_dict() for name, part in self.parts.items()}
-            with whole_weights(self.ddp):
+            with full_weights(self.ddp):
                 run = Trained(self.model, self.optimizer, self.scheduler)
                 self.checkpoints.save(run, self.iteration, self.consumed_sequences, states)
 
