@@ -24,11 +24,11 @@ LAYOUTS = {
     "ep2": {"expert_model_parallel_size": 2},  # of a model with experts
     "dp2sharded": {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True},
 }
-STEPS = 3
+STEPS = 2
 
 
 def run_layout(setup, name, folder):
-    """The first step's token losses and this rank's gradients, then losses and gradient norms of three steps."""
+    """The first step's token losses and this rank's gradients, then losses and gradient norms of two steps."""
     from tidar_megatron.config import build_config
     from tidar_megatron.models.loss import token_losses
     from tidar_megatron.models.parameters import own_parameters

@@ -58,7 +58,7 @@ def test_useless_drafts_change_no_text_and_are_not_accepted(trained, prompts):
 def test_the_planner_against_every_plan(trained, prompts, monkeypatch):
     monkeypatch.setattr(planner, "LENGTHS", (2, 4))
     threads = torch.get_num_threads()
-    found = planner.planner(trained, prompts, [("own", 1), ("useless", 1)], 12, 2)
+    found = planner.planner(trained, prompts, [("own", 1), ("useless", 1)], 8, 2)
     assert [row["body"] for row in found["compared"]] == ["own", "useless"]
     plans = {row["plan"] for row in found["sweep"] if row["body"] == "own"}
     assert plans == {"ar", *(f"{kind}:{K}" for kind in planner.KINDS for K in (2, 4)), "3:4"} - {"2:2", "3:2"}

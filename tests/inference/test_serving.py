@@ -7,6 +7,7 @@ import psutil
 import pytest
 import torch
 
+from tests.conftest import THOROUGH
 from tests.inference.options import ar, tidar
 from tidar_megatron.errors import UserError
 from tidar_megatron.inference import engine
@@ -14,6 +15,8 @@ from tidar_megatron.inference.engine import Engine, generate, generate_batch
 from tidar_megatron.inference.request import DecodeOptions
 from tidar_megatron.inference.sampling import SamplingOptions
 from tidar_megatron.inference.sequence import Sequence
+
+REQUESTS = 1000 if THOROUGH else 400
 
 
 @pytest.mark.slow
@@ -75,15 +78,15 @@ def test_the_queue_and_the_slots_have_bounds(trained, prompts):
 
 
 @pytest.mark.slow
-def test_nothing_piles_up_over_a_thousand_requests(trained):
-    """Cancelled and failing ones among them; memory after the first two hundred stays what it is."""
+def test_nothing_piles_up_over_hundreds_of_requests(trained):
+    """Cancelled and failing ones among them; memory after the first hundred stays what it is."""
     draw = random.Random(0)
     serving = Engine(trained, 8, 200, queue_size=64)
     process, sizes, ended = psutil.Process(), [], []
     kinds = [tidar(8, 2, 12), DecodeOptions("linear", 6, max_new_tokens=9), ar(5), tidar(4, "all", 7)]
     kinds.append(tidar(8, 1, 10, sampling=SamplingOptions(1.0, top_p=0.9, repetition_penalty=1.2)))
     live: list[Sequence] = []
-    for number in range(1000):
+    for number in range(REQUESTS):
         prompt = [draw.randrange(47) for _ in range(draw.randrange(1, 40))]
         live.append(serving.submit(prompt, draw.choice(kinds)))
         if number % 7 == 0:
@@ -95,14 +98,14 @@ def test_nothing_piles_up_over_a_thousand_requests(trained):
             serving.step()
             ended += [sequence.stop for sequence in live if sequence.stop]
             live = [sequence for sequence in live if not sequence.stop]
-        if number % 200 == 199:
+        if number % 100 == 99:
             gc.collect()
             sizes.append((process.memory_info().rss, serving._forwards.pool.num_bytes))
     while not serving.is_idle:
         serving.step()
     ended += [sequence.stop for sequence in live]
-    assert len(ended) == 1000 and {"length", "cancelled", "error"} <= set(ended)
-    assert ended.count("length") > 700
+    assert len(ended) == REQUESTS and {"length", "cancelled", "error"} <= set(ended)
+    assert ended.count("length") > 0.7 * REQUESTS
     live.clear()
     gc.collect()
     assert not any(isinstance(found, Sequence) for found in gc.get_objects())

@@ -42,10 +42,10 @@ FAMILIES = {  # GQA in all of them
     "qwen2-tied": {"kind": "qwen2", "tie": True},
 }
 PARALLEL = [name for name in LAYOUTS if name not in ("one", "ep2")]
-# each layout with one family, and tensor parallelism, which cuts each family's parameters, with all: the quick profile
+# the quick profile: each way to divide the work with one family; test_layout_check.py has more, and untied models
 QUICK = {
-    "qwen3-tied": ["dp2", "tp2", "pp2", "cp2", "dp2sharded"],
-    "llama-untied": ["tp2", "pp2vpp2"],
+    "qwen3-tied": ["dp2", "tp2", "pp2vpp2", "cp2", "dp2sharded"],
+    "llama-untied": [],
     "qwen2-tied": ["tp2sp"],
 }
 RUN = {family: PARALLEL if THOROUGH else QUICK[family] for family in FAMILIES}
@@ -79,7 +79,8 @@ def run_family(shards, tmp_path_factory):
         }
         (folder / "setup.json").write_text(json.dumps(setup))
         parallel = RUN[family]
-        run_ranks(2, "-m", "tests.layouts", folder / "setup.json", folder, *parallel)
+        if parallel:
+            run_ranks(2, "-m", "tests.layouts", folder / "setup.json", folder, *parallel)
         results = {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in (0, 1)] for name in parallel}
         results["one"] = [run_layout(setup, "one", folder)]
         shut_down()
@@ -164,7 +165,7 @@ def test_equals_the_independent_model(runs, layout):
 
 @layouts(*PARALLEL)
 def test_equals_one_rank(runs, layout):
-    """Losses of three optimizer steps to 5 decimals, gradient norms to 1e-5; gradients parameter by parameter."""
+    """Losses of two optimizer steps to 5 decimals, gradient norms to 1e-5; gradients parameter by parameter."""
     _, results, _ = runs
     one, ranks = results["one"][0], results[layout]
     for rank in ranks:
@@ -204,7 +205,7 @@ def test_export_knows_no_layout(runs, layout):
     ours, theirs = (load_file(folder / f"{name}-hf" / "model.safetensors") for name in (layout, "one"))
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
-        close(ours[name], tensor, 1e-4)  # three steps of Adam, whose first ones turn rounding into lr-sized steps
+        close(ours[name], tensor, 1e-4)  # steps of Adam, whose first ones turn rounding into lr-sized steps
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +229,7 @@ def from_scratch(shards, tmp_path_factory):
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2"])
 def test_random_weights_do_not_depend_on_the_layout(from_scratch, layout):
-    """The same weights bit for bit, so the same losses and gradient norms over three steps to 5 decimals."""
+    """The same weights bit for bit, so the same losses and gradient norms over two steps to 5 decimals."""
     one = from_scratch["one"][0]
     whole = gather(from_scratch[layout], "weights")
     assert whole.keys() == one["weights"].keys()
