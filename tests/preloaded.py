@@ -4,6 +4,7 @@ import gc
 import os
 import warnings
 
+gc.disable()  # imports leave no garbage
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read as torch is imported; tools/pretrain.py sets it as well
 with warnings.catch_warnings():
@@ -17,5 +18,6 @@ with warnings.catch_warnings():
     import tidar_megatron.training.layout_report
     import tidar_megatron.training.loop  # noqa: F401
 
+gc.enable()
 gc.collect()
 gc.freeze()  # the collections of a forked process leave the imports alone, and their memory shared

@@ -64,14 +64,13 @@ def test_hidden_states_are_those_of_packed_forwards(tiny, groups):
 def test_shapes_are_few(trained, prompts):
     """Whatever plans, lengths and numbers of sequences: sizes are rounded up to a few."""
     steps = 0
-    for slots in (1, 3):
-        for plan in PLANS:
-            _, engine = decode(trained, prompts, plan, True, slots)
-            shapes = engine._forwards.shapes
-            assert all(shape.tokens in TOKENS and shape.prefix in (256, 512, 763) for shape in shapes)
-            assert len({shape.tokens for shape in shapes}) <= 6
-            steps += sum(forward._uses for forward in shapes.values())
-    assert steps > 500
+    for plan in PLANS:
+        _, engine = decode(trained, prompts, plan, True, 3)
+        shapes = engine._forwards.shapes
+        assert all(shape.tokens in TOKENS and shape.prefix in (256, 512, 763) for shape in shapes)
+        assert len({shape.tokens for shape in shapes}) <= 6
+        steps += sum(forward._uses for forward in shapes.values())
+    assert steps > 200
 
 
 def test_shape_of_parts():

@@ -14,7 +14,7 @@ from typing import Any
 
 from tidar_megatron.config import flag
 from tidar_megatron.errors import UserError
-from tidar_megatron.program import OneLineParser
+from tidar_megatron.program import OneLineParser, importing
 
 SEQ_LENGTHS = {"training": [1024, 2048], "attention": [1024, 2048, 4096], "loader": [1024, 4096]}
 REPEATS = {
@@ -45,15 +45,16 @@ MEANT_FOR = {
 
 def run_model(arguments: argparse.Namespace, repeats: int) -> dict[str, Any]:
     """Load the model, then measure."""
-    import torch
+    with importing():
+        import torch
 
-    from tidar_megatron.benchmark.bodies import BODIES
-    from tidar_megatron.benchmark.decode import decode
-    from tidar_megatron.benchmark.planner import planner
-    from tidar_megatron.benchmark.step import step
-    from tidar_megatron.evaluation.certificate import read_prompts
-    from tidar_megatron.inference.loading import load_model
-    from tidar_megatron.inference.text import encode_prompt
+        from tidar_megatron.benchmark.bodies import BODIES
+        from tidar_megatron.benchmark.decode import decode
+        from tidar_megatron.benchmark.planner import planner
+        from tidar_megatron.benchmark.step import step
+        from tidar_megatron.evaluation.certificate import read_prompts
+        from tidar_megatron.inference.loading import load_model
+        from tidar_megatron.inference.text import encode_prompt
 
     settings = []
     for name in arguments.bodies or ["own"]:
@@ -148,10 +149,11 @@ def main() -> None:
         raise UserError(f"--plot {arguments.plot}: name a file that ends in .png, .svg or .pdf")
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler, which counts bytes, tells of itself
-    import torch  # heavy: after the command line is known to be sound
+    with importing():
+        import torch  # heavy: after the command line is known to be sound
 
-    from tidar_megatron.benchmark import report
-    from tidar_megatron.benchmark.measuring import machine
+        from tidar_megatron.benchmark import report
+        from tidar_megatron.benchmark.measuring import machine
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -160,25 +162,30 @@ def main() -> None:
         busy = f"load average {before['load_average']:g} on {before['cores']} cores"
         print(f"note: {busy}: ratios of a busy machine are not to be trusted", file=sys.stderr)
     if arguments.what == "training":
-        from tidar_megatron.benchmark.training import training
+        with importing():
+            from tidar_megatron.benchmark.training import training
 
         result = training(seq_lengths, fractions, repeats, chunk_size)
     elif arguments.what == "attention":
-        from tidar_megatron.benchmark.attention import attention
+        with importing():
+            from tidar_megatron.benchmark.attention import attention
 
         result = attention(seq_lengths, repeats, chunk_size)
     elif arguments.what == "loss":
-        from tidar_megatron.benchmark.loss import loss
+        with importing():
+            from tidar_megatron.benchmark.loss import loss
 
         result = loss(repeats)
     elif arguments.what == "checkpoint":
-        from tidar_megatron.benchmark.checkpoint import checkpoint
+        with importing():
+            from tidar_megatron.benchmark.checkpoint import checkpoint
 
         result = checkpoint(repeats, arguments.output)
     elif arguments.what in OF_A_MODEL:
         result = run_model(arguments, repeats)
     else:
-        from tidar_megatron.benchmark.loader import loader
+        with importing():
+            from tidar_megatron.benchmark.loader import loader
 
         result = loader(seq_lengths, repeats)
     program = ["python", "tools/benchmark.py"] if parser.prog.endswith(".py") else parser.prog.split()

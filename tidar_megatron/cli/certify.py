@@ -7,7 +7,7 @@ import json
 import sys
 
 from tidar_megatron.errors import UserError
-from tidar_megatron.program import OneLineParser
+from tidar_megatron.program import OneLineParser, importing
 
 
 def main() -> None:
@@ -34,9 +34,10 @@ def main() -> None:
     ):
         if value is not None and value < least:
             raise UserError(f"{name} {value}: must be at least {least}")
-    from tidar_megatron.evaluation import certificate  # heavy: after the command line is known to be sound
-    from tidar_megatron.inference.loading import load_model
-    from tidar_megatron.inference.text import encode_prompt
+    with importing():
+        from tidar_megatron.evaluation import certificate  # heavy: after the command line is known to be sound
+        from tidar_megatron.inference.loading import load_model
+        from tidar_megatron.inference.text import encode_prompt
 
     texts = certificate.read_prompts(args.prompts)[: args.limit]
     model = load_model(args.model, args.device, args.dtype or "float32", args.mask_token_id)

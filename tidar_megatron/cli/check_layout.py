@@ -3,7 +3,7 @@
 torchrun --nproc-per-node 4 tools/check_layout.py
 """
 
-from tidar_megatron.program import OneLineParser
+from tidar_megatron.program import OneLineParser, importing
 
 
 def main() -> None:
@@ -15,7 +15,8 @@ def main() -> None:
     parser.add_argument("--one-rank", metavar="FILE", help="internal: write the reference's results to FILE")
     parser.add_argument("--sequences-for", type=int, default=1, metavar="N", help="internal: the launch's processes")
     arguments = parser.parse_args()
-    from tidar_megatron.training import layout_report  # heavy: after the command line is known to be sound
+    with importing():
+        from tidar_megatron.training import layout_report  # heavy: after the command line is known to be sound
 
     if arguments.one_rank:
         layout_report.write_reference(arguments.one_rank, arguments.sequences_for)

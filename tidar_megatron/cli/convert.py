@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tidar_megatron.config import Config, ParallelConfig, flag
 from tidar_megatron.errors import UserError
-from tidar_megatron.program import OneLineParser
+from tidar_megatron.program import OneLineParser, importing
 
 LAYOUT = [f"{kind}_model_parallel_size" for kind in ("tensor", "pipeline", "virtual_pipeline", "expert")]
 
@@ -52,7 +52,8 @@ def main() -> None:
 
 
 def _import(args: argparse.Namespace) -> None:
-    from tidar_megatron.huggingface.convert import import_run
+    with importing():
+        from tidar_megatron.huggingface.convert import import_run
 
     layout = {name: getattr(args, name) for name in LAYOUT if getattr(args, name) is not None}
     for name, size in layout.items():
@@ -78,7 +79,8 @@ def _shape(config: Config, hf: str) -> str:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from tidar_megatron.huggingface.convert import export_run
+    with importing():
+        from tidar_megatron.huggingface.convert import export_run
 
     shard_bytes = args.max_shard_size_gb * 10**9
     if not 1 <= shard_bytes < float("inf"):
@@ -90,7 +92,8 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> None:
-    from tidar_megatron.huggingface.convert import TOLERANCE, verify
+    with importing():
+        from tidar_megatron.huggingface.convert import TOLERANCE, verify
 
     found = verify(args.hf, args.checkpoint, args.iteration)
     if args.json:

@@ -6,7 +6,7 @@ tidar evaluate --model DIR --tasks FILE.jsonl [NAME ...] [--human-eval] [--json]
 import json
 
 from tidar_megatron.errors import UserError
-from tidar_megatron.program import OneLineParser
+from tidar_megatron.program import OneLineParser, importing
 
 
 def main() -> None:
@@ -35,20 +35,23 @@ def main() -> None:
     for name in ("batch_size", "limit", "max_new_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    from tidar_megatron.inference.loading import load_model
-    from tidar_megatron.inference.request import parse_plan
+    with importing():
+        from tidar_megatron.inference.loading import load_model
+        from tidar_megatron.inference.request import parse_plan
 
     parse_plan(args.plan)
     model = load_model(args.model, args.device, args.dtype, args.mask_token_id)
     rows = []
     if args.tasks:
-        from tidar_megatron.evaluation.tasks import run_tasks
+        with importing():
+            from tidar_megatron.evaluation.tasks import run_tasks
 
         rows += run_tasks(
             model, args.tasks, args.plan, args.batch_size, args.limit, args.num_fewshot, args.max_new_tokens
         )
     if args.human_eval:
-        from tidar_megatron.evaluation.code import human_eval
+        with importing():
+            from tidar_megatron.evaluation.code import human_eval
 
         rows.append(human_eval(model, args.plan, args.batch_size, args.limit, args.max_new_tokens))
     show(rows, args.plan)

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tidar_megatron.errors import UserError
-from tidar_megatron.program import OneLineParser
+from tidar_megatron.program import OneLineParser, importing
 
 if TYPE_CHECKING:
     from tidar_megatron.inference.request import DecodeOptions
@@ -72,7 +72,8 @@ def plan_of(args: argparse.Namespace) -> "DecodeOptions":
     Raises:
         UserError: the flags contradict each other.
     """
-    from tidar_megatron.inference.request import DecodeOptions, Mode, parse_plan
+    with importing():
+        from tidar_megatron.inference.request import DecodeOptions, Mode, parse_plan
 
     single = args.mode, args.draft_length, args.branches
     if args.plan is not None:
@@ -107,11 +108,12 @@ def main() -> None:
     # After parsing, so that --help does not wait for torch.
     from transformers.utils import logging
 
-    from tidar_megatron.inference.engine import generate
-    from tidar_megatron.inference.loading import load_model
-    from tidar_megatron.inference.planner import planner_of
-    from tidar_megatron.inference.sampling import SamplingOptions
-    from tidar_megatron.inference.text import TextStream, continuation, encode_prompt
+    with importing():
+        from tidar_megatron.inference.engine import generate
+        from tidar_megatron.inference.loading import load_model
+        from tidar_megatron.inference.planner import planner_of
+        from tidar_megatron.inference.sampling import SamplingOptions
+        from tidar_megatron.inference.text import TextStream, continuation, encode_prompt
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -9,7 +9,7 @@ Exit status 1: a checkpoint is damaged.
 import json
 import sys
 
-from tidar_megatron.program import OneLineParser
+from tidar_megatron.program import OneLineParser, importing
 
 
 def main() -> None:
@@ -19,7 +19,8 @@ def main() -> None:
     parser.add_argument("--verify", action="store_true", help="read every file and compare its hash")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
-    from tidar_megatron.checkpoint.summary import describe, inspect
+    with importing():
+        from tidar_megatron.checkpoint.summary import describe, inspect
 
     found = inspect(args.folder, args.verify)
     print(json.dumps(found) if args.json else "\n".join(describe(found)))

@@ -8,7 +8,7 @@ import os
 
 from tidar_megatron.config import FIELDS
 from tidar_megatron.errors import UserError
-from tidar_megatron.program import OneLineParser
+from tidar_megatron.program import OneLineParser, importing
 
 
 def main() -> None:
@@ -39,8 +39,9 @@ def main() -> None:
     sizes = {} if arguments.vocab_size is None else {"model": {"vocab_size": arguments.vocab_size}}
     config = load_config(arguments.config, sizes)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a plan computes nothing, and must not disturb a GPU that trains
-    from tidar_megatron.planning.hardware import HARDWARE  # heavy: after the command line is known to be sound
-    from tidar_megatron.planning.report import print_report, report_layouts
+    with importing():
+        from tidar_megatron.planning.hardware import HARDWARE  # heavy: after the command line is known to be sound
+        from tidar_megatron.planning.report import print_report, report_layouts
 
     hardware = HARDWARE[arguments.hardware]
     report = report_layouts(config, arguments.gpus, hardware, arguments.gpu_memory_gib, arguments.top)

@@ -8,6 +8,7 @@ SIGTERM or SIGUSR1 to any rank: all ranks save and leave with status 75 (trainin
 
 import os
 
+from tidar_megatron.program import importing
 from tidar_megatron.training import signals
 
 
@@ -18,6 +19,7 @@ def main() -> None:
     from tidar_megatron.config import parse_config
 
     config = parse_config(description="Train a TiDAR model on megatron-core.")
-    from tidar_megatron.training.loop import pretrain  # heavy: after the command line is known to be sound
+    with importing():
+        from tidar_megatron.training.loop import pretrain  # heavy: after the command line is known to be sound
 
     pretrain(config)
