@@ -60,7 +60,7 @@ def test_layouts_are_checked_against_the_folders_model(imported, shards):
     """4 layers and 4 heads are the folder's; the flags' defaults divide by 3."""
     tree = starting_from(imported / "qwen3-tied" / "hf", shards)
     fits = build_config({**tree, "parallel": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}})
-    tokenizer, _ = tokenizer_of(fits.data.train_data, None)
+    tokenizer = tokenizer_of(fits.data.train_data).entry
     origin = open_origin(fits.training.init_from)
     assert resolve(fits, tokenizer, origin).model.num_layers == 4
     for refused in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):

@@ -10,7 +10,7 @@ from data_helpers import some_texts
 
 from tidar_megatron.data.loader import SequenceSettings, TrainingData
 from tidar_megatron.data.megatron_indexed import IndexedDocuments
-from tidar_megatron.data.sources import any_pair, open_documents, tokenizer_of
+from tidar_megatron.data.sources import open_documents, tokenizer_of
 from tidar_megatron.data.tokenizer import byte_tokenizer
 from tidar_megatron.errors import UserError
 
@@ -84,7 +84,10 @@ def test_the_same_batches_as_from_shards(tmp_path: Path, tokenizer: str, make_sh
     for number in range(3 * len(theirs.sequences[0])):
         assert ours.sequence(number).tokens.tolist() == theirs.sequence(number).tokens.tolist()
     assert ours.fingerprint()["data"] != theirs.fingerprint()["data"]
-    assert tokenizer_of([pair], tokenizer)[0].fingerprint == tokenizer_of([theirs.sources[0].name])[0].fingerprint
+    assert (
+        tokenizer_of([pair], tokenizer=tokenizer).entry.fingerprint
+        == tokenizer_of([theirs.sources[0].name]).entry.fingerprint
+    )
 
 
 @pytest.fixture
@@ -186,9 +189,9 @@ def test_a_mistyped_prefix_is_told_what_is_there(tmp_path: Path, tokenizer: str)
         r"x\.jsonl: is a file; write its text as shards with tidar prepare-data --input \S*x\.jsonl$",
     )
     with pytest.raises(UserError, match=r"wiki: there is neither .*wiki_text_document"):  # also where weights are given
-        any_pair({"--train-data": ["0.5", str(tmp_path), "0.5", f"{tmp_path}/pairs/wiki"], "--valid-data": []})
-    assert any_pair({"--train-data": ["0.5", f"{tmp_path}/pairs/books", "0.5", f"{tmp_path}"]})
-    assert not any_pair({"--train-data": [str(tmp_path)], "--valid-data": []})
+        tokenizer_of(["0.5", str(tmp_path), "0.5", f"{tmp_path}/pairs/wiki"], tokenizer=tokenizer)
+    both = ["0.5", f"{tmp_path}/pairs/books", "0.5", str(tmp_path)]
+    assert tokenizer_of(both, tokenizer=tokenizer).folder == Path(tokenizer)
 
 
 def test_a_multimodal_index_is_called_one(pair: str, tokenizer: str) -> None:

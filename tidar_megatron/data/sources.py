@@ -1,7 +1,8 @@
 """Opening of data of either kind: a folder of shards, or the prefix of a Megatron ``.bin/.idx`` pair."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tidar_megatron.data.blend import parse_blend
@@ -9,6 +10,7 @@ from tidar_megatron.data.documents import StoredDocuments
 from tidar_megatron.data.manifest import FILE_NAME, TOKENIZER_FOLDER, TokenizerEntry, local_folder, read_manifest
 from tidar_megatron.data.megatron_indexed import IndexedDocuments, tokenizer_entry
 from tidar_megatron.data.shards import ShardedDocuments, tokenizer_of_shards
+from tidar_megatron.data.tokenizer import load_tokenizer, reserved_ids
 from tidar_megatron.errors import UserError
 
 _SHOWN = 3  # prefixes that an error suggests
@@ -30,22 +32,37 @@ def open_documents(path: str, tokenizer: str | None = None, verify: bool = False
     return ShardedDocuments(path, verify)
 
 
-def tokenizer_of(given: Sequence[str], tokenizer: str | None = None) -> tuple[TokenizerEntry, Path]:
-    """Return the manifest entry and the folder of the first source's tokenizer, without opening the data.
+@dataclass(frozen=True)
+class DataTokenizer:
+    """The tokenizer of data: its entry in a manifest, its folder, and the ids that it never produces from text."""
+
+    entry: TokenizerEntry
+    folder: Path
+    reserved: Sequence[int]
+
+
+def tokenizer_of(train: Sequence[str], valid: Sequence[str] = (), tokenizer: str | None = None) -> DataTokenizer:
+    """Return the tokenizer of the first source, without opening the data.
 
     Args:
-        given: The words of ``--train-data``.
-        tokenizer: The Hugging Face tokenizer folder, required for a ``.bin/.idx`` pair.
+        train: The words of ``--train-data``.
+        valid: The words of ``--valid-data``.
+        tokenizer: The Hugging Face tokenizer folder, required for ``.bin/.idx`` pairs and refused without any.
 
     Raises:
-        UserError: The source, its manifest or its tokenizer is missing or invalid.
+        UserError: A source, its manifest or its tokenizer is missing or invalid.
     """
-    path = parse_blend(given, "--train-data")[0][1]
-    if is_pair(path):
-        return tokenizer_entry(path, tokenizer)
-    manifest = read_manifest(path)
-    tokenizer_of_shards(Path(path), manifest)
-    return manifest.tokenizer, Path(path) / TOKENIZER_FOLDER
+    given = {"--train-data": train, "--valid-data": valid}
+    paths = [path for flag, words in given.items() if words for _, path in parse_blend(words, flag)]
+    if tokenizer and not any(map(is_pair, paths)):
+        raise UserError(f"--tokenizer {tokenizer}: is for .bin/.idx pairs; shards carry their own")
+    if is_pair(paths[0]):
+        entry, folder = tokenizer_entry(paths[0], tokenizer)
+    else:
+        manifest, folder = read_manifest(paths[0]), Path(paths[0]) / TOKENIZER_FOLDER
+        tokenizer_of_shards(Path(paths[0]), manifest)
+        entry = manifest.tokenizer
+    return DataTokenizer(entry, folder, reserved_ids(load_tokenizer(folder)))
 
 
 def is_pair(path: str) -> bool:
@@ -73,18 +90,6 @@ def is_pair(path: str) -> bool:
         f"data {path}: there is neither a folder of shards nor a pair {folder.name}.bin and {folder.name}.idx; "
         f"{_instead(folder)}"
     )
-
-
-def any_pair(given: Mapping[str, Sequence[str]]) -> bool:
-    """Return whether any source is a ``.bin/.idx`` pair.
-
-    Args:
-        given: flag -> the words that were given for it.
-
-    Raises:
-        UserError: A source or a blend is invalid (:func:`is_pair`, :func:`~tidar_megatron.data.blend.parse_blend`).
-    """
-    return any(is_pair(path) for flag, sources in given.items() if sources for _, path in parse_blend(sources, flag))
 
 
 def _instead(folder: Path) -> str:

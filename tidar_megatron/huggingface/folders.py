@@ -283,6 +283,22 @@ def export_huggingface(
             save_tokenizer(tokenizer, hf)
 
 
+def check_exportable(config: Config, eos_token_id: int | None, files: Path | None) -> None:
+    """Refuse a model that :func:`export_huggingface` would refuse, before it is trained.
+
+    Args:
+        config: The complete configuration.
+        eos_token_id: The end-of-text id of the run's tokenizer.
+        files: The folder of the ``config.json`` that the export is based on, or None.
+
+    Raises:
+        UserError: The model has no Hugging Face class, or its mask token has another meaning in ``files``.
+    """
+    huggingface_config(config, eos_token_id, read_json(files / CONFIG) if files is not None else None)
+    if files is not None:
+        check_mask_token(files, config.tidar.mask_token_id)
+
+
 def _write_weights(unsharded: UnshardedModel, read: Callable[[str], Tensor], folder: Path, shard_bytes: int) -> None:
     shards: list[list[str]] = [[]]
     held = total = 0  # bytes

@@ -12,16 +12,14 @@ from tidar_megatron.checkpoint.integrity import Damaged
 from tidar_megatron.config import Config, ModelConfig, ResolvedConfig, check_config, check_world_size, flag
 from tidar_megatron.data.loader import SequenceSettings, TrainingData
 from tidar_megatron.data.manifest import TokenizerEntry
-from tidar_megatron.data.sources import any_pair, tokenizer_of
-from tidar_megatron.data.tokenizer import free_id, load_tokenizer, reserved_ids
+from tidar_megatron.data.sources import DataTokenizer, tokenizer_of
+from tidar_megatron.data.tokenizer import free_id
 from tidar_megatron.distributed import startup
 from tidar_megatron.distributed.groups import world_size_from_environment
 from tidar_megatron.distributed.platform import check_backend
 from tidar_megatron.errors import UserError
-from tidar_megatron.huggingface.families import huggingface_config, read_json
-from tidar_megatron.huggingface.folders import CONFIG
+from tidar_megatron.huggingface.folders import check_exportable
 from tidar_megatron.huggingface.origin import Origin, open_origin
-from tidar_megatron.huggingface.token_ids import check_mask_token
 
 
 @dataclass(frozen=True)
@@ -30,15 +28,12 @@ class Inputs:
 
     Attributes:
         config: The configuration as the user gave it.
-        tokenizer, tokenizer_folder: The tokenizer of the training data.
-        reserved: Token ids that the tokenizer never produces from text.
+        tokenizer: The tokenizer of the training data.
         origin: The model that ``--init-from`` names.
     """
 
     config: Config
-    tokenizer: TokenizerEntry
-    tokenizer_folder: Path
-    reserved: Sequence[int]
+    tokenizer: DataTokenizer
     origin: Origin | None
 
 
@@ -67,12 +62,9 @@ def check_inputs(config: Config) -> Inputs:
     for name in ("save_interval", "async_save", "keep_last"):
         if getattr(config.checkpoint, name) and not config.checkpoint.save:
             raise UserError(f"{flag(name)}: needs --save, the folder to save to; or leave it out")
-    sources = {"--train-data": config.data.train_data, "--valid-data": config.data.valid_data}
-    if config.data.tokenizer and not any_pair(sources):
-        raise UserError(f"--tokenizer {config.data.tokenizer}: is for .bin/.idx pairs; shards carry their own")
-    tokenizer, folder = tokenizer_of(config.data.train_data, config.data.tokenizer)
+    tokenizer = tokenizer_of(config.data.train_data, config.data.valid_data, config.data.tokenizer)
     origin = open_origin(config.training.init_from) if config.training.init_from else None
-    return Inputs(config, tokenizer, folder, reserved_ids(load_tokenizer(folder)), origin)
+    return Inputs(config, tokenizer, origin)
 
 
 def resolve_run(inputs: Inputs) -> ResolvedRun:
@@ -83,13 +75,13 @@ def resolve_run(inputs: Inputs) -> ResolvedRun:
             different tokenizers.
     """
     startup.current.phase = "reading the data"
-    config = resolve(inputs.config, inputs.tokenizer, inputs.origin, inputs.reserved)
+    config = resolve(inputs.config, inputs.tokenizer.entry, inputs.origin, inputs.tokenizer.reserved)
     settings = SequenceSettings(
         config.data.seq_length,
         config.tidar.block_size,
         config.mask_token_id,
         config.training.seed,
-        reserved=inputs.reserved,
+        reserved=inputs.tokenizer.reserved,
         random_masks=config.tidar.masking == "random",
         chosen_blocks=config.chosen_blocks,
         reset_positions=config.data.reset_positions,
@@ -105,7 +97,7 @@ def resolve_run(inputs: Inputs) -> ResolvedRun:
     if valid_data is not None:
         train_data.check_same_tokenizer(valid_data)
     fingerprint = run_fingerprint(config, train_data)
-    return ResolvedRun(config, inputs.tokenizer_folder, inputs.origin, train_data, valid_data, fingerprint)
+    return ResolvedRun(config, inputs.tokenizer.folder, inputs.origin, train_data, valid_data, fingerprint)
 
 
 def resolve(
@@ -154,10 +146,7 @@ def resolve(
         tidar=dataclasses.replace(config.tidar, mask_token_id=mask),
     )
     check_config(resolved, resolved=True)
-    files = origin.huggingface_files() if origin is not None else None
-    huggingface_config(resolved, tokenizer.eos_token_id, read_json(files / CONFIG) if files is not None else None)
-    if files is not None:
-        check_mask_token(files, mask)  # the export makes the same check
+    check_exportable(resolved, tokenizer.eos_token_id, origin.huggingface_files() if origin is not None else None)
     return ResolvedConfig.of(resolved)
 
 
