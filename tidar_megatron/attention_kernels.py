@@ -1,13 +1,14 @@
 """Forward and backward of attention over one tile, with the log-sum-exp for merging tiles (online softmax).
 
 The backward takes the *merged* output and log-sum-exp, so each tile yields its part of the true gradient. On a CPU,
-torch's flash kernel computes both directions; elsewhere plain torch operations do, which materialize the scores of one
-tile.
+torch's flash kernel computes both directions. On a GPU, torch's memory-efficient kernel computes the forward. Elsewhere
+plain torch operations do, which materialize the scores of one tile in float32.
 
 Shapes: n batch, g heads, r rows (queries x heads of a group), k keys, d channels.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 HIDDEN = -1e30  # the bias that masks a score; not -inf, which gives NaN for a row that sees nothing in a tile
@@ -20,11 +21,23 @@ def hiding(dtype: torch.dtype) -> float:
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+HALF = (torch.bfloat16, torch.float16)
 
 
 def has_flash(device: torch.device) -> bool:
     """Return whether torch's flash kernel for the CPU supports this device."""
     return device.type == "cpu"
+
+
+def has_efficient(query: Tensor) -> bool:
+    """Return whether torch's memory-efficient kernel for CUDA supports these queries."""
+    return query.device.type == "cuda" and query.dtype != torch.float64 and query.shape[-1] % 8 == 0
+
+
+def aligned(tokens: int) -> int:
+    """Return the row length of a bias over ``tokens`` keys: the memory-efficient kernel needs rows of 16 numbers."""
+    return -(-tokens // 16) * 16
 
 
 def attend(
@@ -48,6 +61,11 @@ def attend(
     if has_flash(query.device):
         return _forward(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
     assert not causal
+    if has_efficient(query):
+        if bias is not None:
+            bias = _with_aligned_rows(bias).expand(*query.shape[:3], key.shape[2])
+        out, lse, _, _ = _efficient(query, key, value, bias, True, scale=scale)
+        return out, lse[..., : query.shape[2]]  # the kernel rounds the rows up
     q, k, v = (_flat(tensor) for tensor in (query, key, value))
     scores = _scores(q, k, bias, query.shape[:2], scale)
     lse = scores.logsumexp(-1)
@@ -96,7 +114,7 @@ def attend_backward(
     weights = (_scores(q, k, bias, query.shape[:2], scale) - lse.reshape(*q.shape[:2], 1)).exp_()
     into_value = torch.bmm(weights.to(g.dtype).transpose(1, 2), g)
     along = (grad * out).sum(-1, dtype=weights.dtype).reshape(*q.shape[:2], 1)
-    into_scores = weights.mul_(torch.bmm(g, v.transpose(1, 2)) - along).mul_(scale).to(q.dtype)
+    into_scores = weights.mul_(_product(g, v.transpose(1, 2)) - along).mul_(scale).to(q.dtype)
     into_query, into_key = torch.bmm(into_scores, k), torch.bmm(into_scores.transpose(1, 2), q)
     return into_query.view(query.shape), into_key.view(key.shape), into_value.view(value.shape)
 
@@ -128,9 +146,23 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _scores(query: Tensor, key: Tensor, bias: Tensor | None, batch: torch.Size, scale: float) -> Tensor:
-    scores = torch.bmm(query, key.transpose(1, 2))
-    scores = scores.float() if scores.dtype in (torch.bfloat16, torch.float16) else scores
-    scores = scores.mul_(scale)
+    scores = _product(query, key.transpose(1, 2)).mul_(scale)
     if bias is not None:
         scores.view(*batch, *scores.shape[1:]).add_(bias)
     return scores
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Return the batched product, in float32 for half-precision factors: a softmax amplifies the rounding of scores."""
+    if left.dtype not in HALF:
+        return torch.bmm(left, right)
+    if left.device.type == "cuda":
+        return torch.bmm(left, right, out_dtype=torch.float32)
+    return torch.bmm(left.float(), right.float())
+
+
+def _with_aligned_rows(bias: Tensor) -> Tensor:
+    if bias.shape[2] == 1 or bias.stride(2) % 16 == 0:
+        return bias
+    columns = bias.shape[-1]
+    return F.pad(bias, (0, aligned(columns) - columns))[..., :columns]

@@ -1,11 +1,14 @@
 """What a checkpoint brings back beside weights, and the two ways of saving."""
 
+import functools
 import random
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from tests.faults.checkpoint_jobs import tensors
@@ -13,6 +16,7 @@ from tests.training.small_runs import losses, small
 from tidar_megatron.checkpoint.contents import read_state
 from tidar_megatron.checkpoint.folder import checkpoint_folder, saved_iterations
 from tidar_megatron.checkpoint.integrity import FILE_NAME, seal, write_manifest
+from tidar_megatron.checkpoint.writer import staged
 from tidar_megatron.distributed.groups import shut_down
 from tidar_megatron.training.loop import pretrain
 from tidar_megatron.training.trainer import Trainer
@@ -108,3 +112,22 @@ def test_a_start_clears_up(shards, tmp_path):
     shutil.copytree(checkpoint_folder(run, 3), run / ".iter_0000006.partial-0123abcd")
     Trainer.build(small(shards, checkpoint={"save": str(run), "load": str(run)})).close()
     assert not list(run.glob(".iter_*"))
+
+
+def test_tensors_are_staged_in_pageable_memory():
+    """A process forked while this one holds page-locked memory may crash, and megatron-core's own copies are such."""
+    asked = []
+
+    class OnGpu:
+        def to(self, device, non_blocking):
+            asked.append((device, non_blocking))
+            return torch.ones(2)
+
+    buckets = [("file", "key", ([], [("item", OnGpu())]))]
+    preload = functools.partial(FileSystemWriterAsync.preload_tensors, buckets, True)
+    request = AsyncRequest(lambda: None, (0, None, "results"), [], preload_fn=preload)
+    request = request._replace(async_fn_args=[0, None, "results"])
+    rank, [(file, key, (_, [(item, tensor)]))], results = staged(request).async_fn_args
+    assert (rank, file, key, item, results) == (0, "file", "key", "item", "results")
+    assert torch.equal(tensor, torch.ones(2))
+    assert asked == [("cpu", False)]

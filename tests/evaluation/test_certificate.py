@@ -48,7 +48,7 @@ def test_every_mode_length_and_number_of_branches():
 def test_another_token_is_a_difference(folder, monkeypatch):
     accept = Sequence.accept
 
-    def wrong(self, logits):
+    def wrong(self, logits, best=None):
         if len(self.tokens) == 0 and self.options.mode == "tidar":
             logits = logits.clone()
             logits[:, logits[-1].argmax()] -= 50
@@ -65,7 +65,7 @@ def test_a_tie_is_told_apart(folder, monkeypatch):
     """Two tokens whose logits are the same up to rounding: either is right."""
     accept = Sequence.accept
 
-    def wobbly(self, logits):
+    def wobbly(self, logits, best=None):
         if len(self.tokens) == 0 and self.options.mode == "tidar":
             order = logits[-1].argsort(descending=True)
             logits = logits.clone()

@@ -181,7 +181,7 @@ def from_p(p, draft, q):
 def confident(choose):
     """Only drafts whose own confidence is high are verified: a choice that depends on what was drawn."""
 
-    def wrong(self, logits, drafts, q):
+    def wrong(self, logits, drafts, q, best=None):
         if q is not None and len(drafts) > 1:
             confidence = q.gather(-1, torch.tensor(drafts[1:])[:, None]).flatten().tolist()
             count = 1 + next((n for n, c in enumerate(confidence) if c < 0.5), len(confidence))
@@ -209,8 +209,8 @@ def test_every_path_is_taken_and_p_and_q_differ(small, monkeypatch):
     paths, distances = Counter(), []
     choose, accept = Sampler.choose, Sequence.accept
 
-    def spy(self, logits, drafts, q):
-        tokens = choose(self, logits, drafts, q)
+    def spy(self, logits, drafts, q, best=None):
+        tokens = choose(self, logits, drafts, q, best)
         if len(drafts) > 1:
             paths["accepted"] += len(tokens) - 1
             paths["rejected"] += len(tokens) < len(drafts)
@@ -221,11 +221,11 @@ def test_every_path_is_taken_and_p_and_q_differ(small, monkeypatch):
                 distances.append((p - q).abs().sum(-1).mean().item() / 2)
         return tokens
 
-    def spy_accept(self, logits):
+    def spy_accept(self, logits, best=None):
         if not self.reads_prompt:
             paths["fallback"] += self._drafts.lag > 0 and len(self._drafts.tokens) > 1
             paths["pruned miss"] += len(self._drafts.tokens) == 1
-        return accept(self, logits)
+        return accept(self, logits, best)
 
     monkeypatch.setattr(Sampler, "choose", spy)
     monkeypatch.setattr(Sequence, "accept", spy_accept)

@@ -47,7 +47,7 @@ def test_one_that_is_cancelled_or_fails_disturbs_nobody(trained, prompts, monkey
     serving = Engine(trained, 3, 250)
     running = [serving.submit(prompt, tidar(8, 2, 30)) for prompt in prompts[3:7]]
     broken, cancelled = running[1], running[2]
-    monkeypatch.setattr(broken, "draft", lambda logits: 1 / 0)
+    monkeypatch.setattr(broken, "draft", lambda *rows: 1 / 0)
     serving.step()
     assert broken.stop == "error" and isinstance(broken.error, ZeroDivisionError)
     serving.step()
@@ -92,7 +92,7 @@ def test_nothing_piles_up_over_hundreds_of_requests(trained):
         if number % 7 == 0:
             serving.cancel(draw.choice(live))
         if number % 11 == 0:
-            draw.choice(live).draft = lambda logits: 1 / 0
+            draw.choice(live).draft = lambda *rows: 1 / 0
         serving.step()
         while len(live) > 32:
             serving.step()

@@ -8,7 +8,7 @@ from tidar_megatron.inference.cache import KVPool
 from tidar_megatron.inference.engine import Engine
 from tidar_megatron.inference.forward import ForwardLayout, PackedForward, Part
 from tidar_megatron.inference.request import DecodeOptions, parse_plan
-from tidar_megatron.inference.static import TOKENS, Forwards, Shape
+from tidar_megatron.inference.static import KEPT, MARGIN, TOKENS, Forwards, Shape, rounded_prefix
 from tidar_megatron.inference.wrapping import wrap_model
 
 PLANS = ["ar", "lookup:6", "linear:8", "all:4", "1:8", "2:8", "auto"]
@@ -65,19 +65,107 @@ def test_shapes_are_few(trained, prompts):
     """Whatever plans, lengths and numbers of sequences: sizes are rounded up to a few."""
     steps = 0
     for plan in PLANS:
+        trained.idle_forwards.clear()
         _, engine = decode(trained, prompts, plan, True, 3)
         shapes = engine._forwards.shapes
-        assert all(shape.tokens in TOKENS and shape.prefix in (256, 512, 763) for shape in shapes)
+        assert all(shape.tokens in TOKENS and shape.prefix in (320, 448, 576, 832) for shape in shapes)
         assert len({shape.tokens for shape in shapes}) <= 6
         steps += sum(forward._uses for forward in shapes.values())
     assert steps > 200
 
 
+def test_engines_share_what_is_captured(tiny):
+    """One after the other they have the same runner; side by side, or with slots of another size, they do not."""
+    model, prompt = tiny("llama"), [1, 2, 3]
+    model.idle_forwards.clear()
+
+    def engine(slots=2, capacity=500):
+        made = Engine(model, slots, capacity, static=True)
+        sequence = made.submit(prompt, DecodeOptions("tidar", 4, max_new_tokens=12, ignore_eos=True))
+        while not made.is_idle:
+            made.step()
+        return made, sequence.tokens
+
+    first, tokens = engine()
+    beside, same = engine()
+    assert beside._forwards is not first._forwards and same == tokens
+    runner, shapes = first._forwards, dict(first._forwards.shapes)
+    assert shapes and not model.idle_forwards
+    with torch.inference_mode():
+        for keys, values in runner.pool._layers.values():  # as a request that failed may leave them
+            keys.fill_(float("nan"))
+            values.fill_(float("nan"))
+    del first
+    again, same = engine(capacity=510)  # is rounded to the same size
+    assert again._forwards is runner and same == tokens
+    assert runner.shapes == shapes  # nothing is captured again
+    del again, beside
+    assert len(model.idle_forwards) == 1
+    for capacity in (1000, 2000, 4000):
+        engine(capacity=capacity)
+    assert len(model.idle_forwards) == KEPT
+    assert not any(kept is runner for kept in model.idle_forwards.values())
+
+
+def test_without_static_shapes_nothing_is_kept(tiny):
+    model = tiny("llama")
+    model.idle_forwards.clear()
+    Engine(model, 2, 500, static=False)
+    assert not model.idle_forwards
+
+
+@pytest.mark.parametrize("draft_length", [2, 4, 8, 16])
+def test_usual_plans_are_not_padded(draft_length):
+    branched = [
+        ForwardLayout(draft_length, tuple(range(draft_length))[-branches:], draft_length)
+        for branches in (1, 2, draft_length)
+    ]
+    for layout in (ForwardLayout(1), ForwardLayout(draft_length), *branched):
+        assert layout.num_tokens in TOKENS
+
+
+def test_rounding_adds_little_and_prefixes_are_aligned():
+    for size in range(1, TOKENS[-1] + 1):
+        assert next(rounded for rounded in TOKENS if rounded >= size) - size <= MARGIN
+    sizes = {rounded_prefix(length) for length in range(20_000)}
+    assert len(sizes) == 14 and all(size % 64 == 0 for size in sizes)
+    assert all(length <= rounded_prefix(length) <= max(320, 1.5 * length) for length in range(20_000))
+    assert [rounded_prefix(context + 1) for context in (256, 1024, 4096)] == [320, 1088, 4160]
+
+
+@pytest.mark.parametrize("plan", ["ar", "lookup:4", "linear:4", "all:8"])
+def test_a_step_reads_the_output_layer_once_and_waits_once(tiny, plan, monkeypatch):
+    """Each copy to the host waits for the device. all:8 has 72 tokens in a forward."""
+    model, heads, copies = tiny("llama"), [], []
+    logits, to_list = type(model).logits, torch.Tensor.tolist
+    monkeypatch.setattr(type(model), "logits", lambda *rows: heads.append(rows) or logits(*rows))
+
+    def floats(tensor):  # the whole numbers are those of layouts, on the host
+        if tensor.is_floating_point():
+            copies.append(tensor)
+        return to_list(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", floats)
+    engine = Engine(model, 2, 200, static=True)
+    options = DecodeOptions(**{**vars(parse_plan(plan)), "max_new_tokens": 30, "ignore_eos": True})
+    asked = [engine.submit(prompt, options) for prompt in ([1, 2, 3], [4, 5])]
+    steps = 0
+    while not engine.is_idle:
+        reads_prompt = any(sequence.reads_prompt for sequence in asked)
+        heads.clear()
+        copies.clear()
+        engine.step()
+        if not reads_prompt and steps:
+            assert (len(heads), len(copies)) == (1, 1)
+        steps += 1
+    assert steps > 3 and all(len(sequence.tokens) == 30 for sequence in asked)
+
+
 def test_shape_of_parts():
     pool = KVPool(6, 3000)
     parts = [Part(0, 300, [1], ForwardLayout(1)), Part(4, 20, [1] * 3, ForwardLayout(3, (1, 3), 5))]
-    assert Shape.of(parts[:1], pool) == (1, 1, 512)
-    assert Shape.of(parts, pool) == (6, 16, 512)
+    assert Shape.of(parts[:1], pool) == (1, 1, 320)
+    assert Shape.of(parts, pool) == (6, 16, 320)
     assert Shape.of([Part(1, 2900, [1] * 8, ForwardLayout(8))], pool) == (2, 8, 3000)
     assert Shape.of([Part(0, 0, [1] * 600, ForwardLayout(600))], pool) is None
 

@@ -213,6 +213,56 @@ def test_flex_compiles_once():
             torch.testing.assert_close(ours, hybrid_attention(query, key, value, dense, 0.3), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_flex_is_never_run_uncompiled():
+    """Torch's default is to run a kernel's ninth variant uncompiled, and to say so at most."""
+    torch._dynamo.reset()
+    variants = []
+
+    def backend(graph, inputs):
+        variants.append(graph)
+        return graph.forward
+
+    def call(places):
+        visibility = training_layout(*documents([], places), 16)
+        query, key, value, _ = draw(0, BATCH, 2, 2 * places, dtype=torch.float32)
+        schedule = make_schedule(visibility, backend="flex", chunk_size=1)
+        flex.compiled()(query, key, value, block_mask=schedule.block_mask, enable_gqa=True)
+
+    compile_as = torch.compile
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad(), torch._dynamo.config.patch(recompile_limit=8):
+        patch.setattr(flex, "VARIANTS", 12)
+        patch.setattr(torch, "compile", lambda *a, **named: compile_as(*a, **named, backend=backend))
+        flex.compiled.cache_clear()
+        for number in range(1, 13):
+            call(16 * number)
+            assert len(variants) == number
+        call(16)  # other documents or the same: no new variant
+        assert len(variants) == 12
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            call(16 * 13)
+    flex.compiled.cache_clear()
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 3.0, 6.0])
+def test_scores_of_half_precision_are_not_rounded(sharpness, monkeypatch):
+    """The plain operations: the error of rounded scores grows with the scores, to 0.04 at the last sharpness."""
+    monkeypatch.setattr(kernels, "has_flash", lambda device: False)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, upstream = (torch.randn(1, 4, rows, 128, generator=generator) for rows in (32, 512, 512, 32))
+    query, key = query * sharpness, key * sharpness
+    half = [tensor.bfloat16() for tensor in (query, key, value, upstream)]
+    query, key, value, upstream = (tensor.double() for tensor in half)
+    leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
+    exact = F.scaled_dot_product_attention(*leaves, scale=128**-0.5)
+    grads = torch.autograd.grad(exact, leaves, upstream)
+    out, lse = kernels.attend(*half[:3], None, 128**-0.5)
+    ours = kernels.attend_backward(half[3], *half[:3], out, lse, None, 128**-0.5)
+    for found, expected, error in zip((out, *ours), (exact, *grads), (0.004, 0.02, 0.02, 0.02), strict=True):
+        assert (found.double() - expected).norm() <= error * expected.norm()
+
+
 class CausalOverDocuments(torch.nn.Module):
     """What transformer-engine's fused attention is asked for, in plain torch."""
 

@@ -10,6 +10,7 @@ to the host before the fork. The forked process also hashes the files, so that h
 import contextlib
 import ctypes
 import gc
+import inspect
 import multiprocessing
 import os
 import queue
@@ -78,11 +79,19 @@ def write(request: Any, folder: Path, texts: dict[str, str]) -> Report:
 
 
 def staged(request: Any) -> Any:
-    """Return ``request`` with its tensors copied to the host."""
+    """Return ``request`` with its tensors copied to the host, into pageable memory.
+
+    megatron-core would copy into page-locked memory. A process that is forked while its parent holds such memory may
+    crash (Megatron-LM issue 1861), and the memory is not given back.
+    """
     if request.async_fn is None or request.preload_fn is None:
         return request
     rank, _, results = request.async_fn_args
-    return request._replace(async_fn_args=[rank, request.preload_fn(), results], preload_fn=None)
+    preload = request.preload_fn  # a functools.partial
+    call = inspect.signature(preload.func).bind(*preload.args, **preload.keywords)
+    call.arguments["non_blocking"] = False
+    buckets = preload.func(*call.args, **call.kwargs)
+    return request._replace(async_fn_args=[rank, buckets, results], preload_fn=None)
 
 
 class InBackground:

@@ -169,10 +169,15 @@ def seed_everything(seed: int, pipeline_rank: int) -> None:
 
 
 def shut_down(orderly: bool = True) -> None:
-    """Leave the job; wait for the other ranks first if ``orderly`` (after a failure they may never answer)."""
-    if dist.is_initialized():
-        _end_groups(orderly)
-        dist.destroy_process_group()
+    """Leave the job, and wait for the other ranks first, if ``orderly``.
+
+    After a failure the other ranks may never answer, so nothing is waited for. NCCL's groups are not even destroyed:
+    destroying one waits for its collectives. The process is about to exit, which ends them.
+    """
+    if not dist.is_initialized() or (not orderly and dist.get_backend() == "nccl"):
+        return
+    _end_groups(orderly)
+    dist.destroy_process_group()
 
 
 def _end_groups(orderly: bool = True) -> None:

@@ -22,6 +22,7 @@ from tidar_megatron.errors import UserError
 from tidar_megatron.evaluation.statistics import chi_square
 from tidar_megatron.evaluation.stock import load_stock
 from tidar_megatron.inference.engine import Engine
+from tidar_megatron.inference.logits import Best
 from tidar_megatron.inference.model import DecodeModel
 from tidar_megatron.inference.request import DecodeOptions, parse_plan
 from tidar_megatron.inference.sampling import SamplingOptions
@@ -252,9 +253,9 @@ class _Watched:
         self._accept = sequence.accept
         sequence.accept = self._watch  # type: ignore[method-assign]
 
-    def _watch(self, logits: Tensor) -> list[int]:
+    def _watch(self, logits: Tensor, best: Best | None = None) -> list[int]:
         before = len(self.sequence.tokens)
-        tokens = self._accept(logits)
+        tokens = self._accept(logits, best)
         wrong = [n for n, token in enumerate(tokens) if token != self._expected[before + n]]
         if wrong and self.row is None:
             self.row = logits[wrong[0]].clone()

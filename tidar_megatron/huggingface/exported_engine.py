@@ -10,7 +10,8 @@ MODULES = {  # file in the folder -> module of this package; transformers calls 
     "generate": "inference/custom_generate",
     **{name: f"inference/{name}" for name in ("engine", "sequence", "drafting", "planner", "candidates", "acceptance")},
     **{name: f"inference/{name}" for name in ("costs", "static", "forward", "attention", "cache", "model", "request")},
-    **{name: f"inference/{name}" for name in ("sampling", "text", "prepared", "wrapping", "compatibility", "upcast")},
+    **{name: f"inference/{name}" for name in ("sampling", "logits", "text", "prepared", "wrapping", "compatibility")},
+    "upcast": "inference/upcast",
     **{name: name for name in ("attention_mask", "attention_kernels", "text_stream", "mask_token", "tidar_section")},
     **{name: name for name in ("errors", "files", "json_files")},
 }

@@ -90,6 +90,13 @@ class KVPool:
             keys[slot].zero_()
             values[slot].zero_()
 
+    @torch.inference_mode()
+    def clear_all(self) -> None:
+        """Zero all slots."""
+        for keys, values in self._layers.values():
+            keys.zero_()
+            values.zero_()
+
     @property
     def num_bytes(self) -> int:
         """The number of bytes allocated for K and V."""

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from tidar_megatron.errors import UserError
+from tidar_megatron.inference.logits import Best, Rows, pick
 from tidar_megatron.inference.model import DecodeModel
 from tidar_megatron.inference.planner import Planner, planner_of
 from tidar_megatron.inference.request import DecodeOptions, Generation, Step
 from tidar_megatron.inference.sequence import Sequence
-from tidar_megatron.inference.static import Forwards
+from tidar_megatron.inference.static import borrow
 
 PROMPT_CHUNK = 512  # most prompt tokens of a sequence per forward, so that a long prompt does not stall the others
 
@@ -32,7 +33,8 @@ class Engine:
         batch_size: The largest number of sequences in a forward.
         capacity: The size of a slot in tokens, at least the :attr:`Sequence.room` of the longest request.
         queue_size: The queue length: how many requests may wait beyond those for which a slot is free.
-        static: Whether decode steps use few static shapes; see :class:`~tidar_megatron.inference.static.Forwards`.
+        static: Whether decode steps use few static shapes; see :class:`~tidar_megatron.inference.static.Forwards`. The
+            model keeps those of an engine that is gone for the next one.
 
     Raises:
         UserError: the batch size is below 1.
@@ -50,7 +52,7 @@ class Engine:
             raise UserError(f"batch size {batch_size}: must be at least 1")
         self.model = model
         self.capacity = capacity
-        self._forwards = Forwards(model, batch_size, capacity, static)
+        self._forwards = borrow(model, batch_size, capacity, static, self)
         self._free = list(range(batch_size))[::-1]
         self._waiting: deque[Sequence] = deque()
         self._queue_size = queue_size
@@ -132,12 +134,13 @@ class Engine:
         if planner is not None:
             planner.begin(len(served), context / len(served))
         hidden, packed = self._forwards.run([sequence.part(PROMPT_CHUNK) for sequence in served], reads_prompts)
-        logits = _Logits(self.model, hidden, packed.starts, at_once=not reads_prompts)
+        static = self._forwards.is_static
+        logits = _Logits(self.model, hidden, packed.starts, at_once=not reads_prompts, one_wait=static)
         for sequence, of_rows in zip(served, logits.of([s.rows for s in served]), strict=True):
             _guarded(sequence, sequence.accept, of_rows)
         rows = [sequence.draft_rows for sequence in served]
         for sequence, of_rows in zip(served, logits.of(rows), strict=True):
-            if len(of_rows):
+            if len(of_rows.logits):
                 _guarded(sequence, sequence.draft, of_rows)
         parts = {sequence: sequence.last_part.layout.num_tokens for sequence in served}
         seconds, size = time.perf_counter() - start, sum(parts.values())
@@ -164,40 +167,46 @@ class Engine:
 
 
 class _Logits:
-    """The logits of a forward, computed only for the requested rows, or for all rows at once if there are few.
+    """The logits of a forward, computed only for the requested rows, or for all rows at once.
 
     Each call reads the full output layer, which dominates the cost of a call with few rows.
+
+    Args:
+        model: The model.
+        hidden: The hidden states of the forward, ``[tokens, hidden]``.
+        starts: The first row of each sequence.
+        at_once: Whether the logits of all rows may be computed at once. On a CPU that pays off for few rows.
+        one_wait: Whether to compute all rows whatever their number, and to copy what greedy decoding needs to the host
+            at once. On a GPU more rows cost little, and each copy waits for the forward.
     """
 
     FEW = 32
 
-    def __init__(self, model: DecodeModel, hidden: Tensor, starts: Tokens[int], at_once: bool) -> None:
+    def __init__(
+        self, model: DecodeModel, hidden: Tensor, starts: Tokens[int], at_once: bool, one_wait: bool = False
+    ) -> None:
         self._model, self._hidden, self._starts = model, hidden, starts
-        self._all = model.logits(hidden) if at_once and len(hidden) <= self.FEW else None
+        self._all: Rows | None = None
+        if at_once and (one_wait or len(hidden) <= self.FEW):
+            logits = model.logits(hidden)
+            self._all = Rows(logits, Best.of(logits) if one_wait else None)
 
-    def of(self, rows: Tokens[Tokens[int]]) -> Tokens[Tensor]:
-        """Return logits ``[rows, V]`` for each sequence; ``rows`` are relative to the sequence's first row."""
+    def of(self, rows: Tokens[Tokens[int]]) -> Tokens[Rows]:
+        """Return the logits of each sequence's ``rows``, which are relative to its first row."""
         if self._all is not None:
-            return [_pick(self._all, start, own) for start, own in zip(self._starts, rows, strict=True)]
-        wanted = [_pick(self._hidden, start, own) for start, own in zip(self._starts, rows, strict=True)]
+            return [self._all.pick(start, own) for start, own in zip(self._starts, rows, strict=True)]
+        wanted = [pick(self._hidden, start, own) for start, own in zip(self._starts, rows, strict=True)]
         if len(wanted) == 1:
-            return (self._model.logits(wanted[0]),) if rows[0] else wanted
+            return [Rows(self._model.logits(wanted[0]) if rows[0] else wanted[0])]
         together = torch.cat(wanted)
         logits = self._model.logits(together) if len(together) else together
-        return logits.split([len(own) for own in rows])
+        return [Rows(own) for own in logits.split([len(own) for own in rows])]
 
 
-def _pick(tensor: Tensor, start: int, rows: Tokens[int]) -> Tensor:
-    """Return the rows at ``start + rows``; a view if ``rows`` is a range."""
-    if isinstance(rows, range):
-        return tensor[start + rows.start : start + rows.stop]
-    return tensor[[start + row for row in rows]]
-
-
-def _guarded(sequence: Sequence, decide: Callable[[Tensor], object], logits: Tensor) -> None:
+def _guarded(sequence: Sequence, decide: Callable[[Tensor, Best | None], object], rows: Rows) -> None:
     """Call ``decide`` and record an exception in the sequence, so that it does not end the others."""
     try:
-        decide(logits)
+        decide(*rows)
     except Exception as error:
         sequence.stop, sequence.error = "error", error
 

@@ -3,7 +3,7 @@
 ``loading.py`` creates one from a folder, ``wrapping.py`` from a model in memory.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from inspect import unwrap
 from types import MethodType
 from typing import Any
@@ -32,6 +32,8 @@ class DecodeModel:
     context_limit: int
     eos_token_ids: frozenset[int]
     is_tidar: bool = False
+    # runners of forwards that no engine uses, by slots and capacity (static.py)
+    idle_forwards: dict[tuple[int, int], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         base: Any = self.causal_lm.base_model

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tidar_megatron.errors import UserError
+from tidar_megatron.inference.logits import Best
 
 COLDEST = 1e-4  # the lowest temperature above 0 that logits can be divided by
 NO_NUMBERS, EXPORT = "the model's logits are NaN or infinite", "copy or export the model again"
@@ -216,13 +217,14 @@ class Sampler:
         """Return the next ``count`` random numbers in [0, 1)."""
         return self._random.random(count).tolist()
 
-    def choose(self, logits: Tensor, drafts: Sequence[int], q: Tensor | None) -> list[int]:
+    def choose(self, logits: Tensor, drafts: Sequence[int], q: Tensor | None, best: Best | None = None) -> list[int]:
         """Verify drafts and choose the token that follows the accepted ones.
 
         Args:
             logits: The raw logits, ``[n, V]``; row i follows the i-th draft.
             drafts: n tokens; the first is already final.
             q: The distributions that the other drafts were drawn from, ``[n - 1, V]``; None if they are deterministic.
+            best: The likeliest tokens of the raw logits, if they are on the host already.
 
         Returns:
             The accepted drafts without the first, then the new token: 1 to n tokens.
@@ -230,16 +232,12 @@ class Sampler:
         Raises:
             UserError: the logits are NaN or infinite.
         """
+        if self.options.greedy and best is not None and not self.processes:
+            return _verified(drafts, best.tokens, best.logits)
         logits = self.process(logits, drafts)
         if self.options.greedy:
             highest, places = logits.max(-1)
-            if any(map(math.isnan, highest.tolist())):
-                raise UserError(f"{NO_NUMBERS}: there is no likeliest token; {EXPORT}")
-            best = places.tolist()
-            count = 1
-            while count < len(drafts) and drafts[count] == best[count - 1]:
-                count += 1
-            return best[:count]
+            return _verified(drafts, places.tolist(), highest.tolist())
         p, others = probabilities(logits, self.options), torch.tensor(drafts[1:], device=logits.device)
         stays = accepted(p[:-1], others, q, self.uniforms(len(drafts) - 1)).tolist()
         count = stays.index(False) if False in stays else len(stays)
@@ -248,9 +246,22 @@ class Sampler:
             weights = residual(weights, others[count], None if q is None else q[count])
         return [*drafts[1 : count + 1], int(draw(weights[None], self.uniforms(1)))]
 
-    def propose(self, logits: Tensor) -> tuple[list[int], Tensor | None]:
-        """Return drafts for ``logits [n, V]``, and the distributions ``[n, V]`` behind them (None if greedy)."""
+    def propose(self, logits: Tensor, best: Best | None = None) -> tuple[list[int], Tensor | None]:
+        """Return drafts for ``logits [n, V]``, and the distributions ``[n, V]`` behind them (None if greedy).
+
+        ``best`` holds the likeliest tokens of the logits, if they are on the host already.
+        """
         if self.options.greedy:
-            return logits.argmax(-1).tolist(), None
+            return best.tokens if best is not None else logits.argmax(-1).tolist(), None
         q = probabilities(logits, self.options)
         return draw(q, self.uniforms(len(q))).tolist(), q
+
+
+def _verified(drafts: Sequence[int], best: list[int], highest: list[float]) -> list[int]:
+    """Return the accepted drafts without the first, then the new token, from the likeliest token after each draft."""
+    if any(map(math.isnan, highest)):
+        raise UserError(f"{NO_NUMBERS}: there is no likeliest token; {EXPORT}")
+    count = 1
+    while count < len(drafts) and drafts[count] == best[count - 1]:
+        count += 1
+    return best[:count]

@@ -15,6 +15,7 @@ from torch import Tensor
 from tidar_megatron.errors import UserError
 from tidar_megatron.inference.drafting import Branches, Drafts, Linear, Lookup, Policy
 from tidar_megatron.inference.forward import ForwardLayout, Part
+from tidar_megatron.inference.logits import Best
 from tidar_megatron.inference.model import DecodeModel
 from tidar_megatron.inference.planner import Planned, Planner, longest_draft
 from tidar_megatron.inference.request import MOST_TOKENS, DecodeOptions, StopReason, check_prompt
@@ -145,8 +146,13 @@ class Sequence:
         """The rows of its part whose logits give the next drafts."""
         return self._part.layout.rows_after(self._accepted) if self.stop is None and not self._unread else range(0)
 
-    def accept(self, logits: Tensor) -> list[int]:
-        """Verify the drafts with ``logits [rows, V]`` and commit the accepted ones; return the newly final tokens."""
+    def accept(self, logits: Tensor, best: Best | None = None) -> list[int]:
+        """Verify the drafts and commit the accepted ones; return the newly final tokens.
+
+        Args:
+            logits: The logits of :attr:`rows`, ``[rows, V]``.
+            best: Their likeliest tokens, if they are on the host already.
+        """
         layout, drafts = self._part.layout, self._part.tokens
         if not len(logits):  # a chunk of the prompt, not the last
             self._commit(layout.num_drafts)
@@ -154,12 +160,12 @@ class Sequence:
         if (beta := self.options.trust_ratio) < 1 and layout.branches:
             verifying, drafting = logits.chunk(2)
             # both are minus infinity for the mask token, and 0 times that would be NaN
-            logits = drafting if beta == 0 else beta * verifying + (1 - beta) * drafting
+            logits, best = drafting if beta == 0 else beta * verifying + (1 - beta) * drafting, None
         if self._unread:
-            tokens = self._sampler.choose(logits, drafts[-1:], None)
+            tokens = self._sampler.choose(logits, drafts[-1:], None, best)
             self._commit(layout.num_drafts)
         else:
-            tokens = self._sampler.choose(logits, drafts, self._drafts.q)
+            tokens = self._sampler.choose(logits, drafts, self._drafts.q, best)
             self._policy.observe(self._drafts, layout, len(tokens))
             self._commit(len(tokens))
         tokens = self._cut(tokens)
@@ -171,13 +177,21 @@ class Sequence:
         self._drafts = Drafts([tokens[-1], *self._policy.look_up(tokens)] if self.stop is None else [])
         return tokens
 
-    def draft(self, logits: Tensor) -> None:
-        """Append drafts after the certain token, chosen from the draft rows' ``logits [rows, V]``."""
-        tokens, q = self._sampler.propose(logits)
+    def draft(self, logits: Tensor, best: Best | None = None) -> None:
+        """Append drafts after the certain token.
+
+        Args:
+            logits: The logits of :attr:`draft_rows`, ``[rows, V]``.
+            best: Their likeliest tokens, if they are on the host already.
+        """
+        tokens, q = self._sampler.propose(logits, best)
         confidences: list[float] = []
         if self._policy.wants_confidences:
-            likely = logits.float().softmax(-1) if q is None else q
-            confidences = likely.amax(-1).tolist()
+            if q is None and best is not None:
+                confidences = best.probabilities
+            else:
+                likely = logits.float().softmax(-1) if q is None else q
+                confidences = likely.amax(-1).tolist()
         branch = self._part.layout.branch_after(self._accepted)
         assert branch is not None
         self._drafts = Drafts([*self._drafts.tokens, *tokens], q, confidences, self._accepted - branch)

@@ -7,14 +7,16 @@ the sequences follow, and nothing is recompiled or recaptured as texts grow.
 Prompt chunks are large and vary in size; they go through :class:`PackedForward`, as on a CPU.
 """
 
+import weakref
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tidar_megatron.attention_kernels import hiding
+from tidar_megatron.attention_kernels import aligned, hiding
 from tidar_megatron.inference.cache import KVPool
 from tidar_megatron.inference.forward import (
     Forward,
@@ -27,9 +29,9 @@ from tidar_megatron.inference.forward import (
 )
 from tidar_megatron.inference.model import DecodeModel
 
-TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320)
-MARGIN = 63  # tokens that rounding up may add to a slot
-LEAST_PREFIX = 256
+# sizes of a sequence's part, all exact for K = 2, 4, 8, 16 with one, two and all branches, 20, 72 and 272 among them
+TOKENS = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 48, 64, 72, 96, 128, 192, 272, 320)
+MARGIN = max(larger - size for size, larger in pairwise(TOKENS)) - 1  # tokens that rounding up may add to a part
 
 
 class Shape(NamedTuple):
@@ -47,8 +49,17 @@ class Shape(NamedTuple):
         if tokens is None or any(part.length + tokens > pool.capacity for part in parts):
             return None
         sequences = min(_power_of_two(1 + max(part.slot for part in parts)), pool.slots)
-        prefix = max(LEAST_PREFIX, _power_of_two(max(part.length for part in parts) + (tokens == 1)))
+        prefix = rounded_prefix(max(part.length for part in parts) + (tokens == 1))
         return Shape(sequences, tokens, min(prefix, pool.capacity))
+
+
+def rounded_prefix(length: int) -> int:
+    """Return the prefix size for ``length`` tokens: 64 more than 256, 384, 512, 768, 1024, 1536, ...
+
+    All are multiples of 64, as kernels prefer. The 64 are for the tokens that follow a prompt of a round length.
+    """
+    power = _power_of_two(max(length - 64, 256))
+    return 64 + (power * 3 // 4 if power > 256 and length - 64 <= power * 3 // 4 else power)
 
 
 def _power_of_two(least: int) -> int:
@@ -119,8 +130,9 @@ class StaticForward:
         sequences, tokens, prefix = self._shape
         local_bias: Tensor | None = None
         if tokens > 1:
-            local_bias = torch.zeros(self._visible.shape, dtype=dtype, device=self._visible.device)
-            local_bias = local_bias.masked_fill(~self._visible, hiding(dtype)).repeat(1, groups, 1)[:, None]
+            local_bias = torch.zeros(sequences, tokens, aligned(tokens), dtype=dtype, device=self._visible.device)
+            local_bias[..., :tokens].masked_fill_(~self._visible, hiding(dtype))
+            local_bias = local_bias.repeat(1, groups, 1)[:, None, :, :tokens]
         return Uniform(
             slots=slice(0, sequences),
             places=self._numbers[2].view(sequences, tokens),
@@ -172,9 +184,9 @@ class Forwards:
 
     def __init__(self, model: DecodeModel, slots: int, capacity: int, static: bool | None = None) -> None:
         model.check_attention()
-        self.is_static = model.device.type == "cuda" if static is None else static
+        self.is_static = is_static(model, static)
         self.shapes: dict[Shape, StaticForward] = {}
-        self.pool = KVPool(slots, capacity + MARGIN * self.is_static)
+        self.pool = KVPool(slots, rounded_prefix(capacity + MARGIN) if self.is_static else capacity)
         self._model = model
         self._capturing = Capturing.on(model.device) if model.device.type == "cuda" else None
 
@@ -197,3 +209,37 @@ class Forwards:
         forward = self.shapes[shape]
         forward.load(parts, self._model.mask_token_id)
         return forward.run(self._model), forward
+
+
+def is_static(model: DecodeModel, static: bool | None) -> bool:
+    """Return whether decode steps use static shapes: ``static``, or by default whether the model is on a GPU."""
+    return model.device.type == "cuda" if static is None else static
+
+
+KEPT = 2  # idle runners that a model keeps; each holds a KV pool
+
+
+def borrow(model: DecodeModel, slots: int, capacity: int, static: bool | None, borrower: object) -> Forwards:
+    """Return a runner of forwards that is ``borrower``'s alone until it is garbage-collected.
+
+    With static shapes the model keeps the runner then, with its CUDA graphs, stream and memory, for the next borrower
+    that needs as many slots of the same rounded size. Otherwise each request would pay for warm-up and capture.
+    """
+    if not is_static(model, static):
+        return Forwards(model, slots, capacity, static)
+    key = slots, rounded_prefix(capacity + MARGIN)
+    forwards: Forwards | None = model.idle_forwards.pop(key, None)
+    if forwards is None:
+        forwards = Forwards(model, slots, capacity, static)
+    else:
+        model.check_attention()
+        forwards.pool.clear_all()
+    weakref.finalize(borrower, _keep, model, key, forwards).atexit = False
+    return forwards
+
+
+def _keep(model: DecodeModel, key: tuple[int, int], forwards: Forwards) -> None:
+    model.idle_forwards.pop(key, None)
+    model.idle_forwards[key] = forwards
+    while len(model.idle_forwards) > KEPT:
+        del model.idle_forwards[next(iter(model.idle_forwards))]  # the one that was given back first

@@ -117,6 +117,8 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Compute ``total += left @ right`` in place; ``total`` may have a wider dtype than the product."""
     if total.dtype == left.dtype:
         torch.addmm(total, left, right, out=total)
+    elif left.device.type == "cuda":  # the product is not rounded to the factors' dtype
+        total += torch.mm(left, right, out_dtype=total.dtype)
     else:
         total += left @ right
 

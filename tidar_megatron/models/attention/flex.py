@@ -18,6 +18,7 @@ from tidar_megatron.attention_mask import sees
 from tidar_megatron.models.attention.tiles import cells, own_blocks
 
 BLOCK = 128  # queries, and keys, in one block of the kernel
+VARIANTS = 64  # compiled variants of the kernel that a process may have
 
 
 class FlexSchedule:
@@ -50,8 +51,14 @@ class FlexSchedule:
 
 @cache
 def compiled() -> Any:
-    """Return the compiled kernel, which all layers and steps share."""
-    return torch.compile(flex_attention, dynamic=False)
+    """Return the compiled kernel, which all layers and steps share.
+
+    A run has one shape of sequences, and few variants of it: with and without masks and gradients, and smaller last
+    micro-batches. By default torch runs the ninth variant uncompiled, with a warning at most, which would materialize
+    all scores. The limit is raised, and passing it is an error (``fullgraph``).
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def _blocks(
