@@ -28,6 +28,7 @@ logs=()
 [[ -z ${LOG_DIR:-} ]] || logs=(--log-dir "$LOG_DIR/node$NODE_RANK" --tee 3)
 
 export PYTHONUNBUFFERED=1
+command -v torchrun >/dev/null || { echo "error: torchrun is not found; activate the environment (. .venv/bin/activate)" >&2; exit 2; }
 set -m # job control: without it, a process started with & ignores SIGINT
 torchrun "${where[@]}" --nproc-per-node "${GPUS_PER_NODE:-gpu}" ${logs[@]+"${logs[@]}"} \
   "$(dirname "$0")/../tools/pretrain.py" "$@" &

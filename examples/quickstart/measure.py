@@ -94,7 +94,7 @@ def main() -> None:
     print_table(figures, summary)
     draw(run / "quickstart.png", metrics, figures)
     print(f"{run / 'summary.json'}, {run / 'quickstart.png'}")
-    print(f"try it: . .venv/bin/activate; tidar generate --model {folder} --branches 2 --prompt '{EXAMPLE}'")
+    print(f"try it: . .venv/bin/activate; tidar generate --model {folder} --plan 2:8 --prompt '{EXAMPLE}'")
     if not summary["identical_to_ar"]:
         raise UserError(f"{run / 'summary.json'}: a plan's output differs from AR's; please report this file")
 

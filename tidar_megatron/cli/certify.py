@@ -43,12 +43,17 @@ def main() -> None:
     model = load_model(args.model, args.device, args.dtype or "float32", args.mask_token_id)
     prompts = [encode_prompt(model, text) for text in texts]
     runs = certificate.plans(args.draft_lengths, drafts=model.mask_token_id is not None)
-    found = certificate.certify(model, args.model, prompts, args.max_new_tokens, runs, args.samples)
+    found = certificate.certify(model, args.model, prompts, args.max_new_tokens, runs, args.samples, say)
     if args.json:
         print(json.dumps(found.as_dict()))
     else:
         show(found)
     sys.exit(0 if found.holds else 1)
+
+
+def say(text: str) -> None:
+    """Print a line of progress on standard error."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def show(found) -> None:  # type: ignore[no-untyped-def]

@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -156,6 +156,7 @@ def certify(
     max_new_tokens: int,
     runs: Mapping[str, DecodeOptions],
     samples: int,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Certificate:
     """Compare every plan with transformers' greedy ``generate``, alone and eight at a time, and test sampled output.
 
@@ -166,6 +167,7 @@ def certify(
         max_new_tokens: The number of tokens to generate per prompt.
         runs: Options by plan name; their ``max_new_tokens`` and ``ignore_eos`` are overridden.
         samples: The number of continuations to draw with each plan for the test of its distribution; 0 for no test.
+        say: A function that is called with a line of text after each run.
 
     Raises:
         UserError: a prompt leaves no room for the new tokens, or none leaves room for a sample; samples are requested
@@ -192,17 +194,18 @@ def certify(
         )
     stock = Stock(model, folder)
     expected = [stock.generate(prompt, max_new_tokens)[0] for prompt in prompts]
-    done = [
-        _run(model, stock, Run(name, batch), options, prompts, expected)
-        for name, options in runs.items()
-        for batch in BATCHES
-    ]
+    done = []
+    for number, (name, options) in enumerate(runs.items(), 1):
+        done += [_run(model, stock, Run(name, batch), options, prompts, expected) for batch in BATCHES]
+        say(f"plan {number} of {len(runs)}: {name}")
     tied = {found["prompt"] for run in done for found in run.ties}
     different = {found["prompt"] for run in done for found in run.differences}
     sampled = []
     if samples:
         unsure = max(sampling, key=lambda prompt: _entropy(stock.probabilities(prompt, TOP_K, 1)))
-        sampled = [_sample(model, stock, unsure, name, runs[name], samples) for name in runs]
+        for number, name in enumerate(runs, 1):
+            sampled.append(_sample(model, stock, unsure, name, runs[name], samples))
+            say(f"plan {number} of {len(runs)}: {name}, sampled")
     identical = len(prompts) - len(tied | different)
     return Certificate(len(prompts), identical, len(tied - different), done, sampled)
 

@@ -92,7 +92,7 @@ def print_report(report: LayoutReport) -> None:
         highlight=False,
     )
     console.print(layout_table(report))
-    console.print("The sections of the YAML for the best layout:", highlight=False)
+    console.print("The YAML for the best layout; replace these sections as they are:", highlight=False)
     written = yaml.safe_dump(sections_of(report.layouts[0].sizes), default_flow_style=None, sort_keys=False, width=1000)
     console.print(written, highlight=False, soft_wrap=True)
     if report.configured is None:

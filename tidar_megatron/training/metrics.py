@@ -165,7 +165,7 @@ class MetricsLogger:
         offsets = " ".join(f"{a:.2f}" for a in values["acceptance_by_offset"])
         self.say(
             f"evaluation at {iteration} | AR {values['ar_loss']:.4f} | diffusion {values['diffusion_loss']:.4f}"
-            f" | expected tokens/forward {values['tokens_per_forward']:.2f}"
+            f" | teacher-forced tokens/forward {values['tokens_per_forward']:.2f}"
             f" (greedy {values['greedy_tokens_per_forward']:.2f}) | acceptance by offset {offsets}"
         )
         self._write(iteration, {"eval": values})

@@ -182,7 +182,9 @@ def starting_point(config: Config, fingerprint: Fingerprint) -> int | None:
         return None
     points, _ = restart_points(load)
     if not points and not same:
-        raise UserError(f"--load {load}: holds no checkpoint; leave the flag out to start from scratch")
+        raise UserError(
+            f"--load {load}: holds no checkpoint; leave the flag out to start a run, or give it the folder of --save"
+        )
     for iteration in points:
         try:
             state = read_state(checkpoint_folder(load, iteration), config.checkpoint.verify_checkpoint)
