@@ -9,6 +9,8 @@
 # MASTER_PORT     a free port on that node [29500]
 # GPUS_PER_NODE   processes per node [all GPUs]; set a number on machines without GPUs
 # LOG_DIR         folder for one log per rank, in a sub-folder per node, in addition to the console
+# CUDA_DEVICE_MAX_CONNECTIONS   [1: megatron-core needs it to overlap communication in tensor and context parallelism]
+# PYTORCH_CUDA_ALLOC_CONF       [expandable_segments:True: the GPU's memory fragments less]
 # If gloo or NCCL choose the wrong network interface, set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the right one.
 #
 # On SIGUSR1 or SIGTERM to this script, the ranks save and exit. On SIGINT (Ctrl-C) they exit at once.
@@ -28,7 +30,13 @@ logs=()
 [[ -z ${LOG_DIR:-} ]] || logs=(--log-dir "$LOG_DIR/node$NODE_RANK" --tee 3)
 
 export PYTHONUNBUFFERED=1
-command -v torchrun >/dev/null || { echo "error: torchrun is not found; activate the environment (. .venv/bin/activate)" >&2; exit 2; }
+if ! command -v torchrun >/dev/null; then
+  echo "error: torchrun is not found; activate the environment (. .venv/bin/activate)" >&2
+  exit 2
+fi
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS-1}
+# torch reads PYTORCH_ALLOC_CONF too, the newer name
+[[ -v PYTORCH_ALLOC_CONF ]] || export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}
 set -m # job control: without it, a process started with & ignores SIGINT
 torchrun "${where[@]}" --nproc-per-node "${GPUS_PER_NODE:-gpu}" ${logs[@]+"${logs[@]}"} \
   "$(dirname "$0")/../tools/pretrain.py" "$@" &

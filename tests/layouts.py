@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 LAYOUTS = {
     "one": {},
@@ -27,12 +28,25 @@ LAYOUTS = {
 STEPS = 2
 
 
+class Waits(TorchDispatchMode):
+    """Count where the host reads a tensor's value; on a GPU it waits there for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
 def run_layout(setup, name, folder):
     """The first step's token losses and this rank's gradients, then losses and gradient norms of two steps."""
     from tidar_megatron.config import build_config
     from tidar_megatron.models.loss import token_losses
     from tidar_megatron.models.parameters import own_parameters
     from tidar_megatron.training.layout_check import gather_gradients
+    from tidar_megatron.training.optimizer import gradient_norm
     from tidar_megatron.training.step import forward_backward
     from tidar_megatron.training.trainer import Trainer
 
@@ -46,8 +60,12 @@ def run_layout(setup, name, folder):
     handle.remove()
     batches = trainer.step_batches() if ranks.is_last_stage else []
     losses = [token_losses(last, batch, states)[1] for batch, states in zip(batches, hidden, strict=bool(batches))]
+    with Waits() as waits:
+        norm = gradient_norm(trainer.optimizer, trainer.ddp)
     gather_gradients(trainer.ddp)
     result = {
+        "norm": norm,
+        "waits": waits.count,
         "tp_rank": ranks.groups.tp.rank(),
         "dp_rank": ranks.groups.dp.rank(),
         "first_losses": (sums / counts).tolist(),

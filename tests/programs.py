@@ -6,6 +6,7 @@ before. The same program as a process of its own is ``tests.ranks.run``; as a ne
 
 import io
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -17,6 +18,14 @@ import torch
 from tests.ranks import ROOT
 from tidar_megatron.distributed.groups import shut_down
 from tidar_megatron.training import signals
+
+# what libraries say of a machine, such as a CUDA build of torch where there is no GPU: glog's lines, Python's warnings
+NOTICE = re.compile(r"\[?[IW]\d{4,8} |\S.*: \w*Warning: |  \S")
+
+
+def own_lines(text):
+    """The lines that a program itself has written to its standard error, without the notices of libraries."""
+    return [line for line in text.splitlines() if not NOTICE.match(line)]
 
 
 def call(program, *arguments, stdin=b"", **variables):

@@ -18,6 +18,7 @@ FLOORS = {
     "hf_folder": 0,
     "attention_mask": 0,
     "mask_token": 0,
+    "precision": 0,
     "attention_kernels": 0,
     "config": 0,
     "context_parallel": 0,

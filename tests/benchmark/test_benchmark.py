@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from tests.programs import call
+from tests.programs import call, own_lines
 from tidar_megatron.benchmark import attention as attention_benchmark
 from tidar_megatron.benchmark import loss as loss_benchmark
 from tidar_megatron.benchmark import training as training_benchmark
@@ -128,7 +128,8 @@ def test_bad_input():
         (["loss", "--plot", "loss.png"], "--plot: is for training, not for loss"),
     ):
         done = run(*arguments)
-        assert done.returncode == 2 and word in done.stderr and done.stderr.count("\n") == 1
+        (line,) = own_lines(done.stderr)
+        assert done.returncode == 2 and word in line
 
 
 @pytest.mark.parametrize(("skipped", "shown"), [([], None), ([4096, 8192], "skipped: 4096, 8192")])

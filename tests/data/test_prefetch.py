@@ -11,6 +11,7 @@ from tidar_megatron.data.doubled import Batch, make_batch
 from tidar_megatron.data.packing import fill_sequence
 from tidar_megatron.data.prefetch import Overdue, Prefetcher
 from tidar_megatron.errors import UserError
+from tidar_megatron.models.attention.flex import FlexPlan
 
 CPU = torch.device("cpu")
 
@@ -172,6 +173,19 @@ def test_page_locked_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(pinned) == len(tensors) - 1 == 8 and "visibility_on_host" in tensors
     assert torch.Size((1, 16)) in pinned
     assert batch.position_ids.stride() == (0, 1)
+
+
+def test_a_plan_of_attention_goes_where_its_batch_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Page-locked in the thread, then to the device."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
+    plan = FlexPlan(*((torch.zeros(2),),) * 4)
+    batch = make_batch([fill_sequence(8, 256)], 4, 300)
+    assert batch.pinned().attention_plan is None
+    batch.attention_plan = plan
+    pinned = batch.pinned().attention_plan
+    assert all(tensor.tolist() == [1, 1] for part in vars(pinned).values() for tensor in part)
+    moved = batch.to("meta").attention_plan
+    assert all(tensor.device.type == "meta" for part in vars(moved).values() for tensor in part)
 
 
 def test_what_does_not_come_in_time_is_not_waited_for() -> None:

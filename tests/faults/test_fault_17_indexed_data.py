@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT
+from tests.programs import own_lines
 from tidar_megatron.data.index import open_index
 from tidar_megatron.data.shards import INDEX_FILE, ShardedDocuments, built_from
 from tidar_megatron.data.tokenizer import byte_tokenizer
@@ -49,7 +50,7 @@ def test_a_cut_or_mixed_up_pair_ends_with_the_files_name(pair, tmp_path):
     def ends_with(name):
         done = inspect(copy, tokenizer)
         assert done.returncode == 2, done.stdout
-        assert len(done.stderr.splitlines()) == 1 and name in done.stderr, done.stderr
+        assert len(own_lines(done.stderr)) == 1 and name in done.stderr, done.stderr
 
     for suffix, cut in ((".bin", 2), (".bin", 90), (".idx", 8), (".idx", 8 + 61 * 8)):
         restored()

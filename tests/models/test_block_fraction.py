@@ -101,6 +101,8 @@ def test_angles_are_the_products_to_the_bit(setup):
         rows = 1 if positions.stride(0) == 0 else len(positions)
         assert (angles.shape, angles.dtype) == ((positions.shape[1], rows, 1, 8), torch.float32)
         assert torch.equal(angles.expand(-1, len(positions), -1, -1), torch.cat([wanted, wanted], dim=-1).unsqueeze(2))
+    on_device = PositionRotaryEmbedding(model.config, ModelConfig(), "meta")  # no forward copies the frequencies
+    assert on_device.inv_freq.device.type == on_device(torch.arange(4, device="meta")[None]).device.type == "meta"
     table = rotary.angles
     rotary(torch.arange(4)[None])
     assert rotary.angles is table  # nothing is computed again

@@ -3,12 +3,15 @@
 import threading
 
 import pytest
+import torch
 
 from tests.training.small_runs import STEPS, losses, metrics, small
 from tidar_megatron.data.loader import TrainingData
 from tidar_megatron.data.prefetch import Prefetcher
 from tidar_megatron.distributed.groups import shut_down
 from tidar_megatron.errors import UserError
+from tidar_megatron.models.attention.flex import FlexPlan
+from tidar_megatron.models.gpt import run_model
 from tidar_megatron.training.loop import pretrain
 from tidar_megatron.training.trainer import Trainer
 
@@ -83,6 +86,32 @@ def test_data_that_fails_in_the_thread_ends_the_run_as_it_is(shards, tmp_path, m
         pretrain(small(shards, checkpoint={"save": str(tmp_path)}))
     assert max(losses(tmp_path)) == 3  # the steps before it were taken
     assert not prefetching() - before  # other tests build a Trainer and never close it
+
+
+def test_plans_of_attention_are_made_in_the_thread(shards, monkeypatch):
+    """And used: the forward makes none, and its hidden states are those of the other backend."""
+    made = []
+    real = FlexPlan.of
+    monkeypatch.setattr(
+        FlexPlan, "of", staticmethod(lambda *part: made.append(threading.current_thread().name) or real(*part))
+    )
+    trainer = Trainer.build(small(shards, tidar={"ar_warmup_fraction": 0.0}))
+    (chunk,) = trainer.model
+    (reference, *_) = trainer.step_batches()
+    assert reference.attention_plan is None and not made  # chunked has none
+    monkeypatch.setattr(chunk.attention_schedules, "_backend", "flex")
+    trainer.prefetcher.expect([(0, True)])
+    batch, *others = trainer.step_batches()
+    assert made and set(made) == {"prefetch_0"}
+    count = len(made)
+    with torch.no_grad():
+        found = run_model(chunk, batch.to("cpu"))
+        assert len(made) == count == 1 + len(others)
+        monkeypatch.undo()
+        wanted = run_model(chunk, reference)
+    trainer.close()
+    shut_down()
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("recompute", [None, "full"])

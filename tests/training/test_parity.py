@@ -178,6 +178,17 @@ def test_equals_one_rank(runs, layout):
         close(grad, one["grads"][name])
 
 
+@layouts("one", *PARALLEL)
+def test_the_gradient_norm_is_float64s_and_waits_twice(runs, layout):
+    """A parameter that tensor-parallel ranks duplicate counts once; no parameter costs a wait for the device."""
+    _, results, _ = runs
+    grads = gather(results[layout], "grads").values()
+    norm = torch.cat([grad.double().flatten() for grad in grads]).norm().item()
+    for rank in results[layout]:
+        assert rank["norm"] == pytest.approx(norm, rel=1e-6)
+        assert rank["waits"] == 2
+
+
 @layouts("tp2", "pp2", "pp2vpp2", "cp2", "dp2sharded")
 def test_checkpoint_of_a_layout_goes_on_in_one_rank(runs, layout):
     """The steps after the checkpoint, taken by one rank, give the losses that the layout itself gave.

@@ -16,6 +16,7 @@ from tidar_megatron.inference.engine import Engine
 from tidar_megatron.inference.model import DecodeModel
 from tidar_megatron.inference.request import DecodeOptions, distinct_4grams, parse_plan
 from tidar_megatron.inference.sequence import Sequence as Decoding
+from tidar_megatron.precision import full_float32
 
 LOOKUP = 8  # tokens drafted by prompt lookup, in the engine and in transformers
 
@@ -29,6 +30,7 @@ class Run:
     first_token_seconds: float
 
 
+@full_float32()
 def decode(
     model: DecodeModel,
     folder: str | Path,

@@ -52,6 +52,7 @@ class Batch:
             denominator (Megatron's ``num_tokens``).
         seq_length: The number of clean tokens per row on this rank, S / CP; the other tokens of a row are masks.
         sample_ids: (source, epoch, n) of each row, for the log; empty in evaluation batches.
+        attention_plan: What attention has prepared of this batch ahead of its step, or None.
     """
 
     tokens: Tensor
@@ -68,6 +69,7 @@ class Batch:
     num_tokens: int
     seq_length: int
     sample_ids: list[tuple[int, int, int]] = field(default_factory=list)
+    attention_plan: Any = None  # of models/attention: its map(function) applies a function to each of its tensors
 
     @property
     def mask_length(self) -> int:
@@ -122,7 +124,9 @@ class Batch:
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "visibility_on_host"}
         tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-        return replace(self, **{name: _each_row(tensor, function) for name, tensor in tensors.items()})
+        plan = None if self.attention_plan is None else self.attention_plan.map(function)
+        mapped = {name: _each_row(tensor, function) for name, tensor in tensors.items()}
+        return replace(self, **mapped, attention_plan=plan)
 
 
 def _each_row(rows: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:

@@ -251,6 +251,18 @@ def _install_cpu_rng_tracker() -> None:
     mcore_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
 
 
+def start_compile_workers() -> None:
+    """Start the processes in which Inductor compiles for the GPU; without a GPU nothing is compiled, and none start.
+
+    They would start with the first compilation, in whatever thread and with whatever signal mask that has.
+    """
+    if has_gpu():
+        with contextlib.suppress(ImportError):  # not in this torch: they start later
+            from torch._inductor.async_compile import maybe_warm_pool
+
+            maybe_warm_pool()
+
+
 def peak_memory() -> int:
     """Return the peak memory of this process so far, in bytes: of its tensors on the GPU, else its resident set."""
     if has_gpu():

@@ -27,6 +27,7 @@ from tidar_megatron.inference.model import DecodeModel
 from tidar_megatron.inference.request import DecodeOptions, parse_plan
 from tidar_megatron.inference.sampling import SamplingOptions
 from tidar_megatron.inference.sequence import Sequence as Decoding
+from tidar_megatron.precision import full_float32
 
 TIE = 1e-4  # largest difference of two float32 logits that tie; narrower dtypes allow more, see _tie
 MOST_TIES = 0.01  # largest fraction of prompts with a tie
@@ -149,6 +150,7 @@ class Stock:
         return found
 
 
+@full_float32()
 def certify(
     model: DecodeModel,
     folder: str | Path,

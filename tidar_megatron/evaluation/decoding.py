@@ -18,6 +18,7 @@ from tidar_megatron.evaluation.stock import load_stock
 from tidar_megatron.inference.engine import generate
 from tidar_megatron.inference.model import DecodeModel
 from tidar_megatron.inference.request import DecodeOptions, distinct_4grams
+from tidar_megatron.precision import full_float32
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class PlanFigures:
         return asdict(self)
 
 
+@full_float32()
 def compare_plans(
     model: DecodeModel,
     prompts: Sequence[Sequence[int]],

@@ -58,6 +58,7 @@ from tidar_megatron.models.initialize import MaskRow
 from tidar_megatron.models.output_layer import output_weight
 from tidar_megatron.models.parameters import VOCABULARY
 from tidar_megatron.new_folder import check_free, new_folder
+from tidar_megatron.precision import full_float32
 
 TOLERANCE = 1e-4  # largest difference of logits in float32
 # None: the dtype of the tensors; float16 becomes float32, which represents all of its values
@@ -250,6 +251,7 @@ def export_run(
 
 
 # --- both --------------------------------------------------------------------------------------------------------
+@full_float32()
 @torch.no_grad()
 def verify(hf: str | Path, run: str | Path, iteration: int | None = None, length: int = 64, rows: int = 4) -> dict:
     """Compare the logits of a Hugging Face folder and of a run's checkpoint in float32, for random token ids.

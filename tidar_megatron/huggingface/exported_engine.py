@@ -13,7 +13,7 @@ MODULES = {  # file in the folder -> module of this package; transformers calls 
     **{name: f"inference/{name}" for name in ("sampling", "logits", "text", "prepared", "wrapping", "compatibility")},
     "upcast": "inference/upcast",
     **{name: name for name in ("attention_mask", "attention_kernels", "text_stream", "mask_token", "tidar_section")},
-    **{name: name for name in ("errors", "files", "json_files")},
+    **{name: name for name in ("errors", "files", "json_files", "precision")},
 }
 
 

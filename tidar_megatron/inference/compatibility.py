@@ -30,6 +30,7 @@ from tidar_megatron.inference.cache import KVPool
 from tidar_megatron.inference.forward import ForwardLayout, PackedForward, Part
 from tidar_megatron.inference.model import DecodeModel
 from tidar_megatron.inference.upcast import HALF, in_float32
+from tidar_megatron.precision import full_float32
 
 LENGTHS = (48, 24, 9, 3)  # tokens of the sequences that are compared
 SHORTENED = 16  # every length in a twin's configuration: it takes effect in two of these sequences, not in the others
@@ -44,6 +45,7 @@ SUSPECTS = (
 )
 
 
+@full_float32(tell=False)
 @torch.inference_mode()
 def check_compatible(model: DecodeModel) -> None:
     """Refuse a model for which the engine's logits differ from transformers' by more than rounding.

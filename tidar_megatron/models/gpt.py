@@ -192,7 +192,7 @@ def build_model(config: Config, vocab_size: int, ranks: Ranks) -> list[GPTModel]
         )
         model.attention_schedules = schedules
         model.unpadded_vocab_size = vocab_size  # GPTModel's own vocab_size is the padded one
-        model.rotary_pos_emb = PositionRotaryEmbedding(transformer, config.model)
+        model.rotary_pos_emb = PositionRotaryEmbedding(transformer, config.model, ranks.device)
         if model.post_process:
             model.output_layer = OutputLayer(model.output_layer)
         keep_experts_apart(model)
@@ -214,7 +214,8 @@ def run_model(model: Any, batch: Batch) -> Tensor:
     """
     padding = None
     chunk = unwrap(model)
-    chunk.attention_schedules.prepare(batch.visibility, batch.visibility_on_host, batch.tokens.shape[1])
+    on_host, num_queries = batch.visibility_on_host, batch.tokens.shape[1]
+    chunk.attention_schedules.prepare(batch.visibility, on_host, num_queries, batch.attention_plan)
     # training's wrapper around a bfloat16 chunk would convert the last chunk's hidden states to float32
     precision = {"fp32_output": False} if chunk.config.bf16 and model is not chunk else {}
     if chunk.config.num_moe_experts is not None:

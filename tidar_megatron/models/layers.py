@@ -92,13 +92,13 @@ class PositionRotaryEmbedding(nn.Module):
     positions as the longest batch so far has tokens, which is enough because positions are those of clean tokens.
     """
 
-    def __init__(self, config: TransformerConfig, model: ModelConfig) -> None:
+    def __init__(self, config: TransformerConfig, model: ModelConfig, device: torch.device | str = "cpu") -> None:
         super().__init__()
         rotary = RotaryEmbedding(
             config.kv_channels, rotary_percent=1.0, rotary_base=model.rotary_base, use_cpu_initialization=True
         )
         # neither is a buffer: both must stay float32 in a bfloat16 model
-        self.inv_freq = scaled_frequencies(rotary.inv_freq, model)
+        self.inv_freq = scaled_frequencies(rotary.inv_freq, model).to(device)
         self.angles = self.inv_freq.new_empty(0, config.kv_channels)
         self.cp_size = config.context_parallel_size
 
@@ -110,9 +110,8 @@ class PositionRotaryEmbedding(nn.Module):
         if position_ids.stride(0) == 0:
             position_ids = position_ids[:1]
         longest = position_ids.shape[1] * self.cp_size  # a bound: reading the largest position would synchronize
-        if len(self.angles) < longest or self.angles.device != position_ids.device:
-            half = torch.arange(longest, device=position_ids.device).float().unsqueeze(-1)
-            half = half * self.inv_freq.to(position_ids.device)
+        if len(self.angles) < longest:
+            half = torch.arange(longest, device=self.inv_freq.device).float().unsqueeze(-1) * self.inv_freq
             self.angles = torch.cat([half, half], dim=-1)
         return self.angles[position_ids.t()].unsqueeze(2)
 

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from tidar_megatron.distributed.groups import shut_down, world_size_from_environment
 from tidar_megatron.errors import UserError
+from tidar_megatron.precision import full_float32
 from tidar_megatron.training.layout_check import Comparison, Measured, compare, measure
 from tidar_megatron.training.layout_variants import VARIANTS, Layout, layouts_for, variant_config
 
@@ -69,7 +70,7 @@ def same(name: str, given: str) -> bool:
 
 def run(layouts: list[Layout], world_size: int, console: Console, is_main: bool) -> list[Comparison]:
     """Return the comparisons on the main process, and an empty list on the others. Collective."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, full_float32(tell=is_main):
         reference = Path(folder) / "one_rank.pt"
         process = start_reference(reference, world_size) if is_main else None
         comparisons = []
@@ -97,6 +98,7 @@ def start_reference(path: Path, world_size: int) -> subprocess.Popen:
     return subprocess.Popen(command, env=alone, stdout=sys.stderr)
 
 
+@full_float32(tell=False)
 def write_reference(path: str, world_size: int) -> None:
     """Train every variant on one rank, with the same batches as ``world_size`` ranks get, and save the measurements."""
     torch.set_num_threads(1)

@@ -10,7 +10,7 @@ from tidar_megatron.checkpoint.folder import checkpoint_folder
 from tidar_megatron.config import Config
 from tidar_megatron.distributed import startup
 from tidar_megatron.distributed.groups import shut_down
-from tidar_megatron.distributed.platform import peak_memory
+from tidar_megatron.distributed.platform import peak_memory, start_compile_workers
 from tidar_megatron.errors import Diverged, Interrupted, UserError
 from tidar_megatron.streams import outliving_output
 from tidar_megatron.training import signals
@@ -47,7 +47,8 @@ def pretrain(config: Config, build: Callable[[Config], Trainer] = Trainer.build)
             trainer.write_run_folder()
             dist.barrier()  # the run's folder exists before any other rank writes into it
         trainer.log_sample_ids()
-        with signals.shielded():  # W&B starts a process
+        with signals.shielded():  # W&B and the compiler start processes
+            start_compile_workers()
             logger = MetricsLogger(trainer.config, trainer.ranks.is_main, trainer.iteration)
         samples = None
         try:

@@ -1,15 +1,18 @@
-"""Build megatron-core's DDP, Adam and learning-rate schedule from the configuration."""
+"""Build megatron-core's DDP, Adam and learning-rate schedule from the configuration; norm and update of a step."""
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, clip_grads, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
+from megatron.core.utils import local_multi_tensor_l2_norm
+from torch import Tensor
 
 from tidar_megatron.config import Config
 from tidar_megatron.distributed.groups import is_played
@@ -60,7 +63,8 @@ def gradient_norm(optimizer: MegatronOptimizer, model: list[DistributedDataParal
     """Return the norm of the full gradient before clipping and before the update. Collective.
 
     It is NaN or infinite on every rank whose own gradient is. megatron-core's norm counts a weight that is replicated
-    over tensor-parallel ranks on one of them only, and would miss a NaN on the others.
+    over tensor-parallel ranks on one of them only, and would miss a NaN on the others. The host waits for the device
+    twice, however many parameters there are.
     """
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
@@ -69,10 +73,40 @@ def gradient_norm(optimizer: MegatronOptimizer, model: list[DistributedDataParal
     return norm if math.isfinite(largest) else largest
 
 
+@torch.no_grad()
+def update_weights(optimizer: MegatronOptimizer, norm: float) -> None:
+    """Clip the gradient, whose norm :func:`gradient_norm` has returned, and update the weights.
+
+    The optimizer's own ``step`` would compute the norm a second time.
+    """
+    if optimizer.config.clip_grad > 0:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        clip_grads.clip_grad_by_total_norm_fp32(parameters, optimizer.config.clip_grad, norm)
+    optimizer.step_with_ready_grads()
+
+
+def use_foreach_norm() -> None:
+    """Replace megatron-core's fallback for gradient norms, which waits for the device once per parameter.
+
+    It is in use without transformer-engine and apex, whose kernels do not wait.
+    """
+    if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = foreach_l2_norm
+
+
+def foreach_l2_norm(
+    chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]], per_tensor: bool, *unused: Any
+) -> tuple[Tensor, None]:
+    """Return the L2 norm of all tensors together, float32 ``[1]`` on their device, with apex's signature."""
+    norms = torch._foreach_norm([tensor for tensors in tensor_lists for tensor in tensors], 2, torch.float32)
+    return torch.linalg.vector_norm(torch.stack(norms)).unsqueeze(0), None
+
+
 def build_optimizer(
     model: list[DistributedDataParallel], config: Config
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """Return Adam with decoupled weight decay (none on biases and norms), and its schedule in units of steps."""
+    use_foreach_norm()
     opt = config.optimizer
     optimizer = get_megatron_optimizer(
         OptimizerConfig(

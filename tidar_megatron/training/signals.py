@@ -86,8 +86,8 @@ def mortal() -> Iterator[None]:
 def shielded() -> Iterator[None]:
     """Block SIGUSR1 in this block and in processes started there; this process receives a pending one afterwards.
 
-    SLURM may signal every process of a job, and SIGUSR1 would end W&B's process. SIGTERM is not blocked, because it is
-    how such helper processes are stopped.
+    SLURM may signal every process of a job, and SIGUSR1 would end W&B's process and Inductor's. SIGTERM is not blocked,
+    because it is how such helper processes are stopped.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     try:

@@ -20,7 +20,7 @@ from tidar_megatron.models.experts import take_balancing_loss
 from tidar_megatron.models.gpt import run_model, unwrap
 from tidar_megatron.models.loss import joint_loss
 from tidar_megatron.models.output_layer import full_states, output_weight
-from tidar_megatron.training.optimizer import full_weights, gradient_norm
+from tidar_megatron.training.optimizer import full_weights, gradient_norm, update_weights
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def train_step(
     loss = (ar_loss_weight * ar + diffusion) / (1 + ar_loss_weight) if doubled else ar
     grad_norm = gradient_norm(optimizer, model)
     if approve(loss, grad_norm):
-        optimizer.step()
+        update_weights(optimizer, grad_norm)
         scheduler.step(increment=1)
     return StepResult(
         ar_loss=ar,

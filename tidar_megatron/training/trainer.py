@@ -167,7 +167,7 @@ class Trainer:
     def _build_batches(self, consumed_sequences: int, doubled: bool) -> list[Batch]:
         """Build a step's batches in the background, reading no attribute that a step changes."""
         training, groups = self.config.training, self.ranks.groups
-        return self._own(
+        batches = self._own(
             self.train_data.step_batches(
                 consumed_sequences,
                 training.global_batch_size,
@@ -177,6 +177,10 @@ class Trainer:
                 doubled,
             )
         )
+        plan = self.model[0].attention_schedules.plan
+        for batch in batches:
+            batch.attention_plan = plan(batch.visibility_on_host, batch.tokens.shape[1])
+        return batches
 
     def _prefetch(self) -> None:
         """Start to build the batches of the steps that follow this one, up to the last step of the run."""

@@ -1,10 +1,13 @@
 """The FlexAttention backend (CUDA): the rule is compiled into one kernel, which skips blocks that no query sees.
 
-The BlockMask comes from the same cells as the chunked backend's tiles. It is built on the host, in time that does not
-grow with the mask's area, and all layers share it. The compiled kernel depends on shapes alone: the metadata are its
-inputs, so other documents cause no recompilation. On a CPU flex_attention has a forward only, enough to test the mask.
+The BlockMask comes from the same cells as the chunked backend's tiles. Its plan is made on the host before the step, in
+time that does not grow with the mask's area, and all layers share the BlockMask. The compiled kernel depends on shapes
+alone: the metadata are its inputs, so other documents cause no recompilation. On a CPU flex_attention has a forward
+only, enough to test the mask.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -21,23 +24,57 @@ BLOCK = 128  # queries, and keys, in one block of the kernel
 VARIANTS = 64  # compiled variants of the kernel that a process may have
 
 
-class FlexSchedule:
-    """The schedule of one batch: its BlockMask."""
+@dataclass(frozen=True)
+class FlexPlan:
+    """The tensors of one batch's BlockMask; what is made on the host, and copied to the device as a whole.
 
-    def __init__(self, visibility: Tensor, queries: tuple[slice, ...], device: str) -> None:
+    Attributes:
+        columns: the four columns of the queries' metadata, each int32 ``[b, t]``.
+        key_columns: those of the keys, each int32 ``[b, k]``.
+        partial: the kernel's blocks with visible and hidden pairs, as from :func:`_ordered`.
+        full: its blocks with visible pairs only.
+    """
+
+    columns: tuple[Tensor, ...]
+    key_columns: tuple[Tensor, ...]
+    partial: tuple[Tensor, ...]
+    full: tuple[Tensor, ...]
+
+    @staticmethod
+    def of(visibility: Tensor, queries: tuple[slice, ...]) -> "FlexPlan":
+        """Return the plan of a batch, on the host.
+
+        Args:
+            visibility: metadata of the keys, int32 ``[b, k, 4]`` on the host.
+            queries: which of the keys are the queries.
+        """
         asking = torch.cat([visibility[:, part] for part in queries], dim=1)
         rows = [_blocks(a[None], v[None], queries) for a, v in zip(asking, visibility, strict=True)]
         some, every = (torch.from_numpy(np.stack(part)).unsqueeze(1) for part in zip(*rows, strict=True))
-        columns = [part.contiguous().to(device, non_blocking=True) for part in asking.unbind(-1)]
-        key_columns = [part.contiguous().to(device, non_blocking=True) for part in visibility.unbind(-1)]
+        columns, key_columns = (tuple(c.contiguous() for c in part.unbind(-1)) for part in (asking, visibility))
+        return FlexPlan(columns, key_columns, _ordered(some & ~every), _ordered(every))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "FlexPlan":
+        """Return the plan with ``function`` of each tensor: page-locked, or on a device."""
+        return FlexPlan(*(tuple(map(function, part)) for part in vars(self).values()))
+
+    def schedule(self) -> "FlexSchedule":
+        """Return the schedule on the device of the tensors."""
+        return FlexSchedule(self)
+
+
+class FlexSchedule:
+    """The schedule of one batch: its BlockMask."""
+
+    def __init__(self, plan: FlexPlan) -> None:
+        columns, key_columns = plan.columns, plan.key_columns
 
         def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return sees([column[b, q] for column in columns], [column[b, k] for column in key_columns])
 
-        partial, full = (_ordered(part, device) for part in (some & ~every, every))
-        lengths = asking.shape[1], visibility.shape[1]
+        lengths = columns[0].shape[1], key_columns[0].shape[1]
         self.block_mask = BlockMask.from_kv_blocks(
-            *partial, *full, BLOCK_SIZE=BLOCK, mask_mod=rule, seq_lengths=lengths
+            *plan.partial, *plan.full, BLOCK_SIZE=BLOCK, mask_mod=rule, seq_lengths=lengths
         )
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -75,7 +112,7 @@ def _blocks(
     return some, every
 
 
-def _ordered(wanted: Tensor, device: str) -> tuple[Tensor, Tensor]:
+def _ordered(wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Return the BlockMask form of bool ``[b, 1, rows, columns]``, as int32.
 
     The first tensor, ``[b, 1, rows]``, counts the wanted columns of each row; the second, ``[b, 1, rows, columns]``,
@@ -83,4 +120,4 @@ def _ordered(wanted: Tensor, device: str) -> tuple[Tensor, Tensor]:
     """
     counts = wanted.sum(-1, dtype=torch.int32)
     order = wanted.int().argsort(dim=-1, descending=True, stable=True).int()
-    return counts.to(device, non_blocking=True), order.contiguous().to(device, non_blocking=True)
+    return counts, order.contiguous()

@@ -5,6 +5,8 @@ are passed as one row (the "thd" format) with the places where documents begin. 
 so ``flex.py`` serves them.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tidar_megatron.attention_mask import is_clean, stretches
-from tidar_megatron.models.attention.flex import FlexSchedule
+from tidar_megatron.models.attention.flex import FlexPlan
 
 
 def fits(visibility: Tensor, queries: tuple[slice, ...]) -> bool:
@@ -26,17 +28,52 @@ def fits(visibility: Tensor, queries: tuple[slice, ...]) -> bool:
     return queries == (slice(0, visibility.shape[1]),) and bool((clean[:, 1:] <= clean[:, :-1]).all())
 
 
+@dataclass(frozen=True)
+class FusedCleanPlan:
+    """The places where the documents of one batch begin, and the plan of its mask tokens.
+
+    Attributes:
+        clean: the number of clean tokens in a row.
+        longest: the length of the longest document.
+        edges: the places where documents begin in the batch as one row, and its end; int32.
+        masks: the plan of the mask tokens; None if there are none.
+    """
+
+    clean: int
+    longest: int
+    edges: Tensor
+    masks: FlexPlan | None
+
+    @staticmethod
+    def of(visibility: Tensor) -> "FusedCleanPlan":
+        """Return the plan of a batch that :func:`fits`, on the host.
+
+        Args:
+            visibility: metadata of the keys, int32 ``[b, k, 4]`` on the host.
+        """
+        clean = int(is_clean(visibility)[0].sum())
+        total = visibility.shape[1]
+        starts = [stretches(row[:clean], [])[:-1] + n * clean for n, row in enumerate(visibility)]
+        edges = torch.cat([*starts, torch.tensor([len(visibility) * clean])]).int()
+        masks = FlexPlan.of(visibility, (slice(clean, total),)) if total > clean else None
+        return FusedCleanPlan(clean, int(edges.diff().max()), edges, masks)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "FusedCleanPlan":
+        """Return the plan with ``function`` of each tensor: page-locked, or on a device."""
+        masks = None if self.masks is None else self.masks.map(function)
+        return FusedCleanPlan(self.clean, self.longest, function(self.edges), masks)
+
+    def schedule(self) -> "FusedCleanSchedule":
+        """Return the schedule on the device of the tensors."""
+        return FusedCleanSchedule(self)
+
+
 class FusedCleanSchedule:
     """The schedule of one batch: where its documents begin, and the BlockMask of its mask tokens."""
 
-    def __init__(self, visibility: Tensor, device: str) -> None:
-        self.clean = int(is_clean(visibility)[0].sum())
-        total = visibility.shape[1]
-        starts = [stretches(row[: self.clean], [])[:-1] + n * self.clean for n, row in enumerate(visibility)]
-        edges = torch.cat([*starts, torch.tensor([len(visibility) * self.clean])]).int()
-        self.longest = int(edges.diff().max())
-        self.edges = edges.to(device, non_blocking=True)
-        self.masks = FlexSchedule(visibility, (slice(self.clean, total),), device) if total > self.clean else None
+    def __init__(self, plan: FusedCleanPlan) -> None:
+        self.clean, self.longest, self.edges = plan.clean, plan.longest, plan.edges
+        self.masks = None if plan.masks is None else plan.masks.schedule()
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Compute :func:`tidar_megatron.models.attention.hybrid_attention`: clean tokens fused, mask tokens in flex."""

@@ -1,7 +1,8 @@
 """The one entry point for attention, which hides the backend that serves it.
 
 A *schedule* is what a backend derives, once per batch, from the visibility metadata and the predicate of
-:mod:`tidar_megatron.attention_mask`. All layers share it. No backend knows the layout of the doubled sequence.
+:mod:`tidar_megatron.attention_mask`. All layers share it. No backend knows the layout of the doubled sequence. The
+FlexAttention backends derive it from a *plan*, which is made on the host before the step (``data/prefetch.py``).
 
 ======================  ===============================================================================================
 ``dense``               the reference: the full mask
@@ -14,6 +15,7 @@ A *schedule* is what a backend derives, once per batch, from the visibility meta
 Shapes: b batch, h query heads, g K/V heads (GQA: never expanded), G = h / g, t queries, k keys, d channels of a head.
 """
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Protocol
 
@@ -28,6 +30,16 @@ class AttentionSchedule(Protocol):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Compute :func:`hybrid_attention` for the batch of this schedule."""
+
+
+class AttentionPlan(Protocol):
+    """The part of a schedule that is made on the host, ahead of the step."""
+
+    def map(self, function: Callable[[Tensor], Tensor], /) -> "AttentionPlan":
+        """Return the plan with ``function`` of each tensor: page-locked, or on a device."""
+
+    def schedule(self) -> AttentionSchedule:
+        """Return the schedule on the device of the tensors, without a wait for it."""
 
 
 def choose_backend(backend: str, device_type: str, channels: int, bf16: bool) -> str:
@@ -48,6 +60,25 @@ def choose_backend(backend: str, device_type: str, channels: int, bf16: bool) ->
     return "transformer_engine" if bf16 and find_spec("transformer_engine") else "flex"
 
 
+def make_plan(visibility: Tensor, queries: tuple[slice, ...] | None = None, *, backend: str) -> AttentionPlan | None:
+    """Return the plan of a batch, on the host; None for backends without plans (``dense``, ``chunked``).
+
+    Args:
+        visibility, queries, backend: as for :func:`make_schedule`.
+    """
+    if backend in ("dense", "chunked"):
+        return None
+    queries = queries or (slice(0, visibility.shape[1]),)
+    from tidar_megatron.models.attention.flex import FlexPlan
+
+    if backend == "transformer_engine":
+        from tidar_megatron.models.attention.fused_clean import FusedCleanPlan, fits
+
+        if fits(visibility, queries):
+            return FusedCleanPlan.of(visibility)
+    return FlexPlan.of(visibility, queries)
+
+
 def make_schedule(
     visibility: Tensor, queries: tuple[slice, ...] | None = None, *, backend: str, chunk_size: int, device: str = "cpu"
 ) -> AttentionSchedule:
@@ -66,14 +97,9 @@ def make_schedule(
         return DenseSchedule(visibility, queries, device)
     if backend == "chunked":
         return ChunkedSchedule(visibility, queries, chunk_size, device)
-    from tidar_megatron.models.attention.flex import FlexSchedule
-
-    if backend == "transformer_engine":
-        from tidar_megatron.models.attention.fused_clean import FusedCleanSchedule, fits
-
-        if fits(visibility, queries):
-            return FusedCleanSchedule(visibility, device)
-    return FlexSchedule(visibility, queries, device)
+    plan = make_plan(visibility, queries, backend=backend)
+    assert plan is not None
+    return plan.map(lambda tensor: tensor.to(device, non_blocking=True)).schedule()
 
 
 def hybrid_attention(query: Tensor, key: Tensor, value: Tensor, schedule: AttentionSchedule, scale: float) -> Tensor:

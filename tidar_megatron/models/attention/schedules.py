@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tidar_megatron.context_parallel import query_slices
-from tidar_megatron.models.attention.hybrid import AttentionSchedule, make_schedule
+from tidar_megatron.models.attention.hybrid import AttentionPlan, AttentionSchedule, make_plan, make_schedule
 
 
 class AttentionSchedules:
@@ -26,18 +26,29 @@ class AttentionSchedules:
         self._backend, self._chunk_size, self._cp_group = backend, chunk_size, cp_group
         self._schedules: dict[tuple, AttentionSchedule] = {}
 
-    def prepare(self, visibility: Tensor, on_host: Tensor, num_queries: int) -> None:
+    def plan(self, on_host: Tensor, num_queries: int) -> AttentionPlan | None:
+        """Return what can be made of a batch's schedule on the host ahead of its step, in any thread.
+
+        Args:
+            on_host: the metadata, int32 ``[b, keys, 4]`` on the CPU.
+            num_queries: tokens per row on this rank.
+        """
+        return make_plan(on_host, self._queries(on_host, num_queries), backend=self._backend)
+
+    def prepare(self, visibility: Tensor, on_host: Tensor, num_queries: int, plan: AttentionPlan | None = None) -> None:
         """Make the schedule of a batch before its forward, so that no layer has to read from the device.
 
         Args:
             visibility: the metadata that the model will receive, int32 ``[b, keys, 4]``.
             on_host: the same metadata on the CPU.
             num_queries: tokens per row on this rank.
+            plan: what :meth:`plan` returned for the batch, copied to the device of ``visibility``.
         """
         key = _contents(visibility)
         if key not in self._schedules:
+            made = None if plan is None else plan.schedule()
             # detached: on a CPU the two are one tensor, and a schedule that refers to it would never be freed
-            self._schedules[key] = self._make(on_host.detach(), num_queries, str(visibility.device))
+            self._schedules[key] = made or self._make(on_host.detach(), num_queries, str(visibility.device))
             weakref.finalize(visibility, self._schedules.pop, key, None).atexit = False
 
     def find(self, visibility: Tensor, num_queries: int) -> AttentionSchedule:
@@ -50,9 +61,11 @@ class AttentionSchedules:
         schedule = self._schedules.get(_contents(visibility))
         return schedule or self._make(visibility.cpu(), num_queries, str(visibility.device))
 
+    def _queries(self, on_host: Tensor, num_queries: int) -> tuple[slice, ...]:
+        return query_slices(num_queries, on_host.shape[1], self._cp_group.rank(), self._cp_group.size())
+
     def _make(self, on_host: Tensor, num_queries: int, device: str) -> AttentionSchedule:
-        rank, size = self._cp_group.rank(), self._cp_group.size()
-        queries = query_slices(num_queries, on_host.shape[1], rank, size)
+        queries = self._queries(on_host, num_queries)
         return make_schedule(on_host, queries, backend=self._backend, chunk_size=self._chunk_size, device=device)
 
 
