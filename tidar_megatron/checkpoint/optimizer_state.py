@@ -1,7 +1,7 @@
 """Save and load Adam's state, so that a checkpoint of either megatron-core optimizer loads into the other.
 
 The plain optimizer and the distributed one (``--use-distributed-optimizer``) save the same tensors under the same
-names, ``optimizer.state.exp_avg.WEIGHT`` and ``exp_avg_sq``, in the shape of the weights. They differ in three ways,
+names, ``optimizer.state.exp_avg.WEIGHT`` and ``exp_avg_sq``, in the shape of the weights (``own_parts.py``). They differ in three ways,
 which this module reconciles: the name of the float32 copy of a bfloat16 weight (``param`` or ``fp32_param``; a float32
 run of the plain optimizer has none, because its weights are that copy), where the number of steps is stored, and the
 frame, the nested dict around the tensors. The frame, with its learning rates and betas, comes from the run's own
@@ -16,10 +16,10 @@ from megatron.core.dist_checkpointing.dict_utils import extract_matching_values,
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, ShardedTensorFactory
 from megatron.core.optimizer import MegatronOptimizer
 
+from tidar_megatron.checkpoint.own_parts import keep_own_parts
 from tidar_megatron.checkpoint.torch_adam import begin, prepare_to_load, separate_steps
 
-# the distributed optimizer's layout-independent format, gathered on only one rank of each group
-FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": True}
+FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}  # independent of the layout; see own_parts.py
 
 # prefixes of a weight's float32 copy in a checkpoint, by the optimizer that saved it
 COPIES = ("optimizer.state.param.", "optimizer.state.fp32_param.", "")
@@ -32,6 +32,7 @@ def state_to_save(optimizer: MegatronOptimizer, weights: dict[str, Any]) -> dict
         optimizer: The optimizer of the run.
         weights: The model's sharded state dict.
     """
+    keep_own_parts(optimizer)
     begin(optimizer)  # so that a run whose steps were all skipped can be saved too
     return optimizer.sharded_state_dict(weights, is_loading=False, metadata=FORMAT)
 
@@ -46,6 +47,7 @@ def state_to_fill(
         weights: The model's sharded state dict.
         saved: The names in the checkpoint; each requested tensor is renamed to one of them.
     """
+    keep_own_parts(optimizer)
     prepare_to_load(optimizer)
     state = optimizer.sharded_state_dict(weights, is_loading=True, metadata=FORMAT)
     for entry in nested_values(state):
