@@ -1,7 +1,7 @@
 """Save and load Adam's state, so that a checkpoint of either megatron-core optimizer loads into the other.
 
 The plain optimizer and the distributed one (``--use-distributed-optimizer``) save the same tensors under the same
-names, ``optimizer.state.exp_avg.WEIGHT`` and ``exp_avg_sq``, in the shape of the weights (``own_parts.py``). They differ in three ways,
+names, ``optimizer.state.exp_avg.WEIGHT`` and ``exp_avg_sq``, in the shape of the weights. They differ in three ways,
 which this module reconciles: the name of the float32 copy of a bfloat16 weight (``param`` or ``fp32_param``; a float32
 run of the plain optimizer has none, because its weights are that copy), where the number of steps is stored, and the
 frame, the nested dict around the tensors. The frame, with its learning rates and betas, comes from the run's own

@@ -232,9 +232,9 @@ def save_line(estimate: Estimate, parameters: int) -> str:
     """Return a line with the size of a checkpoint and what the busiest rank writes of it."""
     sizes, written = estimate.sizes, estimate.written
     line = (
-        f"a checkpoint has {checkpoint_bytes(sizes, parameters) / 1e9:.1f} GB; saving gathers nothing; the busiest rank "
-        f"writes {written.total / 1e9:.1f} GB (weights {written.weights / 1e9:.1f}, optimizer "
-        f"{written.optimizer / 1e9:.1f})"
+        f"a checkpoint has {checkpoint_bytes(sizes, parameters) / 1e9:.1f} GB; saving gathers nothing; "
+        f"the busiest rank writes {written.total / 1e9:.1f} GB "
+        f"(weights {written.weights / 1e9:.1f}, optimizer {written.optimizer / 1e9:.1f})"
     )
     if sizes.dp * sizes.cp > 1 and not sizes.config.parallel.use_distributed_optimizer:
         line += "; --use-distributed-optimizer shares the optimizer's part among the data-parallel ranks"
