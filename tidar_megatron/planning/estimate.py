@@ -64,7 +64,7 @@ class Estimate:
 
     @property
     def written(self) -> Written:
-        """What the rank that writes the most of a checkpoint writes."""
+        """The bytes of a checkpoint that the busiest rank writes."""
         return max((written_by(self.sizes, stage) for stage in self.stages), key=lambda written: written.total)
 
     @cached_property
