@@ -28,6 +28,7 @@ from tidar_megatron.checkpoint import contents, folder
 from tidar_megatron.checkpoint.contents import Trained
 from tidar_megatron.checkpoint.fingerprint import Fingerprint, check_fingerprint, plain
 from tidar_megatron.checkpoint.integrity import Damaged, FileEntry, seal
+from tidar_megatron.checkpoint.own_parts import checked_by_volume
 from tidar_megatron.checkpoint.writer import RESULTS, InBackground, Report, staged, write
 from tidar_megatron.config import Config
 from tidar_megatron.distributed.groups import Ranks
@@ -169,7 +170,7 @@ class Checkpoints:
         settings: dict[str, Any] = {"async_strategy": "mcore"} if "async_strategy" in _PARAMETERS else {}
         settings["validate_access_integrity"] = not self._prepared  # the shards are the same at every save
         state = contents.tensors_to_save(run)
-        with literals_as_they_are():
+        with literals_as_they_are(), checked_by_volume():
             request = dist_checkpointing.save(state, str(partial), async_sharded_save=True, **settings)
         self._prepared = True
         return staged(request)

@@ -65,7 +65,7 @@ class Trained:
 
 
 def tensors_to_save(run: Trained) -> dict[str, Any]:
-    """Return the state dict for ``dist_checkpointing.save``. Collective: the distributed optimizer is gathered."""
+    """Return the state dict for ``dist_checkpointing.save``, with this rank's part of the optimizer."""
     weights = _weights(run.model)
     return {
         **weights,

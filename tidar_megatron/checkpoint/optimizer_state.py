@@ -16,10 +16,10 @@ from megatron.core.dist_checkpointing.dict_utils import extract_matching_values,
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, ShardedTensorFactory
 from megatron.core.optimizer import MegatronOptimizer
 
+from tidar_megatron.checkpoint.own_parts import keep_own_parts
 from tidar_megatron.checkpoint.torch_adam import begin, prepare_to_load, separate_steps
 
-# the distributed optimizer's layout-independent format, gathered on only one rank of each group
-FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": True}
+FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}  # independent of the layout; see own_parts.py
 
 # prefixes of a weight's float32 copy in a checkpoint, by the optimizer that saved it
 COPIES = ("optimizer.state.param.", "optimizer.state.fp32_param.", "")
@@ -32,6 +32,7 @@ def state_to_save(optimizer: MegatronOptimizer, weights: dict[str, Any]) -> dict
         optimizer: The optimizer of the run.
         weights: The model's sharded state dict.
     """
+    keep_own_parts(optimizer)
     begin(optimizer)  # so that a run whose steps were all skipped can be saved too
     return optimizer.sharded_state_dict(weights, is_loading=False, metadata=FORMAT)
 
@@ -46,6 +47,7 @@ def state_to_fill(
         weights: The model's sharded state dict.
         saved: The names in the checkpoint; each requested tensor is renamed to one of them.
     """
+    keep_own_parts(optimizer)
     prepare_to_load(optimizer)
     state = optimizer.sharded_state_dict(weights, is_loading=True, metadata=FORMAT)
     for entry in nested_values(state):

@@ -9,6 +9,7 @@ A step of m micro-batches takes m times that on the slowest stage, plus each oth
 bubble, Megatron-LM, arXiv 2104.04473), plus the data-parallel traffic that no compute hides, plus the optimizer.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,7 @@ from tidar_megatron.models.cross_entropy import chunk_tokens
 from tidar_megatron.planning.flops import model_flops, stage_flops
 from tidar_megatron.planning.hardware import GIB, Hardware, efficiency
 from tidar_megatron.planning.memory import Memory, layer_bytes, memory_of, parameters_of
+from tidar_megatron.planning.saves import Written, written_by
 from tidar_megatron.planning.sizes import Sizes
 from tidar_megatron.planning.traffic import Traffic, passes, traffic_of
 
@@ -59,6 +61,11 @@ class Estimate:
     def traffic(self, stage: int) -> list[Traffic]:
         """Return the traffic per step of a rank of ``stage``, one entry per group."""
         return traffic_of(self.sizes, stage, self.hardware)
+
+    @property
+    def written(self) -> Written:
+        """The bytes of a checkpoint that the busiest rank writes."""
+        return max((written_by(self.sizes, stage) for stage in self.stages), key=lambda written: written.total)
 
     @cached_property
     def seconds(self) -> Seconds:
@@ -170,6 +177,7 @@ class Estimate:
             "mfu_s": round(self.mfu[1], 4),
             "tokens_per_second_per_gpu": round(self.tokens_per_second, 1),
             "bytes_per_step": {t.group: round(t.bytes) for t in self.traffic(sizes.pp - 1)},
+            "bytes_per_save": dataclasses.asdict(self.written),
         }
 
 

@@ -16,6 +16,7 @@ from tidar_megatron.planning.estimate import Estimate, recompute_name
 from tidar_megatron.planning.flops import active_parameters, executed_flops, model_flops
 from tidar_megatron.planning.hardware import ASSUMPTIONS, GIB, HARDWARE, Hardware
 from tidar_megatron.planning.memory import memory_of
+from tidar_megatron.planning.saves import checkpoint_bytes
 from tidar_megatron.planning.search import search, verify_all
 from tidar_megatron.planning.sizes import Sizes, require_vocabulary
 
@@ -102,6 +103,7 @@ def print_report(report: LayoutReport) -> None:
             console.print(stage_table(title, estimate))
             console.print(traffic_table(estimate))
             console.print(time_line(estimate), highlight=False)
+            console.print(save_line(estimate, report.total_parameters), highlight=False)
     console.print(hardware_table(report.hardware))
     console.print(assumption_table())
     console.print(
@@ -222,5 +224,18 @@ def time_line(estimate: Estimate) -> str:
     executed, sizes = executed_flops(estimate.sizes), estimate.sizes
     return (
         f"step {estimate.seconds.step:.2f} s = {parts}; {sizes.micro_batches} micro-batches a rank; "
-        f"{executed:.3e} FLOPs executed, {executed / model_flops(sizes)[0]:.2f} x the useful ones\n"
+        f"{executed:.3e} FLOPs executed, {executed / model_flops(sizes)[0]:.2f} x the useful ones"
     )
+
+
+def save_line(estimate: Estimate, parameters: int) -> str:
+    """Return a line with the size of a checkpoint and what the busiest rank writes of it."""
+    sizes, written = estimate.sizes, estimate.written
+    line = (
+        f"a checkpoint has {checkpoint_bytes(sizes, parameters) / 1e9:.1f} GB; saving gathers nothing; "
+        f"the busiest rank writes {written.total / 1e9:.1f} GB "
+        f"(weights {written.weights / 1e9:.1f}, optimizer {written.optimizer / 1e9:.1f})"
+    )
+    if sizes.dp * sizes.cp > 1 and not sizes.config.parallel.use_distributed_optimizer:
+        line += "; --use-distributed-optimizer shares the optimizer's part among the data-parallel ranks"
+    return line + "\n"
