@@ -107,11 +107,15 @@ def test_other_layouts(whole, shards, tmp_path):
         jobs.append(run(shards, tmp_path / f"{name} back", tmp_path / name, resave=True))
     jobs.append(run(shards, tmp_path / "experts", stop=STOP, parallel=EP2, model=EXPERTS))
     jobs.append(run(shards, tmp_path / "replicated", tmp_path / "experts", model=EXPERTS, resave=True))
+    ep2 = {"expert_model_parallel_size": 2}
+    jobs.append(run(shards, tmp_path / "plain experts", tmp_path / "experts", parallel=ep2, model=EXPERTS, resave=True))
+    jobs.append(run(shards, tmp_path / "back", tmp_path / "plain experts", parallel=EP2, model=EXPERTS, resave=True))
     launch(2, jobs, tmp_path)
     for name in LAYOUTS:
         same(whole, tmp_path / name, STEPS)
         same(whole, tmp_path / f"{name} back", STEPS)
-    same(tmp_path / "experts", tmp_path / "replicated", STOP)
+    for name in ("replicated", "plain experts", "back"):
+        same(tmp_path / "experts", tmp_path / name, STOP)
 
 
 @pytest.mark.process

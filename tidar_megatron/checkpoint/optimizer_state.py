@@ -22,7 +22,7 @@ from tidar_megatron.checkpoint.torch_adam import begin, prepare_to_load, separat
 FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}  # independent of the layout; see own_parts.py
 
 # prefixes of a weight's float32 copy in a checkpoint, by the optimizer that saved it
-COPIES = ("optimizer.state.param.", "optimizer.state.fp32_param.", "")
+COPIES = ("optimizer.state.param.", "optimizer.state.fp32_param.")
 
 
 def state_to_save(optimizer: MegatronOptimizer, weights: dict[str, Any]) -> dict[str, Any]:
@@ -59,10 +59,11 @@ def state_to_fill(
 
 
 def _name_among(saved: Collection[str], key: str) -> str:
-    for prefix in COPIES[:2]:
-        if key.startswith(prefix):
-            weight = key.removeprefix(prefix)
-            return next((other + weight for other in COPIES if other + weight in saved), key)
+    for prefix in COPIES:
+        number, found, weight = key.partition(prefix)  # "chained_0." or "chained_1." of a model with experts
+        if found:
+            names = (*(number + other + weight for other in COPIES), weight)
+            return next((name for name in names if name in saved), key)
     return key
 
 
