@@ -9,6 +9,7 @@
 # make test-kill    random SIGKILLs over one run
 # make test-slurm   a real SLURM of one node
 # make test-gpu     on a machine with a CUDA device
+# make test-lowest  the oldest admitted versions, with Python 3.12 and a venv of 5 GB: minutes
 #
 # make PYTHON=python3.12 test   with another interpreter
 
@@ -29,7 +30,7 @@ TEST_ARGS ?=
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
-.PHONY: help setup eval quickstart smollm2 study study-smollm2 test test-fast test-all test-faults test-kill test-slow test-gpu test-slurm check masks clean
+.PHONY: help setup eval quickstart smollm2 study study-smollm2 test test-fast test-all test-faults test-kill test-slow test-gpu test-slurm test-lowest check masks clean
 
 setup: $(STAMP)
 
@@ -103,6 +104,10 @@ test-slurm: setup
 	  { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends slurm-wlm munge; }
 	@$(RUN) TIDAR_TEST_SLURM=1 python -m pytest -rs tests/launch/test_slurm.py $(TEST_ARGS)
 
+# the oldest releases that pyproject.toml admits, in a venv of their own
+test-lowest:
+	@.ci/lowest $(TEST_ARGS)
+
 check: setup
 	$(RUN) ruff check . && ruff format --check . && mypy
 
@@ -112,4 +117,4 @@ masks: setup
 
 # also what you trained and prepared there
 clean:
-	rm -rf $(VENV) runs data build *.egg-info
+	rm -rf $(VENV) .venv-lowest runs data build *.egg-info

@@ -3,13 +3,22 @@
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
-from transformers.generation import LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList, WatermarkingConfig
+from transformers.generation import (
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+    WatermarkingConfig,
+)
 
 from tidar_megatron.errors import UserError
 from tidar_megatron.inference.custom_generate import generate
+from tidar_megatron.inference.prepared import check_penalized
 
 ONE = tensor([[1, 2, 3]])
 TWO = tensor([[0, 0, *b"same"], [*b"the sa"]])
@@ -104,7 +113,19 @@ def test_options_are_what_transformers_takes_them_for(stock, said, options):
 @pytest.mark.parametrize("mask", [MASK.bool(), MASK.int(), MASK.float(), MASK.double(), torch.ones(2, 6)])
 def test_masks_of_every_type(stock, mask):
     check_same(stock, TWO, {"attention_mask": mask, "pad_token_id": 0})
-    check_same(stock, TWO, {"attention_mask": mask, "pad_token_id": 0, "repetition_penalty": 1.9})
+    penalized = {"attention_mask": mask, "pad_token_id": 0, "repetition_penalty": 1.9}
+    if Version(transformers.__version__) >= Version("5.23") or mask.all():
+        check_same(stock, TWO, penalized)
+    else:  # transformers counts the padding
+        with pytest.raises(UserError, match="repetition_penalty: this version of transformers"):
+            check_same(stock, TWO, penalized)
+
+
+def test_a_penalty_that_counts_padding_on_the_left_is_refused():
+    """The processor that transformers prepared before 5.23 does not leave the padding out."""
+    with pytest.raises(UserError, match=r"this version of transformers would count the padding.*one prompt at a time"):
+        check_penalized(RepetitionPenaltyLogitsProcessor(1.9), TWO, [list(b"same"), list(b"the sa")])
+    check_penalized(RepetitionPenaltyLogitsProcessor(1.9), TWO[1:], [list(b"the sa")])
 
 
 def test_inputs_in_every_form(stock):

@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose  # numpy 1 starts a program as this is imported
 
 from tidar_megatron.inference import costs as timing
 from tidar_megatron.inference import engine
@@ -136,7 +137,7 @@ def test_lags_are_those_of_the_branches_that_a_plan_would_have_had(claims):
                 stood = min(accepted, count)
                 longest = max((r for r in there if r <= stood), default=None)
                 wanted[count if longest is None else stood - longest] += 1 / len(blocks)
-            np.testing.assert_allclose(outcomes.lags(count, branches), wanted, atol=1e-12)
+            assert_allclose(outcomes.lags(count, branches), wanted, atol=1e-12)
 
 
 def play(planner, probability, steps, draw):

@@ -111,8 +111,14 @@ def check_penalized(penalty: RepetitionPenaltyLogitsProcessor, ids: Tensor, prom
     ignored = getattr(penalty, "prompt_ignore_length", None)
     starts = torch.as_tensor(0 if ignored is None else ignored).expand(len(ids)).tolist()
     for row, start, prompt in zip(ids.tolist(), starts, prompts, strict=True):
-        if set(row[start:]) != set(prompt):
-            raise UserError("repetition_penalty: transformers would count padding within a row; pad on the left")
+        if set(row[start:]) == set(prompt):
+            continue
+        if row[-len(prompt) :] == prompt:  # all padding is on the left; transformers before 5.23 counts it
+            raise UserError(
+                "repetition_penalty: this version of transformers would count the padding; leave it out, generate from "
+                "one prompt at a time, or install transformers 5.23 or later"
+            )
+        raise UserError("repetition_penalty: transformers would count padding within a row; pad on the left")
 
 
 def ends_of_text(criterion: EosTokenCriteria | None) -> frozenset[int]:
