@@ -1,0 +1,65 @@
+"""What every section of the check is given: the device, the sizes to use, a folder and the time left."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+NOT_ON_A_CPU = "not on a CPU"
+
+
+@dataclass
+class Setting:
+    """The conditions of one section.
+
+    Attributes:
+        device: The device to check.
+        tiny: Whether to use the smallest sizes, which only show that the programs run.
+        folder: An empty folder for what the section writes.
+        deadline: The time, by ``time.monotonic``, after which the section begins nothing new.
+        problems: What was found wrong; the section goes on, and fails at its end.
+        summary: Lines for the summary at the end of the check.
+    """
+
+    device: torch.device
+    tiny: bool
+    folder: Path
+    deadline: float
+    problems: list[str] = field(default_factory=list)
+    summary: list[str] = field(default_factory=list)
+    stopped_early: bool = False
+
+    @property
+    def on_gpu(self) -> bool:
+        """Return whether the device is a GPU."""
+        return self.device.type == "cuda"
+
+    def size(self, full: Any, tiny: Any) -> Any:
+        """Return the size to use."""
+        return tiny if self.tiny else full
+
+    def in_time(self) -> bool:
+        """Return whether a further row may begin; a section asks before each, and ends when there is no time left."""
+        if time.monotonic() < self.deadline:
+            return True
+        self.stopped_early = True
+        return False
+
+    @contextmanager
+    def part(self, share: float) -> Iterator[None]:
+        """Allow only a share of the time that is left, for one of several parts of a section."""
+        whole, now = self.deadline, time.monotonic()
+        self.deadline = now + share * max(0.0, whole - now)
+        try:
+            yield
+        finally:
+            self.deadline = whole
+
+    def require(self, holds: bool, problem: str) -> None:
+        """Record ``problem`` unless it ``holds``."""
+        if not holds:
+            self.problems.append(problem)
