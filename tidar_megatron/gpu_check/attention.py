@@ -1,6 +1,7 @@
 """Section 1: every attention backend against the dense one in float64, forward and backward, then their speed."""
 
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,26 +18,28 @@ from tidar_megatron.models.attention import hybrid_attention, make_schedule
 
 BLOCK, CHUNK = 16, 256
 LARGEST_ERROR = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # norm of the error over the norm of the reference
+NO_FLEX = f"{NOT_ON_A_CPU}: flex's backward"
 NAMES = ("out", "d_query", "d_key", "d_value")
 
 
-def check(setting: Setting) -> dict[str, Any]:
-    """Return the errors of each backend, dtype and layout, and the times of each backend and length."""
+def check(setting: Setting) -> None:
+    """Find the errors of each backend, dtype and layout, and the times of each backend and length."""
     with setting.part(0.5):
-        errors = _errors(setting)
+        errors = setting.rows("errors")
+        _errors(setting, errors)
     worst = {row["backend"]: 0.0 for row in errors if "errors" in row}
     for row in errors:
         if "errors" in row and row["dtype"] == "bfloat16":
             worst[row["backend"]] = max(worst[row["backend"]], *row["errors"].values())
     setting.summary.append("largest relative error in bf16: " + ", ".join(f"{n} {v:.2g}" for n, v in worst.items()))
-    times = _times(setting)
+    times = setting.rows("times")
+    _times(setting, times)
     for row in times:
         if "milliseconds" in row:
             setting.summary.append(
                 f"S = {row['seq_length']}, {row['fraction']:.0%} of the blocks, {row['backend']}: "
                 f"{row['milliseconds']:.2f} ms, {row['over_causal']:.2f} of causal attention's"
             )
-    return {"errors": errors, "times": times}
 
 
 def backends(setting: Setting) -> list[str]:
@@ -62,22 +65,19 @@ def layout(length: int, documents: int, fraction: float) -> Tensor:
 
 def _tensors(setting: Setting, tokens: int, heads: int, kv_heads: int, channels: int, dtype: torch.dtype) -> Any:
     generator = torch.Generator(setting.device).manual_seed(0)
-    return [
-        torch.randn(1, count, tokens, channels, generator=generator, device=setting.device, dtype=torch.float32).to(dtype)
-        for count in (heads, kv_heads, kv_heads, heads)
-    ]
+    shapes = [(1, count, tokens, channels) for count in (heads, kv_heads, kv_heads, heads)]
+    return [torch.randn(shape, generator=generator, device=setting.device).to(dtype) for shape in shapes]
 
 
 def _both_ways(attend: Callable[..., Tensor], tensors: list[Tensor], backward: bool = True) -> list[Tensor]:
     *given, upstream = tensors
     inputs = [tensor.detach().requires_grad_(backward) for tensor in given]
     out = attend(*inputs)
-    return [out, *torch.autograd.grad(out, inputs, upstream)] if backward else [out]
+    return [out.detach(), *torch.autograd.grad(out, inputs, upstream)] if backward else [out]
 
 
-def _errors(setting: Setting) -> list[dict[str, Any]]:
+def _errors(setting: Setting, rows: list[dict[str, Any]]) -> None:
     length, heads, kv_heads, channels = setting.size((1024, 8, 2, 128), (64, 4, 2, 16))
-    rows: list[dict[str, Any]] = []
     if setting.on_gpu and not find_spec("transformer_engine"):
         rows.append({"backend": "transformer_engine", "note": "is not installed"})
     if not setting.on_gpu:
@@ -90,22 +90,24 @@ def _errors(setting: Setting) -> list[dict[str, Any]]:
             expected = _both_ways(exact, [tensor.double() for tensor in tensors])
             for backend in backends(setting):
                 if not setting.in_time():
-                    return rows
+                    return
                 if backend == "transformer_engine" and dtype == torch.float32:
                     continue  # its fused kernels do not have it
+                kind = str(dtype).removeprefix("torch.")
+                where = f"{backend}, {kind}, {documents} documents, {fraction:g} of the blocks"
+                row: dict[str, Any] = {"backend": backend, "dtype": kind, "seq_length": length}
+                row |= {"documents": documents, "fraction": fraction}
                 backward = setting.on_gpu or backend != "flex"
-                ours = _both_ways(_attending(setting, visibility, backend, channels), tensors, backward)
-                errors = {
-                    name: float((mine.double() - theirs).norm() / theirs.norm())
-                    for name, mine, theirs in zip(NAMES, ours, expected, strict=False)
-                }
-                row = {"backend": backend, "dtype": str(dtype).removeprefix("torch."), "seq_length": length}
-                row |= {"documents": documents, "fraction": fraction, "errors": errors}
-                rows.append(row | ({} if backward else {"note": f"{NOT_ON_A_CPU}: flex's backward"}))
-                for name, error in errors.items():
-                    where = f"{backend}, {row['dtype']}, {documents} documents, {fraction:g} of the blocks, {name}"
-                    setting.require(error <= LARGEST_ERROR[dtype], f"{where}: relative error {error:.2g}")
-    return rows
+                with setting.guard(where):
+                    ours = _both_ways(_attending(setting, visibility, backend, channels), tensors, backward)
+                    errors = {
+                        name: float((mine.double() - theirs).norm() / theirs.norm())
+                        for name, mine, theirs in zip(NAMES, ours, expected, strict=False)
+                    }
+                    rows.append(row | {"errors": errors} | ({} if backward else {"note": NO_FLEX}))
+                    for name, error in errors.items():
+                        holds = error <= LARGEST_ERROR[dtype]
+                        setting.require(holds, f"{where}, {name}: relative error {error:.2g}")
 
 
 def _attending(setting: Setting, visibility: Tensor, backend: str, channels: int) -> Callable[..., Tensor]:
@@ -113,33 +115,30 @@ def _attending(setting: Setting, visibility: Tensor, backend: str, channels: int
     return lambda query, key, value: hybrid_attention(query, key, value, schedule, channels**-0.5)
 
 
-def _times(setting: Setting) -> list[dict[str, Any]]:
+def _times(setting: Setting, rows: list[dict[str, Any]]) -> None:
     """Time forward and backward in bfloat16 at the heads of an 8B model."""
     heads, kv_heads, channels = setting.size((32, 8, 128), (2, 1, 16))
-    samples, rows = setting.size(5, 1), []
+    samples = setting.size(5, 1)
     for length in setting.size((4096, 16384), (64,)):
         S = slice(length)
         clean = [t[:, :, S].contiguous() for t in _tensors(setting, length, heads, kv_heads, channels, torch.bfloat16)]
-        causal = median_seconds(lambda own=clean: _both_ways(_causal, own), setting.device, samples)  # type: ignore[misc]
+        causal = median_seconds(partial(_both_ways, _causal, clean), setting.device, samples)
         for fraction in (1.0, 0.25):
             visibility = layout(length, 1, fraction)
             tensors = _tensors(setting, visibility.shape[1], heads, kv_heads, channels, torch.bfloat16)
             for backend in backends(setting):
                 if not setting.in_time():
-                    return rows
+                    return
                 row: dict[str, Any] = {"seq_length": length, "fraction": fraction, "backend": backend}
                 if backend == "flex" and not setting.on_gpu:
-                    rows.append(row | {"note": f"{NOT_ON_A_CPU}: flex's backward"})
+                    rows.append(row | {"note": NO_FLEX})
                     continue
-                attend = _attending(setting, visibility, backend, channels)
-
-                def run(attend: Callable[..., Tensor] = attend, tensors: list[Tensor] = tensors) -> object:
-                    return _both_ways(attend, tensors)
-
-                seconds = median_seconds(run, setting.device, samples)
-                row |= {"milliseconds": 1e3 * seconds, "over_causal": seconds / causal}
-                rows.append(row | {"causal_milliseconds": 1e3 * causal, "peak_extra_bytes": peak_extra_bytes(run, setting)})
-    return rows
+                with setting.guard(f"{backend}, S = {length}, {fraction:g} of the blocks"):
+                    run = partial(_both_ways, _attending(setting, visibility, backend, channels), tensors)
+                    seconds = median_seconds(run, setting.device, samples)
+                    row |= {"milliseconds": 1e3 * seconds, "over_causal": seconds / causal}
+                    row |= {"causal_milliseconds": 1e3 * causal, "peak_extra_bytes": peak_extra_bytes(run, setting)}
+                    rows.append(row)
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -36,17 +37,16 @@ VARIABLES = (
 LAUNCHES = 200
 
 
-def check(setting: Setting) -> dict[str, Any]:
-    """Return the machine's description, its versions and its ceilings."""
-    found = {"machine": _machine(setting), "versions": _versions(), "environment": _environment()}
-    found["ceilings"] = ceilings = _ceilings(setting)
-    machine = found["machine"]
+def check(setting: Setting) -> None:
+    """Find the machine's description, its versions and its ceilings."""
+    setting.found |= {"machine": _machine(setting), "versions": _versions(), "environment": _environment()}
+    machine, versions = setting.found["machine"], setting.found["versions"]
+    setting.found["ceilings"] = ceilings = _ceilings(setting)
     setting.summary += [
         f"{machine.get('gpu') or machine['processor']}, driver {machine.get('driver')}, torch {torch.__version__}, "
-        f"megatron-core {found['versions']['megatron-core']}, transformers {found['versions']['transformers']}",
+        f"megatron-core {versions['megatron-core']}, transformers {versions['transformers']}",
         ", ".join(f"{name.replace('_', ' ')} {value:,.4g}" for name, value in ceilings.items() if value is not None),
     ]
-    return found
 
 
 def bf16_flops(setting: Setting) -> float:
@@ -127,7 +127,7 @@ def _ceilings(setting: Setting) -> dict[str, float | None]:
     part = source[: setting.size(2**28, 2**20)]
     for name, pinned in (("host", False), ("pinned", True)):
         on_host = torch.zeros(part.numel(), dtype=torch.uint8, pin_memory=pinned)
-        seconds = median_seconds(lambda held=on_host: part.copy_(held, non_blocking=True), where, samples)  # type: ignore[misc]
+        seconds = median_seconds(partial(part.copy_, on_host, non_blocking=True), where, samples)
         found[f"{name}_to_device_gb_per_second"] = part.numel() / seconds / 1e9
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(where), torch.cuda.graph(graph):

@@ -1,4 +1,4 @@
-"""Models with random weights that are made on the device: nothing is downloaded, and speed does not depend on weights."""
+"""Models with random weights, made on the device: nothing is downloaded, and speed does not depend on the weights."""
 
 from typing import Any
 

@@ -1,6 +1,8 @@
 """What every section of the check is given: the device, the sizes to use, a folder and the time left."""
 
+import gc
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,14 +23,17 @@ class Setting:
         tiny: Whether to use the smallest sizes, which only show that the programs run.
         folder: An empty folder for what the section writes.
         deadline: The time, by ``time.monotonic``, after which the section begins nothing new.
+        found: The results so far, which are kept if the section raises.
         problems: What was found wrong; the section goes on, and fails at its end.
         summary: Lines for the summary at the end of the check.
+        stopped_early: Whether something was left out because the time was up.
     """
 
     device: torch.device
     tiny: bool
     folder: Path
     deadline: float
+    found: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     summary: list[str] = field(default_factory=list)
     stopped_early: bool = False
@@ -59,7 +64,34 @@ class Setting:
         finally:
             self.deadline = whole
 
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """Return a new list of rows among the results."""
+        rows: list[dict[str, Any]] = []
+        self.found[name] = rows
+        return rows
+
+    @contextmanager
+    def guard(self, row: str) -> Iterator[None]:
+        """Record an exception in this block as a problem of ``row``, and free the memory that it held."""
+        try:
+            yield
+            return
+        except Exception as error:
+            traceback.print_exc()
+            self.problems.append(f"{row}: {last_line(error)}")
+            traceback.clear_frames(error.__traceback__)
+        gc.collect()
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)  # raises if the device is broken: the section ends
+            torch.cuda.empty_cache()
+
     def require(self, holds: bool, problem: str) -> None:
         """Record ``problem`` unless it ``holds``."""
         if not holds:
             self.problems.append(problem)
+
+
+def last_line(error: BaseException) -> str:
+    """Return the last line of an exception's message, after its type."""
+    lines = traceback.format_exception_only(error)[-1].strip().splitlines()
+    return lines[-1] if lines else type(error).__name__

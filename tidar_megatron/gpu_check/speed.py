@@ -28,35 +28,36 @@ PLANS = tuple(f"{kind}:{BLOCK_SIZE}" for kind in ("linear", "1", "2", "all"))
 RATES = (0.6, 0.8, 0.9)
 
 
-def check(setting: Setting) -> dict[str, Any]:
-    """Return tokens per forward and per second of each model, plan and acceptance rate."""
-    rows: list[dict[str, Any]] = []
+def check(setting: Setting) -> None:
+    """Find tokens per forward and per second of each model, plan and acceptance rate."""
+    setting.found |= {"batch": 1, "dtype": "bfloat16"}
+    setting.found |= {} if setting.on_gpu else {"note": f"{NOT_ON_A_CPU}: CUDA graphs; their static shapes run eagerly"}
+    rows = setting.rows("rows")
     for kind, share in (("1.5B", 0.4), ("8B", 1.0)):
-        with setting.part(share):
+        with setting.part(share), setting.guard(kind):
             if setting.in_time():
-                rows += _measure(random_model(kind, setting, torch.bfloat16), kind, setting)
+                _measure(random_model(kind, setting, torch.bfloat16), kind, setting, rows)
     for row in rows:
         setting.summary.append(
-            f"{row['model']}, {row['plan']}, acceptance {row['acceptance']}: {row['tokens_per_forward']:.2f} tokens per "
-            f"forward, {row['tokens_per_second']:.1f} tokens/s, {row['over_ar']:.2f} of AR's"
+            f"{row['model']}, {row['plan']}, acceptance {row['acceptance']}: {row['tokens_per_forward']:.2f} tokens "
+            f"per forward, {row['tokens_per_second']:.1f} tokens/s, {row['over_ar']:.2f} of AR's"
         )
-    note = {} if setting.on_gpu else {"note": f"{NOT_ON_A_CPU}: CUDA graphs"}
-    return {"batch": 1, "dtype": "bfloat16", "rows": rows, **note}
 
 
-def _measure(model: DecodeModel, kind: str, setting: Setting) -> list[dict[str, Any]]:
+def _measure(model: DecodeModel, kind: str, setting: Setting, rows: list[dict[str, Any]]) -> None:
     asked: list[tuple[str, float | None]] = [("ar", None)]
     asked += [(plan, rate) for rate in setting.size(RATES, RATES[1:2]) for plan in PLANS]
-    rows: list[dict[str, Any]] = []
+    ar = 0.0
     for plan, rate in asked:
         if not setting.in_time():
-            break
+            return
         made = _decode(model, plan, rate, setting)
-        row = {"model": kind, "plan": plan, "acceptance": rate, "tokens_per_forward": made.tokens_per_forward}
-        row |= {"tokens_per_second": made.tokens_per_second, "forwards": made.forwards}
-        row |= {"forward_milliseconds": 1e3 * made.decode_seconds / made.forwards}
-        rows.append(row | {"over_ar": made.tokens_per_second / (rows[0] if rows else row)["tokens_per_second"]})
-    return rows
+        ar = ar or made.tokens_per_second
+        rows.append(
+            {"model": kind, "plan": plan, "acceptance": rate, "tokens_per_forward": made.tokens_per_forward}
+            | {"tokens_per_second": made.tokens_per_second, "over_ar": made.tokens_per_second / ar}
+            | {"forwards": made.forwards, "forward_milliseconds": 1e3 * made.decode_seconds / made.forwards}
+        )
 
 
 def _decode(model: DecodeModel, plan: str, rate: float | None, setting: Setting) -> Generation:

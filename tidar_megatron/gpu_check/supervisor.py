@@ -4,6 +4,7 @@ The sections run in a process of their own (``worker.py``). If it ends early or 
 says so, and another process does the rest. This process imports no torch.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ ROOT = Path(tidar_megatron.__file__).parent.parent
 GRACE = 60.0  # seconds that a section may take beyond its share, for a row that it has begun, before it is ended
 AFTER = 20.0  # seconds that it may take beyond the end of all
 POLL = 0.1
+WORKER = (sys.executable, "-m", "tidar_megatron.gpu_check.worker")
 
 
 def supervise(
@@ -72,7 +74,7 @@ def _attend(asked: dict[str, Any], environment: dict[str, str]) -> tuple[str, fl
     A worker that broke its device, and said so, is not an error: the next one goes on.
     """
     output, sections = Path(asked["output"]), asked["sections"]
-    command = [sys.executable, "-m", "tidar_megatron.gpu_check.worker", json.dumps(asked)]
+    command = [*WORKER, json.dumps(asked)]
     worker = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=2, start_new_session=True)
     before, done, begun = len(read(output)), -1, time.monotonic()
     latest = begun
@@ -97,10 +99,8 @@ def _attend(asked: dict[str, Any], environment: dict[str, str]) -> tuple[str, fl
 
 def _end(worker: subprocess.Popen) -> None:
     """End the worker and what it has started."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(worker.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     worker.wait()
 
 

@@ -18,7 +18,7 @@ import torch
 from tidar_megatron.errors import UserError
 from tidar_megatron.gpu_check.lines import append, skipped
 from tidar_megatron.gpu_check.sections import BROKEN_DEVICE, SECTIONS, limit
-from tidar_megatron.gpu_check.setting import Setting
+from tidar_megatron.gpu_check.setting import Setting, last_line
 from tidar_megatron.program import run_tool
 
 
@@ -84,23 +84,18 @@ def run_section(number: int, device: torch.device, tiny: bool, deadline: float) 
         setting = Setting(device, tiny, Path(folder), deadline)
         try:
             with _full_precision():
-                found = import_module(section.module).check(setting)
+                import_module(section.module).check(setting)
         except KeyboardInterrupt:
             raise
         except BaseException as error:
             traceback.print_exc()
-            setting.problems.append(_last_line(error))
-            found = {}
+            setting.problems.append(last_line(error))
+            traceback.clear_frames(error.__traceback__)  # they hold tensors
     line = {"section": number, "name": section.name, "ok": not setting.problems}
     line |= {"error": "; ".join(setting.problems)} if setting.problems else {}
     line |= {"seconds": round(time.monotonic() - start, 2)}
     line |= {"device": device.type, "stopped_early": setting.stopped_early, "summary": setting.summary}
-    return line | found
-
-
-def _last_line(error: BaseException) -> str:
-    lines = traceback.format_exception_only(error)[-1].strip().splitlines()
-    return lines[-1] if lines else type(error).__name__
+    return line | setting.found
 
 
 @contextmanager
