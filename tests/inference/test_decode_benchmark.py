@@ -32,7 +32,7 @@ def test_rows(checkpoint):
         assert rows["transformers", "generate", batch]["tokens_per_forward"] == 1.0
     assert ("transformers", "prompt-lookup", 1) in rows and ("transformers", "prompt-lookup", 2) not in rows
     for row in rows.values():
-        assert row["identical_to_ar"] and row["context"] == 16
+        assert row["identical_to_ar"] and row["ties"] == row["different"] == 0 and row["context"] == 16
         assert row["tokens_per_second"] > 0 and row["peak_bytes"] > 0 and 0 < row["distinct_4grams"] <= 1
         assert row["first_token_seconds"] > 0
 
