@@ -95,12 +95,12 @@ def test_a_section_that_raises_does_not_stop_the_next(sections, tmp_path):
     )
     lines = run(tmp_path / "lines.jsonl", numbers)
     assert [line["ok"] for line in lines] == [False, False, False, False, True]
-    assert lines[0]["error"] == "last line" and lines[0]["rows"] == [{"kept": 1}]
+    assert lines[0]["error"] == "ValueError: first line last line" and lines[0]["rows"] == [{"kept": 1}]
     assert lines[1]["error"] == "ModuleNotFoundError: No module named 'no_such_package'"
     assert lines[2]["error"].startswith("a row: torch.OutOfMemoryError: CUDA out of memory")
     assert lines[2]["after"] is None
     assert lines[3]["error"] == "SystemExit: 5"
-    assert "0 raises: FAILED" in summary(lines) and "error: last line" in summary(lines)
+    assert "0 raises: FAILED" in summary(lines) and "error: ValueError: first line last line" in summary(lines)
 
 
 def test_the_deadline_is_kept(sections, tmp_path):

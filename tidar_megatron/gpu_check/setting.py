@@ -78,7 +78,7 @@ class Setting:
             return
         except Exception as error:
             traceback.print_exc()
-            self.problems.append(f"{row}: {last_line(error)}")
+            self.problems.append(f"{row}: {one_line(error)}")
             traceback.clear_frames(error.__traceback__)
         gc.collect()
         if self.on_gpu:
@@ -91,7 +91,10 @@ class Setting:
             self.problems.append(problem)
 
 
-def last_line(error: BaseException) -> str:
-    """Return the last line of an exception's message, after its type."""
-    lines = traceback.format_exception_only(error)[-1].strip().splitlines()
-    return lines[-1] if lines else type(error).__name__
+LONGEST = 400  # characters
+
+
+def one_line(error: BaseException) -> str:
+    """Return what a traceback ends with, the exception's type and message, in one line."""
+    said = " ".join("".join(traceback.format_exception_only(error)).split())
+    return said if len(said) <= LONGEST else f"{said[:LONGEST]} ..."

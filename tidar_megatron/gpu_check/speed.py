@@ -87,8 +87,8 @@ def scripted(rate: float, seed: int) -> Iterator[None]:
     random = np.random.Generator(np.random.Philox(seed))
     choose, layout = Sampler.choose, Branches.layout
 
-    def scripted_choose(self: Sampler, logits: Tensor, drafts: Sequence[int], q: Tensor | None) -> list[int]:
-        chosen = choose(self, logits, drafts, q)
+    def scripted_choose(self: Sampler, logits: Tensor, drafts: Sequence[int], *more: Any) -> list[int]:
+        chosen = choose(self, logits, drafts, *more)
         refused = np.append(random.random(len(drafts) - 1) >= rate, True)
         accepted = int(refused.argmax())
         return [*drafts[1 : accepted + 1], chosen[-1]]

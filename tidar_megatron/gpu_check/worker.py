@@ -18,7 +18,7 @@ import torch
 from tidar_megatron.errors import UserError
 from tidar_megatron.gpu_check.lines import append, skipped
 from tidar_megatron.gpu_check.sections import BROKEN_DEVICE, SECTIONS, limit
-from tidar_megatron.gpu_check.setting import Setting, last_line
+from tidar_megatron.gpu_check.setting import Setting, one_line
 from tidar_megatron.program import run_tool
 
 
@@ -89,7 +89,7 @@ def run_section(number: int, device: torch.device, tiny: bool, deadline: float) 
             raise
         except BaseException as error:
             traceback.print_exc()
-            setting.problems.append(last_line(error))
+            setting.problems.append(one_line(error))
             traceback.clear_frames(error.__traceback__)  # they hold tensors
     line = {"section": number, "name": section.name, "ok": not setting.problems}
     line |= {"error": "; ".join(setting.problems)} if setting.problems else {}
