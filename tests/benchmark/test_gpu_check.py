@@ -120,6 +120,20 @@ def test_the_deadline_is_kept(sections, tmp_path):
     assert limit(SECTIONS[-1:], 7.0) == 7.0 and limit(SECTIONS, -1.0) == 0.0
 
 
+def test_results_are_kept_between_rows(sections, tmp_path):
+    """Until the section's line is written."""
+    output, seen = tmp_path / "lines.jsonl", []
+
+    def rows(setting):
+        setting.rows("rows").append(math.inf)
+        assert setting.in_time()
+        seen.append(json.loads((tmp_path / "lines.jsonl.part").read_text()))
+
+    assert run(output, sections(one=rows))[0]["ok"]
+    assert seen == [{"rows": [None]}]
+    assert list(tmp_path.iterdir()) == [output]
+
+
 def test_a_part_of_the_time(tmp_path):
     setting = Setting(CPU, True, tmp_path, time.monotonic() + 100)
     whole = setting.deadline
@@ -130,11 +144,12 @@ def test_a_part_of_the_time(tmp_path):
 
 WORKER = """
 import json, os, signal, sys, time
-from tidar_megatron.gpu_check.lines import append, failed
+from tidar_megatron.gpu_check.lines import append, keep
 from pathlib import Path
 asked = json.loads(sys.argv[1])
 for number in asked["sections"]:
     if number == 1:
+        keep(Path(asked["output"]), {"rows": [1, 2]})
         os.kill(os.getpid(), signal.SIGKILL)
     if number == 3:
         time.sleep(600)
@@ -155,6 +170,8 @@ def test_a_process_that_dies_or_hangs_does_not_stop_the_rest(tmp_path, monkeypat
     assert [line["section"] for line in lines] == list(range(6))
     assert [line["ok"] for line in lines] == [True, False, True, False, True, True]
     assert lines[1]["error"] == "the process ended with signal SIGKILL"
+    assert lines[1]["rows"] == [1, 2]  # what it had found
+    assert not any("rows" in line for line in lines if line["section"] != 1)
     assert "did not stop by itself" in lines[3]["error"]
     assert all(line["skipped"] for line in supervisor.supervise([0], 0, tmp_path / "none.jsonl", "cpu", tiny=True))
 

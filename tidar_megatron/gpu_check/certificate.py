@@ -12,8 +12,8 @@ def check(setting: Setting) -> None:
     """Find the certificate of a model with random weights, in float32, and in bfloat16 if there is time."""
     folder = setting.folder / "model"
     random_causal_lm("small", setting, torch.float32, spread=0.1).save_pretrained(folder)
-    prompts, new, lengths = setting.size((8, 48, (4, 8)), (2, 8, (4,)))
-    for dtype, samples in (("float32", setting.size(400, 50)), ("bfloat16", 0)):
+    prompts, new, lengths = setting.size((8, 48, (8,)), (2, 8, (4,)))
+    for dtype, samples in (("float32", setting.size(300, 50)), ("bfloat16", 0)):
         if not setting.in_time():
             break
         model = load_model(folder, str(setting.device), dtype)

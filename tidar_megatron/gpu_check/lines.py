@@ -21,6 +21,27 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
+def keep(output: Path, found: dict[str, Any]) -> None:
+    """Write what a section has found so far beside ``output``, for the case that its process ends."""
+    part = _kept(output)
+    part.with_suffix(".new").write_text(json.dumps(finite(found)), encoding="utf-8")
+    os.replace(part.with_suffix(".new"), part)
+
+
+def take_kept(output: Path) -> dict[str, Any]:
+    """Return what was last kept beside ``output``, if anything, and remove it."""
+    try:
+        return json.loads(_kept(output).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    finally:
+        _kept(output).unlink(missing_ok=True)
+
+
+def _kept(output: Path) -> Path:
+    return output.with_name(f"{output.name}.part")
+
+
 def finite(value: Any) -> Any:
     """Return ``value`` with None for every number that is infinite or NaN, which JSON does not have."""
     if isinstance(value, dict):

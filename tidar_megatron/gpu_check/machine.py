@@ -12,7 +12,6 @@ import torch
 
 from tidar_megatron.benchmark.timing import median_seconds
 from tidar_megatron.gpu_check.setting import NOT_ON_A_CPU, Setting
-from tidar_megatron.inference.costs import processor
 
 PACKAGES = (
     "tidar-megatron",
@@ -57,7 +56,7 @@ def bf16_flops(setting: Setting) -> float:
 
 
 def _machine(setting: Setting) -> dict[str, Any]:
-    shown: dict[str, Any] = {"processor": processor(), "cores": os.cpu_count(), "platform": platform.platform()}
+    shown: dict[str, Any] = {"processor": _processor(), "cores": os.cpu_count(), "platform": platform.platform()}
     shown |= {"python": sys.version.split()[0], "threads": torch.get_num_threads(), "host": platform.node()}
     if not setting.on_gpu:
         return shown | {"gpu": None, "driver": None, "note": f"{NOT_ON_A_CPU}: driver, GPU, pinned copies, graphs"}
@@ -75,6 +74,14 @@ def _machine(setting: Setting) -> dict[str, Any]:
         "nccl": list(torch.cuda.nccl.version()) if torch.distributed.is_nccl_available() else None,
         "architectures": torch.cuda.get_arch_list(),
     }
+
+
+def _processor() -> str:
+    try:
+        from tidar_megatron.inference.costs import processor  # needs transformers, which may be missing
+    except ImportError:
+        return platform.machine()
+    return processor()
 
 
 def _driver() -> str | None:

@@ -3,7 +3,7 @@
 import gc
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ class Setting:
         tiny: Whether to use the smallest sizes, which only show that the programs run.
         folder: An empty folder for what the section writes.
         deadline: The time, by ``time.monotonic``, after which the section begins nothing new.
+        keep: A function that is given the results so far between two rows.
         found: The results so far, which are kept if the section raises.
         problems: What was found wrong; the section goes on, and fails at its end.
         summary: Lines for the summary at the end of the check.
@@ -33,6 +34,7 @@ class Setting:
     tiny: bool
     folder: Path
     deadline: float
+    keep: Callable[[dict[str, Any]], object] = lambda found: None
     found: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     summary: list[str] = field(default_factory=list)
@@ -49,6 +51,7 @@ class Setting:
 
     def in_time(self) -> bool:
         """Return whether a further row may begin; a section asks before each, and ends when there is no time left."""
+        self.keep(self.found)
         if time.monotonic() < self.deadline:
             return True
         self.stopped_early = True

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import tidar_megatron
-from tidar_megatron.gpu_check.lines import append, failed, read, skipped
+from tidar_megatron.gpu_check.lines import append, failed, read, skipped, take_kept
 from tidar_megatron.gpu_check.sections import BROKEN_DEVICE, SECTIONS, limit
 
 ROOT = Path(tidar_megatron.__file__).parent.parent
@@ -44,6 +44,7 @@ def supervise(
     """
     deadline = time.monotonic() + seconds
     output.write_text("", encoding="utf-8")
+    take_kept(output)
     with tempfile.TemporaryDirectory(prefix="gpu_check_cache_") as cache:
         while remaining := list(sections)[len(read(output)) :]:
             if time.monotonic() >= deadline:
@@ -52,7 +53,7 @@ def supervise(
             asked = {"sections": remaining, "deadline": deadline, "output": str(output), "device": device, "tiny": tiny}
             error = _attend(asked, _environment(device, cache))
             if error is not None and (left := list(sections)[len(read(output)) :]):
-                append(output, failed(left[0], SECTIONS[left[0]].name, *error))
+                append(output, failed(left[0], SECTIONS[left[0]].name, *error) | take_kept(output))
     return read(output)
 
 

@@ -1,5 +1,6 @@
 """Section 7: training steps of a 1.5B model on this one device: tokens per second, MFU and peak memory."""
 
+import gc
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ def check(setting: Setting) -> None:
             rows.append(_measure(setting, length, ceiling))
         except torch.OutOfMemoryError:
             setting.summary.append(f"S = {length}: out of memory")
+            gc.collect()
             torch.cuda.empty_cache()
     setting.require(bool(rows) or setting.stopped_early, "no sequence length fits in the memory")
     for row in rows:

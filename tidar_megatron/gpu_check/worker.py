@@ -7,8 +7,9 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from tidar_megatron.errors import UserError
-from tidar_megatron.gpu_check.lines import append, skipped
+from tidar_megatron.gpu_check.lines import append, keep, skipped, take_kept
 from tidar_megatron.gpu_check.sections import BROKEN_DEVICE, SECTIONS, limit
 from tidar_megatron.gpu_check.setting import Setting, one_line
 from tidar_megatron.program import run_tool
@@ -51,7 +52,9 @@ def run_sections(
             continue
         print(f"gpu-check {number}: {section.about}", file=sys.stderr, flush=True)
         remaining = [SECTIONS[n] for n in sections[place:]]
-        append(Path(output), run_section(number, where, tiny, now + limit(remaining, deadline - now)))
+        own_deadline = now + limit(remaining, deadline - now)
+        append(Path(output), run_section(number, where, tiny, own_deadline, partial(keep, Path(output))))
+        take_kept(Path(output))
         gc.collect()
         if where.type == "cuda":
             try:
@@ -70,7 +73,13 @@ def _device(name: str | None) -> torch.device:
         raise UserError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
-def run_section(number: int, device: torch.device, tiny: bool, deadline: float) -> dict[str, Any]:
+def run_section(
+    number: int,
+    device: torch.device,
+    tiny: bool,
+    deadline: float,
+    keep: Callable[[dict[str, Any]], object] = lambda found: None,
+) -> dict[str, Any]:
     """Run one section and return its line; an exception becomes the line's ``error``.
 
     Args:
@@ -78,10 +87,11 @@ def run_section(number: int, device: torch.device, tiny: bool, deadline: float) 
         device: The device to check.
         tiny: Whether to use the smallest sizes.
         deadline: The time, by ``time.monotonic``, after which the section begins nothing new.
+        keep: A function that is given the results so far between two rows.
     """
     section, start = SECTIONS[number], time.monotonic()
     with tempfile.TemporaryDirectory(prefix="gpu_check_", ignore_cleanup_errors=True) as folder:
-        setting = Setting(device, tiny, Path(folder), deadline)
+        setting = Setting(device, tiny, Path(folder), deadline, keep)
         try:
             with _full_precision():
                 import_module(section.module).check(setting)
