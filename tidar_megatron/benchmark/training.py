@@ -110,10 +110,11 @@ def _steps(config: Config, fractions: list[float]) -> tuple[dict[str, Callable[[
 
     def step(fraction: float | None) -> Callable[[], object]:
         batch = _batch([sequence] * config.training.micro_batch_size, config, fraction)
+        batch = batch.pinned() if has_gpu() else batch
 
         def take() -> object:
             # attention's schedule is found by the metadata tensor, and belongs to the step: give each its own tensor
-            own = replace(batch, visibility=batch.visibility.clone())
+            own = batch if has_gpu() else replace(batch, visibility=batch.visibility.clone())
             return train_step(model, optimizer, scheduler, [own], config.tidar.ar_loss_weight, ranks)
 
         return take
