@@ -9,6 +9,7 @@
 # make test-kill    random SIGKILLs over one run
 # make test-slurm   a real SLURM of one node
 # make test-gpu     on a machine with a CUDA device
+# make gpu-check    there, too: ten minutes that show that everything is right and fast; installs nothing
 # make test-lowest  the oldest admitted versions, with Python 3.12 and a venv of 5 GB: minutes
 #
 # make PYTHON=python3.12 test   with another interpreter
@@ -30,7 +31,7 @@ TEST_ARGS ?=
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
-.PHONY: help setup eval quickstart smollm2 study study-smollm2 test test-fast test-all test-faults test-kill test-slow test-gpu test-slurm test-lowest check masks clean
+.PHONY: help setup eval quickstart smollm2 study study-smollm2 test test-fast test-all test-faults test-kill test-slow test-gpu gpu-check test-slurm test-lowest check masks clean
 
 setup: $(STAMP)
 
@@ -97,6 +98,11 @@ test-slow: setup eval smollm2
 # on a machine with a CUDA device
 test-gpu: setup
 	@$(RUN) TIDAR_TEST_GPU=1 python -m pytest -rs tests/test_gpu.py $(TEST_ARGS)
+
+# with the Python at hand, no venv: on a rented machine or in a container
+GPU_CHECK_ARGS ?=
+gpu-check:
+	$(PYTHON) tools/gpu_check.py $(GPU_CHECK_ARGS)
 
 # a SLURM of one node, started by the test; installed first where it is missing and apt can
 test-slurm: setup

@@ -53,7 +53,9 @@ def test_every_command_has_its_file_in_tools():
     """Which holds nothing of its own."""
     launched = [re.findall(r'launch\("([\w-]+)"\)', path.read_text()) for path in TOOLS]
     assert sorted(launched) == sorted([name] for name in command.COMMANDS)
-    assert all(len(path.read_text().splitlines()) <= 7 for path in TOOLS)
+    lines = {path.stem: len(path.read_text().splitlines()) for path in TOOLS}
+    assert lines.pop("gpu_check") <= 12  # it runs where the package is not installed
+    assert max(lines.values()) <= 7
 
 
 @pytest.mark.parametrize(("name", "speaks"), [("pretrain", False), ("generate", True)])

@@ -33,8 +33,9 @@ FLOORS = {
     "evaluation": 5,
     "planning": 6,
     "benchmark": 6,
-    "cli": 7,
-    "__main__": 8,
+    "gpu_check": 7,
+    "cli": 8,
+    "__main__": 9,
 }
 # megatron-core's reader of its own files is what reads them, and is imported where it is needed
 ALLOWED = {("data/megatron_indexed", "megatron.core.datasets.indexed_dataset")}

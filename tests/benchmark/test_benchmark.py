@@ -10,6 +10,7 @@ import torch
 from tests.programs import call, own_lines
 from tidar_megatron.benchmark import attention as attention_benchmark
 from tidar_megatron.benchmark import loss as loss_benchmark
+from tidar_megatron.benchmark import measuring
 from tidar_megatron.benchmark import training as training_benchmark
 from tidar_megatron.benchmark.measuring import Spread, Timings, peak_bytes
 from tidar_megatron.benchmark.report import plot, show
@@ -63,6 +64,70 @@ def test_loss(monkeypatch):
     assert result["peak_bytes"]["unfused"] >= 4 * 4096 * 1024  # the logits at least
     peaks = result["peak_bytes"]
     assert result["peak_ratio"] == pytest.approx(peaks["chunked"] / peaks["unfused"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_sizes_are_given_by_flags(tmp_path):
+    sizes = ["--hidden-size", 32, "--vocab-size", 512, "--tokens", 256]
+    layers = ["--num-layers", 1, "--ffn-hidden-size", 64, "--num-attention-heads", 2, "--num-query-groups", 1]
+    common = ["--repeats", 1, "--threads", 1, "--output", tmp_path, "--json"]
+    done = run("training", *sizes, *layers, "--seq-lengths", 256, "--diffusion-block-fractions", 1, *common)
+    assert done.returncode == 0, done.stderr[-4000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["settings"]["tokens"] == 256 and result["settings"]["num_layers"] == 1
+    assert result["rows"][0]["parameters"] == 32 * 512 + 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64 + 3 * 32 + 2 * 16
+    result = json.loads(run("loss", *sizes, *common).stdout.splitlines()[-1])
+    assert [result["settings"][name] for name in ("hidden_size", "vocabulary", "tokens")] == [32, 512, 256]
+    heads = ["--num-attention-heads", 2, "--kv-channels", 16]
+    result = json.loads(run("attention", *heads, "--seq-lengths", 256, *common).stdout.splitlines()[-1])
+    assert [result["settings"][name] for name in ("heads", "channels")] == [2, 16]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["attention", "--hidden-size", 64], "error: --hidden-size: is for training and loss, not for attention"),
+        (["training", "--num-layers", 0], "error: --num-layers 0: must be at least 1"),
+    ],
+)
+def test_a_size_that_is_wrong_is_one_line(arguments, message):
+    done = run(*arguments)
+    assert done.returncode == 2 and done.stderr.startswith(message)
+
+
+@pytest.mark.slow
+def test_batches_are_built_before_the_steps(monkeypatch):
+    """And each step has metadata of its own, so that it makes attention's schedule as in training."""
+    config = training_benchmark.step_config(
+        256, model={"num_layers": 1, "hidden_size": 32, "ffn_hidden_size": 32, "num_attention_heads": 2}, tokens=256
+    )
+    shut_down()
+    seen = []
+    monkeypatch.setattr(training_benchmark, "train_step", lambda *arguments: seen.append(arguments[3][0]))
+    try:
+        steps, _ = training_benchmark._steps(config, [1.0])
+        monkeypatch.setattr(training_benchmark, "make_batch", None)
+        for _ in range(2):
+            steps["TiDAR 1"]()
+    finally:
+        shut_down()
+    assert seen[0].tokens is seen[1].tokens
+    assert seen[0].visibility.data_ptr() != seen[1].visibility.data_ptr()
+
+
+def test_short_functions_are_called_several_times_on_a_gpu(monkeypatch):
+    """The first call compiles, so the second one says how many fit into a sample."""
+    asked = []
+
+    def seconds_of(function, where, calls=1):
+        asked.append(calls)
+        return 9.0 if len(asked) == 1 else 1e-3
+
+    monkeypatch.setattr(measuring, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(measuring, "seconds_of", seconds_of)
+    timings = Timings({"short": lambda: None}, 2)
+    assert asked == [1, 1, 5, 5]
+    assert timings.seconds == {"short": [1e-3, 1e-3]}
 
 
 def test_peak_is_of_what_lives_at_one_time():

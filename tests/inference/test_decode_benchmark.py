@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.programs import call
+from tidar_megatron.benchmark import decode as decode_benchmark
 from tidar_megatron.benchmark.decode import decode, text_of
 from tidar_megatron.inference.loading import load_model
 
@@ -14,6 +15,15 @@ def test_contexts_are_the_prompts_end_to_end():
     assert text_of(prompts, 2, 0) == [2, 3]
     assert text_of(prompts, 5, 0) == [4, 5, 1, 2, 3]
     assert text_of(prompts, 8, 1) == [4, 5, 1, 2, 3, 6, 4, 5]
+
+
+def test_ties_are_counted_apart_from_differences(monkeypatch):
+    """Only where outputs are not identical."""
+    monkeypatch.setattr(decode_benchmark, "agreement", lambda model, text, ours, ar: ours[0])
+    ours, ar = [["tie"], ["different"], ["identical"], ["tie"]], [["x"]] * 4
+    found = decode_benchmark._compared(None, [[1]] * 4, ours, ar)
+    assert found == {"identical_to_ar": False, "ties": 2, "different": 1}
+    assert decode_benchmark._compared(None, [[1]], [[2]], [[2]])["identical_to_ar"]
 
 
 @pytest.mark.slow
@@ -32,7 +42,7 @@ def test_rows(checkpoint):
         assert rows["transformers", "generate", batch]["tokens_per_forward"] == 1.0
     assert ("transformers", "prompt-lookup", 1) in rows and ("transformers", "prompt-lookup", 2) not in rows
     for row in rows.values():
-        assert row["identical_to_ar"] and row["context"] == 16
+        assert row["identical_to_ar"] and row["ties"] == row["different"] == 0 and row["context"] == 16
         assert row["tokens_per_second"] > 0 and row["peak_bytes"] > 0 and 0 < row["distinct_4grams"] <= 1
         assert row["first_token_seconds"] > 0
 

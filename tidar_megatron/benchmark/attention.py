@@ -17,7 +17,14 @@ HEADS, CHANNELS, BLOCK = 8, 64, 16
 DOCUMENTS = 16
 
 
-def attention(seq_lengths: list[int], repeats: int, chunk_size: int = 256, dense_up_to: int = 4096) -> dict[str, Any]:
+def attention(
+    seq_lengths: list[int],
+    repeats: int,
+    chunk_size: int = 256,
+    dense_up_to: int = 4096,
+    heads: int | None = None,
+    channels: int | None = None,
+) -> dict[str, Any]:
     """Compare each backend with causal attention, and measure the effect of grouped K/V heads and of packing.
 
     Args:
@@ -25,19 +32,22 @@ def attention(seq_lengths: list[int], repeats: int, chunk_size: int = 256, dense
         repeats: rounds of measurements.
         chunk_size: the chunk size of the chunked backend, in tokens.
         dense_up_to: the longest sequence to measure the dense backend on.
+        heads: query heads; by default :data:`HEADS`.
+        channels: channels of a head; by default :data:`CHANNELS`.
 
     Returns:
         ``rows``, one for each length and backend; ``grouped`` and ``packed``, one row for each length.
         ``peak_extra_bytes`` is the peak of forward and backward, including the schedule, beyond the output and the
         gradients that every backend returns.
     """
+    heads, channels = heads or HEADS, channels or CHANNELS
     backends = ["chunked", "flex"] if has_gpu() else ["chunked"]
-    backends += [best] if (best := choose_backend("auto", device().type, CHANNELS, has_gpu())) not in backends else []
+    backends += [best] if (best := choose_backend("auto", device().type, channels, has_gpu())) not in backends else []
     rows, grouped, packed = [], [], []
     for S in seq_lengths:
         one = _documents(S, 1)
         shown = [*backends, "dense"] if dense_up_to >= S else backends
-        tensors = _tensors(2 * S, HEADS)
+        tensors = _tensors(2 * S, heads, heads, channels)
         runs: dict[str, Callable[[], object]] = {"causal": _causal([t[:, :, :S].contiguous() for t in tensors])}
         for backend in shown:
             runs[backend] = _hybrid(tensors, one, backend, chunk_size)
@@ -52,14 +62,14 @@ def attention(seq_lengths: list[int], repeats: int, chunk_size: int = 256, dense
                 row |= {"peak_extra_bytes": _extra(tensors, one, name, chunk_size)}
             rows.append(row)
         best = backends[-1]
-        few = _tensors(2 * S, 1)
+        few = _tensors(2 * S, heads, 1, channels)
         alike = Timings(
             {"grouped": _hybrid(few, one, best, chunk_size), "each its own": _hybrid(tensors, one, best, chunk_size)},
             repeats,
         )
         ratio = alike.ratio("grouped", "each its own")
         grouped.append(
-            {"seq_length": S, "backend": best, "query_heads": HEADS, "kv_heads": 1}
+            {"seq_length": S, "backend": best, "query_heads": heads, "kv_heads": 1}
             | {"over_own_kv_heads": round(ratio.median, 3), "spread": rounded(ratio)}
             | {"peak_bytes": peak_bytes(_hybrid(few, one, best, chunk_size))}
             | {"peak_bytes_expanded": peak_bytes(_hybrid(few, one, best, chunk_size, expanded=True))}
@@ -74,7 +84,7 @@ def attention(seq_lengths: list[int], repeats: int, chunk_size: int = 256, dense
             {"seq_length": S, "backend": best, "documents": DOCUMENTS}
             | {"over_one_document": round(ratio.median, 3), "spread": rounded(ratio)}
         )
-    settings = {"heads": HEADS, "channels": CHANNELS, "block_size": BLOCK, "chunk_size": chunk_size}
+    settings = {"heads": heads, "channels": channels, "block_size": BLOCK, "chunk_size": chunk_size}
     return {"settings": settings, "rows": rows, "grouped": grouped, "packed": packed}
 
 
@@ -85,10 +95,10 @@ def _documents(length: int, count: int) -> Tensor:
     return training_layout(place // each, place % each, BLOCK)
 
 
-def _tensors(tokens: int, kv_heads: int) -> list[Tensor]:
+def _tensors(tokens: int, heads: int, kv_heads: int, channels: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     dtype = torch.bfloat16 if has_gpu() else torch.float32
-    shapes = [(1, heads, tokens, CHANNELS) for heads in (HEADS, kv_heads, kv_heads)]
+    shapes = [(1, count, tokens, channels) for count in (heads, kv_heads, kv_heads)]
     return [torch.randn(shape, generator=generator).to(device(), dtype) for shape in shapes]
 
 
@@ -105,8 +115,8 @@ def _hybrid(
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if expanded:
-            key, value = (tensor.repeat_interleave(HEADS // tensor.shape[1], 1) for tensor in (key, value))
-        return hybrid_attention(query, key, value, schedule, CHANNELS**-0.5)
+            key, value = (tensor.repeat_interleave(query.shape[1] // tensor.shape[1], 1) for tensor in (key, value))
+        return hybrid_attention(query, key, value, schedule, query.shape[-1] ** -0.5)
 
     return _both_ways(tensors, attend, grad)
 

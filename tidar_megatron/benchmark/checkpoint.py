@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from tidar_megatron.benchmark.measuring import Spread, rounded, synchronize
+from tidar_megatron.benchmark.measuring import Spread, rounded
+from tidar_megatron.benchmark.timing import synchronize
 from tidar_megatron.checkpoint.checkpoints import Checkpoints
 from tidar_megatron.checkpoint.contents import Trained
 from tidar_megatron.checkpoint.folder import checkpoint_folder

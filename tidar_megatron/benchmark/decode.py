@@ -11,6 +11,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from tidar_megatron.benchmark.measuring import Timings, peak_bytes, rounded
+from tidar_megatron.evaluation.agreement import agreement
 from tidar_megatron.evaluation.stock import load_stock
 from tidar_megatron.inference.engine import Engine
 from tidar_megatron.inference.model import DecodeModel
@@ -57,7 +58,8 @@ def decode(
 
     Returns:
         ``rows``, and ``skipped``, the contexts that do not fit. ``over_ar`` compares complete requests, including
-        prefill.
+        prefill. ``ties`` counts the outputs that part from AR's where two tokens are equally likely up to rounding,
+        ``different`` those that part elsewhere.
     """
     rows = []
     fitting = [context for context in contexts if context + max_new_tokens <= model.context_limit]
@@ -100,11 +102,21 @@ def decode(
                     | {"over_ar": round(spread.median, 3), "spread": rounded(spread)}
                     | {"first_token_seconds": round(run.first_token_seconds, 5)}
                     | {"distinct_4grams": round(sum(map(distinct_4grams, run.tokens)) / len(texts), 3)}
-                    | {"identical_to_ar": run.tokens == last["ar ar"].tokens}
+                    | _compared(model, texts, run.tokens, last["ar ar"].tokens)
                     | {"peak_bytes": peak_bytes(partial(both[name], groups[0]))}
                 )
     settings = {"max_new_tokens": max_new_tokens, "block_size": block}
     return {"settings": settings, "rows": rows, "skipped": [c for c in contexts if c not in fitting]}
+
+
+def _compared(
+    model: DecodeModel, texts: Sequence[Sequence[int]], ours: list[list[int]], ar: list[list[int]]
+) -> dict[str, Any]:
+    """Return whether all outputs are those of AR, and how many of the others part from them at a tie."""
+    if ours == ar:
+        return {"identical_to_ar": True, "ties": 0, "different": 0}
+    found = [agreement(model, *row) for row in zip(texts, ours, ar, strict=True)]
+    return {"identical_to_ar": False, "ties": found.count("tie"), "different": found.count("different")}
 
 
 def text_of(prompts: Sequence[Sequence[int]], length: int, first: int) -> list[int]:

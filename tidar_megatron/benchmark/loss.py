@@ -16,23 +16,29 @@ from tidar_megatron.models.cross_entropy import linear_cross_entropy
 HIDDEN, VOCABULARY, TOKENS = 256, 49152, 4096
 
 
-def loss(repeats: int) -> dict[str, Any]:
+def loss(
+    repeats: int, hidden_size: int | None = None, vocabulary: int | None = None, tokens: int | None = None
+) -> dict[str, Any]:
     """Measure the ratios of peak memory and time of forward and backward, and the largest relative gradient error.
 
     Args:
         repeats: rounds of measurements.
+        hidden_size: the width of the hidden states; by default :data:`HIDDEN`.
+        vocabulary: the number of ids; by default :data:`VOCABULARY`.
+        tokens: the number of tokens; by default :data:`TOKENS`.
     """
+    hidden_size, vocabulary, tokens = hidden_size or HIDDEN, vocabulary or VOCABULARY, tokens or TOKENS
     ranks = initialize(ParallelConfig(), seed=0)
     try:
         dtype = torch.bfloat16 if has_gpu() else torch.float32
         generator = torch.Generator().manual_seed(0)
-        hidden = torch.randn(TOKENS, HIDDEN, generator=generator).to(ranks.device, dtype)
-        weight = (torch.randn(VOCABULARY, HIDDEN, generator=generator) * 0.05).to(ranks.device, dtype)
-        labels = torch.randint(VOCABULARY, (TOKENS,), generator=generator).to(ranks.device)
-        weights = torch.rand(TOKENS, generator=generator).to(ranks.device)
+        hidden = torch.randn(tokens, hidden_size, generator=generator).to(ranks.device, dtype)
+        weight = (torch.randn(vocabulary, hidden_size, generator=generator) * 0.05).to(ranks.device, dtype)
+        labels = torch.randint(vocabulary, (tokens,), generator=generator).to(ranks.device)
+        weights = torch.rand(tokens, generator=generator).to(ranks.device)
 
         def fused(hidden: Tensor, weight: Tensor) -> Tensor:
-            return linear_cross_entropy(hidden, weight, labels, weights, ranks.groups.tp, VOCABULARY)[0]
+            return linear_cross_entropy(hidden, weight, labels, weights, ranks.groups.tp, vocabulary)[0]
 
         def unfused(hidden: Tensor, weight: Tensor) -> Tensor:
             logits = (hidden @ weight.t()).float().unsqueeze(1)
@@ -50,7 +56,7 @@ def loss(repeats: int) -> dict[str, Any]:
         shut_down()
     ratio = times.ratio("chunked", "unfused")
     return {
-        "settings": {"hidden_size": HIDDEN, "vocabulary": VOCABULARY, "tokens": TOKENS, "dtype": str(dtype)},
+        "settings": {"hidden_size": hidden_size, "vocabulary": vocabulary, "tokens": tokens, "dtype": str(dtype)},
         "peak_ratio": round(peaks["chunked"] / peaks["unfused"], 4),
         "time_ratio": round(ratio.median, 3),
         "spread": rounded(ratio),

@@ -5,7 +5,6 @@ import os
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -17,6 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tidar_megatron.benchmark.timing import calls_per_sample, seconds_of, synchronize
 from tidar_megatron.distributed.platform import device
 from tidar_megatron.inference.costs import processor
 
@@ -40,18 +40,21 @@ class Timings:
     """The seconds of several functions, measured in rounds that run each function once."""
 
     def __init__(self, functions: Mapping[str, Callable[[], object]], repeats: int) -> None:
-        """Run one round to warm up, then ``repeats`` rounds, in which the order alternates."""
+        """Run one round to warm up, then ``repeats`` rounds, in which the order alternates.
+
+        On a GPU times are of CUDA events, and a short function is called several times a round.
+        """
         where = device()
+        calls = dict.fromkeys(functions, 1)
         self.seconds: dict[str, list[float]] = {name: [] for name in functions}
         for number in range(repeats + 1):
             for name in list(functions)[:: 1 if number % 2 else -1]:
                 gc.collect()
-                synchronize(where)
-                start = time.perf_counter()
-                functions[name]()
-                synchronize(where)
+                seconds = seconds_of(functions[name], where, calls[name])
                 if number:
-                    self.seconds[name].append(time.perf_counter() - start)
+                    self.seconds[name].append(seconds)
+                elif where.type == "cuda":  # the first call compiled and allocated, so another one says how long it is
+                    calls[name] = calls_per_sample(seconds_of(functions[name], where))
             if number == 1:
                 round_of = sum(seconds[0] for seconds in self.seconds.values())
                 print(f"{', '.join(functions)}: {repeats} rounds of about {round_of:.2g} s", file=sys.stderr)
@@ -65,21 +68,15 @@ class Timings:
         return Spread.of([a / b for a, b in zip(self.seconds[name], self.seconds[other], strict=True)])
 
 
-def synchronize(where: torch.device) -> None:
-    """Wait until the device has finished its work."""
-    if where.type == "cuda":
-        torch.cuda.synchronize(where)
-
-
 def peak_bytes(run: Callable[[], object]) -> int:
     """Return the peak bytes of tensors made during ``run``; on a CPU, memory that kernels allocate is not counted."""
     where = device()
     if where.type == "cuda":
-        torch.cuda.synchronize(where)
+        synchronize(where)
         torch.cuda.reset_peak_memory_stats(where)
         before = torch.cuda.memory_allocated(where)
         run()
-        torch.cuda.synchronize(where)
+        synchronize(where)
         return torch.cuda.max_memory_allocated(where) - before
     with _LiveStorages() as live:
         run()

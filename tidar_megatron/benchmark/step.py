@@ -1,8 +1,9 @@
 """The time of a decode step against a bare forward of the same tokens under the same mask, and by context length."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from tidar_megatron.attention_mask import INDEX, decode_layout, may_attend, prefix_layout
 from tidar_megatron.benchmark.decode import text_of
 from tidar_megatron.benchmark.measuring import Spread, allocated_bytes, rounded
+from tidar_megatron.benchmark.timing import synchronize
 from tidar_megatron.evaluation.stock import load_stock
 from tidar_megatron.inference.cache import KVPool
 from tidar_megatron.inference.engine import Engine
@@ -45,7 +47,7 @@ def step(
     Each step of the engine is followed by the bare forward of its tokens. That is transformers' own model with the
     engine's RMSNorms, torch's scaled-dot-product attention under the mask of the step's tokens, a cache that copies no
     keys or values, and the output layer on as many rows as the step needs. Its time excludes making the mask, choosing
-    and accepting tokens, and drafting.
+    and accepting tokens, and drafting. On a GPU it is replayed as a CUDA graph, as the engine's forward is.
 
     Args:
         model: the model to decode with.
@@ -135,8 +137,8 @@ class Bare:
         ids = torch.tensor([[*part.tokens, *[self._mask_token_id] * layout.num_masks]], device=device)
         positions = (part.length + tokens[:, INDEX])[None].to(device)
         bias = None if layout.num_tokens == 1 else mask[None, None].to(device)
-        start = time.perf_counter()
-        self._causal_lm(
+        run: Callable[[], object] = partial(
+            self._causal_lm,
             input_ids=ids,
             position_ids=positions,
             attention_mask=bias,
@@ -144,8 +146,27 @@ class Bare:
             logits_to_keep=rows,
         )
         if device.type == "cuda":
-            torch.cuda.synchronize(device)
+            run = captured(run, device)
+        start = time.perf_counter()
+        run()
+        synchronize(device)
         return time.perf_counter() - start
+
+
+def captured(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """Return a function that replays the kernels of ``run`` as a CUDA graph, as the engine replays its own."""
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            run()  # libraries choose their kernels
+        torch.cuda.current_stream(device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+    graph.replay()
+    torch.cuda.synchronize(device)
+    return graph.replay
 
 
 class _Room:

@@ -1,6 +1,7 @@
 """The time of a training step, including the optimizer, against a step of plain AR training on the same tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,20 +30,29 @@ MODEL: dict[str, Any] = {
 }
 
 
-def training(seq_lengths: list[int], fractions: list[float], repeats: int, chunk_size: int = 256) -> dict[str, Any]:
+def training(
+    seq_lengths: list[int],
+    fractions: list[float],
+    repeats: int,
+    chunk_size: int = 256,
+    model: Mapping[str, Any] | None = None,
+    tokens: int | None = None,
+) -> dict[str, Any]:
     """Compare training steps with plain AR's, one row for each sequence length and fraction of the blocks with masks.
 
-    A sequence is one document.
+    A sequence is one document. Batches are built before the steps, as the prefetcher does.
 
     Args:
         seq_lengths: clean tokens per sequence, S.
         fractions: the fractions of the blocks that have masks.
         repeats: rounds of measurements.
         chunk_size: the chunk size of attention's tiles, in tokens.
+        model: the fields of the configuration's section ``model`` that differ from :data:`MODEL`.
+        tokens: clean tokens per step; by default :data:`TOKENS`.
     """
     rows = []
     for S in seq_lengths:
-        config = _config(S, chunk_size)
+        config = step_config(S, chunk_size, model, tokens)
         try:
             steps, parameters = _steps(config, fractions)
             times = Timings(steps, repeats)
@@ -57,9 +67,10 @@ def training(seq_lengths: list[int], fractions: list[float], repeats: int, chunk
             )
     settings = {
         **MODEL,
+        **(model or {}),
         "block_size": config.tidar.block_size,
         "chunk_size": chunk_size,
-        "tokens": TOKENS,
+        "tokens": tokens or TOKENS,
         "bf16": config.training.bf16,
     }
     return {"settings": settings, "rows": rows}
@@ -69,12 +80,16 @@ def _name(fraction: float) -> str:
     return f"TiDAR {fraction:g}"
 
 
-def _config(seq_length: int, chunk_size: int) -> Config:
-    rows = max(1, TOKENS // seq_length)
+def step_config(
+    seq_length: int, chunk_size: int = 256, model: Mapping[str, Any] | None = None, tokens: int | None = None
+) -> Config:
+    """Return the configuration of a step with one micro-batch; see :func:`training`."""
+    rows, sizes = max(1, (tokens or TOKENS) // seq_length), {**MODEL, **(model or {})}
+    mask_token_id = sizes["vocab_size"] - 1
     return build_config(
         {
-            "tidar": {"block_size": 16, "mask_token_id": VOCABULARY - 1, "attention_chunk_size": chunk_size},
-            "model": MODEL,
+            "tidar": {"block_size": 16, "mask_token_id": mask_token_id, "attention_chunk_size": chunk_size},
+            "model": sizes,
             "data": {"seq_length": seq_length},
             "training": {"global_batch_size": rows, "micro_batch_size": rows, "train_iters": 1000, "bf16": has_gpu()},
         }
@@ -84,18 +99,23 @@ def _config(seq_length: int, chunk_size: int) -> Config:
 def _steps(config: Config, fractions: list[float]) -> tuple[dict[str, Callable[[], object]], int]:
     """Return functions that take a step, of AR and of each fraction, and the model's number of parameters."""
     ranks = initialize(config.parallel, config.training.seed)
-    chunks = build_model(config, VOCABULARY, ranks)
+    assert config.model.vocab_size is not None
+    chunks = build_model(config, config.model.vocab_size, ranks)
     initialize_weights(chunks, config.training.seed)
     model = wrap_model(chunks, config)
     optimizer, scheduler = build_optimizer(model, config)
     S = config.data.seq_length
-    document = np.random.Generator(np.random.Philox(0)).integers(0, VOCABULARY - 1, S + 1)
+    document = np.random.Generator(np.random.Philox(0)).integers(0, config.model.vocab_size - 1, S + 1)
     sequence = pack([Piece(0, 0, S)], [document], 0)
 
     def step(fraction: float | None) -> Callable[[], object]:
+        batch = _batch([sequence] * config.training.micro_batch_size, config, fraction)
+        batch = batch.pinned() if has_gpu() else batch
+
         def take() -> object:
-            batches = [_batch([sequence] * config.training.micro_batch_size, config, fraction)]
-            return train_step(model, optimizer, scheduler, batches, config.tidar.ar_loss_weight, ranks)
+            # attention's schedule is found by the metadata tensor, and belongs to the step: give each its own tensor
+            own = batch if has_gpu() else replace(batch, visibility=batch.visibility.clone())
+            return train_step(model, optimizer, scheduler, [own], config.tidar.ar_loss_weight, ranks)
 
         return take
 
@@ -105,7 +125,8 @@ def _steps(config: Config, fractions: list[float]) -> tuple[dict[str, Callable[[
 
 def _batch(sequences: list[PackedSequence], config: Config, fraction: float | None) -> Batch:
     chosen = None
+    assert config.tidar.mask_token_id is not None
     if fraction is not None and fraction < 1:
         m = max(1, round(fraction * config.blocks))
         chosen = np.stack([choose_blocks(config.blocks, m, 0, number) for number in range(len(sequences))])
-    return make_batch(sequences, config.tidar.block_size, VOCABULARY - 1, fraction is not None, chosen)
+    return make_batch(sequences, config.tidar.block_size, config.tidar.mask_token_id, fraction is not None, chosen)

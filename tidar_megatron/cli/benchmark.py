@@ -28,7 +28,23 @@ REPEATS = {
     "step": 7,
 }
 OF_A_MODEL = ("decode", "planner", "step")
+SIZES = {  # flags for the sizes of a model, and their help
+    "num_layers": "layers [6]",
+    "hidden_size": "width [training 384, loss 256]",
+    "ffn_hidden_size": "width of the feed-forward layer [1024]",
+    "num_attention_heads": "query heads [training 6, attention 8]",
+    "num_query_groups": "K/V heads [2]",
+    "kv_channels": "channels of a head [training: width / heads, attention 64]",
+    "vocab_size": "token ids [training 4096, loss 49152]",
+    "tokens": "clean tokens of a step [4096], or tokens of the loss [4096]",
+}
 MEANT_FOR = {
+    **dict.fromkeys(SIZES, ("training",)),
+    "num_attention_heads": ("training", "attention"),
+    "kv_channels": ("training", "attention"),
+    "hidden_size": ("training", "loss"),
+    "vocab_size": ("training", "loss"),
+    "tokens": ("training", "loss"),
     "seq_lengths": ("attention", "training", "loader"),
     "diffusion_block_fractions": ("training",),
     "chunk_size": ("attention", "training"),
@@ -109,12 +125,15 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of a model [128]")
     help_of_bodies = "planner: own, useless (drafts), 11M or 88M, and @THREADS where not torch's [own]"
     parser.add_argument("--bodies", nargs="+", metavar="NAME[@N]", help=help_of_bodies)
+    for name, about in SIZES.items():
+        parser.add_argument(flag(name), type=int, metavar="N", help=about)
     parser.add_argument("--plot", metavar="FILE.png", help="training: draw step time over S")
     parser.add_argument("--json", action="store_true", help="print one JSON object, as the last line")
     arguments = parser.parse_args()
     seq_lengths = arguments.seq_lengths or SEQ_LENGTHS.get(arguments.what, [])
     fractions, chunk_size = arguments.diffusion_block_fractions or [1.0, 0.25], arguments.chunk_size
     chunk_size = 256 if chunk_size is None else chunk_size
+    sizes = {name: getattr(arguments, name) for name in SIZES}
     repeats = REPEATS[arguments.what] if arguments.repeats is None else arguments.repeats
     for name, values in (
         ("--seq-lengths", seq_lengths),
@@ -122,6 +141,7 @@ def main() -> None:
         ("--threads", [1 if arguments.threads is None else arguments.threads]),
         ("--chunk-size", [chunk_size]),
         *((flag(name), getattr(arguments, name) or []) for name in ("contexts", "batch_sizes")),
+        *((flag(name), [1 if sizes[name] is None else sizes[name]]) for name in SIZES),
     ):
         if wrong := [value for value in values if value < 1]:
             raise UserError(f"{name} {wrong[0]}: must be at least 1")
@@ -165,17 +185,20 @@ def main() -> None:
         with importing():
             from tidar_megatron.benchmark.training import training
 
-        result = training(seq_lengths, fractions, repeats, chunk_size)
+        model = {name: size for name, size in sizes.items() if size is not None and name != "tokens"}
+        result = training(seq_lengths, fractions, repeats, chunk_size, model, sizes["tokens"])
     elif arguments.what == "attention":
         with importing():
             from tidar_megatron.benchmark.attention import attention
 
-        result = attention(seq_lengths, repeats, chunk_size)
+        result = attention(
+            seq_lengths, repeats, chunk_size, heads=sizes["num_attention_heads"], channels=sizes["kv_channels"]
+        )
     elif arguments.what == "loss":
         with importing():
             from tidar_megatron.benchmark.loss import loss
 
-        result = loss(repeats)
+        result = loss(repeats, sizes["hidden_size"], sizes["vocab_size"], sizes["tokens"])
     elif arguments.what == "checkpoint":
         with importing():
             from tidar_megatron.benchmark.checkpoint import checkpoint

@@ -27,6 +27,7 @@ COMMANDS = {  # each is the module of its name
     "check-layout": "compare every parallel layout with one rank",
     "plan": "find the fastest layouts that fit a number of GPUs",
     "benchmark": "measure training and decoding against plain AR",
+    "gpu-check": "check and measure everything that needs a GPU, in ten minutes",
 }
 UNDER_TORCHRUN = ("pretrain", "check-layout")
 

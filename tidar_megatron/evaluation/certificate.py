@@ -29,7 +29,7 @@ from tidar_megatron.inference.sampling import SamplingOptions
 from tidar_megatron.inference.sequence import Sequence as Decoding
 from tidar_megatron.precision import full_float32
 
-TIE = 1e-4  # largest difference of two float32 logits that tie; narrower dtypes allow more, see _tie
+TIE = 1e-4  # largest difference of two float32 logits that tie; narrower dtypes allow more, see tie_gap
 MOST_TIES = 0.01  # largest fraction of prompts with a tie
 LEAST_P_VALUE = 1e-4
 BATCHES = (1, 8)
@@ -239,12 +239,14 @@ def _run(
         rows = {"ours": watch.row, "transformers": stock.generate(prompt, place + 1)[1]}
         apart = {of: None if row is None else abs(float(row[token] - row[other])) for of, row in rows.items()}
         found = {"prompt": number, "position": place, "tokens": [token, other], "logits_apart": apart}
-        tie = all(gap is not None and gap <= _tie(model.dtype, rows["transformers"][other]) for gap in apart.values())
+        tie = all(
+            gap is not None and gap <= tie_gap(model.dtype, rows["transformers"][other]) for gap in apart.values()
+        )
         (run.ties if tie else run.differences).append(found)
     return run
 
 
-def _tie(dtype: torch.dtype, logit: Tensor) -> float:
+def tie_gap(dtype: torch.dtype, logit: Tensor) -> float:
     """Return the largest difference of two logits that are equal up to rounding."""
     return TIE if dtype == torch.float32 else max(TIE, 4 * torch.finfo(dtype).eps * abs(float(logit)))
 
