@@ -110,6 +110,7 @@ def _steps(config: Config, fractions: list[float]) -> tuple[dict[str, Callable[[
 
     def step(fraction: float | None) -> Callable[[], object]:
         batch = _batch([sequence] * config.training.micro_batch_size, config, fraction)
+        batch.attention_plan = chunks[0].attention_schedules.plan(batch.visibility_on_host, batch.tokens.shape[1])
         batch = batch.pinned() if has_gpu() else batch
 
         def take() -> object:

@@ -61,7 +61,6 @@ def _environment(device: str | None, cache: str) -> dict[str, str]:
     ours = {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "PYTHONUNBUFFERED": "1",
-        "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0",  # containers of NVIDIA set 1: float32 would be compared in TF32
         "HF_HUB_OFFLINE": "1",
         "WANDB_MODE": "disabled",
         "TIDAR_CACHE": cache,

@@ -7,8 +7,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +19,7 @@ from tidar_megatron.errors import UserError
 from tidar_megatron.gpu_check.lines import append, keep, skipped, take_kept
 from tidar_megatron.gpu_check.sections import BROKEN_DEVICE, SECTIONS, limit
 from tidar_megatron.gpu_check.setting import Setting, one_line
+from tidar_megatron.precision import full_float32
 from tidar_megatron.program import run_tool
 
 
@@ -93,7 +93,7 @@ def run_section(
     with tempfile.TemporaryDirectory(prefix="gpu_check_", ignore_cleanup_errors=True) as folder:
         setting = Setting(device, tiny, Path(folder), deadline, keep)
         try:
-            with _full_precision():
+            with full_float32(tell=False):
                 import_module(section.module).check(setting)
         except KeyboardInterrupt:
             raise
@@ -106,17 +106,6 @@ def run_section(
     line |= {"seconds": round(time.monotonic() - start, 2)}
     line |= {"device": device.type, "stopped_early": setting.stopped_early, "summary": setting.summary}
     return line | setting.found
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Compute float32 products in float32, not in TF32, within this block: they are compared with a reference."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 if __name__ == "__main__":
