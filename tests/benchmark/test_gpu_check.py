@@ -177,6 +177,15 @@ def test_a_process_that_dies_or_hangs_does_not_stop_the_rest(tmp_path, monkeypat
 
 
 @pytest.mark.process
+def test_results_are_not_lost_to_a_device_that_cannot_be_used(tmp_path, monkeypatch):
+    (tmp_path / "lines.jsonl").write_text('{"of": "before"}\n')
+    monkeypatch.setattr(supervisor, "WORKER", (sys.executable, "-c", "import sys; sys.exit(2)"))
+    with pytest.raises(SystemExit, match="2"):
+        supervisor.supervise([0], 60, tmp_path / "lines.jsonl", "cpu", tiny=True)
+    assert read(tmp_path / "lines.jsonl") == [{"of": "before"}]
+
+
+@pytest.mark.process
 def test_it_starts_where_nothing_is_installed(tmp_path):
     """Without any package, and from another folder."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

@@ -43,6 +43,7 @@ def supervise(
         SystemExit: The device cannot be used; the worker has said why.
     """
     deadline = time.monotonic() + seconds
+    earlier = output.read_text(encoding="utf-8") if output.exists() else ""
     output.write_text("", encoding="utf-8")
     take_kept(output)
     with tempfile.TemporaryDirectory(prefix="gpu_check_cache_") as cache:
@@ -51,7 +52,11 @@ def supervise(
                 append(output, skipped(remaining[0], SECTIONS[remaining[0]].name))
                 continue
             asked = {"sections": remaining, "deadline": deadline, "output": str(output), "device": device, "tiny": tiny}
-            error = _attend(asked, _environment(device, cache))
+            try:
+                error = _attend(asked, _environment(device, cache))
+            except SystemExit:
+                output.write_text(earlier, encoding="utf-8")
+                raise
             if error is not None and (left := list(sections)[len(read(output)) :]):
                 append(output, failed(left[0], SECTIONS[left[0]].name, *error) | take_kept(output))
     return read(output)
