@@ -11,7 +11,7 @@ import types
 import pytest
 import torch
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, THOROUGH
 from tests.programs import call
 from tidar_megatron.benchmark.timing import calls_per_sample, median_seconds
 from tidar_megatron.errors import UserError
@@ -37,7 +37,7 @@ def run(output, sections, seconds=600.0):
     return [strict(line) for line in output.read_text().splitlines()]
 
 
-@pytest.mark.slow
+@pytest.mark.skipif(not THOROUGH, reason="takes 10 s: make test-slow runs it, and .ci/run the program itself")
 @pytest.mark.process
 def test_all_sections_on_a_cpu(tmp_path, monkeypatch):
     """What only a GPU can do is named in the line."""
