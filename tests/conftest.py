@@ -50,8 +50,8 @@ def _nothing_old_is_collected():
 HEAVY = """
 training/test_layout_check training/test_parity launch/test_signals launch/test_two_nodes inference/test_sampling
 checkpoint/test_own_parts models/test_padded_vocabulary checkpoint/test_convert inference/test_static
-planning/test_plan_measured models/test_attention evaluation/test_certificate inference/test_decoding training/test_resume
-checkpoint/test_init_from training/test_dashboards evaluation/test_tasks models/test_gpu_packages
+planning/test_plan_measured models/test_attention evaluation/test_certificate inference/test_decoding
+training/test_resume checkpoint/test_init_from training/test_dashboards evaluation/test_tasks models/test_gpu_packages
 benchmark/test_benchmark inference/test_serving inference/test_model_benchmarks inference/test_planner
 """.split()
 
