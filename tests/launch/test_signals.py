@@ -5,7 +5,7 @@ import signal
 import socket
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -107,7 +107,8 @@ def test_a_signal_during_the_imports_and_to_every_process_of_the_job(shards, tmp
         wait_for(lambda: (latest_iteration(folder) or 0) >= 4, 240, "saves", log)
         assert not (folder / RUN_STATE).exists()
         while run.poll() is None:
-            os.killpg(run.pid, signal.SIGUSR1)  # `forked` made it the leader of a session
+            with suppress(ProcessLookupError):  # it has just ended
+                os.killpg(run.pid, signal.SIGUSR1)  # `forked` made it the leader of a session
             time.sleep(0.05)
         assert run.returncode == INTERRUPTED_STATUS, log.read_text()[-4000:]
     assert (folder / RUN_STATE).read_text() == "interrupted\n"
