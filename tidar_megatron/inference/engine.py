@@ -139,9 +139,10 @@ class Engine:
         for sequence, of_rows in zip(served, logits.of([s.rows for s in served]), strict=True):
             _guarded(sequence, sequence.accept, of_rows)
         rows = [sequence.draft_rows for sequence in served]
-        for sequence, of_rows in zip(served, logits.of(rows), strict=True):
-            if len(of_rows.logits):
-                _guarded(sequence, sequence.draft, of_rows)
+        if any(rows):
+            for sequence, own, of_rows in zip(served, rows, logits.of(rows), strict=True):
+                if own:
+                    _guarded(sequence, sequence.draft, of_rows)
         parts = {sequence: sequence.last_part.layout.num_tokens for sequence in served}
         seconds, size = time.perf_counter() - start, sum(parts.values())
         if planner is not None:
