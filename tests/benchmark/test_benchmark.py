@@ -16,6 +16,8 @@ from tidar_megatron.benchmark.measuring import Spread, Timings, peak_bytes
 from tidar_megatron.benchmark.report import plot, show
 from tidar_megatron.distributed.groups import shut_down
 
+LONG = pytest.mark.skipif(not THOROUGH, reason="takes 10 s: make test-slow runs it, and .ci/run the program itself")
+
 
 def run(*arguments):
     return call("tools/benchmark.py", *arguments)
@@ -27,7 +29,9 @@ def run(*arguments):
     [
         ("attention", {"seq_length", "backend", "over_causal", "peak_extra_bytes"}),
         ("training", {"seq_length", "parameters", "diffusion_block_fraction", "tidar_over_ar"}),
-        pytest.param("loader", {"seq_length", "building_seconds", "waiting_over_building"}, marks=pytest.mark.process),
+        pytest.param(
+            "loader", {"seq_length", "building_seconds", "waiting_over_building"}, marks=[pytest.mark.process, LONG]
+        ),
     ],
 )
 def test_rows(what, keys, tmp_path, monkeypatch):

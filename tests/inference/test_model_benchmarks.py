@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from tests.conftest import THOROUGH
 from tests.inference.conftest import make_causal_lm
 from tests.programs import call
 from tidar_megatron.benchmark import bodies, planner
@@ -54,7 +55,7 @@ def test_useless_drafts_change_no_text_and_are_not_accepted(trained, prompts):
     assert in_body(trained, "own") is trained
 
 
-@pytest.mark.slow
+@pytest.mark.skipif(not THOROUGH, reason="takes 7 s: make test-slow runs it, and .ci/run the program itself")
 def test_the_planner_against_every_plan(trained, prompts, monkeypatch):
     monkeypatch.setattr(planner, "LENGTHS", (2, 4))
     threads = torch.get_num_threads()
