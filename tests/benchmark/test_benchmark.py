@@ -7,6 +7,7 @@ import types
 import pytest
 import torch
 
+from tests.conftest import THOROUGH
 from tests.programs import call, own_lines
 from tidar_megatron.benchmark import attention as attention_benchmark
 from tidar_megatron.benchmark import loss as loss_benchmark
