@@ -1,4 +1,4 @@
-"""Read JSON files that other programs wrote; an error is one line that names the file."""
+"""Read JSON files that other programs wrote, with one line that names the file as the error; write standard JSON."""
 
 import json
 import math
@@ -10,6 +10,15 @@ from typing import Any, TypeGuard
 from tidar_megatron.errors import UserError
 
 SHOWN = 60  # characters of a value in a message
+
+
+def finite(value: Any) -> Any:
+    """Return ``value`` with None for every number that is infinite or NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_object(path: Path, missing: str = "copy the folder again") -> dict[str, Any]:

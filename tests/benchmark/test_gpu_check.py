@@ -40,7 +40,7 @@ def run(output, sections, seconds=600.0):
 @pytest.mark.skipif(not THOROUGH, reason="takes 10 s: make test-slow runs it, and .ci/run the program itself")
 @pytest.mark.process
 def test_all_sections_on_a_cpu(tmp_path, monkeypatch):
-    """What only a GPU can do is named in the line."""
+    """A line names what only a GPU can do."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
     lines = run(tmp_path / "lines.jsonl", range(len(SECTIONS)))
     assert [line["section"] for line in lines] == list(range(10))

@@ -31,7 +31,7 @@ def test_identical_tied_and_different(folder, monkeypatch):
 
 
 def test_logits_of_a_long_text_are_of_its_end(folder):
-    """Which is read in pieces."""
+    """The prompt is read in pieces."""
     model = load_model(folder, "cpu", "float32")
     text = torch.randint(250, (CHUNK + 30,), generator=torch.Generator().manual_seed(0)).tolist()
     first = generate(model, text, DecodeOptions("ar", max_new_tokens=1, ignore_eos=True)).token_ids

@@ -1,4 +1,4 @@
-"""What examples/launch.sh sets for CUDA, unless the user did; torchrun is a stub."""
+"""The variables that examples/launch.sh sets for CUDA, unless the user did; torchrun is a stub."""
 
 import os
 import subprocess

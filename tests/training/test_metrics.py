@@ -77,7 +77,7 @@ def test_a_terminal_has_a_progress_bar(monkeypatch):
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
 def test_the_time_left_counts_tokens(fraction):
-    """With S = 64: a step of the warm-up has 64 tokens, a joint step 128, or 96 with masks in half of the blocks."""
+    """A step of the warm-up has 64 tokens, a joint step 128, or 96 with masks in half of the blocks."""
     config = build_config(
         {
             "training": {"train_iters": 100},

@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tidar_megatron.benchmark.timing import calls_per_sample, seconds_of, synchronize
+from tidar_megatron.benchmark.timing import calls_per_sample, peak_gpu_bytes, seconds_of
 from tidar_megatron.distributed.platform import device
 from tidar_megatron.inference.costs import processor
 
@@ -72,12 +72,7 @@ def peak_bytes(run: Callable[[], object]) -> int:
     """Return the peak bytes of tensors made during ``run``; on a CPU, memory that kernels allocate is not counted."""
     where = device()
     if where.type == "cuda":
-        synchronize(where)
-        torch.cuda.reset_peak_memory_stats(where)
-        before = torch.cuda.memory_allocated(where)
-        run()
-        synchronize(where)
-        return torch.cuda.max_memory_allocated(where) - before
+        return peak_gpu_bytes(run, where)
     with _LiveStorages() as live:
         run()
     return live.peak

@@ -1,4 +1,4 @@
-"""The time of a call on its device: by CUDA events on a GPU, by the clock on a CPU.
+"""The time of a call on its device, by CUDA events on a GPU and by the clock on a CPU, and its peak memory on a GPU.
 
 Only torch is imported, so that a bare machine can use it.
 """
@@ -18,6 +18,16 @@ def synchronize(where: torch.device) -> None:
     """Wait until the device has finished its work."""
     if where.type == "cuda":
         torch.cuda.synchronize(where)
+
+
+def peak_gpu_bytes(call: Callable[[], object], where: torch.device) -> int:
+    """Return the peak of memory on a GPU during ``call``, beyond what was allocated before."""
+    synchronize(where)
+    torch.cuda.reset_peak_memory_stats(where)
+    before = torch.cuda.memory_allocated(where)
+    call()
+    synchronize(where)
+    return torch.cuda.max_memory_allocated(where) - before
 
 
 def seconds_of(call: Callable[[], object], where: torch.device, calls: int = 1) -> float:

@@ -12,7 +12,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tidar_megatron.attention_mask import training_layout
 from tidar_megatron.benchmark.timing import median_seconds
-from tidar_megatron.gpu_check.memory import peak_extra_bytes
 from tidar_megatron.gpu_check.setting import NOT_ON_A_CPU, Setting
 from tidar_megatron.models.attention import hybrid_attention, make_schedule
 
@@ -137,7 +136,8 @@ def _times(setting: Setting, rows: list[dict[str, Any]]) -> None:
                     run = partial(_both_ways, _attending(setting, visibility, backend, channels), tensors)
                     seconds = median_seconds(run, setting.device, samples)
                     row |= {"milliseconds": 1e3 * seconds, "over_causal": seconds / causal}
-                    row |= {"causal_milliseconds": 1e3 * causal, "peak_extra_bytes": peak_extra_bytes(run, setting)}
+                    row |= {"causal_milliseconds": 1e3 * causal}
+                    row |= {"peak_extra_bytes": setting.peak_extra_bytes(run)}
                     rows.append(row)
 
 

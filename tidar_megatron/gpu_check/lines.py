@@ -1,10 +1,12 @@
 """The file of results: one line of standard JSON for each section, on the disk before the next section begins."""
 
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
+
+from tidar_megatron.files import replace_text
+from tidar_megatron.json_files import finite
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
@@ -17,15 +19,13 @@ def append(path: Path, line: dict[str, Any]) -> None:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """Return the lines of the file; one that its writer did not finish is left out."""
-    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
-    return [json.loads(line) for line in whole.splitlines()]
+    finished = path.read_text(encoding="utf-8").rpartition("\n")[0]
+    return [json.loads(line) for line in finished.splitlines()]
 
 
 def keep(output: Path, found: dict[str, Any]) -> None:
     """Write what a section has found so far beside ``output``, for the case that its process ends."""
-    part = _kept(output)
-    part.with_suffix(".new").write_text(json.dumps(finite(found)), encoding="utf-8")
-    os.replace(part.with_suffix(".new"), part)
+    replace_text(_kept(output), json.dumps(finite(found)))
 
 
 def take_kept(output: Path) -> dict[str, Any]:
@@ -40,15 +40,6 @@ def take_kept(output: Path) -> dict[str, Any]:
 
 def _kept(output: Path) -> Path:
     return output.with_name(f"{output.name}.part")
-
-
-def finite(value: Any) -> Any:
-    """Return ``value`` with None for every number that is infinite or NaN, which JSON does not have."""
-    if isinstance(value, dict):
-        return {str(name): finite(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def failed(number: int, name: str, error: str, seconds: float) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tidar_megatron.benchmark.timing import median_seconds
-from tidar_megatron.gpu_check.memory import peak_extra_bytes
 from tidar_megatron.gpu_check.setting import NOT_ON_A_CPU, Setting
 from tidar_megatron.models.cross_entropy import linear_cross_entropy
 
@@ -58,7 +57,7 @@ def check(setting: Setting) -> None:
         seconds = median_seconds(run, setting.device, setting.size(5, 1))
         flops = 3 * 2 * tokens * hidden_size * vocabulary
         rows[name] = {"milliseconds": 1e3 * seconds, "tflops": flops / seconds / 1e12}
-        rows[name] |= {"peak_extra_bytes": peak_extra_bytes(run, setting)}
+        rows[name] |= {"peak_extra_bytes": setting.peak_extra_bytes(run)}
     (ours, *gradients), (theirs, *expected) = both_ways(chunked), both_ways(whole)
     errors = [float((a.float() - b).norm() / b.float().norm()) for a, b in zip(gradients, expected, strict=True)]
     off = abs(float(ours - theirs) / float(theirs))

@@ -1,4 +1,4 @@
-"""What every section of the check is given: the device, the sizes to use, a folder and the time left."""
+"""The setting of a section of the check: the device, the sizes to use, a folder and the time left."""
 
 import gc
 import time
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from tidar_megatron.benchmark.timing import peak_gpu_bytes
 
 NOT_ON_A_CPU = "not on a CPU"
 
@@ -60,12 +62,16 @@ class Setting:
     @contextmanager
     def part(self, share: float) -> Iterator[None]:
         """Allow only a share of the time that is left, for one of several parts of a section."""
-        whole, now = self.deadline, time.monotonic()
-        self.deadline = now + share * max(0.0, whole - now)
+        before, now = self.deadline, time.monotonic()
+        self.deadline = now + share * max(0.0, before - now)
         try:
             yield
         finally:
-            self.deadline = whole
+            self.deadline = before
+
+    def peak_extra_bytes(self, run: Callable[[], object]) -> int | None:
+        """Return the peak of memory during ``run`` beyond what was allocated before; None on a CPU."""
+        return peak_gpu_bytes(run, self.device) if self.on_gpu else None
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """Return a new list of rows among the results."""

@@ -24,12 +24,13 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from tidar_megatron.attention_kernels import HALF
 from tidar_megatron.errors import UserError
 from tidar_megatron.inference.attention import ATTENTION_NAME, UnknownAttentionError
 from tidar_megatron.inference.cache import KVPool
 from tidar_megatron.inference.forward import ForwardLayout, PackedForward, Part
 from tidar_megatron.inference.model import DecodeModel
-from tidar_megatron.inference.upcast import HALF, in_float32
+from tidar_megatron.inference.upcast import in_float32
 from tidar_megatron.precision import full_float32
 
 LENGTHS = (48, 24, 9, 3)  # tokens of the sequences that are compared

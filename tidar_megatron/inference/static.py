@@ -29,7 +29,8 @@ from tidar_megatron.inference.forward import (
 )
 from tidar_megatron.inference.model import DecodeModel
 
-# sizes of a sequence's part, all exact for K = 2, 4, 8, 16 with one, two and all branches, 20, 72 and 272 among them
+# The sizes of a sequence's part. Plans with K = 2, 4, 8 or 16 and one, two or all branches need no padding: all
+# branches are 6, 20, 72 and 272 tokens.
 TOKENS = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 48, 64, 72, 96, 128, 192, 272, 320)
 MARGIN = max(larger - size for size, larger in pairwise(TOKENS)) - 1  # tokens that rounding up may add to a part
 

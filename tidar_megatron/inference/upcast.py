@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-HALF = (torch.float16, torch.bfloat16)
+from tidar_megatron.attention_kernels import HALF
 
 
 @contextmanager

@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -16,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from tidar_megatron.config import Config
 from tidar_megatron.errors import UserError
 from tidar_megatron.files import replace_text
-from tidar_megatron.json_files import not_a_file
+from tidar_megatron.json_files import finite, not_a_file
 from tidar_megatron.training.dashboards import Dashboard, TensorBoard, Values, WandB
 from tidar_megatron.training.generations import Said
 
@@ -45,21 +44,12 @@ class JsonLines:
 
     def write(self, iteration: int, values: Values) -> None:
         """Append one object and flush it; NaN and infinite numbers become null."""
-        self.file.write(json.dumps(_finite({"iteration": iteration, **values}), allow_nan=False) + "\n")
+        self.file.write(json.dumps(finite({"iteration": iteration, **values}), allow_nan=False) + "\n")
         self.file.flush()
 
     def close(self) -> None:
         """Flush and close the file."""
         self.file.close()
-
-
-def _finite(value: Any) -> Any:
-    """Replace NaN and infinite numbers, such as the loss of a skipped step, by None, because JSON has neither."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def iteration_of(line: str) -> float:
