@@ -46,9 +46,9 @@ TROUBLES = {
     "stopped while groups are made": ([2], (parallel_state, "initialize_model_parallel"), hang),
     "killed while loading": ([1], (Checkpoints, "load"), kill),
     "fails while loading": ([2], (Checkpoints, "load"), fail),
-    "fails as it reads the data": ([1], (resolve, "load_tokenizer"), fail),
-    "refuses alone": ([2], (resolve, "load_tokenizer"), refuse),
-    "all refuse": ([0, 1, 2], (resolve, "load_tokenizer"), refuse),
+    "fails as it reads the data": ([1], (resolve, "tokenizer_of"), fail),
+    "refuses alone": ([2], (resolve, "tokenizer_of"), refuse),
+    "all refuse": ([0, 1, 2], (resolve, "tokenizer_of"), refuse),
 }
 
 
@@ -57,6 +57,7 @@ def trouble(name, rank):
     whose, (place, function), what = TROUBLES[name]
     startup.BEAT, startup.SILENT, startup.GRACE, startup.ALIKE = 0.2, 20.0, 3.0, 3.0
     if rank in whose:
+        getattr(place, function)  # a renamed function fails here; setattr would do no harm to anybody
         setattr(place, function, lambda *arguments, **named: what())
 
 
