@@ -1,6 +1,7 @@
 """Two nodes on one machine, DP 2 and PP 2 across them, the losses of one node.
 
-DP 2 is launched as a user does, by examples/launch.sh once on each node; the ranks of PP 2 are forked into the nodes.
+The thorough profile launches DP 2 as a user does, by examples/launch.sh once on each node; otherwise the ranks are
+forked into the nodes, which saves their imports.
 The nodes are two network namespaces joined by a cable (a veth pair), so nothing but the network connects the two
 agents and their ranks; that takes root and iproute2. Elsewhere the agents meet on two loopback addresses.
 """
@@ -15,6 +16,7 @@ from functools import partial
 
 import pytest
 
+from tests.conftest import THOROUGH
 from tests.launch.launching import CONFIG, TINY, losses, started, steps
 from tests.ranks import Process, run_ranks
 
@@ -131,7 +133,7 @@ def test_losses_of_two_nodes_equal_those_of_one(shards, tmp_path, layout):
             log = tmp_path / f"two{rank}.log"
             variables = {"MASTER_ADDR": nodes.addresses[0], "MASTER_PORT": port}
             variables["GLOO_SOCKET_IFNAME"] = nodes.devices[rank]
-            if layout == "DP 2":
+            if THOROUGH and layout == "DP 2":
                 variables |= {"NNODES": 2, "NODE_RANK": rank, "GPUS_PER_NODE": 1}
                 running.append(stack.enter_context(started(nodes.on(rank, command), log, **variables)))
             else:

@@ -101,11 +101,13 @@ class _CudaLiteralsToCpu(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if str(kwargs.get("device", "")).startswith("cuda"):
-            kwargs = {**kwargs, "device": "cpu"}
-        if "pin_memory" in kwargs:
-            kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"}
+        if not kwargs:  # of most calls, and every call of a run passes here
+            kwargs = {}
+        else:
+            if str(kwargs.get("device", "")).startswith("cuda"):
+                kwargs = {**kwargs, "device": "cpu"}
+            if "pin_memory" in kwargs:
+                kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"}
         if func is torch.Tensor.cuda:
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
