@@ -136,7 +136,7 @@ def test_local_tasks_by_a_plan_and_by_ar(folder, files):
     assert rows["answers"]["tokens_per_forward"] >= 1
     assert "tokens_per_forward" not in rows["choices"]
     # the multiple choice by hand: the likeliest of the three
-    causal_lm = model.causal_lm
+    causal_lm = load_model(folder, keep_weights=True).causal_lm
     causal_lm.set_attn_implementation("sdpa")
     right = 0
     for line in map(json.loads, (files / "choices.jsonl").read_text().splitlines()):

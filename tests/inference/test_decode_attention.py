@@ -91,7 +91,7 @@ def test_packed_attention_is_grouped_query_attention_of_each(parts, heads, dtype
             patch.setattr(attention_kernels, "has_flash", lambda device: False)
             patch.setattr(forward, "has_flash", lambda device: False)
         patch.setattr(torch, "get_num_threads", lambda: threads)
-        patch.setattr(forward, "SHORT", max(short, 0))
+        patch.setattr(forward, "KEPT_PREFIX", max(short, 0))
         patch.setattr(forward, "MOST_KEPT", 0 if short < 0 else forward.MOST_KEPT)
         forward._kept_bias.cache_clear()
         out = packed.attend(3, query, key, value, 0.3)

@@ -30,7 +30,7 @@ def test_ties_are_counted_apart_from_differences(monkeypatch):
 def test_rows(checkpoint):
     model = load_model(checkpoint)
     prompts = [list(b"hello world"), list(b"another one")]
-    assistant = load_model(checkpoint).causal_lm
+    assistant = load_model(checkpoint, keep_weights=True).causal_lm
     assistant.set_attn_implementation("sdpa")
     found = decode(model, checkpoint, prompts, [16, 4096], [1, 2], 12, 1, assistant)
     assert found["skipped"] == [4096]

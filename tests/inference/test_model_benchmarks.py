@@ -9,11 +9,13 @@ from tests.conftest import THOROUGH
 from tests.inference.conftest import make_causal_lm
 from tests.programs import call
 from tidar_megatron.benchmark import bodies, planner
-from tidar_megatron.benchmark.bodies import grown, in_body, with_useless_drafts
+from tidar_megatron.benchmark.bodies import grown, with_useless_drafts
 from tidar_megatron.benchmark.measuring import allocated_bytes
 from tidar_megatron.benchmark.step import step
 from tidar_megatron.errors import UserError
+from tidar_megatron.inference.cache import rounded_keys
 from tidar_megatron.inference.engine import Engine, generate
+from tidar_megatron.inference.forward import Rows
 from tidar_megatron.inference.loading import load_model
 from tidar_megatron.inference.request import DecodeOptions, parse_plan
 from tidar_megatron.inference.wrapping import wrap_model
@@ -52,7 +54,6 @@ def test_useless_drafts_change_no_text_and_are_not_accepted(trained, prompts):
         assert [g.token_ids for g in made] == [g.token_ids for g in plain]
         forwards[name] = sum(g.forwards for g in made)
     assert forwards["useless"] > 1.5 * forwards["trained"]
-    assert in_body(trained, "own") is trained
 
 
 @pytest.mark.skipif(not THOROUGH, reason="takes 7 s: make test-slow runs it, and .ci/run the program itself")
@@ -85,7 +86,7 @@ def test_a_step_against_a_bare_forward(checkpoint):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_bytes_of_a_step_do_not_grow_with_the_context(causal_lm, plan, batch):
     """Steps of as many tokens take as many bytes behind 600 tokens as behind 1900 (fewer than the 512 that
-    a kernel goes through at a time make its room smaller), kernels' own included."""
+    a kernel goes through at a time make its room smaller), kernels' own included; but for a batch's mask, once."""
     model = wrap_model(causal_lm("llama", torch.float32, max_position_embeddings=2048))
     options = parse_plan(plan)
     taken = {}
@@ -106,7 +107,9 @@ def test_bytes_of_a_step_do_not_grow_with_the_context(causal_lm, plan, batch):
     same = taken[600].keys() & taken[1900].keys()
     assert same
     for key in same:
-        assert taken[1900][key] <= taken[600][key] * 1.02, key
+        mask = batch * Rows.of(2, key[0].num_tokens, torch.device("cpu")).padded * 4  # bytes per key
+        more = mask * (rounded_keys(1940) - rounded_keys(601)) if batch > 1 else 0
+        assert taken[1900][key] <= taken[600][key] * 1.02 + more, key
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tidar_megatron.errors import UserError
+from tidar_megatron.inference.lean import use_lean_forward
 from tidar_megatron.inference.model import DecodeModel
 from tidar_megatron.inference.wrapping import wrap_model
 
@@ -24,10 +25,16 @@ INTO_STREAM = ("o_proj.weight", "down_proj.weight", "embed_tokens.weight", "lm_h
 
 
 def in_body(model: DecodeModel, body: str) -> DecodeModel:
-    """Return ``model`` for ``own``, :func:`with_useless_drafts` of it for ``useless``, else :func:`grown` of it."""
+    """Return a copy of ``model`` in a body (``own``, ``useless``, or one of :data:`BODIES`), laid out for decoding.
+
+    ``useless`` is :func:`with_useless_drafts`, a larger body is :func:`grown`.
+    """
     if body == "own":
-        return model
-    return with_useless_drafts(model) if body == "useless" else grown(model, body)
+        made = wrap_model(deepcopy(model.causal_lm), model.tokenizer)
+    else:
+        made = with_useless_drafts(model) if body == "useless" else grown(model, body)
+    use_lean_forward(made, take=True)
+    return made
 
 
 def grown(model: DecodeModel, body: str) -> DecodeModel:

@@ -112,7 +112,7 @@ class _LiveStorages(TorchDispatchMode):
 
 def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
-        return [value]
+        return [] if value.is_mkldnn else [value]  # the weights that oneDNN laid out have no storage to ask
     return [tensor for part in value for tensor in _tensors(part)] if isinstance(value, list | tuple) else []
 
 

@@ -79,7 +79,7 @@ def run_model(arguments: argparse.Namespace, repeats: int) -> dict[str, Any]:
             raise UserError(f"--bodies {name}: use own, useless, {', '.join(BODIES)}, or one of them and @THREADS")
         settings.append((body, int(threads) if threads else torch.get_num_threads()))
     texts = read_prompts(arguments.prompts)
-    model = load_model(arguments.model)
+    model = load_model(arguments.model, keep_weights=arguments.what == "planner")  # which grows it
     if arguments.what in ("planner", "step") and model.mask_token_id is None:
         raise UserError(f"--model {arguments.model}: cannot draft; export a TiDAR checkpoint")
     prompts = [encode_prompt(model, text) for text in texts]
@@ -97,7 +97,7 @@ def run_model(arguments: argparse.Namespace, repeats: int) -> dict[str, Any]:
         return planner(model, prompts, settings, new, repeats)
     if arguments.what == "step":
         return step(model, arguments.model, prompts, contexts, new, repeats)
-    assistant = load_model(arguments.assistant).causal_lm if arguments.assistant else None
+    assistant = load_model(arguments.assistant, keep_weights=True).causal_lm if arguments.assistant else None
     if assistant is not None:
         assistant.set_attn_implementation("sdpa")
     return decode(

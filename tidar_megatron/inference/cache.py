@@ -9,37 +9,62 @@ grow with the context.
 import torch
 from torch import Tensor
 
-from tidar_megatron.attention_kernels import HIDDEN, hiding
+BLOCK = 512  # torch's flash kernel for CPUs handles the keys in blocks of this size
+SIZES = (64, 128, 192, 384, BLOCK)  # sizes of the last block that give a row the same bits; 256 is not one of them
+
+
+def rounded_keys(length: int) -> int:
+    """Return the number of keys to read for ``length`` visible ones, so that no bit depends on tokens after a row.
+
+    The kernel adds up the values of a block in an order that depends on the size of the block, and so on how many
+    tokens a plan adds. With these sizes, masked keys at the end add exact zeros in an order that stays.
+    """
+    blocks, rest = divmod(length, BLOCK)
+    return blocks * BLOCK + (next(size for size in SIZES if size >= rest) if rest else 0)
 
 
 class KVPool:
     """A KV cache for ``slots`` sequences of up to ``capacity`` tokens, the uncommitted tokens of a forward included.
+
+    The capacity is rounded up (:func:`rounded_keys`).
 
     The K and V of a layer, ``[slots, N, capacity, D]`` each, are allocated by the layer's first write, when their shape
     is known whatever the model family.
     """
 
     def __init__(self, slots: int, capacity: int) -> None:
-        self.slots, self.capacity = slots, capacity
+        self.slots, self.capacity = slots, rounded_keys(capacity)
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-        self._bias: Tensor | None = None
+        self._views: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}  # by layer, slot and tokens; the last used
 
-    def write(self, layer: int, slot: int, length: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def write(
+        self, layer: int, slot: int, length: int, key: Tensor, value: Tensor, read: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Write keys and values, ``[1, N, T, D]`` each, after the first ``length`` tokens of a slot.
 
         Returns:
-            Views of the slot's K and V, ``[1, N, length + T, D]`` each.
+            Views of the slot's K and V, ``[1, N, read, D]`` each, by default ``length + T`` tokens; further ones are
+            stale and must be masked.
         """
-        stop = length + key.shape[2]
-        assert stop <= self.capacity
-        keys, values = self._of(layer, key, value)
-        keys, values = keys.narrow(0, slot, 1).narrow(2, 0, stop), values.narrow(0, slot, 1).narrow(2, 0, stop)
-        keys.narrow(2, length, stop - length).copy_(key)
-        values.narrow(2, length, stop - length).copy_(value)
+        tokens = key.shape[2]
+        read = length + tokens if read is None else read
+        assert length + tokens <= read <= self.capacity
+        keys, values = self._view(layer, slot, read, key, value)
+        keys.narrow(2, length, tokens).copy_(key)
+        values.narrow(2, length, tokens).copy_(value)
         return keys, values
 
+    def _view(self, layer: int, slot: int, read: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        view = self._views.get((layer, slot, read))
+        if view is None:
+            keys, values = (room[slot : slot + 1, :, :read] for room in self._of(layer, key, value))
+            if len(self._views) >= 64 * len(self._layers):  # views are cheap to make: keep those of the latest sizes
+                self._views.clear()
+            view = self._views[layer, slot, read] = keys, values
+        return view
+
     def write_side_by_side(
-        self, layer: int, slots: slice, places: Tensor, longest: int, key: Tensor, value: Tensor
+        self, layer: int, slots: slice, places: Tensor, read: int, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Write keys and values of n adjacent slots, ``[n, N, T, D]`` each.
 
@@ -47,36 +72,21 @@ class KVPool:
             layer: The layer's index.
             slots: The n slots.
             places: The position of each token in its slot, int64 ``[n, T]``.
-            longest: The number of tokens to read per slot, at least those of the longest sequence.
+            read: The number of tokens to read per slot, at least those of the longest sequence.
             key: The keys to write.
             value: The values to write.
 
         Returns:
-            Views of the slots' K and V, ``[n, N, longest, D]`` each; entries after the end of a shorter sequence are
-            stale and must be masked.
+            Views of the slots' K and V, ``[n, N, read, D]`` each; entries after the end of a sequence are stale and
+            must be masked.
         """
-        assert longest <= self.capacity
+        assert read <= self.capacity
         rows = [tensor[slots] for tensor in self._of(layer, key, value)]
         where = places[:, None, :, None]
         for room, new in zip(rows, (key, value), strict=True):
             room.scatter_(2, where.expand(new.shape), new)
-        keys, values = (room[:, :, :longest] for room in rows)
+        keys, values = (room[:, :, :read] for room in rows)
         return keys, values
-
-    def hidden_behind(self, lengths: Tensor, longest: int, dtype: torch.dtype) -> Tensor:
-        """Return the bias on scores that hides the positions from ``lengths``, int64 ``[n]``, up to ``longest``.
-
-        Returns:
-            ``[n, 1, 1, longest]`` of ``dtype``: 0 where visible, else a large negative number. All calls share one
-            buffer, so the next call overwrites it.
-        """
-        if self._bias is None or self._bias.dtype != dtype or self._bias.device != lengths.device:
-            self._bias = torch.zeros(self.slots, self.capacity, dtype=dtype, device=lengths.device)
-            self._places = torch.arange(self.capacity, dtype=torch.float32, device=lengths.device)
-        bias = self._bias[: len(lengths), :longest]
-        torch.sub((lengths - 0.5)[:, None], self._places[:longest], out=bias)
-        bias.clamp_(max=0).mul_(-4 * HIDDEN)
-        return bias.clamp_(min=hiding(dtype))[:, None, None]
 
     def read(self, layer: int, slot: int, length: int) -> tuple[Tensor, Tensor]:
         """Return views of the K and V of a slot's first ``length`` tokens, ``[N, length, D]`` each."""

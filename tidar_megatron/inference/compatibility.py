@@ -60,7 +60,7 @@ def check_compatible(model: DecodeModel) -> None:
     try:
         # Also compare the model itself: it may have hooks or a replaced forward, which a twin lacks.
         reason = _difference(model) or (
-            _difference(replace(model, causal_lm=_twin(causal_lm, lengths))) if lengths else None
+            _difference(replace(model, causal_lm=_twin(causal_lm, lengths), lean=None, head=None)) if lengths else None
         )
     except (torch.OutOfMemoryError, UserError):
         raise
@@ -85,7 +85,7 @@ def _difference(model: DecodeModel) -> str | None:
     _stock_logits(model, prompt)  # in its own dtype first: float32 would hide an error from mixed dtypes
     _engine_logits(model, [prompt], 0)
     with in_float32(model.causal_lm):
-        compared = replace(model)
+        compared = replace(model, lean=None, head=None)
         compared.dtype = torch.float32
         return _difference_as_it_is(compared)
 

@@ -213,6 +213,6 @@ def _best_seconds(model: DecodeModel, forwards: Sequence[tuple[int, int]], round
             for _ in range(2):  # the second run has warm caches, as decoding has
                 start = time.perf_counter()
                 hidden, _ = runner.run(parts)
-                model.logits(hidden[: min(size, 32)]).argmax(-1).tolist()
+                model.logits(hidden[: min(size, 32)]).max(-1).indices.tolist()  # argmax is 4 x slower
                 seconds[size, context] = min(seconds[size, context], time.perf_counter() - start)
     return seconds

@@ -19,11 +19,12 @@ from functools import cached_property, lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tidar_megatron.attention_kernels import attend, has_flash, hiding
 from tidar_megatron.attention_mask import INDEX, decode_layout, may_attend
-from tidar_megatron.inference.cache import KVPool
+from tidar_megatron.inference.cache import BLOCK, KVPool, rounded_keys
 
 
 class ForwardLayout(NamedTuple):
@@ -79,25 +80,53 @@ def local_mask(layout: ForwardLayout) -> Tensor:
     return may_attend(tokens, tokens)
 
 
-SHORT = 2048  # a prefix up to this length is part of the masked call: a second call would cost more than the mask
-MOST_KEPT = 128  # masks of more tokens are not cached: they are large and belong to prompt chunks, used once
+MOST_KEPT = 128  # biases of more tokens are not cached: they are large and belong to prompt chunks, used once
+KEPT_PREFIX = 2048  # the longest prefix for which a cached bias serves
 
 
-def _bias(layout: ForwardLayout, groups: int, dtype: torch.dtype, device: torch.device, prefix: int = 0) -> Tensor:
-    """Return :func:`local_mask` as a bias on scores, repeated per query head of a group, with zeros for a prefix.
+def _bias(layout: ForwardLayout, rows: "Rows", dtype: torch.dtype, prefix: int, read: int) -> Tensor:
+    """Return the bias on the scores of a layout's tokens after ``prefix`` tokens, ``[1, 1, rows, read]``, on the CPU.
 
-    The shape is ``[1, 1, G * T, prefix + T]``; the last P + T columns serve a prefix of length P. The bias has the
-    dtype of the queries, because the kernel silently computes wrong results for any other.
+    It has zeros for the prefix, :func:`local_mask` after it, repeated per query head of a group, and hides the rest.
+    The bias has the dtype of the queries, because the kernel silently computes wrong results for any other.
     """
-    hidden = ~local_mask(layout)
-    bias = torch.zeros(len(hidden), prefix + len(hidden), dtype=dtype)
-    bias[:, prefix:].masked_fill_(hidden, hiding(dtype))
-    return bias.repeat(groups, 1)[None, None].to(device)
+    visible = local_mask(layout)
+    tokens = len(visible)
+    bias = torch.zeros(rows.padded, read, dtype=dtype)  # rows of padding see everything, so their output is finite
+    own = bias[: rows.number].unflatten(0, (-1, tokens))
+    own[..., prefix : prefix + tokens].masked_fill_(~visible, hiding(dtype))
+    own[..., prefix + tokens :] = hiding(dtype)
+    return bias[None, None]
 
 
 @lru_cache(maxsize=128)
-def _kept_bias(layout: ForwardLayout, groups: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return _bias(layout, groups, dtype, device, SHORT)
+def _kept_bias(layout: ForwardLayout, rows: "Rows", dtype: torch.dtype, device: torch.device) -> Tensor:
+    return _bias(layout, rows, dtype, KEPT_PREFIX, KEPT_PREFIX + layout.num_tokens + BLOCK).to(device)
+
+
+class Rows(NamedTuple):
+    """The rows of queries that one head of the kernel gets: ``number`` of them, ``padded`` to a number that fits.
+
+    On a CPU they are multiples of four, because a matrix product adds up its last rows in another order. A row then has
+    the same bits whatever other rows the forward has.
+    """
+
+    number: int
+    padded: int
+
+    @staticmethod
+    def of(groups: int, tokens: int, device: torch.device) -> "Rows":
+        """Return the rows for ``tokens`` tokens of ``groups`` query heads."""
+        number = groups * tokens
+        return Rows(number, -(-number // 4) * 4 if has_flash(device) else number)
+
+    def pad(self, query: Tensor) -> Tensor:
+        """Return queries ``[..., number, D]``, padded with zeros to ``[..., padded, D]``."""
+        return query if self.number == self.padded else F.pad(query, (0, 0, 0, self.padded - self.number))
+
+    def unpad(self, out: Tensor) -> Tensor:
+        """Return the rows of ``[..., padded, D]`` without the padding."""
+        return out if self.number == self.padded else out.narrow(-2, 0, self.number)
 
 
 class Part(NamedTuple):
@@ -149,7 +178,7 @@ class PackedForward:
         self.starts: list[int] = edges
         self.num_tokens = place
         self._uniform: Uniform | None = None
-        self._biases: list[_Bias | None] = [None] * len(parts)
+        self._masked: list[_Masked | None] = [None] * len(parts)
         self.num_masks = sum(part.layout.num_masks for part in parts)
 
     def inputs(self, mask_token_id: int | None, device: torch.device) -> Tensor:
@@ -177,11 +206,20 @@ class PackedForward:
         return torch.cat(outputs, dim=1)
 
     def _attend_part(self, number: int, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        part = self._parts[number]
-        keys, values = self._pool.write(layer, part.slot, part.length, key, value)
-        if part.layout.num_tokens > 1 and self._biases[number] is None:
-            self._biases[number] = _bias_of(part, _folded(query, key.shape[1]), query)
-        return _attend(query, keys, values, part.length, self._biases[number], scale)
+        part, masked = self._parts[number], self._masked[number]
+        if masked is None:
+            masked = self._masked[number] = _masked(part, query, key.shape[1])
+        keys, values = self._pool.write(layer, part.slot, part.length, key, value, masked.read)
+        _, heads, tokens, head_dim = query.shape
+        rows = masked.rows
+        # if folded, head n * G + g becomes rows g * T ... of head n
+        if rows.number == tokens and heads != keys.shape[1]:  # not folded: the heads of a group share keys and values
+            folded = query.reshape(keys.shape[1], -1, tokens, head_dim)
+            keys, values = (x.transpose(0, 1).expand(-1, folded.shape[1], -1, -1) for x in (keys, values))
+        else:
+            folded = query.reshape(1, keys.shape[1], rows.number, head_dim)
+        out, _ = attend(rows.pad(folded), keys, values, masked.bias, scale)
+        return rows.unpad(out).reshape(1, heads, tokens, -1).transpose(1, 2)
 
     @cached_property
     def is_uniform(self) -> bool:
@@ -193,23 +231,15 @@ class PackedForward:
         return fits and size <= MOST_KEPT
 
     def _as_uniform(self, groups: int, query: Tensor) -> "Uniform":
-        parts, dtype, device = self._parts, query.dtype, query.device
+        parts, tokens = self._parts, self._parts[0].layout.num_tokens
         lengths = torch.tensor([part.length for part in parts])
-        local_bias: Tensor | None = None
-        if (tokens := parts[0].layout.num_tokens) > 1:
-            biases = [_kept_bias(part.layout, groups, dtype, device)[..., SHORT:] for part in parts]
-            local_bias = biases[0] if len({part.layout for part in parts}) == 1 else torch.cat(biases)
-        assert int(lengths.max()) + tokens <= self._pool.capacity
-        places = lengths[:, None] + torch.arange(tokens)
-        if local_bias is None:
-            lengths = lengths + 1
-        longest = int(lengths.max())
+        rows, read = Rows.of(groups, tokens, query.device), rounded_keys(int(lengths.max()) + tokens)
         return Uniform(
             slots=slice(parts[0].slot, parts[0].slot + len(parts)),
-            places=places.to(device),
-            longest=longest,
-            prefix_bias=self._pool.hidden_behind(lengths.to(device), longest, dtype),
-            local_bias=local_bias,
+            places=(lengths[:, None] + torch.arange(tokens)).to(query.device),
+            read=read,
+            rows=rows,
+            bias=torch.cat([_bias_of(part, rows, query, read) for part in parts]),
         )
 
 
@@ -220,85 +250,78 @@ class Uniform:
     Attributes:
         slots: The adjacent slots of the pool.
         places: The positions in the slots to write new keys and values to, int64 ``[n, T]``.
-        longest: The longest prefix, to which all are padded.
-        prefix_bias: The bias that hides the padding, ``[n, 1, 1, longest]``.
-        local_bias: The bias among the new tokens, ``[n or 1, 1, G * T, T]``; None if T is 1, where the new token counts
-            as part of the prefix.
+        read: The number of keys to read of each slot.
+        rows: The rows of queries per K/V head.
+        bias: The bias on the scores, ``[n, 1, rows, read]``.
     """
 
     slots: slice
     places: Tensor
-    longest: int
-    prefix_bias: Tensor
-    local_bias: Tensor | None
+    read: int
+    rows: Rows
+    bias: Tensor
+
+    @staticmethod
+    def of(slots: slice, lengths: Tensor, visible: Tensor, read: int, groups: int, dtype: torch.dtype) -> "Uniform":
+        """Prepare attention of n sequences from tensors on the device, without waiting for it.
+
+        Args:
+            slots: The adjacent slots of the pool.
+            lengths: The committed tokens of each, int64 ``[n]``.
+            visible: Which of the new tokens may attend to which, bool ``[n, T, T]``.
+            read: The number of keys to read of each slot.
+            groups: The query heads per K/V head.
+            dtype: The dtype of the queries.
+        """
+        tokens, device = visible.shape[-1], lengths.device
+        rows = Rows.of(groups, tokens, device)
+        places = lengths[:, None] + torch.arange(tokens, device=device)
+        shown = torch.arange(read, device=device) < lengths[:, None]  # the prefix
+        shown = shown[:, None].repeat(1, tokens, 1).scatter_(2, places[:, None].expand_as(visible), visible)
+        bias = torch.zeros(shown.shape, dtype=dtype, device=device).masked_fill_(~shown, hiding(dtype))
+        bias = F.pad(bias.repeat(1, groups, 1), (0, 0, 0, rows.padded - rows.number))[:, None]
+        return Uniform(slots, places, read, rows, bias)
 
     def attend(self, pool: KVPool, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Write K/V to the pool and compute attention; shapes as in :meth:`Forward.attend`, with tokens = n * T."""
         count = len(self.places)
         query, key, value = (x[0].unflatten(1, (count, -1)).transpose(0, 1) for x in (query, key, value))
         _, heads, tokens, head_dim = query.shape
-        folded = query.reshape(count, key.shape[1], -1, head_dim)  # as in _attend
-        keys, values = pool.write_side_by_side(layer, self.slots, self.places, self.longest, key, value)
-        if self.local_bias is None:
-            out, _ = attend(folded, keys, values, self.prefix_bias, scale)
-        else:
-            out, lse = attend(folded, key, value, self.local_bias, scale)
-            if self.longest:
-                out = _merged(out, lse, *attend(folded, keys, values, self.prefix_bias, scale))
-        return out.reshape(count, heads, tokens, -1).transpose(1, 2).reshape(1, count * tokens, heads, -1)
+        folded = self.rows.pad(query.reshape(count, key.shape[1], -1, head_dim))
+        keys, values = pool.write_side_by_side(layer, self.slots, self.places, self.read, key, value)
+        out, _ = attend(folded, keys, values, self.bias, scale)
+        out = self.rows.unpad(out).reshape(count, heads, tokens, -1)
+        return out.transpose(1, 2).reshape(1, count * tokens, heads, -1)
 
 
-class _Bias(NamedTuple):
-    """The mask of one sequence: over all keys in one call, or, if ``apart``, over the new keys alone.
+class _Masked(NamedTuple):
+    """How one sequence reads the pool: the number of keys, the rows of queries, and the bias on the scores."""
 
-    If ``causal``, the kernel's causal mask takes the place of ``bias``.
-    """
+    read: int
+    rows: Rows
+    bias: Tensor
 
-    bias: Tensor | None
-    apart: bool
-    causal: bool = False
+
+def _masked(part: Part, query: Tensor, kv_heads: int) -> _Masked:
+    tokens = part.layout.num_tokens
+    rows = Rows.of(_folded(query, kv_heads), tokens, query.device)
+    read = rounded_keys(part.length + tokens)
+    return _Masked(read, rows, _bias_of(part, rows, query, read))
+
+
+def _bias_of(part: Part, rows: Rows, query: Tensor, read: int) -> Tensor:
+    """Return the bias on the scores of a part that reads ``read`` keys, ``[1, 1, rows, read]``."""
+    first = KEPT_PREFIX - part.length
+    if part.layout.num_tokens > MOST_KEPT or first < 0 or read > part.length + part.layout.num_tokens + BLOCK:
+        return _bias(part.layout, rows, query.dtype, part.length, read).to(query.device)
+    return _kept_bias(part.layout, rows, query.dtype, query.device)[..., first : first + read]
 
 
 def _folded(query: Tensor, kv_heads: int) -> int:
     """Return how many query heads of a group are folded into the rows of one head.
 
     All are folded, so that keys are read once for the group. None are (1 is returned) if torch's kernel, which runs one
-    thread per head, would leave threads idle.
+    thread per head, would leave threads idle, and for a long prompt chunk, whose bias would be large.
     """
     spread = has_flash(query.device) and torch.get_num_threads() > kv_heads
-    return 1 if spread else query.shape[1] // kv_heads
-
-
-def _bias_of(part: Part, groups: int, query: Tensor) -> _Bias:
-    tokens, length = part.layout.num_tokens, part.length
-    apart = length > SHORT or tokens > MOST_KEPT
-    if apart and not part.layout.branches and groups == 1 and has_flash(query.device):
-        return _Bias(None, True, True)
-    if tokens > MOST_KEPT:
-        return _Bias(_bias(part.layout, groups, query.dtype, query.device), True)
-    kept = _kept_bias(part.layout, groups, query.dtype, query.device)
-    return _Bias(kept[..., SHORT - (0 if apart else length) :], apart)
-
-
-def _attend(query: Tensor, keys: Tensor, values: Tensor, length: int, masked: _Bias | None, scale: float) -> Tensor:
-    """Compute attention of one sequence over its prefix, visible to all, and its new tokens, under the local mask.
-
-    A long prefix has a call of its own; the two outputs are merged.
-    """
-    _, heads, tokens, head_dim = query.shape
-    kv_heads, rows = keys.shape[1], _folded(query, keys.shape[1]) * tokens
-    folded = query.reshape(kv_heads, -1, rows, head_dim)  # if folded, head n * G + g becomes rows g * T ... of head n
-    keys, values = (x.transpose(0, 1).expand(-1, folded.shape[1], -1, -1) for x in (keys, values))
-    if masked is None or not masked.apart:
-        out, _ = attend(folded, keys, values, masked and masked.bias, scale)
-    else:
-        new = slice(length, None)
-        out, lse = attend(folded, keys[:, :, new], values[:, :, new], masked.bias, scale, masked.causal)
-        if length:
-            out = _merged(out, lse, *attend(folded, keys[:, :, :length], values[:, :, :length], None, scale))
-    return out.reshape(1, heads, tokens, -1).transpose(1, 2)
-
-
-def _merged(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> Tensor:
-    """Merge attention over two sets of keys into attention over their union, by their log-sum-exps (online softmax)."""
-    return torch.lerp(out, other, torch.sigmoid(other_lse - lse).unsqueeze(-1).to(out.dtype))
+    return 1 if spread or query.shape[2] > MOST_KEPT else query.shape[1] // kv_heads

@@ -13,6 +13,7 @@ from tidar_megatron.errors import UserError
 from tidar_megatron.hf_folder.model import check_folder, load_causal_lm
 from tidar_megatron.hf_folder.tokenizer import read_tokenizer
 from tidar_megatron.inference.attention import ATTENTION_NAME
+from tidar_megatron.inference.lean import use_lean_forward
 from tidar_megatron.inference.model import DecodeModel
 from tidar_megatron.inference.wrapping import wrap_model
 from tidar_megatron.json_files import not_a_file
@@ -23,6 +24,7 @@ def load_model(
     device: str | None = None,
     dtype: str | torch.dtype | None = None,
     mask_token_id: int | None = None,
+    keep_weights: bool = False,
 ) -> DecodeModel:
     """Load a Hugging Face folder for decoding, without running any code from the folder.
 
@@ -31,6 +33,8 @@ def load_model(
         device: A torch device name; by default ``cuda`` if available, else ``cpu``.
         dtype: A floating dtype or its name; by default float32 on the CPU (bfloat16 is slow there), else bfloat16.
         mask_token_id: The mask token for a model without a ``tidar`` section, which was not trained to draft.
+        keep_weights: Whether transformers' modules keep their weights. By default the weights of known classes are laid
+            out for decoding, and ``causal_lm`` cannot run itself.
 
     Raises:
         UserError: a file of the folder is missing or broken, or the model's class computes more than the engine does.
@@ -49,7 +53,10 @@ def load_model(
     if mask_token_id is not None:
         config.tidar = {"mask_token_id": mask_token_id, "block_size": 8, "trained": False}
     causal_lm = load_causal_lm(path, config, torch_dtype, ATTENTION_NAME)
-    return wrap_model(causal_lm.to(torch_device).requires_grad_(False), _load_tokenizer(path))
+    model = wrap_model(causal_lm.to(torch_device).requires_grad_(False), _load_tokenizer(path))
+    if not keep_weights:
+        use_lean_forward(model, take=True)
+    return model
 
 
 def _load_tokenizer(path: Path) -> Any:

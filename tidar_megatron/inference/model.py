@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from tidar_megatron.attention_kernels import HALF
@@ -36,6 +36,9 @@ class DecodeModel:
     is_tidar: bool = False
     # runners of forwards that no engine uses, by slots and capacity (static.py)
     idle_forwards: dict[tuple[int, int], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    # a forward in fewer calls that takes the place of the modules' (lean.py): of ids, positions and the packed forward
+    lean: Callable[[Tensor, Tensor, Forward], Tensor] | None = field(default=None, repr=False, compare=False)
+    head: Callable[[Tensor], Tensor] | None = field(default=None, repr=False, compare=False)  # default: the model's own
 
     def __post_init__(self) -> None:
         base: Any = self.causal_lm.base_model
@@ -43,7 +46,7 @@ class DecodeModel:
             # skip transformers' decorators, which look up defaults and collect outputs that are not needed
             base = MethodType(unwrap(type(base).forward), base)
         self._base = base
-        self._head: nn.Module = self.causal_lm.get_output_embeddings()
+        self._head: Callable[[Tensor], Tensor] = self.causal_lm.get_output_embeddings()
         self.dtype: torch.dtype = self.causal_lm.dtype
         self.device: torch.device = self.causal_lm.device
         self.vocab_size: int = self.causal_lm.config.vocab_size
@@ -60,6 +63,10 @@ class DecodeModel:
             Final hidden states ``[tokens, hidden]``, sequence by sequence, each in the order of its layout.
         """
         ids, positions = packed.inputs(self.mask_token_id, self.device)
+        return (self.lean or self.modules_forward)(ids, positions, packed)
+
+    def modules_forward(self, ids: Tensor, positions: Tensor, packed: Forward) -> Tensor:
+        """Return the final hidden states of transformers' modules, as :meth:`forward` does."""
         return self._base(
             input_ids=ids,
             position_ids=positions,
@@ -73,7 +80,7 @@ class DecodeModel:
         The mask token's logit is minus infinity, so that it is never emitted. If ``emitted`` is False, it keeps its own
         logit, as in transformers.
         """
-        logits = self._head(hidden)
+        logits = (self.head or self._head)(hidden)
         if self.mask_token_id is not None and emitted:
             logits.select(-1, self.mask_token_id).fill_(-torch.inf)
         return logits
@@ -100,7 +107,7 @@ def fuse_norms(causal_lm: PreTrainedModel) -> None:
 def restore_norms(causal_lm: PreTrainedModel) -> None:
     """Restore the RMSNorms' own forward, which :func:`fuse_norms` replaced."""
     for module in causal_lm.modules():
-        if getattr(vars(module).get("forward"), "__func__", None) in (_fused_norm, _fused_half_norm):
+        if getattr(vars(module).get("forward"), "__func__", None) in FUSED:
             del module.forward
 
 
@@ -118,3 +125,6 @@ def _fused_norm(module: Any, hidden_states: Tensor) -> Tensor:
 def _fused_half_norm(module: Any, hidden_states: Tensor) -> Tensor:
     """Round before the product with the weight, as transformers' classes do."""
     return module.weight * F.rms_norm(hidden_states, module.weight.shape, None, module.variance_epsilon)
+
+
+FUSED = (_fused_norm, _fused_half_norm)

@@ -16,7 +16,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tidar_megatron.attention_kernels import aligned, hiding
 from tidar_megatron.inference.cache import KVPool
 from tidar_megatron.inference.forward import (
     Forward,
@@ -36,11 +35,11 @@ MARGIN = max(larger - size for size, larger in pairwise(TOKENS)) - 1  # tokens t
 
 
 class Shape(NamedTuple):
-    """The shape of a forward: ``sequences`` of ``tokens`` each, after at most ``prefix`` tokens; all rounded up."""
+    """The shape of a forward: ``sequences`` of ``tokens`` each, which read ``keys`` of the pool; all rounded up."""
 
     sequences: int
     tokens: int
-    prefix: int
+    keys: int
 
     @staticmethod
     def of(parts: Sequence[Part], pool: KVPool) -> "Shape | None":
@@ -50,8 +49,8 @@ class Shape(NamedTuple):
         if tokens is None or any(part.length + tokens > pool.capacity for part in parts):
             return None
         sequences = min(_power_of_two(1 + max(part.slot for part in parts)), pool.slots)
-        prefix = rounded_prefix(max(part.length for part in parts) + (tokens == 1))
-        return Shape(sequences, tokens, min(prefix, pool.capacity))
+        keys = rounded_prefix(max(part.length for part in parts)) + -(-tokens // 64) * 64
+        return Shape(sequences, tokens, min(keys, pool.capacity))
 
 
 def rounded_prefix(length: int) -> int:
@@ -89,7 +88,7 @@ class StaticForward:
     def __init__(self, pool: KVPool, shape: Shape, device: torch.device, capturing: "Capturing | None" = None) -> None:
         self._pool, self._shape, self._capturing = pool, shape, capturing
         count = shape.sequences * shape.tokens
-        self._numbers = torch.zeros(3, count, dtype=torch.int64, device=device)  # token ids, positions, slot positions
+        self._numbers = torch.zeros(2, count, dtype=torch.int64, device=device)  # token ids, positions
         self._lengths = torch.zeros(shape.sequences, dtype=torch.int64, device=device)
         self._visible = torch.zeros(shape.sequences, shape.tokens, shape.tokens, dtype=torch.bool, device=device)
         self._uniform: Uniform | None = None
@@ -111,15 +110,14 @@ class StaticForward:
             positions[part.slot, :brought] = part.length + torch.tensor(position_offsets(part.layout))
             lengths[part.slot] = part.length
             self._visible[part.slot].copy_(_padded_mask(part.layout, tokens, self._visible.device))
-        places = lengths[:, None] + torch.arange(tokens)
-        self._numbers.copy_(torch.stack([ids, positions, places]).flatten(1))
+        self._numbers.copy_(torch.stack([ids, positions]).flatten(1))
         self._lengths.copy_(lengths)
         self.starts = [part.slot * tokens for part in parts]
 
     def inputs(self, mask_token_id: int | None, device: torch.device) -> Tensor:
         """Return token ids and position ids; see :meth:`Forward.inputs`. Every forward calls this first."""
         self._uniform = None
-        return self._numbers[:2, None]
+        return self._numbers[:, None]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Write K/V and compute attention; see :meth:`Forward.attend`."""
@@ -128,19 +126,8 @@ class StaticForward:
         return self._uniform.attend(self._pool, layer, query, key, value, scale)
 
     def _as_uniform(self, groups: int, dtype: torch.dtype) -> Uniform:
-        sequences, tokens, prefix = self._shape
-        local_bias: Tensor | None = None
-        if tokens > 1:
-            local_bias = torch.zeros(sequences, tokens, aligned(tokens), dtype=dtype, device=self._visible.device)
-            local_bias[..., :tokens].masked_fill_(~self._visible, hiding(dtype))
-            local_bias = local_bias.repeat(1, groups, 1)[:, None, :, :tokens]
-        return Uniform(
-            slots=slice(0, sequences),
-            places=self._numbers[2].view(sequences, tokens),
-            longest=prefix,
-            prefix_bias=self._pool.hidden_behind(self._lengths + (tokens == 1), prefix, dtype),
-            local_bias=local_bias,
-        )
+        slots = slice(0, self._shape.sequences)
+        return Uniform.of(slots, self._lengths, self._visible, self._shape.keys, groups, dtype)
 
     def run(self, model: DecodeModel) -> Tensor:
         """Run the forward and return hidden states ``[tokens, hidden]``, which the next run overwrites."""

@@ -9,6 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from tidar_megatron.errors import UserError
 from tidar_megatron.inference.attention import ATTENTION_NAME
 from tidar_megatron.inference.compatibility import check_compatible
+from tidar_megatron.inference.lean import use_lean_forward
 from tidar_megatron.inference.model import DecodeModel, fuse_norms
 from tidar_megatron.mask_token import other_meaning
 from tidar_megatron.tidar_section import check_tidar
@@ -61,6 +62,7 @@ def wrap_model(causal_lm: PreTrainedModel, tokenizer: Any = None) -> DecodeModel
     if causal_lm not in _CHECKED:
         check_compatible(model)
         _CHECKED.add(causal_lm)
+    use_lean_forward(model)
     return model
 
 

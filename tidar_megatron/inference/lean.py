@@ -1,0 +1,264 @@
+"""A forward of Llama, Mistral, Qwen2 and Qwen3 in few calls: what transformers' modules compute, without the modules.
+
+Half of a small model's forward is not its matrix products. Here q, k, v share one product, and gate and up another; the
+rotary table is made once; norms are fused; and there is one call per operation. Other classes, and modules that
+somebody has changed or hooked, run as transformers' modules.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.mistral import modeling_mistral as mistral
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
+
+from tidar_megatron.attention_kernels import HALF
+from tidar_megatron.inference.cache import KVPool
+from tidar_megatron.inference.forward import Forward, ForwardLayout, PackedForward, Part
+from tidar_megatron.inference.model import FUSED, DecodeModel
+from tidar_megatron.inference.products import (
+    ROWS,
+    Product,
+    can_pack,
+    packed,
+    rounds_once,
+    side_by_side,
+    take_weights,
+)
+
+# per base model: the classes of its layer, attention, MLP, RMSNorm and rotary embedding
+CLASSES: dict[type[nn.Module], set[type[nn.Module]]] = {
+    llama.LlamaModel: {
+        *(llama.LlamaDecoderLayer, llama.LlamaAttention, llama.LlamaMLP, llama.LlamaRMSNorm),
+        llama.LlamaRotaryEmbedding,
+    },
+    mistral.MistralModel: {
+        *(mistral.MistralDecoderLayer, mistral.MistralAttention, mistral.MistralMLP, mistral.MistralRMSNorm),
+        mistral.MistralRotaryEmbedding,
+    },
+    qwen2.Qwen2Model: {
+        *(qwen2.Qwen2DecoderLayer, qwen2.Qwen2Attention, qwen2.Qwen2MLP, qwen2.Qwen2RMSNorm),
+        qwen2.Qwen2RotaryEmbedding,
+    },
+    qwen3.Qwen3Model: {
+        *(qwen3.Qwen3DecoderLayer, qwen3.Qwen3Attention, qwen3.Qwen3MLP, qwen3.Qwen3RMSNorm),
+        qwen3.Qwen3RotaryEmbedding,
+    },
+}
+Norm = Callable[[Tensor], Tensor]
+
+
+def is_lean(causal_lm: PreTrainedModel) -> bool:
+    """Return whether :class:`LeanForward` computes what this model does: its classes are known and nobody hooked them.
+
+    Activations are of any class: they are called as they are.
+    """
+    base = causal_lm.base_model
+    known = CLASSES.get(type(base))
+    if known is None:
+        return False
+    for name, module in base.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            return False
+        if name == "" or name.endswith("act_fn") or isinstance(module, nn.ModuleList):
+            continue
+        if type(module) not in {*known, nn.Linear, nn.Embedding}:
+            return False
+        own = vars(module).get("forward")
+        if own is not None and getattr(own, "__func__", None) not in FUSED:
+            return False
+    return True
+
+
+@torch.inference_mode()
+def use_lean_forward(model: DecodeModel, take: bool = False) -> None:
+    """Let a model decode by a :class:`LeanForward`, if it computes what the modules compute.
+
+    Args:
+        model: The model.
+        take: As for :class:`LeanForward`.
+    """
+    causal_lm = model.causal_lm
+    if not is_lean(causal_lm) or not _agrees(model, LeanForward(causal_lm)):
+        return
+    model.lean = LeanForward(causal_lm, take)
+    if take:
+        output_layer = causal_lm.get_output_embeddings()
+        if can_pack(output_layer.weight):
+            model.head = model.lean.at_least_rows(packed(output_layer.weight, output_layer.bias).of)
+        causal_lm.base_model.register_forward_pre_hook(_weights_are_taken)
+
+
+def _weights_are_taken(*_: object) -> None:
+    raise RuntimeError(
+        "the model's weights were laid out for decoding; load it with keep_weights=True to run its own forward"
+    )
+
+
+def _agrees(model: DecodeModel, lean: "LeanForward") -> bool:
+    """Return whether hidden states differ by rounding only: by some last bits of the largest."""
+    tokens = min(4, model.context_limit, model.vocab_size)
+    parts = [Part(0, 0, range(tokens), ForwardLayout(tokens))]
+
+    def hidden(forward: Callable[[Tensor, Tensor, Forward], Tensor]) -> Tensor:
+        packed_forward = PackedForward(KVPool(1, tokens), parts)
+        ids, positions = packed_forward.inputs(None, model.device)
+        return forward(ids, positions, packed_forward)
+
+    found, wanted = hidden(lean), hidden(model.modules_forward)
+    allowed = 64 * torch.finfo(wanted.dtype).eps * wanted.nan_to_num(0, 0, 0).abs().max().item()
+    return torch.allclose(found, wanted, rtol=0, atol=allowed, equal_nan=True)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The products, norms and sizes of one layer."""
+
+    before_attention: Norm
+    qkv: Product
+    qk_norm: Callable[[], Tensor] | None  # the weights of the norms of q and k, [H + N, 1, D]
+    output: Product
+    before_mlp: Norm
+    gate_up: Product
+    down: Product
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    eps: float
+
+
+class LeanForward:
+    """The forward of a model for which :func:`is_lean` holds.
+
+    Args:
+        causal_lm: The model.
+        take: Whether to take the weights of the model's layers and lay them out for decoding; it cannot run itself
+            then. By default its modules keep their weights, and changes to them have effect.
+    """
+
+    def __init__(self, causal_lm: PreTrainedModel, take: bool = False) -> None:
+        base = causal_lm.base_model
+        weight = base.embed_tokens.weight
+        product = take_weights if take else side_by_side
+        self._embedding: nn.Embedding = base.embed_tokens
+        self._rotary = base.rotary_emb
+        self._norm = _norm(base.norm, take)
+        self._rows = ROWS[weight.dtype] if take and can_pack(weight) else 1
+        self._layers = [_layer(layer, product, take) for layer in base.layers]
+        activation = base.layers[0].mlp.act_fn
+        self._gated = one_kernel(lambda gate, up: activation(gate) * up, weight.device)
+        self._rotated = one_kernel(_rotated, weight.device)
+
+    def __call__(self, ids: Tensor, positions: Tensor, packed: Forward) -> Tensor:
+        """Return the hidden states after the final norm, ``[tokens, hidden]``.
+
+        Args:
+            ids: Token ids, int64 ``[1, tokens]``.
+            positions: Position ids, int64 ``[1, tokens]``.
+            packed: The forward, which writes K/V and computes attention.
+        """
+        tokens = ids.shape[-1]
+        fill = max(0, self._rows - tokens)  # rows of padding
+        hidden = F.embedding(F.pad(ids[0], (0, fill)) if fill else ids[0], self._embedding.weight)
+        cos, sin = self._table(positions, hidden)
+        for number, layer in enumerate(self._layers):
+            qkv = layer.qkv.of(layer.before_attention(hidden))
+            qkv = (qkv[:tokens] if fill else qkv).view(1, tokens, -1, layer.head_dim).transpose(1, 2)
+            qk, value = qkv.split([layer.heads + layer.kv_heads, layer.kv_heads], 1)
+            qk = self._rotated(qk, cos, sin, layer.qk_norm and layer.qk_norm(), layer.eps)
+            query, key = qk.split([layer.heads, layer.kv_heads], 1)
+            out = packed.attend(number, query, key, value, layer.scale).reshape(tokens, -1)
+            hidden = layer.output.added(hidden, F.pad(out, (0, 0, 0, fill)) if fill else out)
+            gate, up = layer.gate_up.of(layer.before_mlp(hidden)).chunk(2, -1)
+            hidden = layer.down.added(hidden, self._gated(gate, up))
+        return self._norm(hidden)[:tokens]
+
+    def at_least_rows(self, product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """Return ``product``, given as many rows as its bits need (:data:`~tidar_megatron.inference.products.ROWS`)."""
+        least = self._rows
+
+        def padded(rows: Tensor) -> Tensor:
+            fill = least - len(rows)
+            return product(F.pad(rows, (0, 0, 0, fill)))[: len(rows)] if fill > 0 else product(rows)
+
+        return padded
+
+    def _table(self, positions: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cos and sin, ``[1, tokens, D]``; sin has the sign of :func:`_rotated`."""
+        cos, sin = self._rotary(hidden, positions)
+        return cos, torch.cat([-sin[..., : sin.shape[-1] // 2], sin[..., sin.shape[-1] // 2 :]], -1)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """Return queries and keys ``[1, heads, tokens, D]`` with rotary positions, after a norm if there is a ``weight``.
+
+    On a CPU they are bit for bit those of transformers; a GPU rounds less often.
+    """
+    if weight is not None:
+        wide = x.float() if x.dtype in HALF else x
+        x = F.rms_norm(wide, weight.shape[-1:], None, eps).to(x.dtype) * weight
+    swapped = x.roll(x.shape[-1] // 2, -1)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)  # so that attention needs no copy of the queries
+    return torch.mul(x, cos, out=out).add_(swapped.mul_(sin))
+
+
+def one_kernel(function: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
+    """Return ``function``, compiled to one kernel on a GPU where Triton is installed."""
+    if not rounds_once(device) or find_spec("triton") is None:
+        return function
+    return torch.compile(function, dynamic=True, fullgraph=True)
+
+
+def _layer(layer: nn.Module, product: Callable[[list[nn.Linear]], Product], fixed: bool) -> _Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    head_dim = attention.head_dim
+    heads, kv_heads = (module.out_features // head_dim for module in (attention.q_proj, attention.k_proj))
+    return _Layer(
+        before_attention=_norm(layer.input_layernorm, fixed),
+        qkv=product([attention.q_proj, attention.k_proj, attention.v_proj]),
+        qk_norm=_qk_norm(attention, heads, kv_heads, fixed) if hasattr(attention, "q_norm") else None,
+        output=product([attention.o_proj]),
+        before_mlp=_norm(layer.post_attention_layernorm, fixed),
+        gate_up=product([mlp.gate_proj, mlp.up_proj]),
+        down=product([mlp.down_proj]),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        scale=attention.scaling,
+        eps=layer.input_layernorm.variance_epsilon,
+    )
+
+
+def _norm(module: nn.Module, fixed: bool) -> Norm:
+    """Return an RMSNorm in few calls, which rounds half precision once; ``fixed`` weights never change."""
+    eps = module.variance_epsilon
+    kept = torch.cat([module.weight] * 2) if fixed else None
+
+    def norm(x: Tensor) -> Tensor:
+        weight = module.weight
+        if x.dtype not in HALF or rounds_once(x.device):
+            return F.rms_norm(x, weight.shape, weight, eps)
+        # the RMSNorm of x is the LayerNorm of [x, -x], whose mean is 0: torch has a CPU kernel for that one
+        twice = torch.cat([weight, weight]) if kept is None else kept
+        return F.layer_norm(torch.cat([x, -x], -1), twice.shape, twice, eps=eps)[..., : len(weight)]
+
+    return norm
+
+
+def _qk_norm(attention: nn.Module, heads: int, kv_heads: int, fixed: bool) -> Callable[[], Tensor]:
+    """Return a function that gives the weights of Qwen3's norms of q and k; ``fixed`` ones never change."""
+    q_norm, k_norm = attention.q_norm, attention.k_norm
+    assert q_norm.variance_epsilon == k_norm.variance_epsilon
+
+    def weights() -> Tensor:
+        return torch.cat([q_norm.weight.expand(heads, 1, -1), k_norm.weight.expand(kv_heads, 1, -1)])
+
+    kept = weights() if fixed else None
+    return weights if kept is None else lambda: kept

@@ -1,0 +1,96 @@
+"""Matrix products of a decode forward with weights in the layout that the processor's kernels prefer.
+
+A forward of few tokens is bound by reading the weights. oneDNN, which torch uses on CPUs, lays a plain weight out again
+in every product; a weight that is laid out once is read about 1.5 times as fast, and more tokens cost less. Its rows
+also have the same bits however many rows a product has, from :data:`ROWS` rows on.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def rounds_once(device: torch.device) -> bool:
+    """Return whether kernels of this device round once where transformers' modules round twice: those of a GPU."""
+    return device.type == "cuda"
+
+
+class Product(NamedTuple):
+    """A product with fixed weights.
+
+    Attributes:
+        of: Returns the product of rows, ``[tokens, in]`` -> ``[tokens, out]``.
+        added: Returns a residual ``[tokens, out]`` plus the product of rows.
+    """
+
+    of: Callable[[Tensor], Tensor]
+    added: Callable[[Tensor, Tensor], Tensor]
+
+    @staticmethod
+    def apart(of: Callable[[Tensor], Tensor]) -> "Product":
+        """Return a product whose addition is a call of its own, and rounds as transformers' modules do."""
+        return Product(of, lambda residual, rows: residual + of(rows))
+
+
+ROWS = {torch.float32: 4, torch.bfloat16: 1}  # the fewest rows of a packed product; a single float32 row differs
+_EXPECTED_ROWS = 16  # tells oneDNN which layout to choose
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Return whether oneDNN multiplies weights of this dtype on this device from a layout of its own."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float32
+
+
+def packed(weight: Tensor, bias: Tensor | None) -> Product:
+    """Return the product with a copy of ``weight``, ``[out, in]``, in oneDNN's layout; see :func:`can_pack`."""
+    laid_out = _laid_out(weight)
+    return Product(
+        of=lambda rows: _linear(rows, laid_out, bias, "none", [], ""),
+        added=lambda residual, rows: _linear_with(rows, residual, laid_out, bias, "add"),
+    )
+
+
+_linear = torch.ops.mkldnn._linear_pointwise.default
+_linear_with = torch.ops.mkldnn._linear_pointwise.binary
+
+
+def _laid_out(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _EXPECTED_ROWS)
+
+
+def plain(weight: Tensor, bias: Tensor | None) -> Product:
+    """Return the product with ``weight``, ``[out, in]``, as it is; a GPU adds to the residual in the same kernel."""
+    product = Product.apart(lambda rows: F.linear(rows, weight, bias))
+    if not rounds_once(weight.device) or bias is not None:
+        return product
+    transposed = weight.t()
+    return product._replace(added=lambda residual, rows: torch.addmm(residual, rows, transposed))
+
+
+def side_by_side(modules: Sequence[nn.Linear]) -> Product:
+    """Return the product with the current weights of several modules, their outputs side by side."""
+    if len(modules) == 1:
+        return Product.apart(modules[0])
+    return Product.apart(lambda rows: torch.cat([F.linear(rows, m.weight, m.bias) for m in modules], -1))
+
+
+@torch.no_grad()
+def take_weights(modules: Sequence[nn.Linear]) -> Product:
+    """Return one product with the weights of several modules, which lose them.
+
+    The modules keep weights without memory, on the meta device.
+    """
+    weight = torch.cat([module.weight for module in modules]) if len(modules) > 1 else modules[0].weight.detach()
+    biases = [module.bias for module in modules]
+    bias = torch.cat(biases) if len(modules) > 1 and biases[0] is not None else biases[0]
+    product = (packed if can_pack(weight) else plain)(weight, bias)
+    for module in modules:
+        module.weight = nn.Parameter(module.weight.to("meta"), requires_grad=False)
+    return product
