@@ -95,7 +95,8 @@ def table(found: dict[str, Any]) -> str:
     ]
     for name, one in found["plans"].items():
         cells = f"{one['tokens_per_forward']:.2f} | {one['tokens_per_second']:.1f} | {one['speedup_over_ar']:.2f}"
-        lines.append(f"| {name} | {cells} | {'yes' if one['identical_to_ar'] else 'no'} |")
+        same = "yes" if one["identical_to_ar"] else "no" if one["different"] else f"except ties: {one['ties']}"
+        lines.append(f"| {name} | {cells} | {same} |")
     box = found["machine"]
     lines += [
         "",

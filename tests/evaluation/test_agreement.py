@@ -5,12 +5,10 @@ import torch
 
 from tests.random_models import write_random_model
 from tidar_megatron.evaluation import agreement as module
-from tidar_megatron.evaluation.agreement import CHUNK, agreement
+from tidar_megatron.evaluation.agreement import CHUNK, agreement, agreement_with_ar
 from tidar_megatron.inference.engine import generate
 from tidar_megatron.inference.loading import load_model
 from tidar_megatron.inference.request import DecodeOptions
-
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +16,15 @@ def folder(tmp_path_factory):
     return write_random_model(tmp_path_factory.mktemp("model"), max_position_embeddings=1024)
 
 
+def test_ties_are_counted_apart_from_differences(monkeypatch):
+    assert agreement_with_ar(None, [[1]], [[2]], [[2]]) == {"identical_to_ar": True, "ties": 0, "different": 0}
+    monkeypatch.setattr(module, "agreement", lambda model, prompt, ours, ar: ours[0])
+    ours, ar = [["tie"], ["different"], ["identical"], ["tie"]], [["x"]] * 4
+    found = agreement_with_ar(None, [[1]] * 4, ours, ar)
+    assert found == {"identical_to_ar": False, "ties": 2, "different": 1}
+
+
+@pytest.mark.slow
 def test_identical_tied_and_different(folder, monkeypatch):
     model = load_model(folder, "cpu", "float32")
     prompt = list(range(1, 20))
@@ -30,6 +37,7 @@ def test_identical_tied_and_different(folder, monkeypatch):
     assert agreement(model, prompt, other, ar) == "tie"
 
 
+@pytest.mark.slow
 def test_logits_of_a_long_text_are_of_its_end(folder):
     """The prompt is read in pieces."""
     model = load_model(folder, "cpu", "float32")

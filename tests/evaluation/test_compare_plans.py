@@ -63,6 +63,26 @@ def test_a_plan_that_says_otherwise_is_noticed(folder, monkeypatch):
     monkeypatch.setattr(decoding, "ours", wrong)
     figures = compare_plans(load_model(folder), PROMPTS, PLANS, 16)
     assert [f.identical_to_ar for f in figures.values()] == [True, True, False, True]
+    assert [(f.ties, f.different) for f in figures.values()] == [(0, 0), (0, 0), (0, 3), (0, 0)]
+
+
+def test_near_ties_of_bfloat16_are_no_differences(folder, monkeypatch):
+    """Each odd token's logits are 1% larger than those of the even one before it; a plan says the other of the two."""
+    model = load_model(folder, dtype="bfloat16")
+    rows = model.causal_lm.lm_head.weight.data
+    rows[1::2] = 1.01 * rows[::2]
+    rows[18] = 0  # the other of this one is the mask
+    real = decoding.ours
+
+    def other(model, prompt, options):
+        run = real(model, prompt, options)
+        if options.branches == 1:
+            run.token_ids[-1] ^= 1
+        return run
+
+    monkeypatch.setattr(decoding, "ours", other)
+    found = compare_plans(model, PROMPTS, PLANS, 16)["one"]
+    assert (found.identical_to_ar, found.ties, found.different) == (False, 3, 0)
 
 
 def test_a_slow_moment_changes_no_speed(folder, monkeypatch):

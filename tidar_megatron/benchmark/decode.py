@@ -11,7 +11,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from tidar_megatron.benchmark.measuring import Timings, peak_bytes, rounded
-from tidar_megatron.evaluation.agreement import agreement
+from tidar_megatron.evaluation.agreement import agreement_with_ar
 from tidar_megatron.evaluation.stock import load_stock
 from tidar_megatron.inference.engine import Engine
 from tidar_megatron.inference.model import DecodeModel
@@ -102,21 +102,11 @@ def decode(
                     | {"over_ar": round(spread.median, 3), "spread": rounded(spread)}
                     | {"first_token_seconds": round(run.first_token_seconds, 5)}
                     | {"distinct_4grams": round(sum(map(distinct_4grams, run.tokens)) / len(texts), 3)}
-                    | _compared(model, texts, run.tokens, last["ar ar"].tokens)
+                    | agreement_with_ar(model, texts, run.tokens, last["ar ar"].tokens)
                     | {"peak_bytes": peak_bytes(partial(both[name], groups[0]))}
                 )
     settings = {"max_new_tokens": max_new_tokens, "block_size": block}
     return {"settings": settings, "rows": rows, "skipped": [c for c in contexts if c not in fitting]}
-
-
-def _compared(
-    model: DecodeModel, texts: Sequence[Sequence[int]], ours: list[list[int]], ar: list[list[int]]
-) -> dict[str, Any]:
-    """Return whether all outputs are those of AR, and how many of the others part from them at a tie."""
-    if ours == ar:
-        return {"identical_to_ar": True, "ties": 0, "different": 0}
-    found = [agreement(model, *row) for row in zip(texts, ours, ar, strict=True)]
-    return {"identical_to_ar": False, "ties": found.count("tie"), "different": found.count("different")}
 
 
 def text_of(prompts: Sequence[Sequence[int]], length: int, first: int) -> list[int]:

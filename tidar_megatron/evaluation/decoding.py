@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
+from tidar_megatron.evaluation.agreement import agreement_with_ar
 from tidar_megatron.evaluation.stock import load_stock
 from tidar_megatron.inference.engine import generate
 from tidar_megatron.inference.model import DecodeModel
@@ -30,6 +31,8 @@ class PlanFigures:
         tokens_per_second: The median over the prompts.
         speedup_over_ar: The median over the prompts of AR's seconds divided by the plan's, for the same prompt.
         identical_to_ar: Whether every output equals AR's.
+        ties: How many outputs part from AR's where two tokens have the same logit up to rounding.
+        different: How many outputs part from AR's elsewhere.
         distinct_4grams: The fraction of distinct 4-grams in an output, averaged over the prompts.
     """
 
@@ -37,6 +40,8 @@ class PlanFigures:
     tokens_per_second: float
     speedup_over_ar: float
     identical_to_ar: bool
+    ties: int
+    different: int
     distinct_4grams: float
 
     def as_dict(self) -> dict[str, Any]:
@@ -81,6 +86,7 @@ def compare_plans(
         for name in names[first:] + names[:first]:
             runs[name].append(decoders[name](prompt))
     ar = runs["ar"]
+    its_tokens = [run.token_ids for run in ar]
     # every run decodes the same number of tokens after the prefill, whatever its last forward accepted beyond them
     tokens = max_new_tokens - 1
     return {
@@ -88,8 +94,8 @@ def compare_plans(
             tokens_per_forward=len(prompts) * tokens / sum(run.forwards for run in done),
             tokens_per_second=median(tokens / run.seconds for run in done),
             speedup_over_ar=median(its.seconds / run.seconds for run, its in zip(done, ar, strict=True)),
-            identical_to_ar=all(run.token_ids == its.token_ids for run, its in zip(done, ar, strict=True)),
             distinct_4grams=sum(distinct_4grams(run.token_ids) for run in done) / len(done),
+            **agreement_with_ar(model, prompts, [run.token_ids for run in done], its_tokens),
         )
         for name, done in runs.items()
     }
