@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -100,6 +101,30 @@ def test_chunks_cost_bfloat16_no_accuracy(ranks, size):
         assert results[0][2].dtype == results[0][3].dtype == torch.bfloat16
         assert error(sum(r[2].float() for r in results), wanted[2]) < 5e-3
         assert error(torch.cat([r[3] for r in results]), wanted[3]) < 4e-3
+
+
+class LikeCuda(TorchFunctionMode):
+    """Tensors that say to be on a CUDA device, and CUDA's products with an ``out_dtype``, which a CPU does not have."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if function == torch.Tensor.device.__get__:
+            return torch.device("cuda")
+        if (out_dtype := kwargs.pop("out_dtype", None)) is not None:
+            args = [arg.to(out_dtype) if isinstance(arg, torch.Tensor) else arg for arg in args]
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_on_cuda_a_product_is_not_rounded_before_it_is_added(dtype):
+    """The sum is float32; a product rounded to half precision has an error of 2e-3 or 2e-4."""
+    draw = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(40, 40, generator=draw).to(dtype) for _ in range(2))
+    total = torch.randn(40, 40, generator=draw)
+    wanted = total.double() + left.double() @ right.double()
+    with LikeCuda():
+        cross_entropy._add_product(total, left, right)
+    assert error(total, wanted) < 1e-6
 
 
 def test_only_what_is_asked_for(ranks):
