@@ -1,5 +1,7 @@
 """Forwards of few shapes: as those without padding; few shapes, and nothing compiled per step."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from tidar_megatron.inference.cache import KVPool
 from tidar_megatron.inference.engine import Engine
 from tidar_megatron.inference.forward import ForwardLayout, PackedForward, Part
 from tidar_megatron.inference.request import DecodeOptions, parse_plan
+from tidar_megatron.inference.sampling import SamplingOptions
 from tidar_megatron.inference.static import KEPT, MARGIN, TOKENS, Forwards, Shape, rounded_prefix
 from tidar_megatron.inference.wrapping import wrap_model
 
@@ -133,7 +136,7 @@ def test_rounding_adds_little_and_prefixes_are_aligned():
     assert [rounded_prefix(context + 1) for context in (256, 1024, 4096)] == [320, 1088, 4160]
 
 
-@pytest.mark.parametrize("plan", ["ar", "lookup:4", "linear:4", "all:8"])
+@pytest.mark.parametrize("plan", ["ar", "lookup:4", "linear:4", "all:8", "2:8"])
 def test_a_step_reads_the_output_layer_once_and_waits_once(tiny, plan, monkeypatch):
     """Each copy to the host waits for the device. all:8 has 72 tokens in a forward."""
     model, heads, copies = tiny("llama"), [], []
@@ -159,6 +162,30 @@ def test_a_step_reads_the_output_layer_once_and_waits_once(tiny, plan, monkeypat
             assert (len(heads), len(copies)) == (1, 1)
         steps += 1
     assert steps > 3 and all(len(sequence.tokens) == 30 for sequence in asked)
+
+
+@pytest.mark.parametrize(("plans", "temperature", "computed"), [
+    (["ar", "lookup:4", "linear:4", "all:8"], 0.0, False),
+    (["ar", "2:8"], 0.0, True),
+    (["2:8"], 1.0, False),  # a drawn draft has its own distribution
+])  # fmt: skip
+def test_probabilities_are_computed_only_where_a_plan_uses_them(tiny, plans, temperature, computed, monkeypatch):
+    """They read the logits of all rows once more."""
+    model, reads, logsumexp = tiny("llama"), [], torch.Tensor.logsumexp
+
+    def counted(rows, dim):
+        if rows.shape[-1] == model.vocab_size:
+            reads.append(rows)
+        return logsumexp(rows, dim)
+
+    monkeypatch.setattr(torch.Tensor, "logsumexp", counted)
+    engine = Engine(model, len(plans), 200, static=True)
+    more = {"max_new_tokens": 20, "ignore_eos": True, "sampling": SamplingOptions(temperature, seed=0)}
+    asked = [engine.submit([1, 2, 3], replace(parse_plan(plan), **more)) for plan in plans]
+    while not engine.is_idle:
+        engine.step()
+    assert all(len(sequence.tokens) == 20 for sequence in asked)
+    assert bool(reads) == computed
 
 
 def test_shape_of_parts():

@@ -135,7 +135,8 @@ class Engine:
             planner.begin(len(served), context / len(served))
         hidden, packed = self._forwards.run([sequence.part(PROMPT_CHUNK) for sequence in served], reads_prompts)
         static = self._forwards.is_static
-        logits = _Logits(self.model, hidden, packed.starts, at_once=not reads_prompts, one_wait=static)
+        confidences = any(sequence.wants_confidences for sequence in served)
+        logits = _Logits(self.model, hidden, packed.starts, not reads_prompts, static, confidences)
         for sequence, of_rows in zip(served, logits.of([s.rows for s in served]), strict=True):
             _guarded(sequence, sequence.accept, of_rows)
         rows = [sequence.draft_rows for sequence in served]
@@ -179,18 +180,19 @@ class _Logits:
         at_once: Whether the logits of all rows may be computed at once. On a CPU that pays off for few rows.
         one_wait: Whether to compute all rows whatever their number, and to copy what greedy decoding needs to the host
             at once. On a GPU more rows cost little, and each copy waits for the forward.
+        confidences: Whether that copy includes the probabilities of the likeliest tokens.
     """
 
     FEW = 32
 
     def __init__(
-        self, model: DecodeModel, hidden: Tensor, starts: Tokens[int], at_once: bool, one_wait: bool = False
+        self, model: DecodeModel, hidden: Tensor, starts: Tokens[int], at_once: bool, one_wait: bool, confidences: bool
     ) -> None:
         self._model, self._hidden, self._starts = model, hidden, starts
         self._all: Rows | None = None
         if at_once and (one_wait or len(hidden) <= self.FEW):
             logits = model.logits(hidden)
-            self._all = Rows(logits, Best.of(logits) if one_wait else None)
+            self._all = Rows(logits, Best.of(logits, confidences) if one_wait else None)
 
     def of(self, rows: Tokens[Tokens[int]]) -> Tokens[Rows]:
         """Return the logits of each sequence's ``rows``, which are relative to its first row."""

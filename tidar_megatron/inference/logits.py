@@ -12,16 +12,21 @@ class Best(NamedTuple):
 
     tokens: list[int]
     logits: list[float]  # NaN where any logit of the row is
-    probabilities: list[float]
+    probabilities: list[float] | None = None
 
     @classmethod
-    def of(cls, logits: Tensor) -> "Best":
-        """Return the likeliest tokens of ``logits [rows, V]``, with a single copy from the device."""
+    def of(cls, logits: Tensor, probabilities: bool) -> "Best":
+        """Return the likeliest tokens of ``logits [rows, V]``, with a single copy from the device.
+
+        ``probabilities`` is whether to compute theirs too, which reads all logits once more.
+        """
         highest, places = logits.max(-1)
         highest = highest.double()
-        likely = (highest - logits.float().logsumexp(-1)).exp()
-        values, tokens, probabilities = torch.stack([highest, places.double(), likely]).tolist()
-        return cls([int(token) for token in tokens], values, probabilities)
+        columns = [highest, places.double()]
+        if probabilities:
+            columns.append((highest - logits.float().logsumexp(-1)).exp())
+        values, tokens, *likely = torch.stack(columns).tolist()
+        return cls([int(token) for token in tokens], values, *likely)
 
     def pick(self, start: int, rows: Sequence[int]) -> "Best":
         """Return the rows at ``start + rows``."""
@@ -29,7 +34,7 @@ class Best(NamedTuple):
         return Best(
             [self.tokens[place] for place in places],
             [self.logits[place] for place in places],
-            [self.probabilities[place] for place in places],
+            self.probabilities and [self.probabilities[place] for place in places],
         )
 
 

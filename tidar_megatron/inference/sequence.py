@@ -146,6 +146,11 @@ class Sequence:
         """The rows of its part whose logits give the next drafts."""
         return self._part.layout.rows_after(self._accepted) if self.stop is None and not self._unread else range(0)
 
+    @property
+    def wants_confidences(self) -> bool:
+        """Return whether its part drafts, greedily, for a policy that uses the drafts' probabilities."""
+        return self._policy.wants_confidences and bool(self._part.layout.branches) and self.options.sampling.greedy
+
     def accept(self, logits: Tensor, best: Best | None = None) -> list[int]:
         """Verify the drafts and commit the accepted ones; return the newly final tokens.
 
@@ -187,7 +192,7 @@ class Sequence:
         tokens, q = self._sampler.propose(logits, best)
         confidences: list[float] = []
         if self._policy.wants_confidences:
-            if q is None and best is not None:
+            if q is None and best is not None and best.probabilities is not None:
                 confidences = best.probabilities
             else:
                 likely = logits.float().softmax(-1) if q is None else q
