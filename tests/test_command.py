@@ -40,6 +40,22 @@ def test_what_is_wrong_is_one_line(arguments, message, monkeypatch, capsys):
     assert out == "" and error.startswith(f"error: {message}") and error.count("\n") == 1
 
 
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "--model", "x", "--prompt", "y", "--plan", "fast"], "plan 'fast': use auto, ar, linear:8"),
+        (["generate", "--model", "x", "--prompt", "y", "--plan", "2:8", "--mode", "ar"], "--plan 2:8: names it all"),
+        (["evaluate", "--model", "x", "--tasks", "y", "--plan", "all"], "plan 'all': use auto, ar, linear:8"),
+    ],
+)
+def test_a_wrong_plan_is_refused_before_torch_is_imported(arguments, message):
+    program = "import sys; sys.modules['torch'] = None; from tidar_megatron.cli.main import main; main()"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", command.COMMANDS)
 def test_every_command_has_its_help(name, monkeypatch, capsys):
     monkeypatch.setattr("tidar_megatron.training.signals.install", lambda: None)  # pytest keeps its own

@@ -6,6 +6,7 @@ tidar evaluate --model DIR --tasks FILE.jsonl [NAME ...] [--human-eval] [--json]
 import json
 
 from tidar_megatron.errors import UserError
+from tidar_megatron.inference.plans import plan_named
 from tidar_megatron.program import OneLineParser, importing
 
 
@@ -35,11 +36,10 @@ def main() -> None:
     for name in ("batch_size", "limit", "max_new_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    plan_named(args.plan)  # refuses a wrong name before the imports
     with importing():
         from tidar_megatron.inference.loading import load_model
-        from tidar_megatron.inference.request import parse_plan
 
-    parse_plan(args.plan)
     model = load_model(args.model, args.device, args.dtype, args.mask_token_id)
     rows = []
     if args.tasks:

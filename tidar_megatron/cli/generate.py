@@ -11,14 +11,10 @@ import itertools
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from tidar_megatron.errors import UserError
+from tidar_megatron.inference.plans import Mode, Plan, plan_named
 from tidar_megatron.program import OneLineParser, importing
-
-if TYPE_CHECKING:
-    from tidar_megatron.inference.request import DecodeOptions
 
 COLOURS = ("green", "cyan", "yellow")
 
@@ -66,25 +62,22 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def plan_of(args: argparse.Namespace) -> "DecodeOptions":
-    """Return the options of the plan that the flags name.
+def plan_of(args: argparse.Namespace) -> Plan:
+    """Return the plan that the flags name.
 
     Raises:
         UserError: the flags contradict each other.
     """
-    with importing():
-        from tidar_megatron.inference.request import DecodeOptions, Mode, parse_plan
-
     single = args.mode, args.draft_length, args.branches
     if args.plan is not None:
         if single != (None, None, None):
             raise UserError(f"--plan {args.plan}: names it all; leave --mode, --draft-length and --branches out")
-        return parse_plan(args.plan)
+        return plan_named(args.plan)
     fixed = args.draft_length is not None or args.branches is not None or args.trust_ratio < 1
     mode: Mode = args.mode or ("tidar" if fixed else "auto")
     if mode != "tidar" and args.branches is not None:  # options cannot tell "all" from their default
         raise UserError(f"--mode {mode}: takes no --branches; leave them out, or use --mode tidar")
-    return DecodeOptions(mode, args.draft_length, "all" if args.branches is None else args.branches)
+    return Plan(mode, args.draft_length, "all" if args.branches is None else args.branches)
 
 
 def read_standard_input() -> str:
@@ -105,6 +98,7 @@ def main() -> None:
     args = parse_args()
     if "" in args.stop:
         raise UserError("--stop '': give strings of at least one character")
+    plan = plan_of(args)
     # After parsing, so that --help does not wait for torch.
     from transformers.utils import logging
 
@@ -112,6 +106,7 @@ def main() -> None:
         from tidar_megatron.inference.engine import generate
         from tidar_megatron.inference.loading import load_model
         from tidar_megatron.inference.planner import planner_of
+        from tidar_megatron.inference.request import DecodeOptions
         from tidar_megatron.inference.sampling import SamplingOptions
         from tidar_megatron.inference.text import TextStream, continuation, encode_prompt
 
@@ -123,8 +118,8 @@ def main() -> None:
     if trained and len(prompt) + args.max_new_tokens > trained:
         total = len(prompt) + args.max_new_tokens
         print(f"note: up to {total} tokens; the model was trained on sequences of {trained}", file=sys.stderr)
-    options = replace(
-        plan_of(args),
+    options = DecodeOptions(
+        *plan,
         max_new_tokens=args.max_new_tokens,
         ignore_eos=args.ignore_eos,
         stop=tuple(args.stop),

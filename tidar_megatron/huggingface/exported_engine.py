@@ -8,10 +8,10 @@ from tidar_megatron import __version__
 
 MODULES = {  # file in the folder -> module of this package; transformers calls the first
     "generate": "inference/custom_generate",
-    **{name: f"inference/{name}" for name in ("engine", "sequence", "drafting", "planner", "candidates", "acceptance")},
-    **{name: f"inference/{name}" for name in ("costs", "static", "forward", "attention", "cache", "model", "request")},
-    **{name: f"inference/{name}" for name in ("sampling", "logits", "text", "prepared", "wrapping", "compatibility")},
-    **{name: f"inference/{name}" for name in ("upcast", "lean", "products")},
+    **{name: f"inference/{name}" for name in ("engine", "sequence", "drafting", "plans", "planner", "candidates")},
+    **{name: f"inference/{name}" for name in ("acceptance", "costs", "static", "forward", "attention", "cache")},
+    **{name: f"inference/{name}" for name in ("model", "request", "sampling", "logits", "text", "prepared")},
+    **{name: f"inference/{name}" for name in ("wrapping", "compatibility", "upcast", "lean", "products")},
     **{name: name for name in ("attention_mask", "attention_kernels", "text_stream", "mask_token", "tidar_section")},
     **{name: name for name in ("errors", "files", "json_files", "precision")},
 }

@@ -12,9 +12,9 @@ from typing import Any, Literal, get_args
 
 from tidar_megatron.errors import UserError
 from tidar_megatron.inference.model import DecodeModel
+from tidar_megatron.inference.plans import Mode, plan_named
 from tidar_megatron.inference.sampling import SamplingOptions
 
-Mode = Literal["auto", "tidar", "linear", "ar", "lookup"]
 StopReason = Literal["eos", "stop", "length", "context", "cancelled", "error"]
 
 LOOKUP_DRAFT_LENGTH = 8  # for a model without a block size
@@ -107,14 +107,7 @@ def parse_plan(name: str) -> DecodeOptions:
     Raises:
         UserError: the name is not a plan.
     """
-    kind, _, length = name.partition(":")
-    if name in ("auto", "ar"):
-        return DecodeOptions("auto" if name == "auto" else "ar")
-    if length.isdecimal() and kind in ("linear", "lookup"):
-        return DecodeOptions("linear" if kind == "linear" else "lookup", int(length))
-    if length.isdecimal() and (kind == "all" or kind.isdecimal()):
-        return DecodeOptions("tidar", int(length), "all" if kind == "all" else int(kind))
-    raise UserError(f"plan {name!r}: use auto, ar, linear:8, lookup:8, all:8 or 2:8 (two branches of 8)")
+    return DecodeOptions(*plan_named(name))
 
 
 def _positive(value: object) -> bool:
