@@ -87,6 +87,7 @@ def test_megatrons_and_tidars_own_names():
     ("text", "said"),
     [
         ("optimizer:\n  lrr: 1\n", "optimizer.lrr: unknown key (did you mean 'lr'?)"),
+        ("optimizer:\n  learning_rate: 1\n", "optimizer.learning_rate: unknown key (did you mean 'lr'?)"),
         ("optimiser:\n  lr: 1\n", "optimiser: unknown key (did you mean 'optimizer'?)"),
         ("data:\n  seq_length: long\n", "data.seq_length (--seq-length): Input should be a valid integer"),
         ("data:\n  seq_length: 16.5\n", "data.seq_length (--seq-length): Input should be a valid integer"),
@@ -125,6 +126,8 @@ def test_errors_of_the_file_name_the_key(tmp_path, text, said):
     ("flags", "said"),
     [
         (["--lrr", "1"], "unknown flag --lrr (did you mean --lr?)"),
+        (["--learning-rate", "1"], "unknown flag --learning-rate (did you mean --lr?)"),
+        (["--resume", "1"], "unknown flag --resume; --help lists them all"),
         (["--frobnicate", "1"], "unknown flag --frobnicate"),
         (["--seq-length", "x"], "data.seq_length"),
         (["--lr"], "expected one argument"),

@@ -10,11 +10,12 @@ import errno
 import gc
 import logging
 import os
+import re
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -114,6 +115,21 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if "unrecognized arguments:" in message:
             unknown = message.split("unrecognized arguments:")[1].split()[0].split("=")[0]
-            hint = difflib.get_close_matches(unknown, list(self._option_string_actions), n=1)
-            message = f"unknown flag {unknown}" + (f" (did you mean {hint[0]}?)" if hint else "; --help lists them all")
+            hint = probably_meant(unknown, {name: one.help for name, one in self._option_string_actions.items()})
+            message = f"unknown flag {unknown}" + (f" (did you mean {hint}?)" if hint else "; --help lists them all")
         raise UserError(message)
+
+
+def probably_meant(unknown: str, known: Mapping[str, str | None]) -> str | None:
+    """Return the name that is spelled like an unknown one, or else the first whose help has its words.
+
+    Args:
+        unknown: the unknown name, such as ``--learning-rate``.
+        known: name -> help.
+    """
+    if similar := difflib.get_close_matches(unknown, known, n=1):
+        return similar[0]
+    words = re.sub("[-_]", " ", unknown).strip()
+    if " " not in words:  # a single word is found in the help of too many
+        return None
+    return next((name for name, text in known.items() if words in (text or "")), None)

@@ -7,7 +7,6 @@ or an invalid type gives the same one-line error wherever it was written.
 
 import argparse
 import dataclasses
-import difflib
 import typing
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +18,7 @@ from tidar_megatron.config.checks import check_config
 from tidar_megatron.config.sections import Sources
 from tidar_megatron.config.tree import Config, ResolvedConfig
 from tidar_megatron.errors import UserError
-from tidar_megatron.program import OneLineParser
+from tidar_megatron.program import OneLineParser, probably_meant
 
 SECTIONS: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(Config)}
 # flag name -> its section; flags are flat as in Megatron-LM, so a name may appear in one section only
@@ -27,6 +26,7 @@ FIELDS: dict[str, str] = {field.name: name for name, cls in SECTIONS.items() for
 assert len(FIELDS) == sum(len(dataclasses.fields(cls)) for cls in SECTIONS.values()), (
     "a flag name appears in two sections"
 )
+HELP = {field.name: field.metadata["help"] for cls in SECTIONS.values() for field in dataclasses.fields(cls)}
 
 
 def flag(name: str) -> str:
@@ -65,10 +65,9 @@ def build_config(
         path = [str(part) for part in first["loc"]]
         where = f"{source}: {'.'.join(path)}"
         if first["type"] == "unexpected_keyword_argument":
-            known = list(FIELDS) if len(path) > 1 else list(SECTIONS)
-            hint = difflib.get_close_matches(path[-1], known, n=1)
-            there = f" in section {FIELDS[hint[0]]!r}" if hint and len(path) > 1 and FIELDS[hint[0]] != path[0] else ""
-            here = f" (did you mean {hint[0]!r}{there}?)" if hint else ""
+            hint = probably_meant(path[-1], HELP if len(path) > 1 else dict.fromkeys(SECTIONS))
+            there = f" in section {FIELDS[hint]!r}" if hint and len(path) > 1 and FIELDS[hint] != path[0] else ""
+            here = f" (did you mean {hint!r}{there}?)" if hint else ""
             raise UserError(f"{where}: unknown key{here}") from None
         if path[-1] in FIELDS:
             given = path[-1] in (flags or {}).get(path[0], {})
