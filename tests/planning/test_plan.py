@@ -16,6 +16,7 @@ from tidar_megatron.planning.flops import executed_flops, model_flops
 from tidar_megatron.planning.hardware import HARDWARE
 from tidar_megatron.planning.memory import in_flight, parameters_of
 from tidar_megatron.planning.report import report_layouts, save_line
+from tidar_megatron.planning.saves import gathered_otherwise
 from tidar_megatron.planning.search import search
 from tidar_megatron.planning.sizes import Sizes
 from tidar_megatron.planning.traffic import traffic_of
@@ -190,12 +191,19 @@ def test_what_a_save_costs():
     """8B on 8 GPUs: 16.4 GB of weights on one rank, and 98.3 GB of the optimizer on one rank or on all."""
     shared, plain = (Estimate(big(8, use_distributed_optimizer=value), H100) for value in (True, False))
     line = save_line(shared, 8_190_735_360)
-    assert "checkpoint has 114.7 GB; saving gathers nothing; the busiest rank writes 28.7 GB" in line
+    gathers = "saving gathers nothing (megatron-core's fully_reshardable would gather 98.3 GB on one rank)"
+    assert f"checkpoint has 114.7 GB; {gathers}; the busiest rank writes 28.7 GB" in line
+    assert "saving gathers nothing; the busiest" in save_line(plain, 8_190_735_360)
+    alone = Estimate(big(2, **TP2, use_distributed_optimizer=True), H100)  # one data-parallel rank
+    assert "saving gathers nothing; the busiest" in save_line(alone, 8_190_735_360)
     assert "(weights 16.4, optimizer 12.3)" in line and "--use" not in line
     assert "(weights 16.4, optimizer 98.3); --use-distributed-optimizer shares" in save_line(plain, 8_190_735_360)
     assert shared.as_dict()["bytes_per_save"] == {"weights": 16_381_470_720, "optimizer": 12_286_103_040}
     experts = Estimate(sizes_of(8, MOE, use_distributed_optimizer=True, expert_model_parallel_size=4), H100)
     parameters = parameters_of(experts.sizes, 0)
+    assert gathered_otherwise(experts.sizes, 0) == 12 * parameters.total
+    replicated = sizes_of(4, MOE, use_distributed_optimizer=True, expert_model_parallel_size=4)
+    assert gathered_otherwise(replicated, 0) == 12 * parameters_of(replicated, 0).dense
     assert experts.written.optimizer == 12 * (parameters.dense // 8 + parameters.expert // 2)
 
 

@@ -16,7 +16,7 @@ from tidar_megatron.planning.estimate import Estimate, recompute_name
 from tidar_megatron.planning.flops import active_parameters, executed_flops, model_flops
 from tidar_megatron.planning.hardware import ASSUMPTIONS, GIB, HARDWARE, Hardware
 from tidar_megatron.planning.memory import memory_of
-from tidar_megatron.planning.saves import checkpoint_bytes
+from tidar_megatron.planning.saves import checkpoint_bytes, gathered_otherwise
 from tidar_megatron.planning.search import search, verify_all
 from tidar_megatron.planning.sizes import Sizes, require_vocabulary
 
@@ -231,8 +231,12 @@ def time_line(estimate: Estimate) -> str:
 def save_line(estimate: Estimate, parameters: int) -> str:
     """Return a line with the size of a checkpoint and what the busiest rank writes of it."""
     sizes, written = estimate.sizes, estimate.written
+    gathered = max(gathered_otherwise(sizes, stage) for stage in estimate.stages)
+    instead = (
+        f" (megatron-core's fully_reshardable would gather {gathered / 1e9:.1f} GB on one rank)" if gathered else ""
+    )
     line = (
-        f"a checkpoint has {checkpoint_bytes(sizes, parameters) / 1e9:.1f} GB; saving gathers nothing; "
+        f"a checkpoint has {checkpoint_bytes(sizes, parameters) / 1e9:.1f} GB; saving gathers nothing{instead}; "
         f"the busiest rank writes {written.total / 1e9:.1f} GB "
         f"(weights {written.weights / 1e9:.1f}, optimizer {written.optimizer / 1e9:.1f})"
     )

@@ -32,6 +32,18 @@ def written_by(sizes: Sizes, stage: int) -> Written:
     return Written(sizes.w * parameters.total, round(state_bytes(sizes) * owned))
 
 
+def gathered_otherwise(sizes: Sizes, stage: int) -> int:
+    """Return the bytes that megatron-core's format ``fully_reshardable`` would gather on one rank of ``stage``.
+
+    It gathers the distributed optimizer's state on the first rank of each data-parallel group, in host memory.
+    """
+    if not sizes.config.parallel.use_distributed_optimizer:
+        return 0
+    parameters = parameters_of(sizes, stage)
+    shared = parameters.dense * (sizes.dp * sizes.cp > 1) + parameters.expert * (sizes.edp > 1)
+    return state_bytes(sizes) * shared
+
+
 def state_bytes(sizes: Sizes) -> int:
     """Return the bytes of a parameter's state in a checkpoint: two moments, and a float32 copy of the weight.
 
