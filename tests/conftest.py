@@ -92,6 +92,19 @@ def _cache_of_costs(tmp_path_factory):
     os.environ["TIDAR_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _auto_is_float32():
+    """On the CPU, dtype ``auto`` is float32 on every machine; test_dtype.py, which tests it, undoes this."""
+    if "torch" not in sys.modules:  # then no test loads a model in this process
+        yield
+        return
+    from tidar_megatron.inference import dtype
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dtype, "has_bfloat16", lambda: False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory):
     """(training, held-out) folders of byte-level documents of 1 to 90 tokens: several a window, and cut by windows."""

@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--valid-data", required=True, help="folder of held-out shards")
     args = parser.parse_args()
     from tidar_megatron.evaluation.decoding import compare_plans
+    from tidar_megatron.inference.dtype import dtype_name
     from tidar_megatron.inference.loading import load_model
     from tidar_megatron.inference.text import encode_prompt
 
@@ -79,6 +80,7 @@ def main() -> None:
         "heldout": str(heldout),
         "prompts": len(decoded),
         "new_tokens": NEW_TOKENS,
+        "dtype": dtype_name(model.dtype),
         "plan": HEADLINE,
         "identical_to_ar": all(f.identical_to_ar for f in figures.values()),  # every plan, and transformers
         "tokens_per_forward": figures[HEADLINE].tokens_per_forward,
@@ -117,7 +119,7 @@ def print_table(figures: dict[str, Any], summary: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    title = f"{summary['prompts']} held-out prompts x {NEW_TOKENS} tokens, greedy, prefill excluded"
+    title = f"{summary['prompts']} held-out prompts x {NEW_TOKENS} tokens, {summary['dtype']}, greedy, prefill excluded"
     table = Table(title=title, caption="speeds: medians over the prompts, plans interleaved prompt by prompt")
     for column in ("plan", "tokens/forward", "tokens/s", "speed-up over AR", "identical to AR", "distinct 4-grams"):
         table.add_column(column, justify="left" if column == "plan" else "right")

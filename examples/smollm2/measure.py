@@ -27,6 +27,7 @@ def main() -> None:
     from tidar_megatron.data.shards import ShardedDocuments
     from tidar_megatron.evaluation.certificate import read_prompts
     from tidar_megatron.evaluation.decoding import compare_plans, spread_pieces
+    from tidar_megatron.inference.dtype import dtype_name
     from tidar_megatron.inference.engine import generate
     from tidar_megatron.inference.loading import load_model
     from tidar_megatron.inference.request import DecodeOptions, parse_plan
@@ -62,6 +63,7 @@ def main() -> None:
         "evaluations": [{"iteration": line["iteration"], **line["eval"]} for line in metrics if "eval" in line],
         "prompts": len(prompts),
         "new_tokens": args.max_new_tokens,
+        "dtype": dtype_name(after.dtype),
         "plans": {name: one.as_dict() for name, one in figures.items()},
         "generations": [
             {"prompt": prompt, "before": before, "after": after}

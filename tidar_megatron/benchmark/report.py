@@ -18,8 +18,10 @@ def write(result: dict[str, Any], folder: str | Path) -> Path:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print each list of rows as a table, and each list of other values, such as skipped contexts, as a line."""
+    """Print the dtype of a model, each list of rows as a table, and each list of other values as a line."""
     console = Console()
+    if "dtype" in result:
+        console.print(f"dtype: {result['dtype']}")
     lists = {name: value for name, value in result.items() if isinstance(value, list)}
     if not lists:
         lists = {result["benchmark"]: [{k: v for k, v in result.items() if isinstance(v, float)}]}

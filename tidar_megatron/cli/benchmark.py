@@ -51,6 +51,7 @@ MEANT_FOR = {
     "plot": ("training",),
     "model": OF_A_MODEL,
     "prompts": OF_A_MODEL,
+    "dtype": OF_A_MODEL,
     "max_new_tokens": OF_A_MODEL,
     "contexts": ("decode", "step"),
     "batch_sizes": ("decode",),
@@ -69,6 +70,7 @@ def run_model(arguments: argparse.Namespace, repeats: int) -> dict[str, Any]:
         from tidar_megatron.benchmark.planner import planner
         from tidar_megatron.benchmark.step import step
         from tidar_megatron.evaluation.certificate import read_prompts
+        from tidar_megatron.inference.dtype import dtype_name, dtype_note
         from tidar_megatron.inference.loading import load_model
         from tidar_megatron.inference.text import encode_prompt
 
@@ -79,7 +81,8 @@ def run_model(arguments: argparse.Namespace, repeats: int) -> dict[str, Any]:
             raise UserError(f"--bodies {name}: use own, useless, {', '.join(BODIES)}, or one of them and @THREADS")
         settings.append((body, int(threads) if threads else torch.get_num_threads()))
     texts = read_prompts(arguments.prompts)
-    model = load_model(arguments.model, keep_weights=arguments.what == "planner")  # which grows it
+    # the planner's benchmark grows the model
+    model = load_model(arguments.model, dtype=arguments.dtype, keep_weights=arguments.what == "planner")
     if arguments.what in ("planner", "step") and model.mask_token_id is None:
         raise UserError(f"--model {arguments.model}: cannot draft; export a TiDAR checkpoint")
     prompts = [encode_prompt(model, text) for text in texts]
@@ -88,21 +91,25 @@ def run_model(arguments: argparse.Namespace, repeats: int) -> dict[str, Any]:
     if min(contexts) + new > model.context_limit:
         limit = model.context_limit
         raise UserError(f"--contexts {min(contexts)}: with {new} new tokens longer than the model's context of {limit}")
+    if arguments.what == "planner" and (longest := max(map(len, prompts))) + new > model.context_limit:
+        raise UserError(
+            f"--prompts {arguments.prompts}: {longest} tokens and {new} new ones are more than the model's context "
+            f"of {model.context_limit}; leave that prompt out, or ask for fewer with --max-new-tokens"
+        )
+    if note := dtype_note(arguments.dtype, model.device):
+        print(note, file=sys.stderr)
+    dtype = {"dtype": dtype_name(model.dtype)}
     if arguments.what == "planner":
-        if (longest := max(map(len, prompts))) + new > model.context_limit:
-            raise UserError(
-                f"--prompts {arguments.prompts}: {longest} tokens and {new} new ones are more than the model's context "
-                f"of {model.context_limit}; leave that prompt out, or ask for fewer with --max-new-tokens"
-            )
-        return planner(model, prompts, settings, new, repeats)
+        return dtype | planner(model, prompts, settings, new, repeats)
     if arguments.what == "step":
-        return step(model, arguments.model, prompts, contexts, new, repeats)
-    assistant = load_model(arguments.assistant, keep_weights=True).causal_lm if arguments.assistant else None
+        return dtype | step(model, arguments.model, prompts, contexts, new, repeats)
+    assistant = None
+    if arguments.assistant:
+        assistant = load_model(arguments.assistant, dtype=model.dtype, keep_weights=True).causal_lm
     if assistant is not None:
         assistant.set_attn_implementation("sdpa")
-    return decode(
-        model, arguments.model, prompts, contexts, arguments.batch_sizes or [1, 4, 8], new, repeats, assistant
-    )
+    batches = arguments.batch_sizes or [1, 4, 8]
+    return dtype | decode(model, arguments.model, prompts, contexts, batches, new, repeats, assistant)
 
 
 def main() -> None:
@@ -117,6 +124,7 @@ def main() -> None:
     parser.add_argument("--output", default="runs/benchmarks", metavar="DIR", help="folder [runs/benchmarks]")
     parser.add_argument("--model", metavar="DIR", help="decode, planner, step: Hugging Face folder")
     parser.add_argument("--prompts", metavar="FILE", help='of a model: JSON lines: strings, or objects with a "prompt"')
+    parser.add_argument("--dtype", help="of a model: float32, bfloat16, .. [auto: bfloat16 where it is faster]")
     parser.add_argument("--assistant", metavar="DIR", help="decode: a smaller model that drafts for transformers")
     parser.add_argument(
         "--contexts", type=int, nargs="+", metavar="P", help="decode [128 1024 4096], step [256 1024 4096]"

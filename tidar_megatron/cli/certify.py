@@ -23,7 +23,9 @@ def main() -> None:
         "--mask-token-id", type=int, metavar="ID", help="draft with this token where the model has none"
     )
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--dtype", help="default: float32, also on a GPU: narrower types make ties")
+    parser.add_argument(
+        "--dtype", default="float32", help="default: float32, also on a GPU: narrower types make ties; or auto"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object, as the last line")
     args = parser.parse_args()
     for name, value, least in (
@@ -36,16 +38,19 @@ def main() -> None:
             raise UserError(f"{name} {value}: must be at least {least}")
     with importing():
         from tidar_megatron.evaluation import certificate  # heavy: after the command line is known to be sound
+        from tidar_megatron.inference.dtype import dtype_name, dtype_note
         from tidar_megatron.inference.loading import load_model
         from tidar_megatron.inference.text import encode_prompt
 
     texts = certificate.read_prompts(args.prompts)[: args.limit]
-    model = load_model(args.model, args.device, args.dtype or "float32", args.mask_token_id)
+    model = load_model(args.model, args.device, args.dtype, args.mask_token_id)
+    if note := dtype_note(args.dtype, model.device):
+        say(note)
     prompts = [encode_prompt(model, text) for text in texts]
     runs = certificate.plans(args.draft_lengths, drafts=model.mask_token_id is not None)
     found = certificate.certify(model, args.model, prompts, args.max_new_tokens, runs, args.samples, say)
     if args.json:
-        print(json.dumps(found.as_dict()))
+        print(json.dumps({"dtype": dtype_name(model.dtype), **found.as_dict()}))
     else:
         show(found)
     sys.exit(0 if found.holds else 1)

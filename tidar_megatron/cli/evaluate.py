@@ -4,6 +4,7 @@ tidar evaluate --model DIR --tasks FILE.jsonl [NAME ...] [--human-eval] [--json]
 """
 
 import json
+import sys
 
 from tidar_megatron.errors import UserError
 from tidar_megatron.inference.plans import plan_named
@@ -25,7 +26,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="of HumanEval, local files [256]")
     parser.add_argument("--mask-token-id", type=int, metavar="ID", help="draft with this where the model has no mask")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--dtype", help="default: float32 on a CPU, bfloat16 on a GPU")
+    parser.add_argument("--dtype", default="auto", help="default: auto, bfloat16 where it is faster, else float32")
     parser.add_argument("--json", action="store_true", help="print one JSON object, as the last line")
     parser.epilog = """A local file holds JSON lines of one kind, with the keys context, choices, answer (its place,
     from 0); or prompt, target, until (optional, a list of strings); or text (perplexity).
@@ -38,9 +39,12 @@ def main() -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     plan_named(args.plan)  # refuses a wrong name before the imports
     with importing():
+        from tidar_megatron.inference.dtype import dtype_name, dtype_note
         from tidar_megatron.inference.loading import load_model
 
     model = load_model(args.model, args.device, args.dtype, args.mask_token_id)
+    if note := dtype_note(args.dtype, model.device):
+        print(note, file=sys.stderr)
     rows = []
     if args.tasks:
         with importing():
@@ -56,7 +60,8 @@ def main() -> None:
         rows.append(human_eval(model, args.plan, args.batch_size, args.limit, args.max_new_tokens))
     show(rows, args.plan)
     if args.json:
-        print(json.dumps({"model": args.model, "plan": args.plan, "rows": rows}))
+        dtype = dtype_name(model.dtype)
+        print(json.dumps({"model": args.model, "dtype": dtype, "plan": args.plan, "rows": rows}))
 
 
 def number(value: float) -> str:

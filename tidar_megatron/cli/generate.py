@@ -57,7 +57,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--logprobs", action="store_true", help="with --json: log-probability of each token")
     parser.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-sequence token")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--dtype", help="default: float32 on a CPU, else bfloat16")
+    parser.add_argument("--dtype", default="auto", help="default: auto, bfloat16 where it is faster, else float32")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     return parser.parse_args()
 
@@ -103,6 +103,7 @@ def main() -> None:
     from transformers.utils import logging
 
     with importing():
+        from tidar_megatron.inference.dtype import dtype_note
         from tidar_megatron.inference.engine import generate
         from tidar_megatron.inference.loading import load_model
         from tidar_megatron.inference.planner import planner_of
@@ -146,9 +147,15 @@ def main() -> None:
         print("note: the model's config.json has no tidar section: plain autoregression", file=sys.stderr)
     if args.explain_plan and (options.mode != "auto" or model.mask_token_id is None):
         raise UserError("--explain-plan: needs --plan auto and a model that drafts")
+
+    def say_dtype() -> None:  # after decoding, so that an error stays the only line
+        if note := dtype_note(args.dtype, model.device):
+            print(note, file=sys.stderr)
+
     if args.json:
         generation = generate(model, prompt, options)
         text = continuation(model.tokenizer, prompt, generation.token_ids)
+        say_dtype()
         print(json.dumps({"text": text} | generation.summary()))
         return
 
@@ -162,6 +169,7 @@ def main() -> None:
         f"\n\n{generation.tokens_per_forward:.2f} tokens per forward, {generation.tokens_per_second:.1f} tokens/s, "
         f"distinct 4-grams {generation.distinct_4grams:.2f}"
     )
+    say_dtype()
     if args.explain_plan:
         print(f"\n{planner_of(model).explain()}")
 

@@ -12,6 +12,7 @@ context, this model encodes the continuation alone.
 """
 
 import dataclasses
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,12 +27,15 @@ from lm_eval.models.utils import postprocess_generated_text
 from tidar_megatron.distributed.platform import has_gpu
 from tidar_megatron.errors import UserError
 from tidar_megatron.evaluation.generation_kwargs import task_options
+from tidar_megatron.inference.dtype import dtype_note
 from tidar_megatron.inference.engine import generate_batch
 from tidar_megatron.inference.loading import load_model
 from tidar_megatron.inference.model import DecodeModel
 from tidar_megatron.inference.request import DecodeOptions, Generation, check_prompt, check_token_ids, parse_plan
 from tidar_megatron.inference.scoring import score
 from tidar_megatron.inference.text import NO_TOKENIZER
+
+LOGGER = logging.getLogger("lm_eval.tidar")  # below lm-eval's own, which writes to standard error
 
 
 @register_model("tidar")
@@ -51,7 +55,7 @@ class TidarLM(TemplateLM):
         plan: str = "auto",
         batch_size: int | str = 1,
         device: str | None = None,
-        dtype: str | None = None,
+        dtype: str | None = "auto",
         mask_token_id: int | None = None,
         max_length: int | None = None,
         max_batch_size: int | None = None,
@@ -67,7 +71,9 @@ class TidarLM(TemplateLM):
         else:
             # cuda:0 is lm-eval's default; like lm-eval's own model, fall back to an available device
             device = None if device == "cuda:0" and not has_gpu() else device
-            self.model = load_model(pretrained, device, None if dtype == "auto" else dtype, mask_token_id)
+            self.model = load_model(pretrained, device, dtype, mask_token_id)
+            if note := dtype_note(dtype, self.model.device):
+                LOGGER.info(note)
         self.tokenizer = self.model.tokenizer
         if self.tokenizer is None:
             raise UserError(NO_TOKENIZER)

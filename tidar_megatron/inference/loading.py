@@ -13,6 +13,7 @@ from tidar_megatron.errors import UserError
 from tidar_megatron.hf_folder.model import check_folder, load_causal_lm
 from tidar_megatron.hf_folder.tokenizer import read_tokenizer
 from tidar_megatron.inference.attention import ATTENTION_NAME
+from tidar_megatron.inference.dtype import choose_dtype
 from tidar_megatron.inference.lean import use_lean_forward
 from tidar_megatron.inference.model import DecodeModel
 from tidar_megatron.inference.wrapping import wrap_model
@@ -31,7 +32,8 @@ def load_model(
     Args:
         path: A local folder with ``config.json`` and safetensors.
         device: A torch device name; by default ``cuda`` if available, else ``cpu``.
-        dtype: A floating dtype or its name; by default float32 on the CPU (bfloat16 is slow there), else bfloat16.
+        dtype: A floating dtype or its name; by default ``auto``, bfloat16 on a GPU and on a CPU that is faster in it,
+            else float32 (:mod:`~tidar_megatron.inference.dtype`).
         mask_token_id: The mask token for a model without a ``tidar`` section, which was not trained to draft.
         keep_weights: Whether transformers' modules keep their weights. By default the weights of known classes are laid
             out for decoding, and ``causal_lm`` cannot run itself.
@@ -43,7 +45,7 @@ def load_model(
     if not_a_file(path / "config.json") == "not found":
         raise UserError(f"{path}: has no config.json; give a Hugging Face folder (tidar convert export writes one)")
     torch_device = _device(device)
-    torch_dtype = _dtype(dtype, torch_device)
+    torch_dtype = choose_dtype(dtype, torch_device)
     config = check_folder(path)
     if mask_token_id is not None and getattr(config, "tidar", None):
         raise UserError(
@@ -74,12 +76,3 @@ def _device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name!r} cannot be used here; use --device cpu") from error
     return torch.device(name)
-
-
-def _dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    if name is None:
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    dtype = name if isinstance(name, torch.dtype) else getattr(torch, name, None)
-    if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise UserError(f"dtype {name!r}: use float32, bfloat16, float16 or float64")
-    return dtype
