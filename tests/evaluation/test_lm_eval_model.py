@@ -178,3 +178,13 @@ def test_what_cannot_be_generated_names_its_task_and_document(ours, asked, said,
     assert said in str(caught.value)
     with pytest.raises(UserError, match="document 7: the prompt is empty"):
         ours.generate_until(instances("generate_until", [("", BASE)]))
+
+
+def test_the_log_says_what_dtype_auto_is(folder, monkeypatch):
+    from tidar_megatron.evaluation import lm_eval_model
+
+    said = []
+    monkeypatch.setattr(lm_eval_model.LOGGER, "info", said.append)
+    for dtype in ("float64", None, "auto"):
+        lm_eval_model.TidarLM(str(folder), "ar", dtype=dtype)
+    assert len(said) == 2 and all(line.startswith("dtype: float32 (auto: ") for line in said)

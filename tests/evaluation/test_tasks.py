@@ -221,7 +221,10 @@ def test_the_tool(folder, files):
     options = ["--plan", "1:4", "--max-new-tokens", "6", "--json"]
     done = call("tools/evaluate.py", "--model", folder, "--tasks", *named, *options)
     assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert "dtype: float32 (auto: " in done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    rows = found["rows"]
+    assert found["dtype"] == "float32"
     assert [(row["task"], row["scores_differ"]) for row in rows] == [("answers", False), ("texts", False)]
     assert f" {rows[1]['scores']['bits_per_byte']:.4f} " in done.stdout
     perplexity = rows[1]["scores"]["word_perplexity"]  # of a random model: beyond what four places are good for

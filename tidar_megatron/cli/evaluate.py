@@ -58,9 +58,9 @@ def main() -> None:
             from tidar_megatron.evaluation.code import human_eval
 
         rows.append(human_eval(model, args.plan, args.batch_size, args.limit, args.max_new_tokens))
-    show(rows, args.plan)
+    dtype = dtype_name(model.dtype)
+    show(rows, args.plan, dtype)
     if args.json:
-        dtype = dtype_name(model.dtype)
         print(json.dumps({"model": args.model, "dtype": dtype, "plan": args.plan, "rows": rows}))
 
 
@@ -69,7 +69,7 @@ def number(value: float) -> str:
     return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.3e}"
 
 
-def show(rows, plan) -> None:  # type: ignore[no-untyped-def]
+def show(rows, plan, dtype) -> None:  # type: ignore[no-untyped-def]
     """Print the table, and what differs."""
     from rich.console import Console
     from rich.table import Table
@@ -83,4 +83,4 @@ def show(rows, plan) -> None:  # type: ignore[no-untyped-def]
     Console(width=120).print(table)
     for row in rows:
         if row["scores_differ"]:
-            print(f"{row['task']}: the scores of {plan} and of AR DIFFER; tidar certify tells where")
+            print(f"{row['task']}: the scores of {plan} and of AR DIFFER; tidar certify --dtype {dtype} tells where")
