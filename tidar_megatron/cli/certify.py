@@ -26,6 +26,9 @@ def main() -> None:
     parser.add_argument(
         "--dtype", default="float32", help="default: float32, also on a GPU: narrower types make ties; or auto"
     )
+    parser.add_argument(
+        "--bitwise", action="store_true", help="compare the logits of all plans, batches and chunkings, bit by bit"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object, as the last line")
     args = parser.parse_args()
     for name, value, least in (
@@ -37,7 +40,7 @@ def main() -> None:
         if value is not None and value < least:
             raise UserError(f"{name} {value}: must be at least {least}")
     with importing():
-        from tidar_megatron.evaluation import certificate  # heavy: after the command line is known to be sound
+        from tidar_megatron.evaluation import bitwise, certificate  # heavy: after the command line is known to be sound
         from tidar_megatron.inference.dtype import dtype_name, dtype_note
         from tidar_megatron.inference.loading import load_model
         from tidar_megatron.inference.text import encode_prompt
@@ -48,6 +51,10 @@ def main() -> None:
         say(note)
     prompts = [encode_prompt(model, text) for text in texts]
     runs = certificate.plans(args.draft_lengths, drafts=model.mask_token_id is not None)
+    if args.bitwise:
+        report = bitwise.check_bitwise(model, prompts, args.max_new_tokens, runs, say)
+        show_bitwise(report) if not args.json else print(json.dumps(report.as_dict()))
+        sys.exit(0 if report.holds else 1)
     found = certificate.certify(model, args.model, prompts, args.max_new_tokens, runs, args.samples, say)
     if args.json:
         print(json.dumps({"dtype": dtype_name(model.dtype), **found.as_dict()}))
@@ -59,6 +66,23 @@ def main() -> None:
 def say(text: str) -> None:
     """Print a line of progress on standard error."""
     print(text, file=sys.stderr, flush=True)
+
+
+def show_bitwise(report) -> None:  # type: ignore[no-untyped-def]
+    """Print the table of bitwise comparisons and the verdict."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from tidar_megatron.inference.costs import processor
+
+    table = Table("plan", "batch", "prompt chunk", "equal logits", "equal tokens", "first difference")
+    for run in report.runs:
+        first = f"prompt {run.first['prompt']}, token {run.first['position']}" if run.first else ""
+        numbers = (run.batch, run.prompt_chunk, run.equal, run.same_tokens)
+        table.add_row(run.plan, *map(str, numbers), first)
+    Console(width=100).print(table)
+    verdict = "are equal in every bit" if report.holds else "DIFFER in some bits"
+    print(f"{report.prompts} prompts, {report.dtype}, {processor()}: the logits of all runs {verdict}")
 
 
 def show(found) -> None:  # type: ignore[no-untyped-def]

@@ -47,6 +47,7 @@ class Engine:
         capacity: int,
         queue_size: int = 1024,
         static: bool | None = None,
+        prompt_chunk: int = PROMPT_CHUNK,
     ) -> None:
         if batch_size < 1:
             raise UserError(f"batch size {batch_size}: must be at least 1")
@@ -56,6 +57,7 @@ class Engine:
         self._free = list(range(batch_size))[::-1]
         self._waiting: deque[Sequence] = deque()
         self._queue_size = queue_size
+        self._prompt_chunk = prompt_chunk
         self._active: list[Sequence] = []
         self._planner: Planner | None = None
 
@@ -133,7 +135,7 @@ class Engine:
             before.append((sequence, is_prompt, len(sequence.tokens)))
         if planner is not None:
             planner.begin(len(served), context / len(served))
-        hidden, packed = self._forwards.run([sequence.part(PROMPT_CHUNK) for sequence in served], reads_prompts)
+        hidden, packed = self._forwards.run([sequence.part(self._prompt_chunk) for sequence in served], reads_prompts)
         static = self._forwards.is_static
         confidences = any(sequence.wants_confidences for sequence in served)
         logits = _Logits(self.model, hidden, packed.starts, not reads_prompts, static, confidences)

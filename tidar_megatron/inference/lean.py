@@ -150,7 +150,7 @@ class LeanForward:
         self._embedding: nn.Embedding = base.embed_tokens
         self._rotary = base.rotary_emb
         self._norm = _norm(base.norm, take)
-        self._rows = ROWS[weight.dtype] if take and can_pack(weight) else 1
+        self._rows = ROWS if take and can_pack(weight) else 1
         self._layers = [_layer(layer, product, take) for layer in base.layers]
         activation = base.layers[0].mlp.act_fn
         self._gated = one_kernel(lambda gate, up: activation(gate) * up, weight.device)

@@ -35,7 +35,7 @@ class Product(NamedTuple):
         return Product(of, lambda residual, rows: residual + of(rows))
 
 
-ROWS = {torch.float32: 4, torch.bfloat16: 1}  # the fewest rows of a packed product; a single float32 row differs
+ROWS = 4  # the fewest rows of a packed product: a single row is added up in another order, and is no faster
 _EXPECTED_ROWS = 16  # tells oneDNN which layout to choose
 
 
