@@ -33,8 +33,8 @@ def run_tool(main: Callable[[], None], rank: int = 0) -> None:
     Under torchrun most errors are raised by every rank, so only ``rank`` 0 prints them; a rank that fails alone prints
     its own. Any other exception is a bug and keeps its traceback. ``streams.py`` handles output that nobody reads.
     """
-    # OpenMP's threads wait some milliseconds for the next matrix product before they sleep: to wake one takes a tenth of
-    # a decode step; read as torch is imported
+    # OpenMP's threads wait some milliseconds for the next matrix product before they sleep: waking them takes a tenth
+    # of a decode step. It is read as torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000000")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the bars of transformers garble the program's output
     # at import megatron-core warns, in each process and module, about optional packages that are not installed

@@ -1,4 +1,4 @@
-"""The lean forward computes what transformers' modules do, steps back where they are changed, and leaves no bit open."""
+"""The lean forward computes what transformers' modules do, steps back where they changed, and leaves no bit open."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Check whether drafting leaves every bit as it is: the logits of all emitted tokens, by every plan, batch and chunking.
+"""Check whether drafting leaves every bit as it is: the logits of emitted tokens, by every plan, batch and chunking.
 
 Equal tokens can hide rounding. Equal logits mean that log-probabilities do not depend on how a text was decoded, as
 reinforcement learning needs. Whether they are equal is a property of the machine's matrix products too.
