@@ -5,7 +5,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tidar_megatron.inference.forward import Forward
 
-ATTENTION_NAME = "tidar_packed"
+# a folder's own copy of this module (custom_generate) registers its function under another name
+ATTENTION_NAME = f"tidar_packed_{__name__.replace('.', '_')}"
 
 
 class UnknownAttentionError(TypeError):
