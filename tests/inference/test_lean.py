@@ -133,3 +133,13 @@ def test_keys_are_read_in_sizes_that_leave_the_bits():
     assert sizes[:3] == [0, 64, 64] and sizes == sorted(sizes)
     assert all(0 <= size - length <= 192 for length, size in enumerate(sizes))
     assert {size % 512 for size in sizes} == {0, 64, 128, 192, 384}
+
+
+def test_a_tied_embedding_is_read_from_the_folder(tmp_path):
+    make_causal_lm("llama", torch.bfloat16, tie_word_embeddings=True).save_pretrained(tmp_path)
+    model, kept = load_model(tmp_path, dtype="float32"), load_model(tmp_path, dtype="float32", keep_weights=True)
+    assert model.causal_lm.model.embed_tokens.weight.is_meta and model.causal_lm.lm_head.weight.is_meta
+    found, expected = hidden(model), hidden(kept)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    with torch.inference_mode():
+        torch.testing.assert_close(model.logits(found), kept.logits(expected), rtol=0, atol=1e-4)

@@ -26,6 +26,7 @@ from tidar_megatron.inference.products import (
     ROWS,
     Product,
     can_pack,
+    leave_no_weights,
     packed,
     rounds_once,
     side_by_side,
@@ -77,12 +78,15 @@ def is_lean(causal_lm: PreTrainedModel) -> bool:
 
 
 @torch.inference_mode()
-def use_lean_forward(model: DecodeModel, take: bool = False) -> None:
+def use_lean_forward(
+    model: DecodeModel, take: bool = False, embedding: Callable[[Tensor], Tensor] | None = None
+) -> None:
     """Let a model decode by a :class:`LeanForward`, if it computes what the modules compute.
 
     Args:
         model: The model.
         take: As for :class:`LeanForward`.
+        embedding: Takes the place of the input embedding if the output layer, the same weight, is laid out.
     """
     causal_lm = model.causal_lm
     if not is_lean(causal_lm) or not _agrees(model, LeanForward(causal_lm)):
@@ -92,6 +96,12 @@ def use_lean_forward(model: DecodeModel, take: bool = False) -> None:
         output_layer = causal_lm.get_output_embeddings()
         if can_pack(output_layer.weight):
             model.head = model.lean.at_least_rows(packed(output_layer.weight, output_layer.bias).of)
+            if embedding is not None:
+                model.lean.embed = embedding
+                leave_no_weights([causal_lm.get_input_embeddings(), output_layer])
+        for weight in causal_lm.parameters():
+            if not weight.is_meta:
+                weight.data = weight.data.clone()  # what is left may keep a whole file in memory
         causal_lm.base_model.register_forward_pre_hook(_weights_are_taken)
 
 
@@ -147,7 +157,7 @@ class LeanForward:
         base = causal_lm.base_model
         weight = base.embed_tokens.weight
         product = take_weights if take else side_by_side
-        self._embedding: nn.Embedding = base.embed_tokens
+        self.embed: Callable[[Tensor], Tensor] = base.embed_tokens  # of token ids, [tokens]
         self._rotary = base.rotary_emb
         self._norm = _norm(base.norm, take)
         self._rows = ROWS if take and can_pack(weight) else 1
@@ -166,7 +176,7 @@ class LeanForward:
         """
         tokens = ids.shape[-1]
         fill = max(0, self._rows - tokens)  # rows of padding
-        hidden = F.embedding(F.pad(ids[0], (0, fill)) if fill else ids[0], self._embedding.weight)
+        hidden = self.embed(F.pad(ids[0], (0, fill)) if fill else ids[0])
         cos, sin = self._table(positions, hidden)
         for number, layer in enumerate(self._layers):
             qkv = layer.qkv.of(layer.before_attention(hidden))

@@ -4,6 +4,8 @@ An exported TiDAR checkpoint is an ordinary Llama/Qwen folder whose ``config.jso
 (``mask_token_id``, ``block_size``). Any other folder decodes autoregressively.
 """
 
+import contextlib
+import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from tidar_megatron.hf_folder.model import check_folder, load_causal_lm
 from tidar_megatron.hf_folder.tokenizer import read_tokenizer
 from tidar_megatron.inference.attention import ATTENTION_NAME
 from tidar_megatron.inference.dtype import choose_dtype
+from tidar_megatron.inference.embedding import stored_embedding
 from tidar_megatron.inference.lean import use_lean_forward
 from tidar_megatron.inference.model import DecodeModel
 from tidar_megatron.inference.wrapping import wrap_model
@@ -57,8 +60,15 @@ def load_model(
     causal_lm = load_causal_lm(path, config, torch_dtype, ATTENTION_NAME)
     model = wrap_model(causal_lm.to(torch_device).requires_grad_(False), _load_tokenizer(path))
     if not keep_weights:
-        use_lean_forward(model, take=True)
+        use_lean_forward(model, take=True, embedding=stored_embedding(path, causal_lm))
+        _return_freed_memory()
     return model
+
+
+def _return_freed_memory() -> None:
+    """Return the memory of the modules' weights to the system, where glibc keeps it for later."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _load_tokenizer(path: Path) -> Any:

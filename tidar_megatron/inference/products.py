@@ -85,12 +85,17 @@ def side_by_side(modules: Sequence[nn.Linear]) -> Product:
 def take_weights(modules: Sequence[nn.Linear]) -> Product:
     """Return one product with the weights of several modules, which lose them.
 
-    The modules keep weights without memory, on the meta device.
+    The modules keep weights without memory (:func:`leave_no_weights`).
     """
     weight = torch.cat([module.weight for module in modules]) if len(modules) > 1 else modules[0].weight.detach()
     biases = [module.bias for module in modules]
     bias = torch.cat(biases) if len(modules) > 1 and biases[0] is not None else biases[0]
     product = (packed if can_pack(weight) else plain)(weight, bias)
+    leave_no_weights(modules)
+    return product
+
+
+def leave_no_weights(modules: Sequence[nn.Module]) -> None:
+    """Replace the weights of modules by weights without memory, on the meta device."""
     for module in modules:
         module.weight = nn.Parameter(module.weight.to("meta"), requires_grad=False)
-    return product
