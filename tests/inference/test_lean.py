@@ -1,5 +1,7 @@
 """The lean forward computes what transformers' modules do, steps back where they changed, and leaves no bit open."""
 
+import copy
+
 import pytest
 import torch
 
@@ -7,10 +9,12 @@ from tests.inference.conftest import make_causal_lm
 from tidar_megatron.evaluation.bitwise import check_bitwise
 from tidar_megatron.evaluation.certificate import plans
 from tidar_megatron.inference.cache import KVPool, rounded_keys
+from tidar_megatron.inference.engine import generate
 from tidar_megatron.inference.forward import ForwardLayout, PackedForward, Part
 from tidar_megatron.inference.lean import is_lean, use_lean_forward
 from tidar_megatron.inference.loading import load_model
 from tidar_megatron.inference.products import can_pack
+from tidar_megatron.inference.request import DecodeOptions
 from tidar_megatron.inference.wrapping import wrap_model
 
 LAYOUT = ForwardLayout(5, (1, 3), 4)
@@ -81,6 +85,22 @@ def test_changed_modules_run_themselves(change):
     else:
         layer.input_layernorm = torch.nn.RMSNorm(causal_lm.config.hidden_size)
     assert not is_lean(causal_lm)
+
+
+@pytest.mark.parametrize("change", ["hook", "module"])
+def test_modules_that_change_later_run_themselves(change):
+    causal_lm = make_causal_lm("llama", torch.float32)
+    model = wrap_model(causal_lm)
+    options = DecodeOptions("ar", max_new_tokens=5)
+    before = generate(model, [1, 2, 3], options).token_ids
+    assert model.lean is not None
+    mlp, seen = causal_lm.model.layers[0].mlp, []
+    if change == "hook":
+        mlp.register_forward_hook(lambda *arguments: seen.append(1))
+    else:
+        mlp.up_proj = copy.deepcopy(mlp.up_proj)
+    assert generate(model, [1, 2, 3], options).token_ids == before
+    assert model.lean is None and bool(seen) == (change == "hook")
 
 
 def test_a_model_whose_class_computes_otherwise_runs_itself(monkeypatch):

@@ -162,6 +162,8 @@ class LeanForward:
         self._norm = _norm(base.norm, take)
         self._rows = ROWS if take and can_pack(weight) else 1
         self._layers = [_layer(layer, product, take) for layer in base.layers]
+        self._causal_lm = None if take else causal_lm
+        self._modules = list(base.modules())
         activation = base.layers[0].mlp.act_fn
         self._gated = one_kernel(lambda gate, up: activation(gate) * up, weight.device)
         self._rotated = one_kernel(_rotated, weight.device)
@@ -189,6 +191,11 @@ class LeanForward:
             gate, up = layer.gate_up.of(layer.before_mlp(hidden)).chunk(2, -1)
             hidden = layer.down.added(hidden, self._gated(gate, up))
         return self._norm(hidden)[:tokens]
+
+    def holds(self) -> bool:
+        """Return whether the modules are still those it was made of, and nobody hooked them; always if it took them."""
+        causal_lm = self._causal_lm
+        return causal_lm is None or (list(causal_lm.base_model.modules()) == self._modules and is_lean(causal_lm))
 
     def at_least_rows(self, product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """Return ``product``, given as many rows as its bits need (:data:`~tidar_megatron.inference.products.ROWS`)."""

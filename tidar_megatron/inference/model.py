@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from inspect import unwrap
 from types import MethodType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,16 @@ from transformers import PreTrainedModel
 from tidar_megatron.attention_kernels import HALF
 from tidar_megatron.inference.attention import ATTENTION_NAME
 from tidar_megatron.inference.forward import Forward
+
+
+class Lean(Protocol):
+    """A forward that takes the place of the modules' (lean.py)."""
+
+    def __call__(self, ids: Tensor, positions: Tensor, packed: Forward) -> Tensor:
+        """Return the final hidden states, as :meth:`DecodeModel.modules_forward` does."""
+
+    def holds(self) -> bool:
+        """Return whether it still computes what the modules do."""
 
 
 @dataclass
@@ -36,8 +46,7 @@ class DecodeModel:
     is_tidar: bool = False
     # runners of forwards that no engine uses, by slots and capacity (static.py)
     idle_forwards: dict[tuple[int, int], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-    # a forward in fewer calls that takes the place of the modules' (lean.py): of ids, positions and the packed forward
-    lean: Callable[[Tensor, Tensor, Forward], Tensor] | None = field(default=None, repr=False, compare=False)
+    lean: "Lean | None" = field(default=None, repr=False, compare=False)
     head: Callable[[Tensor], Tensor] | None = field(default=None, repr=False, compare=False)  # default: the model's own
 
     def __post_init__(self) -> None:
@@ -52,9 +61,14 @@ class DecodeModel:
         self.vocab_size: int = self.causal_lm.config.vocab_size
 
     def check_attention(self) -> None:
-        """Assert that the model still uses the engine's attention, which other users of the model may have changed."""
+        """Assert that the model still uses the engine's attention, which other users of the model may have changed.
+
+        If they have changed its modules, these run from now on.
+        """
         ours = self.causal_lm.config._attn_implementation == ATTENTION_NAME
         assert ours, "somebody gave the wrapped model another attention: wrap_model it again"
+        if self.lean is not None and not self.lean.holds():
+            self.lean = None
 
     def forward(self, packed: Forward) -> Tensor:
         """Run a forward over the tokens of all its sequences and write their K/V to the pool.
