@@ -39,10 +39,11 @@ class Spread:
 class Timings:
     """The seconds of several functions, measured in rounds that run each function once."""
 
-    def __init__(self, functions: Mapping[str, Callable[[], object]], repeats: int) -> None:
+    def __init__(self, functions: Mapping[str, Callable[[], object]], repeats: int, warm: bool = False) -> None:
         """Run one round to warm up, then ``repeats`` rounds, in which the order alternates.
 
-        On a GPU times are of CUDA events, and a short function is called several times a round.
+        On a GPU times are of CUDA events, and a short function is called several times a round. If ``warm``, each call
+        that is timed follows one that is not, so that caches are as in a loop.
         """
         where = device()
         calls = dict.fromkeys(functions, 1)
@@ -50,6 +51,8 @@ class Timings:
         for number in range(repeats + 1):
             for name in list(functions)[:: 1 if number % 2 else -1]:
                 gc.collect()
+                if warm:
+                    functions[name]()
                 seconds = seconds_of(functions[name], where, calls[name])
                 if number:
                     self.seconds[name].append(seconds)

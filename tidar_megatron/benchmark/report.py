@@ -1,4 +1,4 @@
-"""The output of benchmarks: JSON files, tables and a plot."""
+"""The output of benchmarks: JSON files, tables and plots."""
 
 import json
 from pathlib import Path
@@ -38,39 +38,66 @@ def show(result: dict[str, Any]) -> None:
 
 
 def _cell(value: object) -> str:
-    """Return the text of a cell; a spread is shown as its median and quartiles."""
+    """Return the text of a cell; a spread is shown as its median and quartiles, None as nothing."""
+    if value is None:
+        return ""
     if not isinstance(value, dict):
         return f"{value:,}" if isinstance(value, int) else str(value)
     return f"{value['median']:.3g} ({value['low']:.3g} to {value['high']:.3g})"
 
 
 def plot(result: dict[str, Any], path: str | Path) -> None:
-    """Plot step time and its ratio to AR's against sequence length, from the result of the ``training`` benchmark."""
+    """Plot the result of the ``training`` or ``slots`` benchmark: times, and their ratios."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (seconds, ratio) = plt.subplots(1, 2, figsize=(9, 3.5))
-    fractions = sorted({row["diffusion_block_fraction"] for row in result["rows"]}, reverse=True)
-    for number, fraction in enumerate(fractions):
-        rows = [row for row in result["rows"] if row["diffusion_block_fraction"] == fraction]
-        lengths = [row["seq_length"] for row in rows]
-        if number == 0:
-            seconds.plot(lengths, [row["ar_seconds"]["median"] for row in rows], "k--o", label="AR")
-        name = f"TiDAR, {fraction:.0%} of the blocks"
-        seconds.plot(lengths, [row["tidar_seconds"]["median"] for row in rows], "-o", label=name)
-        spreads = [row["spread"] for row in rows]
-        ratio.plot(lengths, [spread["median"] for spread in spreads], "-o", label=name)
-        ratio.fill_between(lengths, [s["low"] for s in spreads], [s["high"] for s in spreads], alpha=0.2)
-    for axes, title in ((seconds, "seconds per step"), (ratio, "step time over AR's")):
-        axes.set(xscale="log", xlabel="S, clean tokens of a sequence", title=title)
-        axes.set_xticks(lengths, [str(length) for length in lengths])
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5))
+    (_slots if result["benchmark"] == "slots" else _training)(result["rows"], left, right)
+    for axes in (left, right):
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    seconds.set_yscale("log")
-    ratio.set_ylim(bottom=1)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _training(rows: list[dict[str, Any]], seconds: Any, ratio: Any) -> None:
+    """Plot step time and its ratio to AR's against sequence length."""
+    fractions = sorted({row["diffusion_block_fraction"] for row in rows}, reverse=True)
+    for number, fraction in enumerate(fractions):
+        own = [row for row in rows if row["diffusion_block_fraction"] == fraction]
+        lengths = [row["seq_length"] for row in own]
+        if number == 0:
+            seconds.plot(lengths, [row["ar_seconds"]["median"] for row in own], "k--o", label="AR")
+        name = f"TiDAR, {fraction:.0%} of the blocks"
+        seconds.plot(lengths, [row["tidar_seconds"]["median"] for row in own], "-o", label=name)
+        _plot_spreads(ratio, lengths, [row["spread"] for row in own], label=name)
+    for axes, title in ((seconds, "seconds per step"), (ratio, "step time over AR's")):
+        axes.set(xscale="log", xlabel="S, clean tokens of a sequence", title=title)
+        axes.set_xticks(lengths, [str(length) for length in lengths])
+    seconds.set_yscale("log")
+    ratio.set_ylim(bottom=1)
+
+
+def _slots(rows: list[dict[str, Any]], milliseconds: Any, ratio: Any) -> None:
+    """Plot forward time and its ratio to one token's against the tokens of the forward, with the bare products."""
+    for number, key in enumerate(dict.fromkeys((row["dtype"], row["context"]) for row in rows)):
+        own = [row for row in rows if (row["dtype"], row["context"]) == key]
+        tokens, color, name = [row["tokens"] for row in own], f"C{number}", f"{key[0]}, after {key[1]} tokens"
+        _plot_spreads(milliseconds, tokens, [row["milliseconds"] for row in own], label=name, color=color)
+        _plot_spreads(ratio, tokens, [row["over_one_token"] for row in own], label=name, color=color)
+        floor = [row["products_milliseconds"]["median"] for row in own if row["products_milliseconds"]]
+        if floor:
+            milliseconds.plot(tokens, floor, "--", color=color, label=f"{key[0]}, matrix products alone")
+            ratio.plot(tokens, [value / floor[0] for value in floor], "--", color=color)
+    milliseconds.set(xlabel="tokens of a forward", title="milliseconds of a forward", ylim=(0, None))
+    ratio.set(xlabel="tokens of a forward", title="over one token's (dashed: matrix products)", ylim=(0, None))
+
+
+def _plot_spreads(axes: Any, x: list[int], spreads: list[dict[str, float]], **how: Any) -> None:
+    (line,) = axes.plot(x, [spread["median"] for spread in spreads], "-o", markersize=4, **how)
+    low, high = ([spread[name] for spread in spreads] for name in ("low", "high"))
+    axes.fill_between(x, low, high, alpha=0.2, color=line.get_color())

@@ -1,6 +1,6 @@
 """Measure the cost of training over plain AR, and the gain of decoding, side by side in one process.
 
-tidar benchmark training|attention|loss|loader|checkpoint|decode|planner|step [--json]
+tidar benchmark training|attention|loss|loader|checkpoint|decode|planner|step|slots [--json]
 """
 
 import argparse
@@ -26,8 +26,10 @@ REPEATS = {
     "decode": 5,
     "planner": 7,
     "step": 7,
+    "slots": 15,
 }
-OF_A_MODEL = ("decode", "planner", "step")
+OF_TEXTS = ("decode", "planner", "step")
+OF_A_MODEL = (*OF_TEXTS, "slots")
 SIZES = {  # flags for the sizes of a model, and their help
     "num_layers": "layers [6]",
     "hidden_size": "width [training 384, loss 256]",
@@ -48,12 +50,13 @@ MEANT_FOR = {
     "seq_lengths": ("attention", "training", "loader"),
     "diffusion_block_fractions": ("training",),
     "chunk_size": ("attention", "training"),
-    "plot": ("training",),
+    "plot": ("training", "slots"),
     "model": OF_A_MODEL,
-    "prompts": OF_A_MODEL,
-    "dtype": OF_A_MODEL,
-    "max_new_tokens": OF_A_MODEL,
-    "contexts": ("decode", "step"),
+    "prompts": OF_TEXTS,
+    "dtype": OF_TEXTS,
+    "dtypes": ("slots",),
+    "max_new_tokens": OF_TEXTS,
+    "contexts": ("decode", "step", "slots"),
     "batch_sizes": ("decode",),
     "assistant": ("decode",),
     "bodies": ("planner",),
@@ -112,6 +115,20 @@ def run_model(arguments: argparse.Namespace, repeats: int) -> dict[str, Any]:
     return dtype | decode(model, arguments.model, prompts, contexts, batches, new, repeats, assistant)
 
 
+def run_slots(arguments: argparse.Namespace, repeats: int) -> dict[str, Any]:
+    """Load the model in each dtype, then measure."""
+    with importing():
+        from tidar_megatron.benchmark.slots import TOKENS, slots
+        from tidar_megatron.inference.dtype import dtype_name
+        from tidar_megatron.inference.loading import load_model
+
+    loaded = [load_model(arguments.model, dtype=name) for name in arguments.dtypes or ("float32", "bfloat16")]
+    contexts, limit = arguments.contexts or [256], loaded[0].context_limit
+    if (least := min(contexts)) + TOKENS[-1] > limit:
+        raise UserError(f"--contexts {least}: with {TOKENS[-1]} tokens longer than the model's context of {limit}")
+    return slots({dtype_name(model.dtype): model for model in loaded}, contexts, repeats)
+
+
 def main() -> None:
     """Parse the command line, measure, write the results, and print them."""
     parser = OneLineParser(description="Ratios of interleaved runs; the results are kept as JSON.", allow_abbrev=False)
@@ -122,20 +139,20 @@ def main() -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="threads of torch on the CPU")
     parser.add_argument("--chunk-size", type=int, metavar="N", help="of the chunked attention [256]")
     parser.add_argument("--output", default="runs/benchmarks", metavar="DIR", help="folder [runs/benchmarks]")
-    parser.add_argument("--model", metavar="DIR", help="decode, planner, step: Hugging Face folder")
+    parser.add_argument("--model", metavar="DIR", help="decode, planner, step, slots: Hugging Face folder")
     parser.add_argument("--prompts", metavar="FILE", help='of a model: JSON lines: strings, or objects with a "prompt"')
     parser.add_argument("--dtype", help="of a model: float32, bfloat16, .. [auto: bfloat16 where it is faster]")
+    parser.add_argument("--dtypes", nargs="+", metavar="NAME", help="slots [float32 bfloat16]")
     parser.add_argument("--assistant", metavar="DIR", help="decode: a smaller model that drafts for transformers")
-    parser.add_argument(
-        "--contexts", type=int, nargs="+", metavar="P", help="decode [128 1024 4096], step [256 1024 4096]"
-    )
+    help_of_contexts = "decode [128 1024 4096], step [256 1024 4096], slots [256]"
+    parser.add_argument("--contexts", type=int, nargs="+", metavar="P", help=help_of_contexts)
     parser.add_argument("--batch-sizes", type=int, nargs="+", metavar="N", help="decode [1 4 8]")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of a model [128]")
     help_of_bodies = "planner: own, useless (drafts), 11M or 88M, and @THREADS where not torch's [own]"
     parser.add_argument("--bodies", nargs="+", metavar="NAME[@N]", help=help_of_bodies)
     for name, about in SIZES.items():
         parser.add_argument(flag(name), type=int, metavar="N", help=about)
-    parser.add_argument("--plot", metavar="FILE.png", help="training: draw step time over S")
+    parser.add_argument("--plot", metavar="FILE.png", help="training, slots: draw times and ratios")
     parser.add_argument("--json", action="store_true", help="print one JSON object, as the last line")
     arguments = parser.parse_args()
     seq_lengths = arguments.seq_lengths or SEQ_LENGTHS.get(arguments.what, [])
@@ -164,8 +181,10 @@ def main() -> None:
     for name, of in MEANT_FOR.items():
         if getattr(arguments, name) is not None and arguments.what not in of:
             raise UserError(f"{flag(name)}: is for {' and '.join(of)}, not for {arguments.what}; leave it out")
-    if arguments.what in OF_A_MODEL and not (arguments.model and arguments.prompts):
+    if arguments.what in OF_TEXTS and not (arguments.model and arguments.prompts):
         raise UserError(f"{arguments.what}: needs --model DIR and --prompts FILE")
+    if arguments.what in OF_A_MODEL and not arguments.model:
+        raise UserError(f"{arguments.what}: needs --model DIR")
     if arguments.plot and not find_spec("matplotlib"):
         raise UserError(f"--plot {arguments.plot}: needs matplotlib; in the checkout, pip install -e '.[plot]'")
     for name, folder in (("--output", Path(arguments.output)), ("--plot", Path(arguments.plot or ".").parent)):
@@ -212,7 +231,9 @@ def main() -> None:
             from tidar_megatron.benchmark.checkpoint import checkpoint
 
         result = checkpoint(repeats, arguments.output)
-    elif arguments.what in OF_A_MODEL:
+    elif arguments.what == "slots":
+        result = run_slots(arguments, repeats)
+    elif arguments.what in OF_TEXTS:
         result = run_model(arguments, repeats)
     else:
         with importing():

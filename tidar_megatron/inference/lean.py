@@ -7,6 +7,7 @@ somebody has changed or hooked, run as transformers' modules.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -206,6 +207,26 @@ class LeanForward:
             return product(F.pad(rows, (0, 0, 0, fill)))[: len(rows)] if fill > 0 else product(rows)
 
         return padded
+
+    def bare_products(self, tokens: int) -> Callable[[], None]:
+        """Return a function that computes the matrix products of all layers for so many tokens, and nothing else.
+
+        Its time is the floor of a forward without its output layer.
+        """
+        weight, first = self._embedding.weight, self._layers[0]
+        ones = partial(torch.ones, dtype=weight.dtype, device=weight.device)
+        rows = max(self._rows, tokens)
+        hidden, heads = ones(rows, weight.shape[1]), ones(rows, first.heads * first.head_dim)
+        inner = ones(rows, first.gate_up.of(hidden).shape[-1] // 2)
+
+        def run() -> None:
+            for layer in self._layers:
+                layer.qkv.of(hidden)
+                layer.output.of(heads)
+                layer.gate_up.of(hidden)
+                layer.down.of(inner)
+
+        return run
 
     def _table(self, positions: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return cos and sin, ``[1, tokens, D]``; sin has the sign of :func:`_rotated`."""
