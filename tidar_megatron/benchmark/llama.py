@@ -4,11 +4,11 @@ It needs ``llama-cpp-python`` and ``gguf`` (the extra ``llama``), which are look
 """
 
 import ctypes
-import logging
+import sys
 import tempfile
 import time
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from tidar_megatron.benchmark.ways import Run, Texts, Way
 from tidar_megatron.inference.dtype import dtype_name
 
 QUANTIZED = {"Q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0", "Q4_1": "LLAMA_FTYPE_MOSTLY_Q4_1"}
+ERROR = 4  # a level of llama.cpp's log
 CHUNK = 512  # most tokens of a forward
 INSTALL = "llama.cpp: needs llama-cpp-python and gguf; in the checkout, pip install -e '.[llama]'"
 
@@ -45,7 +46,7 @@ class LlamaCpp:
     def __init__(self, causal_lm: PreTrainedModel, sizes: Sizes) -> None:
         import llama_cpp
 
-        logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # it prints what llama.cpp says
+        llama_cpp.llama_log_set(_only_errors(), None)
         self._sizes = sizes
         self._folder = tempfile.TemporaryDirectory(prefix="tidar-llama-")
         name = dtype_name(causal_lm.dtype)
@@ -107,6 +108,18 @@ class LlamaCpp:
                 )
                 found[f"llama.cpp {name}{' lookup' if copies else ''}"] = partial(_decode, model, sizes, max_new_tokens)
         return found
+
+
+@cache  # llama.cpp calls it as long as the process lives
+def _only_errors() -> Any:
+    """Return a function that prints llama.cpp's errors, and none of its notes and warnings."""
+    import llama_cpp
+
+    def log(level: int, text: bytes, _: object) -> None:
+        if level == ERROR:
+            print(text.decode(errors="replace"), end="", file=sys.stderr)
+
+    return llama_cpp.llama_log_callback(log)
 
 
 def _decode(model: Any, sizes: Sizes, max_new_tokens: int, texts: Texts) -> Run:
