@@ -195,7 +195,7 @@ def test_bad_input():
         (["attention", "--seq-lengths", 100], "multiple of 256"),
         (["loss", "--repeats", 0], "--repeats 0"),
         (["training", "--diffusion-block-fractions", 2], "--diffusion-block-fractions 2"),
-        (["loss", "--plot", "loss.png"], "--plot: is for training, not for loss"),
+        (["loss", "--plot", "loss.png"], "--plot: is for training and slots, not for loss"),
     ):
         done = run(*arguments)
         (line,) = own_lines(done.stderr)

@@ -77,5 +77,6 @@ def test_figures_are_of_pairs_of_requests():
     found = figures(fast, ar)
     assert found["over_ar"] == found["spread"]["median"] == 2.0 and found["spread"]["high"] == 2.0
     assert found["tokens_per_second"] == found["tokens_per_second_spread"]["median"] == 6.0
+    assert found["decode_tokens_per_second"] == 6.0  # 7 tokens in 7/8 of the time
     assert found["tokens_per_forward"] == 2.0 and found["joules_per_token"] == 0.5
     assert found["first_token_seconds"] == 0.1875

@@ -1,5 +1,6 @@
 """``tools/benchmark.py planner`` and ``step``: what they compare, on models of seconds; bodies that say the same."""
 
+import dataclasses
 import json
 
 import pytest
@@ -11,15 +12,20 @@ from tests.programs import call
 from tidar_megatron.benchmark import bodies, planner
 from tidar_megatron.benchmark.bodies import grown, with_useless_drafts
 from tidar_megatron.benchmark.measuring import allocated_bytes
+from tidar_megatron.benchmark.slots import TOKENS
 from tidar_megatron.benchmark.step import step
 from tidar_megatron.errors import UserError
 from tidar_megatron.inference.cache import rounded_keys
 from tidar_megatron.inference.engine import Engine, generate
-from tidar_megatron.inference.forward import Rows
+from tidar_megatron.inference.forward import ForwardLayout, Part, Rows
+from tidar_megatron.inference.lean import use_lean_forward
 from tidar_megatron.inference.loading import load_model
+from tidar_megatron.inference.products import Product
 from tidar_megatron.inference.request import DecodeOptions, parse_plan
+from tidar_megatron.inference.static import Forwards
 from tidar_megatron.inference.wrapping import wrap_model
 
+PRODUCTS = ("qkv", "output", "gate_up", "down")
 SMALL = {"hidden_size": 64, "intermediate_size": 80, "num_attention_heads": 8, "num_hidden_layers": 3}
 
 
@@ -116,8 +122,10 @@ def test_bytes_of_a_step_do_not_grow_with_the_context(causal_lm, plan, batch):
     ("arguments", "message"),
     [
         (["planner"], "planner: needs --model DIR and --prompts FILE"),
-        (["planner", "--contexts", "64"], "--contexts: is for decode and step, not for planner"),
+        (["planner", "--contexts", "64"], "--contexts: is for decode and step and slots, not for planner"),
         (["step", "--bodies", "own"], "--bodies: is for planner, not for step"),
+        (["slots"], "slots: needs --model DIR"),
+        (["slots", "--model", "x", "--prompts", "y"], "--prompts: is for decode and planner and step, not for slots"),
         (["planner", "--model", "x", "--prompts", "y", "--bodies", "9M"], "--bodies 9M: use own, useless, 11M, 88M"),
         (["planner", "--model", "x", "--prompts", "y", "--bodies", "own@0"], "--bodies own@0: use"),
     ],
@@ -135,3 +143,44 @@ def test_the_program(checkpoint, tmp_path):
     done = call(*command)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "step.json").read_text()) == json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_curve_of_slots(checkpoint, tmp_path):
+    """Of the program: each dtype at each number of tokens, beside the products that the engine itself computes."""
+    command = ["tools/benchmark.py", "slots", "--model", checkpoint, "--contexts", 16, 4096, "--repeats", 1, "--json"]
+    done = call(*command, "--output", tmp_path, "--plot", tmp_path / "slots.png")
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads((tmp_path / "slots.json").read_text())
+    assert result == json.loads(done.stdout.splitlines()[-1]) and result["skipped"] == [4096]
+    assert (tmp_path / "slots.png").stat().st_size > 5000
+    curves = {(row["dtype"], row["tokens"]): row for row in result["rows"]}
+    assert curves.keys() == {(dtype, tokens) for dtype in ("float32", "bfloat16") for tokens in TOKENS}
+    for (_, tokens), row in curves.items():
+        assert row["milliseconds"]["median"] > 0 and row["over_products"]["median"] > 0
+        assert tokens > 1 or row["over_one_token"]["median"] == 1.0
+
+
+def test_bare_products_are_those_of_a_forward(checkpoint, monkeypatch):
+    """As many, of the same shapes, in the same order; modules that keep their weights too."""
+    for keep in (False, True):
+        model = load_model(checkpoint, dtype="float32", keep_weights=keep)
+        if keep:
+            use_lean_forward(model)
+        seen = []
+
+        def noted(of, seen):
+            return lambda rows: seen.append(tuple(rows.shape)) or of(rows)
+
+        layers = [
+            dataclasses.replace(layer, **{n: Product.apart(noted(getattr(layer, n).of, seen)) for n in PRODUCTS})
+            for layer in model.lean._layers
+        ]
+        monkeypatch.setattr(model.lean, "_layers", layers)
+        for tokens in (1, 6):
+            run = model.lean.bare_products(tokens)
+            seen.clear()
+            run()
+            bare = seen[:]
+            seen.clear()
+            Forwards(model, 1, 32).run([Part(0, 0, [1] * tokens, ForwardLayout(tokens))])
+            assert bare == seen and len(bare) == 4 * len(layers)

@@ -66,11 +66,12 @@ def decode(
     Returns:
         ``rows``; ``skipped``, the contexts that do not fit; ``left_out``, what could not be measured and why.
 
-        Figures are medians over requests, prefill included, and their spreads the quartiles; ``spread`` is that of
-        ``over_ar``. ``ties`` counts the outputs that part from AR's where two tokens are equally likely up to rounding,
-        ``different`` those that part elsewhere, and ``same_tokens`` is the share of tokens before that; there are none
-        for quantized weights. Energy is in joules per new token where the machine has counters, else there are bytes
-        and FLOPs, computed from the sizes of the model (:class:`~tidar_megatron.benchmark.energy.Work`).
+        Figures are medians over requests, and their spreads the quartiles; ``spread`` is that of ``over_ar``. They
+        include the prefill, but for ``decode_tokens_per_second``. ``ties`` counts the outputs that part from AR's where
+        two tokens are equally likely up to rounding, ``different`` those that part elsewhere, and ``same_tokens`` is
+        the share of tokens before that; there are none for quantized weights. Energy is in joules per new token where
+        the machine has counters, else there are bytes and FLOPs, computed from the sizes of the model
+        (:class:`~tidar_megatron.benchmark.energy.Work`).
     """
     fitting = [context for context in contexts if context + max_new_tokens <= model.context_limit]
     block = model.block_size or LOOKUP
@@ -198,11 +199,18 @@ def figures(requests: Sequence[Request], of_ar: Sequence[Request]) -> dict[str, 
         "tokens_per_forward": round(sum(counts) / sum(forwards), 3) if forwards else None,
         "tokens_per_second": round(rate.median, 1),
         "tokens_per_second_spread": rounded(rate),
+        "decode_tokens_per_second": round(median(map(_decode_rate, requests)), 1),
         "over_ar": round(over_ar.median, 3),
         "spread": rounded(over_ar),
         "first_token_seconds": round(median(run.first_token_seconds for run in runs), 5),
         **_energy(requests, counts),
     }
+
+
+def _decode_rate(request: Request) -> float:
+    """Return the tokens per second after the first token of each text, which the prefill gives."""
+    tokens = sum(len(text) - 1 for text in request.run.tokens)
+    return tokens / max(request.seconds - request.run.first_token_seconds, 1e-9)
 
 
 def _energy(requests: Sequence[Request], counts: Sequence[int]) -> dict[str, float | None]:

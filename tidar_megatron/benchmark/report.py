@@ -93,8 +93,9 @@ def _slots(rows: list[dict[str, Any]], milliseconds: Any, ratio: Any) -> None:
         if floor:
             milliseconds.plot(tokens, floor, "--", color=color, label=f"{key[0]}, matrix products alone")
             ratio.plot(tokens, [value / floor[0] for value in floor], "--", color=color)
-    milliseconds.set(xlabel="tokens of a forward", title="milliseconds of a forward", ylim=(0, None))
-    ratio.set(xlabel="tokens of a forward", title="over one token's (dashed: matrix products)", ylim=(0, None))
+    for axes, title in ((milliseconds, "milliseconds of a forward"), (ratio, "over one token's; products dashed")):
+        most = max(max(line.get_ydata()) for line in axes.lines)  # the quartiles of a busy machine are far beyond
+        axes.set(xlabel="tokens of a forward", title=title, ylim=(0, 1.2 * most))
 
 
 def _plot_spreads(axes: Any, x: list[int], spreads: list[dict[str, float]], **how: Any) -> None:
