@@ -7,7 +7,6 @@ somebody has changed or hooked, run as transformers' modules.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -163,6 +162,7 @@ class LeanForward:
         self._norm = _norm(base.norm, take)
         self._rows = ROWS if take and can_pack(weight) else 1
         self._layers = [_layer(layer, product, take) for layer in base.layers]
+        self._like = base.norm.weight  # of the hidden states' size, dtype and device
         self._causal_lm = None if take else causal_lm
         self._modules = list(base.modules())
         activation = base.layers[0].mlp.act_fn
@@ -213,11 +213,10 @@ class LeanForward:
 
         Its time is the floor of a forward without its output layer.
         """
-        weight, first = self._embedding.weight, self._layers[0]
-        ones = partial(torch.ones, dtype=weight.dtype, device=weight.device)
-        rows = max(self._rows, tokens)
-        hidden, heads = ones(rows, weight.shape[1]), ones(rows, first.heads * first.head_dim)
-        inner = ones(rows, first.gate_up.of(hidden).shape[-1] // 2)
+        first, rows = self._layers[0], max(self._rows, tokens)
+        hidden = self._like.new_ones(rows, len(self._like))
+        heads = self._like.new_ones(rows, first.heads * first.head_dim)
+        inner = self._like.new_ones(rows, first.gate_up.of(hidden).shape[-1] // 2)
 
         def run() -> None:
             for layer in self._layers:
