@@ -83,7 +83,7 @@ class Sizes:
 
 @dataclass
 class Work:
-    """What forwards read and compute at least: weights once a forward, K/V once a sequence, two FLOPs per weight.
+    """The least that forwards read and compute: weights once a forward, K/V once a sequence, two FLOPs per weight.
 
     Norms, activations and the rows of the embedding are left out.
     """

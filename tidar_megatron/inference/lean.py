@@ -209,7 +209,7 @@ class LeanForward:
         return padded
 
     def bare_products(self, tokens: int) -> Callable[[], None]:
-        """Return a function that computes the matrix products of all layers for so many tokens, and nothing else.
+        """Return a function that computes the matrix products of all layers for ``tokens`` rows, and nothing else.
 
         Its time is the floor of a forward without its output layer.
         """
