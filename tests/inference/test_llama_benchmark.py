@@ -81,8 +81,13 @@ def test_without_llama_cpp_a_line_says_how_to_get_it(monkeypatch):
 class StandIn:
     """Has of ``llama_cpp.Llama`` what is used: it counts up, and drafts two tokens of which one is accepted."""
 
-    def __init__(self, path, *, n_ctx, n_batch, n_threads, n_threads_batch, logits_all, draft_model, verbose):
-        assert n_ctx % 256 == 0 and logits_all is (draft_model is not None) and not verbose
+    def __init__(self, path, *, n_ctx, type_k, type_v, logits_all, draft_model, verbose, **threads_and_batch):
+        assert (
+            type_k == type_v == ("F16" if "Q8_0" in path else "F32")
+            and n_ctx % 256 == 0
+            and logits_all is (draft_model is not None)
+            and not verbose
+        )
         self.draft_model, self.n_tokens = draft_model, 7
 
     def reset(self):
@@ -115,6 +120,7 @@ def test_what_is_counted(monkeypatch):
     library, speculative = types.ModuleType("llama_cpp"), types.ModuleType("llama_cpp.llama_speculative")
     library.Llama, library.llama_model_quantize = StandIn, quantize
     library.LLAMA_FTYPE_MOSTLY_Q8_0, library.LLAMA_FTYPE_MOSTLY_Q4_1 = "Q8", "Q4"
+    library.GGML_TYPE_F32, library.GGML_TYPE_F16 = "F32", "F16"
     library.llama_model_quantize_default_params = types.SimpleNamespace
     library.llama_log_callback, library.llama_log_set = (lambda log: log), (lambda log, data: None)
     speculative.LlamaPromptLookupDecoding = lambda num_pred_tokens: num_pred_tokens

@@ -62,7 +62,7 @@ class LlamaCpp:
                 self.failed.append(f"llama.cpp {name}: llama.cpp cannot quantize this model")
             else:
                 self._files[name] = path
-        self._kv_bytes = sizes.kv_bytes // causal_lm.dtype.itemsize * torch.float16.itemsize  # its default
+        self._kv_elements = sizes.kv_bytes // causal_lm.dtype.itemsize
         tied = causal_lm.config.tie_word_embeddings
         self._weights = sizes.weights + sizes.output_weights * (1 if tied else 2)  # those of a file
         self._read = (sizes.weights + sizes.output_weights) / self._weights  # the share that a forward reads
@@ -86,22 +86,26 @@ class LlamaCpp:
             max_new_tokens: The new tokens.
             lookup: The most tokens that prompt lookup drafts.
         """
-        from llama_cpp import Llama
+        import llama_cpp
         from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
         threads = torch.get_num_threads()
         found: dict[str, Way] = {}
         for name, path in self._files.items():
+            # K/V are float16, llama.cpp's default, unless that would make the tokens of float32 weights others
+            kv_type, kv_bytes = (llama_cpp.GGML_TYPE_F32, 4) if name == "float32" else (llama_cpp.GGML_TYPE_F16, 2)
             read = int(path.stat().st_size * self._read)
-            sizes = replace(self._sizes, weight_bytes=read, kv_bytes=self._kv_bytes)
+            sizes = replace(self._sizes, weight_bytes=read, kv_bytes=kv_bytes * self._kv_elements)
             for copies in (False, True):
                 # logits of all tokens are kept in an array of the context's size, and drafts may fill the context
-                model = Llama(
+                model = llama_cpp.Llama(
                     str(path),
                     n_ctx=-(-(room + lookup) // 256) * 256,
                     n_batch=CHUNK,
                     n_threads=threads,
                     n_threads_batch=threads,
+                    type_k=kv_type,
+                    type_v=kv_type,
                     logits_all=copies,
                     draft_model=LlamaPromptLookupDecoding(num_pred_tokens=lookup) if copies else None,
                     verbose=False,
