@@ -204,7 +204,9 @@ def test_bad_input():
 
 @pytest.mark.parametrize(("skipped", "shown"), [([], None), ([4096, 8192], "skipped: 4096, 8192")])
 def test_tables_of_results_with_and_without_skipped_contexts(skipped, shown, capsys):
-    show({"benchmark": "decode", "rows": [{"mode": "ar", "batch": 1}], "skipped": skipped})
+    row = {"mode": "ar", "batch": 1, "same_tokens": None, "peak_bytes": 7}
+    show({"benchmark": "decode", "rows": [row], "skipped": skipped, "left_out": ["install '.[llama]'"]})
     printed = capsys.readouterr().out
+    assert "None" not in printed and "peak" not in printed and "left_out: install '.[llama]'" in printed
     assert "mode" in printed and "ar" in printed and (shown or "mode") in printed
     assert ("skipped" in printed) is bool(skipped)

@@ -7,6 +7,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+SHOWN = {  # the columns of a table that would be too wide; the file has all
+    "decode": {
+        *("mode", "plan", "batch", "context", "tokens_per_forward", "tokens_per_second_spread", "spread"),
+        *("joules_per_token", "computed_megabytes_per_token", "computed_gigaflops_per_token", "same_tokens"),
+    },
+}
+
 
 def write(result: dict[str, Any], folder: str | Path) -> Path:
     """Write a result to ``FOLDER/NAME.json``, or ``FOLDER/NAME.cuda.json`` if a GPU was measured; return the path."""
@@ -29,11 +36,12 @@ def show(result: dict[str, Any]) -> None:
         if not rows:
             continue
         if not isinstance(rows[0], dict):
-            console.print(f"{name}: {', '.join(map(str, rows))}")
+            console.print(f"{name}: {', '.join(map(str, rows))}", markup=False)
             continue
-        table = Table(*(column.replace("_", " ") for column in rows[0]), title=name)
+        shown = [column for column in rows[0] if column in SHOWN.get(result["benchmark"], rows[0])]
+        table = Table(*(column.replace("_", " ") for column in shown), title=name)
         for row in rows:
-            table.add_row(*(_cell(row.get(column, "")) for column in rows[0]))
+            table.add_row(*(_cell(row.get(column, "")) for column in shown))
         console.print(table)
 
 
