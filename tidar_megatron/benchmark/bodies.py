@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from tidar_megatron.errors import UserError
 from tidar_megatron.inference.lean import use_lean_forward
 from tidar_megatron.inference.model import DecodeModel
+from tidar_megatron.inference.quantizing import quantize_model
 from tidar_megatron.inference.wrapping import wrap_model
 
 BODIES = {
@@ -24,16 +25,20 @@ BODIES = {
 INTO_STREAM = ("o_proj.weight", "down_proj.weight", "embed_tokens.weight", "lm_head.weight")
 
 
-def in_body(model: DecodeModel, body: str) -> DecodeModel:
+def in_body(model: DecodeModel, body: str, quantize: str | None = None) -> DecodeModel:
     """Return a copy of ``model`` in a body (``own``, ``useless``, or one of :data:`BODIES`), laid out for decoding.
 
-    ``useless`` is :func:`with_useless_drafts`, a larger body is :func:`grown`.
+    ``useless`` is :func:`with_useless_drafts`, a larger body is :func:`grown`. ``quantize`` is as in
+    :func:`~tidar_megatron.inference.loading.load_model`.
     """
     if body == "own":
         made = wrap_model(deepcopy(model.causal_lm), model.tokenizer)
     else:
         made = with_useless_drafts(model) if body == "useless" else grown(model, body)
-    use_lean_forward(made, take=True)
+    if quantize is not None:
+        quantize_model(made, quantize)
+    else:
+        use_lean_forward(made, take=True)
     return made
 
 

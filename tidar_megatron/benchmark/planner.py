@@ -35,6 +35,7 @@ def planner(
     settings: Sequence[tuple[str, int]],
     max_new_tokens: int,
     repeats: int,
+    quantize: str | None = None,
 ) -> dict[str, Any]:
     """Measure the planner and every fixed plan in greedy decoding, one request at a time, ignoring EOS.
 
@@ -44,6 +45,7 @@ def planner(
         settings: pairs of a body (``own``, ``useless``, or one of :data:`~tidar_megatron.benchmark.bodies.BODIES`) and
             a number of threads.
         max_new_tokens: tokens to generate for each prompt, at least 2.
+        quantize: how the weights of bodies are quantized: ``int8``, ``int4`` or None.
         repeats: rounds in which the sweep's winner, ``auto`` and AR are measured again.
 
     Returns:
@@ -52,7 +54,7 @@ def planner(
     compared, swept = [], []
     for body, threads in settings:
         torch.set_num_threads(threads)
-        row, rows = _setting(in_body(model, body), prompts, max_new_tokens, repeats)
+        row, rows = _setting(in_body(model, body, quantize), prompts, max_new_tokens, repeats)
         compared.append({"body": body, "threads": threads, **row})
         swept += [{"body": body, "threads": threads, **plan} for plan in rows]
     return {"compared": compared, "sweep": swept}

@@ -54,6 +54,7 @@ MEANT_FOR = {
     "model": OF_A_MODEL,
     "prompts": OF_TEXTS,
     "dtype": OF_TEXTS,
+    "quantize": OF_TEXTS,
     "dtypes": ("slots",),
     "max_new_tokens": OF_TEXTS,
     "contexts": ("decode", "step", "slots"),
@@ -75,6 +76,7 @@ def run_model(arguments: argparse.Namespace, repeats: int) -> dict[str, Any]:
         from tidar_megatron.evaluation.certificate import read_prompts
         from tidar_megatron.inference.dtype import dtype_name, dtype_note
         from tidar_megatron.inference.loading import load_model
+        from tidar_megatron.inference.quantizing import check_quantizable
         from tidar_megatron.inference.text import encode_prompt
 
     settings = []
@@ -84,8 +86,11 @@ def run_model(arguments: argparse.Namespace, repeats: int) -> dict[str, Any]:
             raise UserError(f"--bodies {name}: use own, useless, {', '.join(BODIES)}, or one of them and @THREADS")
         settings.append((body, int(threads) if threads else torch.get_num_threads()))
     texts = read_prompts(arguments.prompts)
-    # the planner's benchmark grows the model
-    model = load_model(arguments.model, dtype=arguments.dtype, keep_weights=arguments.what == "planner")
+    # the planner's benchmark grows the model, and quantizes what it has grown
+    grows = arguments.what == "planner"
+    quantize = None if grows else arguments.quantize
+    model = load_model(arguments.model, dtype=arguments.dtype, keep_weights=grows, quantize=quantize)
+    check_quantizable(arguments.quantize, model.dtype, model.device)
     if arguments.what in ("planner", "step") and model.mask_token_id is None:
         raise UserError(f"--model {arguments.model}: cannot draft; export a TiDAR checkpoint")
     prompts = [encode_prompt(model, text) for text in texts]
@@ -101,9 +106,9 @@ def run_model(arguments: argparse.Namespace, repeats: int) -> dict[str, Any]:
         )
     if note := dtype_note(arguments.dtype, model.device):
         print(note, file=sys.stderr)
-    dtype = {"dtype": dtype_name(model.dtype)}
+    dtype = {"dtype": dtype_name(model.dtype), "quantize": arguments.quantize}
     if arguments.what == "planner":
-        return dtype | planner(model, prompts, settings, new, repeats)
+        return dtype | planner(model, prompts, settings, new, repeats, arguments.quantize)
     if arguments.what == "step":
         return dtype | step(model, arguments.model, prompts, contexts, new, repeats)
     assistant = None
@@ -143,6 +148,7 @@ def main() -> None:
     parser.add_argument("--prompts", metavar="FILE", help='of a model: JSON lines: strings, or objects with a "prompt"')
     parser.add_argument("--dtype", help="of a model: float32, bfloat16, .. [auto: bfloat16 where it is faster]")
     parser.add_argument("--dtypes", nargs="+", metavar="NAME", help="slots [float32 bfloat16]")
+    parser.add_argument("--quantize", metavar="BITS", help="of a model: int8 or int4 weights, on a CPU")
     parser.add_argument("--assistant", metavar="DIR", help="decode: a smaller model that drafts for transformers")
     help_of_contexts = "decode [128 1024 4096], step [256 1024 4096], slots [256]"
     parser.add_argument("--contexts", type=int, nargs="+", metavar="P", help=help_of_contexts)

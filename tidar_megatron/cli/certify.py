@@ -29,6 +29,9 @@ def main() -> None:
     parser.add_argument(
         "--bitwise", action="store_true", help="compare the logits of all plans, batches and chunkings, bit by bit"
     )
+    parser.add_argument(
+        "--quantize", metavar="BITS", help="int8 or int4, on a CPU: --bitwise, as transformers cannot run these weights"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object, as the last line")
     args = parser.parse_args()
     for name, value, least in (
@@ -46,12 +49,14 @@ def main() -> None:
         from tidar_megatron.inference.text import encode_prompt
 
     texts = certificate.read_prompts(args.prompts)[: args.limit]
-    model = load_model(args.model, args.device, args.dtype, args.mask_token_id)
+    model = load_model(args.model, args.device, args.dtype, args.mask_token_id, quantize=args.quantize)
     if note := dtype_note(args.dtype, model.device):
         say(note)
     prompts = [encode_prompt(model, text) for text in texts]
     runs = certificate.plans(args.draft_lengths, drafts=model.mask_token_id is not None)
-    if args.bitwise:
+    if args.quantize:
+        say(f"quantize {args.quantize}: transformers cannot run it; compared bit by bit with the engine's own AR")
+    if args.bitwise or args.quantize:
         report = bitwise.check_bitwise(model, prompts, args.max_new_tokens, runs, say)
         show_bitwise(report) if not args.json else print(json.dumps(report.as_dict()))
         sys.exit(0 if report.holds else 1)
@@ -82,7 +87,7 @@ def show_bitwise(report) -> None:  # type: ignore[no-untyped-def]
         table.add_row(run.plan, *map(str, numbers), first)
     Console(width=100).print(table)
     verdict = "are equal in every bit" if report.holds else "DIFFER in some bits"
-    print(f"{report.prompts} prompts, {report.dtype}, {processor()}: the logits of all runs {verdict}")
+    print(f"{report.prompts} prompts, {report.weights}, {processor()}: the logits of all runs {verdict}")
 
 
 def show(found) -> None:  # type: ignore[no-untyped-def]

@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--mask-token-id", type=int, metavar="ID", help="draft with this where the model has no mask")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--dtype", default="auto", help="default: auto, bfloat16 where it is faster, else float32")
+    parser.add_argument("--quantize", metavar="BITS", help="int8 or int4: decode with quantized weights, on a CPU")
     parser.add_argument("--json", action="store_true", help="print one JSON object, as the last line")
     parser.epilog = """A local file holds JSON lines of one kind, with the keys context, choices, answer (its place,
     from 0); or prompt, target, until (optional, a list of strings); or text (perplexity).
@@ -42,7 +43,7 @@ def main() -> None:
         from tidar_megatron.inference.dtype import dtype_name, dtype_note
         from tidar_megatron.inference.loading import load_model
 
-    model = load_model(args.model, args.device, args.dtype, args.mask_token_id)
+    model = load_model(args.model, args.device, args.dtype, args.mask_token_id, quantize=args.quantize)
     if note := dtype_note(args.dtype, model.device):
         print(note, file=sys.stderr)
     rows = []
@@ -59,9 +60,10 @@ def main() -> None:
 
         rows.append(human_eval(model, args.plan, args.batch_size, args.limit, args.max_new_tokens))
     dtype = dtype_name(model.dtype)
-    show(rows, args.plan, dtype)
+    show(rows, args.plan, dtype + (f" --quantize {args.quantize}" if args.quantize else ""))
     if args.json:
-        print(json.dumps({"model": args.model, "dtype": dtype, "plan": args.plan, "rows": rows}))
+        settings = {"model": args.model, "dtype": dtype, "quantize": args.quantize, "plan": args.plan}
+        print(json.dumps(settings | {"rows": rows}))
 
 
 def number(value: float) -> str:

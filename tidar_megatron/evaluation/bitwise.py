@@ -45,6 +45,12 @@ class BitwiseReport:
     prompts: int
     dtype: str
     runs: list[BitwiseRun]
+    quantize: str | None = None
+
+    @property
+    def weights(self) -> str:
+        """Return the dtype, and how the weights are quantized if they are."""
+        return self.dtype + (f", {self.quantize} weights" if self.quantize else "")
 
     @property
     def holds(self) -> bool:
@@ -98,7 +104,7 @@ def check_bitwise(
                     _compare(run, _decode(model, prompts, options, max_new_tokens, batch, chunk), expected)
                     runs.append(run)
         say(f"plan {number} of {1 + len(plans)}: {name}")
-    return BitwiseReport(len(prompts), str(model.dtype).removeprefix("torch."), runs)
+    return BitwiseReport(len(prompts), str(model.dtype).removeprefix("torch."), runs, model.quantize)
 
 
 def _decode(

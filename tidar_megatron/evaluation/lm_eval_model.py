@@ -6,9 +6,9 @@ registered:
     python -m tidar_megatron.evaluation --model tidar --model_args pretrained=FOLDER --tasks ...
 
 ``model_args``: ``pretrained``, ``plan`` (``auto``; or ``ar``, ``2:8``, ..), ``batch_size``, ``device``, ``dtype``,
-``mask_token_id``, ``max_length``. Truncation, rolling windows and the split of context and continuation follow
-lm-eval's ``hf`` model exactly, so likelihoods are identical. Where ``hf`` fails because a continuation merges into its
-context, this model encodes the continuation alone.
+``quantize``, ``mask_token_id``, ``max_length``. Truncation, rolling windows and the split of context and continuation
+follow lm-eval's ``hf`` model exactly, so likelihoods are identical. Where ``hf`` fails because a continuation merges
+into its context, this model encodes the continuation alone.
 """
 
 import dataclasses
@@ -59,19 +59,21 @@ class TidarLM(TemplateLM):
         mask_token_id: int | None = None,
         max_length: int | None = None,
         max_batch_size: int | None = None,
+        quantize: str | None = None,
         **unknown: Any,
     ) -> None:
         super().__init__()
         if unknown:
             raise UserError(
-                f"model_args {next(iter(unknown))}: unknown; use pretrained, plan, dtype, mask_token_id or max_length"
+                f"model_args {next(iter(unknown))}: unknown; use pretrained, plan, dtype, quantize, mask_token_id or "
+                "max_length"
             )
         if isinstance(pretrained, DecodeModel):
             self.model = pretrained
         else:
             # cuda:0 is lm-eval's default; like lm-eval's own model, fall back to an available device
             device = None if device == "cuda:0" and not has_gpu() else device
-            self.model = load_model(pretrained, device, dtype, mask_token_id)
+            self.model = load_model(pretrained, device, dtype, mask_token_id, quantize=quantize)
             if note := dtype_note(dtype, self.model.device):
                 LOGGER.info(note)
         self.tokenizer = self.model.tokenizer

@@ -163,7 +163,16 @@ def load_costs(model: DecodeModel) -> Costs:
 def _costs_file(model: DecodeModel) -> Path:
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else processor()
     shape = model.causal_lm.config.to_json_string()
-    what = [device, torch.get_num_threads(), torch.__version__, str(model.dtype), shape, SIZES, CONTEXTS]
+    what = [
+        device,
+        torch.get_num_threads(),
+        torch.__version__,
+        str(model.dtype),
+        model.quantize,
+        shape,
+        SIZES,
+        CONTEXTS,
+    ]
     return cache_folder() / f"costs-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}.json"
 
 

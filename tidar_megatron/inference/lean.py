@@ -7,6 +7,7 @@ somebody has changed or hooked, run as transformers' modules.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -25,9 +26,10 @@ from tidar_megatron.inference.model import FUSED, DecodeModel
 from tidar_megatron.inference.products import (
     ROWS,
     Product,
+    ProductOf,
     can_pack,
+    laid_out,
     leave_no_weights,
-    packed,
     rounds_once,
     side_by_side,
     take_weights,
@@ -79,23 +81,30 @@ def is_lean(causal_lm: PreTrainedModel) -> bool:
 
 @torch.inference_mode()
 def use_lean_forward(
-    model: DecodeModel, take: bool = False, embedding: Callable[[Tensor], Tensor] | None = None
+    model: DecodeModel,
+    take: bool = False,
+    product_of: ProductOf = laid_out,
+    embedding: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
     """Let a model decode by a :class:`LeanForward`, if it computes what the modules compute.
 
     Args:
         model: The model.
-        take: As for :class:`LeanForward`.
-        embedding: Takes the place of the input embedding if the output layer, the same weight, is laid out.
+        take: As for :class:`LeanForward`; the output layer's weight is taken too, or copied if the embedding shares it.
+        product_of: As for :class:`LeanForward`.
+        embedding: Takes the place of the input embedding if the output layer shares its weight.
     """
     causal_lm = model.causal_lm
     if not is_lean(causal_lm) or not _agrees(model, LeanForward(causal_lm)):
         return
-    model.lean = LeanForward(causal_lm, take)
+    model.lean = LeanForward(causal_lm, take, product_of)
     if take:
         output_layer = causal_lm.get_output_embeddings()
-        if can_pack(output_layer.weight):
-            model.head = model.lean.at_least_rows(packed(output_layer.weight, output_layer.bias).of)
+        weight = output_layer.weight
+        if weight is not causal_lm.get_input_embeddings().weight:
+            model.head = model.lean.at_least_rows(take_weights([output_layer], product_of).of)
+        elif product_of is not laid_out or can_pack(weight):
+            model.head = model.lean.at_least_rows(product_of(weight, output_layer.bias).of)
             if embedding is not None:
                 model.lean.embed = embedding
                 leave_no_weights([causal_lm.get_input_embeddings(), output_layer])
@@ -151,16 +160,18 @@ class LeanForward:
         causal_lm: The model.
         take: Whether to take the weights of the model's layers and lay them out for decoding; it cannot run itself
             then. By default its modules keep their weights, and changes to them have effect.
+        product_of: Returns the product with a weight that is taken. It is called for each in turn, always in the same
+            order.
     """
 
-    def __init__(self, causal_lm: PreTrainedModel, take: bool = False) -> None:
+    def __init__(self, causal_lm: PreTrainedModel, take: bool = False, product_of: ProductOf = laid_out) -> None:
         base = causal_lm.base_model
         weight = base.embed_tokens.weight
-        product = take_weights if take else side_by_side
+        product = partial(take_weights, product_of=product_of) if take else side_by_side
         self.embed: Callable[[Tensor], Tensor] = base.embed_tokens  # of token ids, [tokens]
         self._rotary = base.rotary_emb
         self._norm = _norm(base.norm, take)
-        self._rows = ROWS if take and can_pack(weight) else 1
+        self._rows = ROWS if take and product_of is laid_out and can_pack(weight) else 1
         self._layers = [_layer(layer, product, take) for layer in base.layers]
         self._like = base.norm.weight  # of the hidden states' size, dtype and device
         self._causal_lm = None if take else causal_lm

@@ -19,6 +19,7 @@ from tidar_megatron.inference.dtype import choose_dtype
 from tidar_megatron.inference.embedding import stored_embedding
 from tidar_megatron.inference.lean import use_lean_forward
 from tidar_megatron.inference.model import DecodeModel
+from tidar_megatron.inference.quantizing import check_quantizable, quantize_model
 from tidar_megatron.inference.wrapping import wrap_model
 from tidar_megatron.json_files import not_a_file
 
@@ -29,6 +30,7 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     mask_token_id: int | None = None,
     keep_weights: bool = False,
+    quantize: str | None = None,
 ) -> DecodeModel:
     """Load a Hugging Face folder for decoding, without running any code from the folder.
 
@@ -40,15 +42,21 @@ def load_model(
         mask_token_id: The mask token for a model without a ``tidar`` section, which was not trained to draft.
         keep_weights: Whether transformers' modules keep their weights. By default the weights of known classes are laid
             out for decoding, and ``causal_lm`` cannot run itself.
+        quantize: ``int8`` or ``int4`` to decode with quantized weights, on a CPU, without ``keep_weights``; the
+            embedding keeps its dtype (:mod:`~tidar_megatron.inference.quantizing`).
 
     Raises:
-        UserError: a file of the folder is missing or broken, or the model's class computes more than the engine does.
+        UserError: a file of the folder is missing or broken, the model's class computes more than the engine does, or
+            the model cannot be quantized.
     """
     path = Path(path)
     if not_a_file(path / "config.json") == "not found":
         raise UserError(f"{path}: has no config.json; give a Hugging Face folder (tidar convert export writes one)")
     torch_device = _device(device)
     torch_dtype = choose_dtype(dtype, torch_device)
+    check_quantizable(quantize, torch_dtype, torch_device)
+    if quantize is not None and keep_weights:
+        raise UserError(f"quantize {quantize}: takes the weights of the modules; leave keep_weights out")
     config = check_folder(path)
     if mask_token_id is not None and getattr(config, "tidar", None):
         raise UserError(
@@ -59,9 +67,12 @@ def load_model(
         config.tidar = {"mask_token_id": mask_token_id, "block_size": 8, "trained": False}
     causal_lm = load_causal_lm(path, config, torch_dtype, ATTENTION_NAME)
     model = wrap_model(causal_lm.to(torch_device).requires_grad_(False), _load_tokenizer(path))
-    if not keep_weights:
-        use_lean_forward(model, take=True, embedding=stored_embedding(path, causal_lm))
-        _return_freed_memory()
+    embedding = stored_embedding(path, causal_lm)
+    if quantize is not None:
+        quantize_model(model, quantize, path, embedding)
+    elif not keep_weights:
+        use_lean_forward(model, take=True, embedding=embedding)
+    _return_freed_memory()
     return model
 
 

@@ -48,6 +48,9 @@ class DecodeModel:
     idle_forwards: dict[tuple[int, int], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     lean: "Lean | None" = field(default=None, repr=False, compare=False)
     head: Callable[[Tensor], Tensor] | None = field(default=None, repr=False, compare=False)  # default: the model's own
+    quantize: str | None = field(
+        default=None, init=False
+    )  # how lean's and head's weights are quantized (quantizing.py)
 
     def __post_init__(self) -> None:
         base: Any = self.causal_lm.base_model

@@ -35,6 +35,7 @@ class Product(NamedTuple):
         return Product(of, lambda residual, rows: residual + of(rows))
 
 
+ProductOf = Callable[[Tensor, Tensor | None], Product]  # of a weight, ``[out, in]``, and a bias
 ROWS = 4  # the fewest rows of a packed product: a single row is added up in another order, and is no faster
 _EXPECTED_ROWS = 16  # tells oneDNN which layout to choose
 
@@ -50,10 +51,10 @@ def can_pack(weight: Tensor) -> bool:
 
 def packed(weight: Tensor, bias: Tensor | None) -> Product:
     """Return the product with a copy of ``weight``, ``[out, in]``, in oneDNN's layout; see :func:`can_pack`."""
-    laid_out = _laid_out(weight)
+    blocks = _in_blocks(weight)
     return Product(
-        of=lambda rows: _linear(rows, laid_out, bias, "none", [], ""),
-        added=lambda residual, rows: _linear_with(rows, residual, laid_out, bias, "add"),
+        of=lambda rows: _linear(rows, blocks, bias, "none", [], ""),
+        added=lambda residual, rows: _linear_with(rows, residual, blocks, bias, "add"),
     )
 
 
@@ -61,7 +62,7 @@ _linear = torch.ops.mkldnn._linear_pointwise.default
 _linear_with = torch.ops.mkldnn._linear_pointwise.binary
 
 
-def _laid_out(weight: Tensor) -> Tensor:
+def _in_blocks(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _EXPECTED_ROWS)
 
 
@@ -74,6 +75,11 @@ def plain(weight: Tensor, bias: Tensor | None) -> Product:
     return product._replace(added=lambda residual, rows: torch.addmm(residual, rows, transposed))
 
 
+def laid_out(weight: Tensor, bias: Tensor | None) -> Product:
+    """Return :func:`packed` where it can be, else :func:`plain`."""
+    return (packed if can_pack(weight) else plain)(weight, bias)
+
+
 def side_by_side(modules: Sequence[nn.Linear]) -> Product:
     """Return the product with the current weights of several modules, their outputs side by side."""
     if len(modules) == 1:
@@ -82,7 +88,7 @@ def side_by_side(modules: Sequence[nn.Linear]) -> Product:
 
 
 @torch.no_grad()
-def take_weights(modules: Sequence[nn.Linear]) -> Product:
+def take_weights(modules: Sequence[nn.Linear], product_of: ProductOf = laid_out) -> Product:
     """Return one product with the weights of several modules, which lose them.
 
     The modules keep weights without memory (:func:`leave_no_weights`).
@@ -90,7 +96,7 @@ def take_weights(modules: Sequence[nn.Linear]) -> Product:
     weight = torch.cat([module.weight for module in modules]) if len(modules) > 1 else modules[0].weight.detach()
     biases = [module.bias for module in modules]
     bias = torch.cat(biases) if len(modules) > 1 and biases[0] is not None else biases[0]
-    product = (packed if can_pack(weight) else plain)(weight, bias)
+    product = product_of(weight, bias)
     leave_no_weights(modules)
     return product
 
