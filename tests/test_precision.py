@@ -20,7 +20,7 @@ MODEL = SimpleNamespace(context_limit=100, dtype=torch.float32, causal_lm=None, 
 COMPARISONS = {  # what compares -> the first function that it calls, and the call
     "certify": (certificate, "Stock", lambda: certificate.certify(MODEL, "folder", [[1]], 1, {}, 0)),
     "evaluate": (decoding, "TransformersGenerate", lambda: decoding.compare_plans(MODEL, [[1]], {}, 2, "folder")),
-    "benchmark": (decode, "_Transformers", lambda: decode.decode(MODEL, "folder", [[1]], [1], [1], 2, 1)),
+    "benchmark": (decode, "Transformers", lambda: decode.decode(MODEL, "folder", [[1]], [1], [1], 2, 1)),
     "convert verify": (convert, "_intact_checkpoint", lambda: convert.verify("folder", "run")),
     "check_layout": (layout_report, "start_reference", lambda: layout_report.run([], 1, None, True)),
     "its reference": (layout_report, "measure", lambda: layout_report.write_reference("file", 1)),
