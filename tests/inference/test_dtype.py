@@ -17,6 +17,11 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
+def _no_model_is_small(monkeypatch):
+    monkeypatch.setattr(module, "SMALL_MODEL", 0)
+
+
+@pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     """An empty cache folder, in which nothing is known of this machine."""
     monkeypatch.setenv("TIDAR_CACHE", str(tmp_path / "cache"))
@@ -213,3 +218,12 @@ def test_the_benchmarks_name_the_dtype(machine, checkpoint, tmp_path, what, monk
     assert json.loads((tmp_path / f"{what}.json").read_text())["dtype"] == "bfloat16"
     refused = call("tools/benchmark.py", "loader", "--dtype", "float32")
     assert refused.returncode == 2 and "--dtype: is for decode and planner and step" in refused.stderr
+
+
+def test_a_small_model_runs_in_float32_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(module, "SMALL_MODEL", 100)
+    monkeypatch.setattr(module, "_automatic", lambda device: (torch.bfloat16, "fast"))
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert choose_dtype("auto", cpu, 99) == torch.float32 and choose_dtype("auto", cpu, 100) == torch.bfloat16
+    assert choose_dtype(None, gpu, 99) == torch.bfloat16 and choose_dtype("bfloat16", cpu, 99) == torch.bfloat16
+    assert "cache" in dtype_note("auto", cpu, torch.float32) and "fast" in dtype_note("auto", cpu)

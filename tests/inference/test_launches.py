@@ -40,9 +40,9 @@ def as_on_a_gpu(monkeypatch):
 
     def norm(*arguments, **named):
         calls["norm"] += 1
-        with _disable_current_modes():
-            with torch._C.DisableTorchFunction():  # that of a trainer in this process would count the call again
-                return rms_norm(*arguments, **named)
+        # a trainer's function mode in this process would count the call again
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            return rms_norm(*arguments, **named)
 
     def one_kernel(function, device):
         def run(*arguments):

@@ -126,9 +126,11 @@ def test_taken_weights_are_gone(checkpoint):
     assert kept.causal_lm(torch.tensor([[1, 2]])).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("small", [2**20, 0], ids=["plain", "laid out"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_plan_has_the_same_bits(checkpoint, dtype):
-    """Where oneDNN's products have them; prompts in pieces and batches too."""
+def test_every_plan_has_the_same_bits(checkpoint, dtype, small, monkeypatch):
+    """Where the processor's products have them; prompts in pieces and batches too."""
+    monkeypatch.setattr("tidar_megatron.inference.lean.SMALL", small)
     if not can_pack(torch.empty(0, dtype=getattr(torch, dtype))):
         pytest.skip(f"oneDNN has no {dtype} products on this processor")
     model = load_model(checkpoint, dtype=dtype)
@@ -155,7 +157,9 @@ def test_keys_are_read_in_sizes_that_leave_the_bits():
     assert {size % 512 for size in sizes} == {0, 64, 128, 192, 384}
 
 
-def test_a_tied_embedding_is_read_from_the_folder(tmp_path):
+def test_a_tied_embedding_is_read_from_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("tidar_megatron.inference.embedding.WORTH", 0)
+    monkeypatch.setattr("tidar_megatron.inference.lean.SMALL", 0)  # plain products need no laid out output layer
     make_causal_lm("llama", torch.bfloat16, tie_word_embeddings=True).save_pretrained(tmp_path)
     model, kept = load_model(tmp_path, dtype="float32"), load_model(tmp_path, dtype="float32", keep_weights=True)
     assert model.causal_lm.model.embed_tokens.weight.is_meta and model.causal_lm.lm_head.weight.is_meta

@@ -104,7 +104,7 @@ def run_model(arguments: argparse.Namespace, repeats: int) -> dict[str, Any]:
             f"--prompts {arguments.prompts}: {longest} tokens and {new} new ones are more than the model's context "
             f"of {model.context_limit}; leave that prompt out, or ask for fewer with --max-new-tokens"
         )
-    if note := dtype_note(arguments.dtype, model.device):
+    if note := dtype_note(arguments.dtype, model.device, model.dtype):
         print(note, file=sys.stderr)
     dtype = {"dtype": dtype_name(model.dtype), "quantize": arguments.quantize}
     if arguments.what == "planner":

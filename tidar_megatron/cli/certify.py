@@ -50,7 +50,7 @@ def main() -> None:
 
     texts = certificate.read_prompts(args.prompts)[: args.limit]
     model = load_model(args.model, args.device, args.dtype, args.mask_token_id, quantize=args.quantize)
-    if note := dtype_note(args.dtype, model.device):
+    if note := dtype_note(args.dtype, model.device, model.dtype):
         say(note)
     prompts = [encode_prompt(model, text) for text in texts]
     runs = certificate.plans(args.draft_lengths, drafts=model.mask_token_id is not None)

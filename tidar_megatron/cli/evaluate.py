@@ -44,7 +44,7 @@ def main() -> None:
         from tidar_megatron.inference.loading import load_model
 
     model = load_model(args.model, args.device, args.dtype, args.mask_token_id, quantize=args.quantize)
-    if note := dtype_note(args.dtype, model.device):
+    if note := dtype_note(args.dtype, model.device, model.dtype):
         print(note, file=sys.stderr)
     rows = []
     if args.tasks:

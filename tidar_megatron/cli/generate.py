@@ -150,7 +150,7 @@ def main() -> None:
         raise UserError("--explain-plan: needs --plan auto and a model that drafts")
 
     def say_dtype() -> None:  # after decoding, so that an error stays the only line
-        if note := dtype_note(args.dtype, model.device):
+        if note := dtype_note(args.dtype, model.device, model.dtype):
             print(note, file=sys.stderr)
 
     if args.json:

@@ -74,7 +74,7 @@ class TidarLM(TemplateLM):
             # cuda:0 is lm-eval's default; like lm-eval's own model, fall back to an available device
             device = None if device == "cuda:0" and not has_gpu() else device
             self.model = load_model(pretrained, device, dtype, mask_token_id, quantize=quantize)
-            if note := dtype_note(dtype, self.model.device):
+            if note := dtype_note(dtype, self.model.device, self.model.dtype):
                 LOGGER.info(note)
         self.tokenizer = self.model.tokenizer
         if self.tokenizer is None:

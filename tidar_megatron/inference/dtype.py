@@ -21,28 +21,42 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # keys of torch.cpu.get_capabilities; the last one is Arm's
 WEIGHT = (12288, 2048)  # the shape of the timed weight: 96 MiB in float32, more than most caches hold
 ROWS, ROUNDS = (1, 16), 3  # tokens of the timed products, as in AR and with drafts, and how often each is timed
+SMALL_MODEL = 32 * 2**20  # bytes
 LEAST_SPEEDUP = 1.1  # bfloat16 rounds more, so it must gain more than noise
 
 
-def choose_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """Return the dtype of that name; for ``auto`` or None, the one chosen for the device.
+def choose_dtype(name: str | torch.dtype | None, device: torch.device, weight_bytes: float = math.inf) -> torch.dtype:
+    """Return the dtype of that name; for ``auto`` or None, the one chosen for the device and the size of the model.
+
+    Args:
+        name: The name, a dtype, ``auto``, or None for ``auto``.
+        device: The device of the model.
+        weight_bytes: The bytes of the stored weights. On a CPU small ones stay in a cache and run in float32.
 
     Raises:
         UserError: the name is not one of a supported dtype.
     """
     if name is None or name == "auto":
-        return _automatic(device)[0]
+        return torch.float32 if device.type == "cpu" and weight_bytes < SMALL_MODEL else _automatic(device)[0]
     dtype = name if isinstance(name, torch.dtype) else getattr(torch, name, None)
     if dtype not in DTYPES:
         raise UserError(f"dtype {name!r}: use float32, bfloat16, float16, float64 or auto")
     return dtype
 
 
-def dtype_note(name: str | None, device: torch.device) -> str | None:
-    """Return a line that tells what ``auto`` chose for the device, and why; None if a dtype is named."""
+def dtype_note(name: str | None, device: torch.device, chosen: torch.dtype | None = None) -> str | None:
+    """Return a line that tells what ``auto`` chose, and why; None if a dtype is named.
+
+    Args:
+        name: The name that was given.
+        device: The model's device.
+        chosen: The model's dtype; None for that of a model that is not small.
+    """
     if name not in (None, "auto"):
         return None
     dtype, reason = _automatic(device)
+    if chosen not in (None, dtype):
+        dtype, reason = torch.float32, "weights this small stay in the processor's cache, where bfloat16 gains nothing"
     return f"dtype: {dtype_name(dtype)} (auto: {reason})"
 
 

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 from tidar_megatron.hf_folder.weights import open_safetensors, stored_tensors
 
+WORTH = 16 * 2**20  # bytes of an embedding from which on memory matters more than the time to read a row
+
 
 def stored_embedding(folder: str | Path, causal_lm: PreTrainedModel) -> Callable[[Tensor], Tensor] | None:
     """Return a function from token ids, int64 ``[tokens]``, to their embedding, ``[tokens, hidden]``.
@@ -20,10 +22,11 @@ def stored_embedding(folder: str | Path, causal_lm: PreTrainedModel) -> Callable
     It reads safetensors' memory map of the file, which must not change while the model is used.
 
     Returns:
-        None if input and output embedding are two weights, or the file does not hold this one as it is.
+        None if input and output embedding are two weights, if they are small, or if the file does not hold them as
+        they are.
     """
     weight = causal_lm.get_input_embeddings().weight
-    if causal_lm.get_output_embeddings().weight is not weight:
+    if causal_lm.get_output_embeddings().weight is not weight or weight.nbytes < WORTH:
         return None
     name = next(name for name, parameter in causal_lm.named_parameters() if parameter is weight)
     stored = stored_tensors(folder, other_names=True).get(name)

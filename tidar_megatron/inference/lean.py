@@ -25,11 +25,13 @@ from tidar_megatron.inference.forward import Forward, ForwardLayout, PackedForwa
 from tidar_megatron.inference.model import FUSED, DecodeModel
 from tidar_megatron.inference.products import (
     ROWS,
+    SMALL,
     Product,
     ProductOf,
     can_pack,
     laid_out,
     leave_no_weights,
+    plain,
     rounds_once,
     side_by_side,
     take_weights,
@@ -95,6 +97,8 @@ def use_lean_forward(
         embedding: Takes the place of the input embedding if the output layer shares its weight.
     """
     causal_lm = model.causal_lm
+    if product_of is laid_out and max(weight.nbytes for weight in causal_lm.base_model.parameters()) < SMALL:
+        product_of = plain
     if not is_lean(causal_lm) or not _agrees(model, LeanForward(causal_lm)):
         return
     model.lean = LeanForward(causal_lm, take, product_of)
@@ -171,7 +175,9 @@ class LeanForward:
         self.embed: Callable[[Tensor], Tensor] = base.embed_tokens  # of token ids, [tokens]
         self._rotary = base.rotary_emb
         self._norm = _norm(base.norm, take)
-        self._rows = ROWS if take and product_of is laid_out and can_pack(weight) else 1
+        on_cpu = take and can_pack(weight)
+        self._least = ROWS if on_cpu and product_of is laid_out else 1  # rows of a product
+        self._multiple = ROWS if on_cpu and product_of is plain else 1
         self._layers = [_layer(layer, product, take) for layer in base.layers]
         self._like = base.norm.weight  # of the hidden states' size, dtype and device
         self._causal_lm = None if take else causal_lm
@@ -189,7 +195,7 @@ class LeanForward:
             packed: The forward, which writes K/V and computes attention.
         """
         tokens = ids.shape[-1]
-        fill = max(0, self._rows - tokens)  # rows of padding
+        fill = self._fill(tokens)
         hidden = self.embed(F.pad(ids[0], (0, fill)) if fill else ids[0])
         cos, sin = self._table(positions, hidden)
         for number, layer in enumerate(self._layers):
@@ -211,20 +217,26 @@ class LeanForward:
 
     def at_least_rows(self, product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """Return ``product``, given as many rows as its bits need (:data:`~tidar_megatron.inference.products.ROWS`)."""
-        least = self._rows
 
         def padded(rows: Tensor) -> Tensor:
-            fill = least - len(rows)
-            return product(F.pad(rows, (0, 0, 0, fill)))[: len(rows)] if fill > 0 else product(rows)
+            fill = self._fill(len(rows))
+            return product(F.pad(rows, (0, 0, 0, fill)))[: len(rows)] if fill else product(rows)
 
         return padded
+
+    def _fill(self, tokens: int) -> int:
+        """Return how many rows of padding the products of ``tokens`` rows need, so that the bits of a row are its own.
+
+        A packed product needs :data:`~tidar_megatron.inference.products.ROWS`, a plain one on a CPU a multiple of them.
+        """
+        return max(self._least - tokens, -tokens % self._multiple)
 
     def bare_products(self, tokens: int) -> Callable[[], None]:
         """Return a function that computes the matrix products of all layers for ``tokens`` rows, and nothing else.
 
         Its time is the floor of a forward without its output layer.
         """
-        first, rows = self._layers[0], max(self._rows, tokens)
+        first, rows = self._layers[0], tokens + self._fill(tokens)
         hidden = self._like.new_ones(rows, len(self._like))
         heads = self._like.new_ones(rows, first.heads * first.head_dim)
         inner = self._like.new_ones(rows, first.gate_up.of(hidden).shape[-1] // 2)

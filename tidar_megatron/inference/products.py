@@ -36,6 +36,7 @@ class Product(NamedTuple):
 
 
 ProductOf = Callable[[Tensor, Tensor | None], Product]  # of a weight, ``[out, in]``, and a bias
+SMALL = 2**20  # bytes of a weight that stays in a cache: oneDNN's calls cost more there than they save
 ROWS = 4  # the fewest rows of a packed product: a single row is added up in another order, and is no faster
 _EXPECTED_ROWS = 16  # tells oneDNN which layout to choose
 
