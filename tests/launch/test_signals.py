@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import THOROUGH
 from tests.launch.launching import CONFIG, TINY, catches, children, losses, started, steps, wait_for
 from tests.ranks import free_port
 from tests.ranks import started as forked
@@ -68,7 +69,7 @@ def two_ranks(shards, folder, log, launcher):
             assert [rank.wait(240) for rank in ranks] == [INTERRUPTED_STATUS] * 2, log.read_text()[-4000:]
 
 
-@pytest.mark.parametrize("whom", ["one rank", "launch.sh"])
+@pytest.mark.parametrize("whom", ["one rank", "launch.sh"] if THOROUGH else ["one rank"])  # .ci/run is thorough
 def test_all_ranks_save_and_the_run_goes_on(shards, tmp_path, whole, whom):
     """Whoever gets the signal: launch.sh with torchrun's agent, or one rank, which tells the other."""
     folder, log = tmp_path / "run", tmp_path / "log"

@@ -53,7 +53,7 @@ def load_model(
     if not_a_file(path / "config.json") == "not found":
         raise UserError(f"{path}: has no config.json; give a Hugging Face folder (tidar convert export writes one)")
     torch_device = _device(device)
-    torch_dtype = choose_dtype(dtype, torch_device, sum(file.stat().st_size for file in path.glob("*.safetensors")))
+    torch_dtype = choose_dtype(dtype, torch_device, _weight_bytes(path))
     check_quantizable(quantize, torch_dtype, torch_device)
     if quantize is not None and keep_weights:
         raise UserError(f"quantize {quantize}: takes the weights of the modules; leave keep_weights out")
@@ -74,6 +74,11 @@ def load_model(
         use_lean_forward(model, take=True, embedding=embedding)
     _return_freed_memory()
     return model
+
+
+def _weight_bytes(path: Path) -> int:
+    """Return the size of the folder's safetensors; files that are broken are refused later."""
+    return sum(file.stat().st_size for file in path.glob("*.safetensors") if file.is_file())
 
 
 def _return_freed_memory() -> None:
