@@ -99,7 +99,7 @@ def _bias(layout: ForwardLayout, rows: "Rows", dtype: torch.dtype, prefix: int, 
     return bias[None, None]
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=32)  # a megabyte each where a plan has many tokens
 def _kept_bias(layout: ForwardLayout, rows: "Rows", dtype: torch.dtype, device: torch.device) -> Tensor:
     return _bias(layout, rows, dtype, KEPT_PREFIX, KEPT_PREFIX + layout.num_tokens + BLOCK).to(device)
 
