@@ -94,7 +94,7 @@ def _cache_of_costs(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def _auto_is_float32():
-    """On the CPU, dtype ``auto`` is float32 on every machine; test_dtype.py, which tests it, undoes this."""
+    """Let dtype ``auto`` be float32 on every machine; test_dtype.py, which tests it, undoes this."""
     if "torch" not in sys.modules:  # then no test loads a model in this process
         yield
         return

@@ -33,9 +33,6 @@ def run_tool(main: Callable[[], None], rank: int = 0) -> None:
     Under torchrun most errors are raised by every rank, so only ``rank`` 0 prints them; a rank that fails alone prints
     its own. Any other exception is a bug and keeps its traceback. ``streams.py`` handles output that nobody reads.
     """
-    # OpenMP's threads wait some milliseconds for the next matrix product before they sleep: waking them takes a tenth
-    # of a decode step. It is read as torch is imported.
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000000")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the bars of transformers garble the program's output
     # at import megatron-core warns, in each process and module, about optional packages that are not installed
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
@@ -74,6 +71,14 @@ def run_tool(main: Callable[[], None], rank: int = 0) -> None:
         if rank == 0:
             print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
+
+
+def keep_threads_awake() -> None:
+    """Let OpenMP's threads wait some milliseconds for the next matrix product of a decode step before they sleep.
+
+    Call it before torch is imported, in programs that decode. Elsewhere the waiting threads would be in the way.
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000000")
 
 
 @contextmanager

@@ -21,7 +21,7 @@ def zone(folder, number, name, microjoules, largest=1_000_000):
 
 
 def test_packages_and_memory_are_counted_once(tmp_path):
-    """What the cores take is a part of their package, and psys counts all again; a counter wraps around."""
+    """The cores are a part of their package, and psys counts all again; a counter wraps around."""
     before = {"0": ("package-0", 999_000), "0:0": ("core", 5), "0:1": ("dram", 100), "1": ("psys", 7)}
     for number, (name, microjoules) in before.items():
         zone(tmp_path, number, name, microjoules)

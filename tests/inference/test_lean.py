@@ -9,9 +9,10 @@ from tests.inference.conftest import make_causal_lm
 from tidar_megatron.evaluation.bitwise import check_bitwise
 from tidar_megatron.evaluation.certificate import plans
 from tidar_megatron.inference.cache import KVPool, rounded_keys
+from tidar_megatron.inference.embedding import stored_embedding
 from tidar_megatron.inference.engine import generate
 from tidar_megatron.inference.forward import ForwardLayout, PackedForward, Part
-from tidar_megatron.inference.lean import is_lean, use_lean_forward
+from tidar_megatron.inference.lean import _rotated, is_lean, use_lean_forward
 from tidar_megatron.inference.loading import load_model
 from tidar_megatron.inference.products import can_pack
 from tidar_megatron.inference.request import DecodeOptions
@@ -105,10 +106,7 @@ def test_modules_that_change_later_run_themselves(change):
 
 def test_a_model_whose_class_computes_otherwise_runs_itself(monkeypatch):
     """The classes are known and nothing is hooked; that their outputs differ is what decides."""
-    causal_lm = make_causal_lm("llama", torch.float32)
-    for layer in causal_lm.model.layers:
-        monkeypatch.setattr(layer.self_attn, "scaling", 0.1)
-    model = wrap_model(causal_lm)
+    model = wrap_model(make_causal_lm("llama", torch.float32))
     assert model.lean is not None
     monkeypatch.setattr("tidar_megatron.inference.lean._rotated", lambda x, cos, sin, weight, eps: x.contiguous())
     model.lean = None
@@ -129,7 +127,7 @@ def test_taken_weights_are_gone(checkpoint):
 @pytest.mark.parametrize("small", [2**20, 0], ids=["plain", "laid out"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_plan_has_the_same_bits(checkpoint, dtype, small, monkeypatch):
-    """Where the processor's products have them; prompts in pieces and batches too."""
+    """Prompts are read in pieces and in batches too; the processor's products must have the property."""
     monkeypatch.setattr("tidar_megatron.inference.lean.SMALL", small)
     if not can_pack(torch.empty(0, dtype=getattr(torch, dtype))):
         pytest.skip(f"oneDNN has no {dtype} products on this processor")
@@ -143,7 +141,7 @@ def test_every_plan_has_the_same_bits(checkpoint, dtype, small, monkeypatch):
 def test_a_difference_is_found(checkpoint, monkeypatch):
     model = load_model(checkpoint, dtype="float32")
     real = model.logits
-    monkeypatch.setattr(model, "logits", lambda rows: real(rows) + (len(rows) > 1) * 1e-6 * torch.arange(1.0, 2)[0])
+    monkeypatch.setattr(model, "logits", lambda rows: real(rows) + 1e-6 * (len(rows) > 1))
     report = check_bitwise(model, PROMPTS, 8, plans([4], drafts=True))
     assert not report.holds
     worst = min(report.runs, key=lambda run: run.equal)
@@ -167,3 +165,21 @@ def test_a_tied_embedding_is_read_from_the_folder(tmp_path, monkeypatch):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     with torch.inference_mode():
         torch.testing.assert_close(model.logits(found), kept.logits(expected), rtol=0, atol=1e-4)
+
+
+def test_an_embedding_stays_in_memory_where_the_output_layer_is_not_laid_out(tmp_path, monkeypatch):
+    """On a GPU, for example, where rows from the file would be on another device."""
+    monkeypatch.setattr("tidar_megatron.inference.embedding.WORTH", 0)
+    causal_lm = make_causal_lm("llama", torch.float32, tie_word_embeddings=True)
+    causal_lm.save_pretrained(tmp_path)
+    assert stored_embedding(tmp_path, causal_lm) is not None
+    monkeypatch.setattr("tidar_megatron.inference.embedding.can_pack", lambda weight: False)
+    assert stored_embedding(tmp_path, causal_lm) is None
+
+
+def test_what_a_gpu_compiles_is_one_graph():
+    """A break in the graph would be a second kernel, or an error of ``fullgraph``; shapes are dynamic."""
+    compiled = torch.compile(_rotated, backend="eager", fullgraph=True, dynamic=True)
+    for tokens, weight in ((1, None), (5, None), (5, torch.rand(3, 1, 8)), (7, torch.rand(3, 1, 8))):
+        x, cos, sin = torch.randn(1, tokens, 3, 8).transpose(1, 2), torch.rand(1, tokens, 8), torch.rand(1, tokens, 8)
+        torch.testing.assert_close(compiled(x, cos, sin, weight, 1e-6), _rotated(x, cos, sin, weight, 1e-6))

@@ -116,7 +116,7 @@ def quantize(source, target, how):
 
 
 def test_what_is_counted(monkeypatch):
-    """With a stand-in for the library, whose Q4_1 fails."""
+    """The library is a stand-in, whose Q4_1 fails."""
     library, speculative = types.ModuleType("llama_cpp"), types.ModuleType("llama_cpp.llama_speculative")
     library.Llama, library.llama_model_quantize = StandIn, quantize
     library.LLAMA_FTYPE_MOSTLY_Q8_0, library.LLAMA_FTYPE_MOSTLY_Q4_1 = "Q8", "Q4"

@@ -146,7 +146,7 @@ def test_the_program(checkpoint, tmp_path):
 
 
 def test_the_curve_of_slots(checkpoint, tmp_path):
-    """Of the program: each dtype at each number of tokens, beside the products that the engine itself computes."""
+    """The program times each dtype at each number of tokens, beside the products that the engine itself computes."""
     command = ["tools/benchmark.py", "slots", "--model", checkpoint, "--contexts", 16, 4096, "--repeats", 1, "--json"]
     done = call(*command, "--output", tmp_path, "--plot", tmp_path / "slots.png")
     assert done.returncode == 0, done.stderr[-2000:]

@@ -14,7 +14,7 @@ from typing import Any
 
 from tidar_megatron.config import flag
 from tidar_megatron.errors import UserError
-from tidar_megatron.program import OneLineParser, importing
+from tidar_megatron.program import OneLineParser, importing, keep_threads_awake
 
 SEQ_LENGTHS = {"training": [1024, 2048], "attention": [1024, 2048, 4096], "loader": [1024, 4096]}
 REPEATS = {
@@ -161,6 +161,7 @@ def main() -> None:
     parser.add_argument("--plot", metavar="FILE.png", help="training, slots: draw times and ratios")
     parser.add_argument("--json", action="store_true", help="print one JSON object, as the last line")
     arguments = parser.parse_args()
+    keep_threads_awake()
     seq_lengths = arguments.seq_lengths or SEQ_LENGTHS.get(arguments.what, [])
     fractions, chunk_size = arguments.diffusion_block_fractions or [1.0, 0.25], arguments.chunk_size
     chunk_size = 256 if chunk_size is None else chunk_size

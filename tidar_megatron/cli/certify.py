@@ -7,7 +7,7 @@ import json
 import sys
 
 from tidar_megatron.errors import UserError
-from tidar_megatron.program import OneLineParser, importing
+from tidar_megatron.program import OneLineParser, importing, keep_threads_awake
 
 
 def main() -> None:
@@ -34,6 +34,7 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, as the last line")
     args = parser.parse_args()
+    keep_threads_awake()
     for name, value, least in (
         ("--limit", args.limit, 1),
         ("--max-new-tokens", args.max_new_tokens, 1),
@@ -58,7 +59,10 @@ def main() -> None:
         say(f"quantize {args.quantize}: transformers cannot run it; compared bit by bit with the engine's own AR")
     if args.bitwise or args.quantize:
         report = bitwise.check_bitwise(model, prompts, args.max_new_tokens, runs, say)
-        show_bitwise(report) if not args.json else print(json.dumps(report.as_dict()))
+        if args.json:
+            print(json.dumps(report.as_dict()))
+        else:
+            show_bitwise(report)
         sys.exit(0 if report.holds else 1)
     found = certificate.certify(model, args.model, prompts, args.max_new_tokens, runs, args.samples, say)
     if args.json:

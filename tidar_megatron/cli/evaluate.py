@@ -8,7 +8,7 @@ import sys
 
 from tidar_megatron.errors import UserError
 from tidar_megatron.inference.plans import plan_named
-from tidar_megatron.program import OneLineParser, importing
+from tidar_megatron.program import OneLineParser, importing, keep_threads_awake
 
 
 def main() -> None:
@@ -33,6 +33,7 @@ def main() -> None:
     from 0); or prompt, target, until (optional, a list of strings); or text (perplexity).
     HumanEval runs what the model wrote: without network and environment, with limits, but no wall."""
     args = parser.parse_args()
+    keep_threads_awake()
     if not args.tasks and not args.human_eval:
         raise UserError("nothing to evaluate: give --tasks or --human-eval")
     for name in ("batch_size", "limit", "max_new_tokens"):

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from tidar_megatron.errors import UserError
 from tidar_megatron.inference.plans import Mode, Plan, plan_named
-from tidar_megatron.program import OneLineParser, importing
+from tidar_megatron.program import OneLineParser, importing, keep_threads_awake
 
 COLOURS = ("green", "cyan", "yellow")
 
@@ -97,6 +97,7 @@ def of_a_draw(args: argparse.Namespace) -> dict[str, bool]:
 
 def main() -> None:
     args = parse_args()
+    keep_threads_awake()
     if "" in args.stop:
         raise UserError("--stop '': give strings of at least one character")
     plan = plan_of(args)

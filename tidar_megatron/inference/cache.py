@@ -35,7 +35,6 @@ class KVPool:
     def __init__(self, slots: int, capacity: int) -> None:
         self.slots, self.capacity = slots, rounded_keys(capacity)
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-        self._views: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}  # by layer, slot and tokens; the last used
 
     def write(
         self, layer: int, slot: int, length: int, key: Tensor, value: Tensor, read: int | None = None
@@ -49,19 +48,10 @@ class KVPool:
         tokens = key.shape[2]
         read = length + tokens if read is None else read
         assert length + tokens <= read <= self.capacity
-        keys, values = self._view(layer, slot, read, key, value)
+        keys, values = (room[slot : slot + 1, :, :read] for room in self._of(layer, key, value))
         keys.narrow(2, length, tokens).copy_(key)
         values.narrow(2, length, tokens).copy_(value)
         return keys, values
-
-    def _view(self, layer: int, slot: int, read: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        view = self._views.get((layer, slot, read))
-        if view is None:
-            keys, values = (room[slot : slot + 1, :, :read] for room in self._of(layer, key, value))
-            if len(self._views) >= 64 * len(self._layers):  # views are cheap to make: keep those of the latest sizes
-                self._views.clear()
-            view = self._views[layer, slot, read] = keys, values
-        return view
 
     def write_side_by_side(
         self, layer: int, slots: slice, places: Tensor, read: int, key: Tensor, value: Tensor

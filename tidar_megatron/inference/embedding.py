@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tidar_megatron.hf_folder.weights import open_safetensors, stored_tensors
+from tidar_megatron.inference.products import can_pack
 
 WORTH = 16 * 2**20  # bytes of an embedding from which on memory matters more than the time to read a row
 
@@ -22,11 +23,11 @@ def stored_embedding(folder: str | Path, causal_lm: PreTrainedModel) -> Callable
     It reads safetensors' memory map of the file, which must not change while the model is used.
 
     Returns:
-        None if input and output embedding are two weights, if they are small, or if the file does not hold them as
-        they are.
+        None if input and output embedding are two weights; if they are small, or the output layer is not laid out; or
+        if the file does not hold them as they are.
     """
     weight = causal_lm.get_input_embeddings().weight
-    if causal_lm.get_output_embeddings().weight is not weight or weight.nbytes < WORTH:
+    if causal_lm.get_output_embeddings().weight is not weight or weight.nbytes < WORTH or not can_pack(weight):
         return None
     name = next(name for name, parameter in causal_lm.named_parameters() if parameter is weight)
     stored = stored_tensors(folder, other_names=True).get(name)

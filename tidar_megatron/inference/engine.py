@@ -35,6 +35,7 @@ class Engine:
         queue_size: The queue length: how many requests may wait beyond those for which a slot is free.
         static: Whether decode steps use few static shapes; see :class:`~tidar_megatron.inference.static.Forwards`. The
             model keeps those of an engine that is gone for the next one.
+        prompt_chunk: The most tokens of a prompt in a forward.
 
     Raises:
         UserError: the batch size is below 1.

@@ -84,24 +84,27 @@ MOST_KEPT = 128  # biases of more tokens are not cached: they are large and belo
 KEPT_PREFIX = 2048  # the longest prefix for which a cached bias serves
 
 
-def _bias(layout: ForwardLayout, rows: "Rows", dtype: torch.dtype, prefix: int, read: int) -> Tensor:
-    """Return the bias on the scores of a layout's tokens after ``prefix`` tokens, ``[1, 1, rows, read]``, on the CPU.
+def _bias(
+    layout: ForwardLayout, rows: "Rows", dtype: torch.dtype, device: torch.device, prefix: int, read: int
+) -> Tensor:
+    """Return the bias on the scores of a layout's tokens after ``prefix`` tokens, ``[1, 1, rows, read]``.
 
     It has zeros for the prefix, :func:`local_mask` after it, repeated per query head of a group, and hides the rest.
     The bias has the dtype of the queries, because the kernel silently computes wrong results for any other.
     """
     visible = local_mask(layout)
     tokens = len(visible)
-    bias = torch.zeros(rows.padded, read, dtype=dtype)  # rows of padding see everything, so their output is finite
+    # rows of padding see everything, so their output is finite
+    bias = torch.zeros(rows.padded, read, dtype=dtype, device=device)
     own = bias[: rows.number].unflatten(0, (-1, tokens))
-    own[..., prefix : prefix + tokens].masked_fill_(~visible, hiding(dtype))
+    own[..., prefix : prefix + tokens].masked_fill_(~visible.to(device), hiding(dtype))
     own[..., prefix + tokens :] = hiding(dtype)
     return bias[None, None]
 
 
 @lru_cache(maxsize=32)  # a megabyte each where a plan has many tokens
 def _kept_bias(layout: ForwardLayout, rows: "Rows", dtype: torch.dtype, device: torch.device) -> Tensor:
-    return _bias(layout, rows, dtype, KEPT_PREFIX, KEPT_PREFIX + layout.num_tokens + BLOCK).to(device)
+    return _bias(layout, rows, dtype, device, KEPT_PREFIX, KEPT_PREFIX + layout.num_tokens + BLOCK)
 
 
 class Rows(NamedTuple):
@@ -295,7 +298,7 @@ class Uniform:
 
 
 class _Masked(NamedTuple):
-    """How one sequence reads the pool: the number of keys, the rows of queries, and the bias on the scores."""
+    """The keys that one sequence reads of the pool, its rows of queries, and the bias on the scores."""
 
     read: int
     rows: Rows
@@ -313,7 +316,7 @@ def _bias_of(part: Part, rows: Rows, query: Tensor, read: int) -> Tensor:
     """Return the bias on the scores of a part that reads ``read`` keys, ``[1, 1, rows, read]``."""
     first = KEPT_PREFIX - part.length
     if part.layout.num_tokens > MOST_KEPT or first < 0 or read > part.length + part.layout.num_tokens + BLOCK:
-        return _bias(part.layout, rows, query.dtype, part.length, read).to(query.device)
+        return _bias(part.layout, rows, query.dtype, query.device, part.length, read)
     return _kept_bias(part.layout, rows, query.dtype, query.device)[..., first : first + read]
 
 

@@ -66,7 +66,7 @@ def is_lean(causal_lm: PreTrainedModel) -> bool:
     """
     base = causal_lm.base_model
     known = CLASSES.get(type(base))
-    if known is None:
+    if known is None or not len(base.layers):
         return False
     for name, module in base.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
@@ -97,25 +97,27 @@ def use_lean_forward(
         embedding: Takes the place of the input embedding if the output layer shares its weight.
     """
     causal_lm = model.causal_lm
-    if product_of is laid_out and max(weight.nbytes for weight in causal_lm.base_model.parameters()) < SMALL:
-        product_of = plain
     if not is_lean(causal_lm) or not _agrees(model, LeanForward(causal_lm)):
         return
-    model.lean = LeanForward(causal_lm, take, product_of)
-    if take:
-        output_layer = causal_lm.get_output_embeddings()
-        weight = output_layer.weight
-        if weight is not causal_lm.get_input_embeddings().weight:
-            model.head = model.lean.at_least_rows(take_weights([output_layer], product_of).of)
-        elif product_of is not laid_out or can_pack(weight):
-            model.head = model.lean.at_least_rows(product_of(weight, output_layer.bias).of)
-            if embedding is not None:
-                model.lean.embed = embedding
-                leave_no_weights([causal_lm.get_input_embeddings(), output_layer])
-        for weight in causal_lm.parameters():
-            if not weight.is_meta:
-                weight.data = weight.data.clone()  # what is left may keep a whole file in memory
-        causal_lm.base_model.register_forward_pre_hook(_weights_are_taken)
+    if not take:
+        model.lean = LeanForward(causal_lm)
+        return
+    if product_of is laid_out and max(weight.nbytes for weight in causal_lm.base_model.parameters()) < SMALL:
+        product_of = plain
+    lean = LeanForward(causal_lm, take, product_of)
+    inputs, outputs = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    if outputs.weight is not inputs.weight:
+        head = take_weights([outputs], product_of)
+    else:
+        head = product_of(outputs.weight, outputs.bias)
+        if embedding is not None:
+            lean.embed = embedding
+            leave_no_weights([inputs, outputs])
+    for weight in causal_lm.parameters():
+        if not weight.is_meta:
+            weight.data = weight.data.clone()  # what is left may keep a whole file in memory
+    causal_lm.base_model.register_forward_pre_hook(_weights_are_taken)
+    model.lean, model.head = lean, lean.with_padding(head.of)
 
 
 def _weights_are_taken(*_: object) -> None:
@@ -146,6 +148,7 @@ class _Layer:
     before_attention: Norm
     qkv: Product
     qk_norm: Callable[[], Tensor] | None  # the weights of the norms of q and k, [H + N, 1, D]
+    qk_eps: float
     output: Product
     before_mlp: Norm
     gate_up: Product
@@ -154,7 +157,6 @@ class _Layer:
     kv_heads: int
     head_dim: int
     scale: float
-    eps: float
 
 
 class LeanForward:
@@ -202,7 +204,7 @@ class LeanForward:
             qkv = layer.qkv.of(layer.before_attention(hidden))
             qkv = (qkv[:tokens] if fill else qkv).view(1, tokens, -1, layer.head_dim).transpose(1, 2)
             qk, value = qkv.split([layer.heads + layer.kv_heads, layer.kv_heads], 1)
-            qk = self._rotated(qk, cos, sin, layer.qk_norm and layer.qk_norm(), layer.eps)
+            qk = self._rotated(qk, cos, sin, layer.qk_norm and layer.qk_norm(), layer.qk_eps)
             query, key = qk.split([layer.heads, layer.kv_heads], 1)
             out = packed.attend(number, query, key, value, layer.scale).reshape(tokens, -1)
             hidden = layer.output.added(hidden, F.pad(out, (0, 0, 0, fill)) if fill else out)
@@ -215,8 +217,8 @@ class LeanForward:
         causal_lm = self._causal_lm
         return causal_lm is None or (list(causal_lm.base_model.modules()) == self._modules and is_lean(causal_lm))
 
-    def at_least_rows(self, product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """Return ``product``, given as many rows as its bits need (:data:`~tidar_megatron.inference.products.ROWS`)."""
+    def with_padding(self, product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """Return ``product``, called with rows of padding where :meth:`_fill` asks for them."""
 
         def padded(rows: Tensor) -> Tensor:
             fill = self._fill(len(rows))
@@ -278,12 +280,13 @@ def one_kernel(function: Callable[..., Tensor], device: torch.device) -> Callabl
 
 def _layer(layer: nn.Module, product: Callable[[list[nn.Linear]], Product], fixed: bool) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
-    head_dim = attention.head_dim
+    head_dim, has_norms = attention.head_dim, hasattr(attention, "q_norm")
     heads, kv_heads = (module.out_features // head_dim for module in (attention.q_proj, attention.k_proj))
     return _Layer(
         before_attention=_norm(layer.input_layernorm, fixed),
         qkv=product([attention.q_proj, attention.k_proj, attention.v_proj]),
-        qk_norm=_qk_norm(attention, heads, kv_heads, fixed) if hasattr(attention, "q_norm") else None,
+        qk_norm=_qk_norm(attention, heads, kv_heads, fixed) if has_norms else None,
+        qk_eps=attention.q_norm.variance_epsilon if has_norms else 0.0,
         output=product([attention.o_proj]),
         before_mlp=_norm(layer.post_attention_layernorm, fixed),
         gate_up=product([mlp.gate_proj, mlp.up_proj]),
@@ -292,7 +295,6 @@ def _layer(layer: nn.Module, product: Callable[[list[nn.Linear]], Product], fixe
         kv_heads=kv_heads,
         head_dim=head_dim,
         scale=attention.scaling,
-        eps=layer.input_layernorm.variance_epsilon,
     )
 
 
@@ -315,7 +317,6 @@ def _norm(module: nn.Module, fixed: bool) -> Norm:
 def _qk_norm(attention: nn.Module, heads: int, kv_heads: int, fixed: bool) -> Callable[[], Tensor]:
     """Return a function that gives the weights of Qwen3's norms of q and k; ``fixed`` ones never change."""
     q_norm, k_norm = attention.q_norm, attention.k_norm
-    assert q_norm.variance_epsilon == k_norm.variance_epsilon
 
     def weights() -> Tensor:
         return torch.cat([q_norm.weight.expand(heads, 1, -1), k_norm.weight.expand(kv_heads, 1, -1)])

@@ -1,8 +1,8 @@
 """Matrix products of a decode forward with weights in the layout that the processor's kernels prefer.
 
-A forward of few tokens is bound by reading the weights. oneDNN, which torch uses on CPUs, lays a plain weight out again
-in every product; a weight that is laid out once is read about 1.5 times as fast, and more tokens cost less. Its rows
-also have the same bits however many rows a product has, from :data:`ROWS` rows on.
+A forward of few tokens is bound by reading the weights, and oneDNN, which torch uses on CPUs, reads a weight faster if
+it was laid out for oneDNN once. A row then has the same bits however many rows a product has, from :data:`ROWS` on.
+What was measured is in docs/decisions/bits.md.
 """
 
 from collections.abc import Callable, Sequence
