@@ -26,9 +26,12 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.removeprefix("aten::")
-        if not func.is_view and name not in NO_KERNEL:
+        made = func(*args, **(kwargs or {}))
+        # under inference_mode a reshape that copies is one operation, and one that does not has the same name
+        copies = name in ("reshape", "contiguous") and made.data_ptr() != args[0].data_ptr()
+        if copies or (not func.is_view and name not in (*NO_KERNEL, "reshape", "contiguous")):
             self.counts["rms_norm" if name == "_fused_rms_norm" else name] += 1
-        return func(*args, **(kwargs or {}))
+        return made
 
 
 @pytest.fixture
@@ -46,9 +49,12 @@ def as_on_a_gpu(monkeypatch):
 
     def one_kernel(function, device):
         def run(*arguments):
-            calls[function.__name__] += 1
+            norms = calls["norm"]
             with _disable_current_modes():
-                return function(*arguments)
+                made = function(*arguments)
+            calls["norm"] = norms  # those inside are part of the kernel
+            calls[function.__name__] += 1
+            return made
 
         return run
 
@@ -89,13 +95,13 @@ def hidden_and_launches(layers, layout, calls):
 
 
 @pytest.mark.parametrize(
-    ("layout", "most"), [(ForwardLayout(1), 12), (ForwardLayout(8, tuple(range(8)), 8), 14)], ids=["ar", "all:8"]
+    ("layout", "most"), [(ForwardLayout(1), 11), (ForwardLayout(8, tuple(range(8)), 8), 12)], ids=["ar", "all:8"]
 )
 def test_a_layer_launches_few_kernels(layout, most, as_on_a_gpu, monkeypatch):
     (_, one), (hidden, two) = (hidden_and_launches(layers, layout, as_on_a_gpu) for layers in (1, 2))
     layer = two - one
     assert sum(layer.values()) <= most, layer
-    assert layer["efficient"] == 1 and layer["norm"] == 3, layer
+    assert layer["efficient"] == 1 and layer["norm"] == 2, layer
     monkeypatch.undo()
     expected, _ = hidden_and_launches(2, layout, as_on_a_gpu)
     torch.testing.assert_close(hidden, expected, rtol=0.05, atol=0.05)

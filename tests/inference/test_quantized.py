@@ -6,16 +6,18 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.conftest import THOROUGH
 from tests.inference.conftest import make_causal_lm
 from tests.programs import call
+from tidar_megatron.benchmark.energy import Sizes
 from tidar_megatron.errors import UserError
 from tidar_megatron.evaluation.bitwise import check_bitwise
 from tidar_megatron.evaluation.certificate import plans
 from tidar_megatron.inference import costs, quantized, quantizing
 from tidar_megatron.inference.loading import load_model
-from tidar_megatron.inference.quantizing import quantize_model
+from tidar_megatron.inference.quantizing import bits_of, quantize_model
 from tidar_megatron.inference.scoring import score
 from tidar_megatron.inference.wrapping import wrap_model
 
@@ -307,3 +309,13 @@ def test_the_programs(folder, tmp_path):
     assert found["holds"] and found["quantize"] == "int8"
     done = call("tools/generate.py", "--model", folder, "--prompt", "hello", "--quantize", "int3")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "use int8 or int4" in done.stderr
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_bits_that_benchmarks_count_are_those_of_the_cache(name, folder):
+    """But for int8's factors of inputs and scales of outputs, which are few."""
+    sizes = Sizes.of(load_model(folder, "cpu", "bfloat16", quantize=name))
+    layers, output = bits_of(name, 16)
+    kept = [(key, tensor) for key, tensor in load_file(folder / ".tidar" / f"{name}-bfloat16.safetensors").items()]
+    counted = sum(tensor.nbytes for key, tensor in kept if key.endswith("values") or tensor.dim() == 3)
+    assert counted == sizes.weight_bytes == (layers * sizes.weights + output * sizes.output_weights) // 8

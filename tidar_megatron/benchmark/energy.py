@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from tidar_megatron.inference.model import DecodeModel
+from tidar_megatron.inference.quantizing import bits_of
 
 POWERCAP = Path("/sys/class/powercap")
 
@@ -68,7 +69,7 @@ class Sizes:
 
     @classmethod
     def of(cls, model: DecodeModel) -> "Sizes":
-        """Return the sizes of a dense model whose weights and K/V are stored in its dtype."""
+        """Return the sizes of a dense model whose K/V are stored in its dtype, and its weights too or quantized."""
         config = model.causal_lm.config.get_text_config()
         matrices = [module for module in model.causal_lm.base_model.modules() if isinstance(module, nn.Linear)]
         weights = sum(module.in_features * module.out_features for module in matrices)
@@ -78,7 +79,9 @@ class Sizes:
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         layers, size = config.num_hidden_layers, model.dtype.itemsize
         kv_bytes = 2 * layers * kv_heads * head_dim * size
-        return cls(weights, output, size * (weights + output), kv_bytes, 4 * layers * heads * head_dim)
+        bits, output_bits = bits_of(model.quantize, 8 * size)
+        weight_bytes = (bits * weights + output_bits * output) // 8
+        return cls(weights, output, weight_bytes, kv_bytes, 4 * layers * heads * head_dim)
 
 
 @dataclass

@@ -88,7 +88,9 @@ class Transformers:
     def __init__(self, model: DecodeModel, folder: str | Path) -> None:
         self.causal_lm = load_stock(folder, model, never_masks=False)
         assert self.causal_lm.dtype == model.dtype
-        self._sizes = Sizes.of(model)
+        sizes = Sizes.of(model)  # those of the engine's weights, which may be quantized
+        weight_bytes = (sizes.weights + sizes.output_weights) * model.dtype.itemsize
+        self._sizes = replace(sizes, weight_bytes=weight_bytes)
         self._work, self._forwards = Work(self._sizes), 0
         self.causal_lm.register_forward_pre_hook(self._count, with_kwargs=True)
 

@@ -22,7 +22,7 @@ from tidar_megatron.inference.lean import use_lean_forward
 from tidar_megatron.inference.model import DecodeModel
 from tidar_megatron.inference.plans import Mode
 from tidar_megatron.inference.products import Product, ProductOf
-from tidar_megatron.inference.quantized import int4_product, int8_product, to_int4, to_int8
+from tidar_megatron.inference.quantized import GROUP, int4_product, int8_product, to_int4, to_int8
 from tidar_megatron.inference.request import DecodeOptions
 from tidar_megatron.inference.sampling import SamplingOptions
 
@@ -47,6 +47,18 @@ def check_quantizable(name: str | None, dtype: torch.dtype, device: torch.device
         raise UserError(f"quantize {name}: runs on CPUs only, not on {device.type}; leave it out, or use --device cpu")
     if dtype not in DTYPES:
         raise UserError(f"quantize {name}: needs dtype float32 or bfloat16, not {str(dtype).removeprefix('torch.')}")
+
+
+def bits_of(name: str | None, wide: int) -> tuple[int, int]:
+    """Return the bits per weight of the layers and of the output layer, scales of groups included.
+
+    Args:
+        name: ``int8``, ``int4``, or None for weights that are not quantized.
+        wide: The bits of the model's dtype.
+    """
+    if name is None:
+        return wide, wide
+    return (8 if name == "int8" else 4 + 2 * wide // GROUP), 8
 
 
 def quantize_model(
