@@ -101,16 +101,12 @@ def decode(
                 if llama is not None and batch == 1:  # llama-cpp-python decodes one sequence at a time
                     ways |= llama.ways(context + max_new_tokens, max_new_tokens, LOOKUP)
                 done = measure(ways, groups, repeats, meter)
-                outputs = {name: _outputs(requests[-len(groups) :]) for name, requests in done.items()}
+                of_ar = done["ar ar"]
                 for name, requests in done.items():
                     mode, _, plan = name.partition(" ")
-                    row = {"mode": mode, "plan": plan, "batch": batch, "context": context}
-                    row |= figures(requests, done["ar ar"])
-                    row["distinct_4grams"] = round(sum(map(distinct_4grams, outputs[name])) / len(texts), 3)
-                    row |= dict.fromkeys(("identical_to_ar", "ties", "different", "same_tokens"))
-                    if not plan.startswith(tuple(QUANTIZED)):
-                        row |= agreement_with_ar(model, texts, outputs[name], outputs["ar ar"])
-                        row["same_tokens"] = round(same_tokens(outputs[name], outputs["ar ar"]), 3)
+                    row = {"mode": mode, "plan": plan, "batch": batch, "context": context, **figures(requests, of_ar)}
+                    outputs, ar = _outputs(requests[-len(groups) :]), _outputs(of_ar[-len(groups) :])
+                    row |= _compared(model, texts, outputs, None if plan.startswith(tuple(QUANTIZED)) else ar)
                     rows.append(row | {"peak_bytes": peaks.get(name)})
     skipped = [context for context in contexts if context not in fitting]
     return {"settings": settings, "rows": rows, "skipped": skipped, "left_out": left_out}
@@ -224,6 +220,14 @@ def _energy(requests: Sequence[Request], counts: Sequence[int]) -> dict[str, flo
         "computed_megabytes_per_token": round(read / 1e6, 3) if work else None,
         "computed_gigaflops_per_token": round(flops / 1e9, 4) if work else None,
     }
+
+
+def _compared(model: DecodeModel, texts: Texts, outputs: list[list[int]], ar: Texts | None) -> dict[str, Any]:
+    """Return how varied the outputs are, and how far they are AR's; ``ar`` is None where other weights made them."""
+    found: dict[str, Any] = {"distinct_4grams": round(sum(map(distinct_4grams, outputs)) / len(texts), 3)}
+    if ar is None:
+        return found | dict.fromkeys(("identical_to_ar", "ties", "different", "same_tokens"))
+    return found | {**agreement_with_ar(model, texts, outputs, ar), "same_tokens": round(same_tokens(outputs, ar), 3)}
 
 
 def _outputs(requests: Sequence[Request]) -> list[list[int]]:
