@@ -91,7 +91,7 @@ study-smollm2: smollm2
 # way to draft, which take about an hour of a core; SAMPLES=20000 is much quicker
 SAMPLES ?= 100000
 test-slow: setup eval smollm2
-	@$(RUN) HYPOTHESIS_PROFILE=thorough TIDAR_SAMPLES=$(SAMPLES) python -m pytest $(SIDE_BY_SIDE) --timeout=3600 tests/test_attention_mask.py tests/test_config.py tests/models tests/data tests/inference tests/evaluation tests/test_smollm2.py tests/test_fuzz_folders.py tests/test_architectures.py tests/training/test_layout_check.py tests/training/test_parity.py tests/launch/test_two_nodes.py tests/launch/test_signals.py tests/benchmark $(TEST_ARGS)
+	@$(RUN) HYPOTHESIS_PROFILE=thorough TIDAR_SAMPLES=$(SAMPLES) python -m pytest $(SIDE_BY_SIDE) --timeout=3600 tests/test_attention_mask.py tests/test_config.py tests/models tests/data tests/inference tests/evaluation tests/test_smollm2.py tests/test_fuzz_folders.py tests/test_architectures.py tests/training/test_layout_check.py tests/training/test_parity.py tests/launch/test_two_nodes.py tests/launch/test_signals.py tests/checkpoint/test_own_parts.py tests/benchmark $(TEST_ARGS)
 	$(RUN) python tools/certify.py --model runs/smollm2/hf --prompts examples/smollm2/prompts.jsonl --mask-token-id 3 \
 	  --max-new-tokens 32 --draft-lengths 4 8 --samples 0
 

@@ -29,7 +29,7 @@ def run(*arguments):
     ("what", "keys"),
     [
         ("attention", {"seq_length", "backend", "over_causal", "peak_extra_bytes"}),
-        ("training", {"seq_length", "parameters", "diffusion_block_fraction", "tidar_over_ar"}),
+        pytest.param("training", {"seq_length", "parameters", "diffusion_block_fraction", "tidar_over_ar"}, marks=LONG),
         pytest.param(
             "loader", {"seq_length", "building_seconds", "waiting_over_building"}, marks=[pytest.mark.process, LONG]
         ),

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.conftest import THOROUGH
 from tests.faults.checkpoint_jobs import job, run_jobs, tensors
 from tests.ranks import run_ranks
 from tests.training.small_runs import losses
@@ -99,6 +100,9 @@ def test_a_resume_in_the_same_layout_is_bitwise(whole, shards, tmp_path):
         same(tmp_path / name, whole, STEPS)
 
 
+@pytest.mark.skipif(
+    not THOROUGH, reason="takes 9 s: make test-slow runs it; four ranks to two to one are tested always"
+)
 @pytest.mark.process
 def test_other_layouts(whole, shards, tmp_path):
     jobs = []
