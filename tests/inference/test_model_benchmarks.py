@@ -1,6 +1,7 @@
 """``tools/benchmark.py planner`` and ``step``: what they compare, on models of seconds; bodies that say the same."""
 
 import dataclasses
+import importlib.util
 import json
 
 import pytest
@@ -148,11 +149,13 @@ def test_the_program(checkpoint, tmp_path):
 def test_the_curve_of_slots(checkpoint, tmp_path):
     """The program times each dtype at each number of tokens, beside the products that the engine itself computes."""
     command = ["tools/benchmark.py", "slots", "--model", checkpoint, "--contexts", 16, 4096, "--repeats", 1, "--json"]
-    done = call(*command, "--output", tmp_path, "--plot", tmp_path / "slots.png")
+    drawn = importlib.util.find_spec("matplotlib") is not None  # an extra: the lowest versions' job lacks it
+    plot = ["--plot", tmp_path / "slots.png"] if drawn else []
+    done = call(*command, "--output", tmp_path, *plot)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads((tmp_path / "slots.json").read_text())
     assert result == json.loads(done.stdout.splitlines()[-1]) and result["skipped"] == [4096]
-    assert (tmp_path / "slots.png").stat().st_size > 5000
+    assert not drawn or (tmp_path / "slots.png").stat().st_size > 5000
     curves = {(row["dtype"], row["tokens"]): row for row in result["rows"]}
     assert curves.keys() == {(dtype, tokens) for dtype in ("float32", "bfloat16") for tokens in TOKENS}
     for (_, tokens), row in curves.items():
