@@ -8,9 +8,15 @@ from hypothesis import strategies as st
 from tidar_megatron import attention_kernels
 from tidar_megatron.attention_mask import CLEAN, INDEX, MASK_BLOCK, decode_layout, may_attend, prefix_layout
 from tidar_megatron.inference import forward
-from tidar_megatron.inference.attention import UnknownAttentionError
 from tidar_megatron.inference.cache import KVPool
-from tidar_megatron.inference.forward import ForwardLayout, PackedForward, Part, local_mask, position_offsets
+from tidar_megatron.inference.forward import (
+    ForwardLayout,
+    PackedForward,
+    Part,
+    in_calls,
+    local_mask,
+    position_offsets,
+)
 
 
 @st.composite
@@ -112,70 +118,56 @@ def test_packed_attention_is_grouped_query_attention_of_each(parts, heads, dtype
 
 @settings(deadline=None)
 @given(
-    layouts=st.lists(
-        st.sampled_from(
-            [ForwardLayout(8), ForwardLayout(4, (1,), 4), ForwardLayout(4, (3,), 4), ForwardLayout(2, (1, 2), 3)]
-        ),
-        min_size=5,
-    )
-    | layouts().map(lambda layout: [layout] * 5),
-    lengths=st.lists(st.integers(0, 20), min_size=2, max_size=5),
+    parts=st.lists(st.tuples(layouts(), st.integers(0, 20)), min_size=2, max_size=5),
     heads=st.sampled_from([(4, 4), (4, 2), (6, 1)]),
     dtype=st.sampled_from([torch.float32, torch.float64]),
     plain=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_parts_of_one_size_in_one_call(layouts, lengths, heads, dtype, plain, seed):
-    """As one by one, the pool included; stale and unused places of the pool do not matter."""
+def test_several_parts_in_one_call(parts, heads, dtype, plain, seed):
+    """As one by one, the whole pool included; stale and unused places of the pool do not matter."""
     query_heads, kv_heads = heads
     generator = torch.Generator().manual_seed(seed)
 
     def draw(heads, tokens):
         return torch.randn(1, heads, tokens, 8, generator=generator).to(dtype)
 
-    size, layouts = layouts[0].num_tokens, layouts[: len(lengths)]
-    total = len(lengths) * size
+    total = sum(layout.num_tokens for layout, _ in parts)
     query, key, value = draw(query_heads, total), draw(kv_heads, total), draw(kv_heads, total)
     fill = draw(kv_heads, 24), draw(kv_heads, 24)
+    parts = [Part(n, length, [0] * layout.num_drafts, layout) for n, (layout, length) in enumerate(parts, 1)]
+    room = max(part.length + part.layout.num_tokens for part in parts)
     results = []
-    for uniform in (True, False):
-        pool = KVPool(len(lengths) + 2, 60)
-        for slot, length in enumerate(lengths, 1):
-            pool.write(0, slot, 0, *(x[:, :, : min(24, length + 3)] + slot for x in fill))
-        pairs = zip(lengths, layouts, strict=True)
-        parts = [Part(n, length, [0] * layout.num_drafts, layout) for n, (length, layout) in enumerate(pairs, 1)]
-        packed = PackedForward(pool, parts)
-        assert packed.is_uniform
-        vars(packed)["is_uniform"] = uniform
+    for together in (True, False):
+        pool = KVPool(len(parts) + 2, room)
+        for part in parts:
+            pool.write(0, part.slot, 0, *(x[:, :, : min(24, part.length + 3, room)] + part.slot for x in fill))
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(forward, "A_CALL", 1e9 if together else -1)
+            assert len(in_calls(parts, 8 * query_heads)) == (1 if together else len(parts))
             if plain:
                 patch.setattr(attention_kernels, "has_flash", lambda device: False)
                 patch.setattr(forward, "has_flash", lambda device: False)
-            out = packed.attend(0, query, key, value, 0.3)
-        held = [pool.read(0, n, length + size) for n, length in enumerate(lengths, 1)]
-        results.append([out, *(tensor for pair in held for tensor in pair)])
+            out = PackedForward(pool, parts).attend(0, query, key, value, 0.3)
+        held = [tensor for slot in range(pool.slots) for tensor in pool.read(0, slot, pool.capacity)]
+        results.append([out, *held])
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    ours, theirs = results
+    torch.testing.assert_close(ours[0], theirs[0], rtol=tolerance, atol=tolerance)
+    assert all(map(torch.equal, ours[1:], theirs[1:]))
 
 
-def test_what_is_not_uniform():
-    def uniform(*parts):
-        return PackedForward(
-            KVPool(4, 400), [Part(s, 0, [0] * layout.num_drafts, layout) for s, layout in parts]
-        ).is_uniform
+def test_the_parts_of_a_call():
+    def calls(*parts):
+        made = [Part(slot, length, [0] * layout.num_drafts, layout) for slot, length, layout in parts]
+        return [[part.slot for part in call] for call in in_calls(made, 256)]
 
-    layout = ForwardLayout(2, (1,), 3)
-    assert uniform((1, layout), (2, layout))
-    assert not uniform((1, layout))
-    assert not uniform((1, layout), (3, layout))
-    assert not uniform((2, layout), (1, layout))
-    assert uniform((1, layout), (2, ForwardLayout(5)))
-    assert not uniform((1, layout), (2, ForwardLayout(2)))
-    assert not uniform((1, ForwardLayout(200)), (2, ForwardLayout(200)))
-
-
-def test_a_wrapped_model_refuses_to_look_ahead(tiny):
-    """Outside the engine nobody makes our mask, and none at all would let every token see its future."""
-    with pytest.raises(UnknownAttentionError, match="set_attn_implementation"):
-        tiny("llama").causal_lm(torch.tensor([[1, 2, 3]]))
+    layout, chunk, one = ForwardLayout(2, (1,), 3), ForwardLayout(200), ForwardLayout(1)
+    assert calls((1, 9, layout)) == [[1]]
+    assert calls((1, 9, layout), (2, 90, layout), (3, 9, ForwardLayout(3))) == [[1, 2, 3]]
+    assert calls((1, 9, layout), (3, 9, layout)) == [[1], [3]]  # slot 2 is idle
+    assert calls((2, 9, layout), (1, 9, layout)) == [[2], [1]]
+    assert calls((1, 9, layout), (2, 0, chunk), (3, 9, layout), (4, 9, layout)) == [[1], [2], [3, 4]]
+    # one long text among short ones would make all read as much
+    assert calls((0, 90, one), (1, 99, one), (2, 5000, one), (3, 80, one)) == [[0, 1], [2], [3]]
+    assert calls((0, 4000, one), (1, 4900, one), (2, 5000, one)) == [[0, 1, 2]]

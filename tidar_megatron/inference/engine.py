@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Tokens
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -138,8 +139,9 @@ class Engine:
             planner.begin(len(served), context / len(served))
         hidden, packed = self._forwards.run([sequence.part(self._prompt_chunk) for sequence in served], reads_prompts)
         static = self._forwards.is_static
-        confidences = any(sequence.wants_confidences for sequence in served)
-        logits = _Logits(self.model, hidden, packed.starts, not reads_prompts, static, confidences)
+        greedy = [sequence for sequence in served if sequence.options.sampling.greedy]
+        best = any(sequence.wants_confidences for sequence in greedy) if greedy else None
+        logits = _Logits(self.model, hidden, packed.starts, not reads_prompts, static, best)
         for sequence, of_rows in zip(served, logits.of([s.rows for s in served]), strict=True):
             _guarded(sequence, sequence.accept, of_rows)
         rows = [sequence.draft_rows for sequence in served]
@@ -181,32 +183,36 @@ class _Logits:
         hidden: The hidden states of the forward, ``[tokens, hidden]``.
         starts: The first row of each sequence.
         at_once: Whether the logits of all rows may be computed at once. On a CPU that pays off for few rows.
-        one_wait: Whether to compute all rows whatever their number, and to copy what greedy decoding needs to the host
-            at once. On a GPU more rows cost little, and each copy waits for the forward.
-        confidences: Whether that copy includes the probabilities of the likeliest tokens.
+        static: Whether to compute all rows whatever their number: on a GPU more rows cost little, and each further copy
+            to the host would wait for the forward.
+        best: Whether and how to copy to the host, for all sequences together, what greedy decoding needs: None for not
+            at all, False for the likeliest tokens, True for their probabilities too.
     """
 
     FEW = 32
 
     def __init__(
-        self, model: DecodeModel, hidden: Tensor, starts: Tokens[int], at_once: bool, one_wait: bool, confidences: bool
+        self, model: DecodeModel, hidden: Tensor, starts: Tokens[int], at_once: bool, static: bool, best: bool | None
     ) -> None:
-        self._model, self._hidden, self._starts = model, hidden, starts
+        self._model, self._hidden, self._starts, self._best = model, hidden, starts, best
         self._all: Rows | None = None
-        if at_once and (one_wait or len(hidden) <= self.FEW):
-            logits = model.logits(hidden)
-            self._all = Rows(logits, Best.of(logits, confidences) if one_wait else None)
+        if at_once and (static or len(hidden) <= self.FEW):
+            self._all = self._rows(hidden)
 
     def of(self, rows: Tokens[Tokens[int]]) -> Tokens[Rows]:
         """Return the logits of each sequence's ``rows``, which are relative to its first row."""
         if self._all is not None:
             return [self._all.pick(start, own) for start, own in zip(self._starts, rows, strict=True)]
         wanted = [pick(self._hidden, start, own) for start, own in zip(self._starts, rows, strict=True)]
-        if len(wanted) == 1:
-            return [Rows(self._model.logits(wanted[0]) if rows[0] else wanted[0])]
-        together = torch.cat(wanted)
-        logits = self._model.logits(together) if len(together) else together
-        return [Rows(own) for own in logits.split([len(own) for own in rows])]
+        together = self._rows(torch.cat(wanted) if len(wanted) > 1 else wanted[0])
+        edges = accumulate(map(len, wanted), initial=0)
+        return [together.pick(start, range(len(own))) for start, own in zip(edges, wanted, strict=False)]
+
+    def _rows(self, hidden: Tensor) -> Rows:
+        if not len(hidden):
+            return Rows(hidden)
+        logits = self._model.logits(hidden)
+        return Rows(logits, None if self._best is None else Best.of(logits, self._best))
 
 
 def _guarded(sequence: Sequence, decide: Callable[[Tensor, Best | None], object], rows: Rows) -> None:

@@ -6,7 +6,7 @@ only the local T x T part needs a mask, and this part does not depend on the pre
 
 The tokens of all sequences of a forward are packed into one row without padding, so each matrix product of the model
 serves all of them. Attention, which ``attention.py`` registers with transformers, handles the sequences one by one, or
-all in one call if each has the same number of tokens. Each sequence reads its own slot of the :class:`KVPool`, so
+several in one call if that needs little padding. Each sequence reads its own slot of the :class:`KVPool`, so
 sequences cannot see each other, and they may differ in length and layout.
 
 Shapes: T tokens of a sequence in the forward, P committed tokens before them, H query heads, N K/V heads (never
@@ -14,15 +14,15 @@ expanded), G = H / N, D head dimension.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tidar_megatron.attention_kernels import attend, has_flash, hiding
+from tidar_megatron.attention_kernels import aligned, attend, has_flash, hiding
 from tidar_megatron.attention_mask import INDEX, decode_layout, may_attend
 from tidar_megatron.inference.cache import BLOCK, KVPool, rounded_keys
 
@@ -169,7 +169,11 @@ class Forward(Protocol):
 
 
 class PackedForward:
-    """A :class:`Forward` over the parts of several sequences, packed without padding."""
+    """A :class:`Forward` over the parts of several sequences, packed without padding.
+
+    Attention reads each sequence's keys apart. A call costs as much as the work of a few small parts, so adjacent parts
+    share a call if that pads little (:class:`Uniform`).
+    """
 
     def __init__(self, pool: KVPool, parts: Sequence[Part]) -> None:
         self._pool, self._parts = pool, parts
@@ -180,9 +184,8 @@ class PackedForward:
             place += part.layout.num_tokens
         self.starts: list[int] = edges
         self.num_tokens = place
-        self._uniform: Uniform | None = None
-        self._masked: list[_Masked | None] = [None] * len(parts)
         self.num_masks = sum(part.layout.num_masks for part in parts)
+        self._calls: list[tuple[slice, _Separate | Uniform]] = []  # by rows of the forward; found by the first layer
 
     def inputs(self, mask_token_id: int | None, device: torch.device) -> Tensor:
         """Return token ids and position ids; see :meth:`Forward.inputs`."""
@@ -195,60 +198,61 @@ class PackedForward:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Write K/V and compute attention; see :meth:`Forward.attend`."""
-        if self.is_uniform:
-            if self._uniform is None:
-                self._uniform = self._as_uniform(query.shape[1] // key.shape[1], query)
-            return self._uniform.attend(self._pool, layer, query, key, value, scale)
-        if len(self._parts) == 1:
-            return self._attend_part(0, layer, query, key, value, scale)
+        if not self._calls:
+            self._calls = self._arranged(query, key.shape[1])
+        if len(self._calls) == 1:
+            return self._calls[0][1].attend(self._pool, layer, query, key, value, scale)
         outputs = []
-        for number, (part, start) in enumerate(zip(self._parts, self.starts, strict=True)):
-            rows = slice(start, start + part.layout.num_tokens)
+        for rows, call in self._calls:
             q, k, v = (tensor[:, :, rows] for tensor in (query, key, value))
-            outputs.append(self._attend_part(number, layer, q, k, v, scale))
+            outputs.append(call.attend(self._pool, layer, q, k, v, scale))
         return torch.cat(outputs, dim=1)
 
-    def _attend_part(self, number: int, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        part, masked = self._parts[number], self._masked[number]
-        if masked is None:
-            masked = self._masked[number] = _masked(part, query, key.shape[1])
-        keys, values = self._pool.write(layer, part.slot, part.length, key, value, masked.read)
-        _, heads, tokens, head_dim = query.shape
-        rows = masked.rows
-        # if folded, head n * G + g becomes rows g * T ... of head n
-        if rows.number == tokens and heads != keys.shape[1]:  # not folded: the heads of a group share keys and values
-            folded = query.reshape(keys.shape[1], -1, tokens, head_dim)
-            keys, values = (x.transpose(0, 1).expand(-1, folded.shape[1], -1, -1) for x in (keys, values))
+    def _arranged(self, query: Tensor, kv_heads: int) -> list[tuple[slice, "_Separate | Uniform"]]:
+        calls: list[tuple[slice, _Separate | Uniform]] = []
+        start = 0
+        for parts in in_calls(self._parts, query.shape[1] * query.shape[3]):
+            rows = slice(start, start := start + sum(part.layout.num_tokens for part in parts))
+            if len(parts) == 1:
+                calls.append((rows, _Separate.of(parts[0], query[:, :, rows], kv_heads)))
+            else:
+                calls.append((rows, Uniform.of_parts(parts, query.shape[1] // kv_heads, query)))
+        return calls
+
+
+A_CALL = 1e6  # multiply-adds that take about as long as one more call: 0.1 ms on a core
+
+
+def in_calls(parts: Sequence[Part], channels: int) -> list[list[Part]]:
+    """Return the parts of each call: adjacent small parts share one while the padding costs less than more calls.
+
+    Args:
+        parts: The parts of a forward, in the order of their slots.
+        channels: The channels of all query heads together.
+    """
+    calls: list[list[Part]] = []
+    slot = tokens = end = own = 0  # of the last call: its last slot, most tokens, largest end, and work without padding
+    for part in parts:
+        size = part.layout.num_tokens
+        reads = part.length + size
+        if calls and part.slot == slot + 1 and max(tokens, size) <= MOST_KEPT:
+            padded = (len(calls[-1]) + 1) * max(tokens, size) * max(end, reads)
+            joins = 2 * channels * (padded - own - size * reads) <= A_CALL * len(calls[-1])
         else:
-            folded = query.reshape(1, keys.shape[1], rows.number, head_dim)
-        out, _ = attend(rows.pad(folded), keys, values, masked.bias, scale)
-        return rows.unpad(out).reshape(1, heads, tokens, -1).transpose(1, 2)
-
-    @cached_property
-    def is_uniform(self) -> bool:
-        """Return whether one call can serve all: several small parts of one size, in adjacent slots and in order."""
-        if len(self._parts) == 1:
-            return False
-        slot, size = self._parts[0].slot, self._parts[0].layout.num_tokens
-        fits = all((p.layout.num_tokens, p.slot) == (size, slot + n) for n, p in enumerate(self._parts))
-        return fits and size <= MOST_KEPT
-
-    def _as_uniform(self, groups: int, query: Tensor) -> "Uniform":
-        parts, tokens = self._parts, self._parts[0].layout.num_tokens
-        lengths = torch.tensor([part.length for part in parts])
-        rows, read = Rows.of(groups, tokens, query.device), rounded_keys(int(lengths.max()) + tokens)
-        return Uniform(
-            slots=slice(parts[0].slot, parts[0].slot + len(parts)),
-            places=(lengths[:, None] + torch.arange(tokens)).to(query.device),
-            read=read,
-            rows=rows,
-            bias=torch.cat([_bias_of(part, rows, query, read) for part in parts]),
-        )
+            joins = False
+        if not joins:
+            calls.append([])
+            tokens = end = own = 0
+        calls[-1].append(part)
+        slot, tokens, end, own = part.slot, max(tokens, size), max(end, reads), own + size * reads
+    return calls
 
 
 @dataclass(frozen=True)
 class Uniform:
     """The attention inputs, shared by all layers, of n sequences with T tokens each that are served in one call.
+
+    Sequences with fewer tokens are padded with copies of their last one.
 
     Attributes:
         slots: The adjacent slots of the pool.
@@ -256,6 +260,8 @@ class Uniform:
         read: The number of keys to read of each slot.
         rows: The rows of queries per K/V head.
         bias: The bias on the scores, ``[n, 1, rows, read]``.
+        padding: If sequences are padded, the packed row of each padded row, int64 ``[n * T]``.
+        unpadding: If sequences are padded, the padded row of each packed row, int64 ``[tokens]``.
     """
 
     slots: slice
@@ -263,6 +269,8 @@ class Uniform:
     read: int
     rows: Rows
     bias: Tensor
+    padding: Tensor | None = None
+    unpadding: Tensor | None = None
 
     @staticmethod
     def of(slots: slice, lengths: Tensor, visible: Tensor, read: int, groups: int, dtype: torch.dtype) -> "Uniform":
@@ -276,40 +284,92 @@ class Uniform:
             groups: The query heads per K/V head.
             dtype: The dtype of the queries.
         """
-        tokens, device = visible.shape[-1], lengths.device
+        count, tokens, device = len(lengths), visible.shape[-1], lengths.device
         rows = Rows.of(groups, tokens, device)
         places = lengths[:, None] + torch.arange(tokens, device=device)
-        shown = torch.arange(read, device=device) < lengths[:, None]  # the prefix
-        shown = shown[:, None].repeat(1, tokens, 1).scatter_(2, places[:, None].expand_as(visible), visible)
-        bias = torch.zeros(shown.shape, dtype=dtype, device=device).masked_fill_(~shown, hiding(dtype))
-        bias = F.pad(bias.repeat(1, groups, 1), (0, 0, 0, rows.padded - rows.number))[:, None]
+        columns = read + aligned(tokens)  # the last columns are for padding that is not read
+        bias = torch.zeros(count, 1, rows.padded, columns, dtype=dtype, device=device)
+        own = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, hiding(dtype))
+        own = own.repeat(1, groups, 1)[:, None]
+        bias.scatter_(3, places[:, None, None].expand(own.shape), own)
+        bias.masked_fill_(torch.arange(columns, device=device) >= lengths[:, None, None, None] + tokens, hiding(dtype))
+        bias = bias[..., :read]
         return Uniform(slots, places, read, rows, bias)
 
+    @staticmethod
+    def of_parts(parts: Sequence[Part], groups: int, query: Tensor) -> "Uniform":
+        """Prepare attention of the parts of adjacent slots; ``query`` only tells device and dtype."""
+        device = query.device
+        sizes = [part.layout.num_tokens for part in parts]
+        most = max(sizes)
+        slots = slice(parts[0].slot, parts[0].slot + len(parts))
+        lengths = torch.tensor([part.length for part in parts])
+        visible = torch.stack([padded_mask(part.layout, most, device) for part in parts])
+        read = rounded_keys(max(part.length + size for part, size in zip(parts, sizes, strict=True)))
+        call = Uniform.of(slots, lengths.to(device), visible, read, groups, query.dtype)
+        if min(sizes) == most:
+            return call
+        counts = torch.tensor(sizes)[:, None]
+        within = torch.arange(most).expand(len(parts), -1)
+        padding = counts.cumsum(0) - counts + within.minimum(counts - 1)
+        return replace(
+            call,
+            # padding writes what the last token writes, to the same place
+            places=(lengths[:, None] + within.minimum(counts - 1)).to(device),
+            padding=padding.flatten().to(device),
+            unpadding=(within < counts).flatten().nonzero().flatten().to(device),
+        )
+
     def attend(self, pool: KVPool, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Write K/V to the pool and compute attention; shapes as in :meth:`Forward.attend`, with tokens = n * T."""
+        """Write K/V to the pool and compute attention; shapes as in :meth:`Forward.attend`."""
         count = len(self.places)
+        if self.padding is not None:
+            query, key, value = (x.index_select(2, self.padding) for x in (query, key, value))
         query, key, value = (x[0].unflatten(1, (count, -1)).transpose(0, 1) for x in (query, key, value))
         _, heads, tokens, head_dim = query.shape
         folded = self.rows.pad(query.reshape(count, key.shape[1], -1, head_dim))
         keys, values = pool.write_side_by_side(layer, self.slots, self.places, self.read, key, value)
         out, _ = attend(folded, keys, values, self.bias, scale)
         out = self.rows.unpad(out).reshape(count, heads, tokens, -1)
-        return out.transpose(1, 2).reshape(1, count * tokens, heads, -1)
+        out = out.transpose(1, 2).reshape(1, count * tokens, heads, -1)
+        return out if self.unpadding is None else out.index_select(1, self.unpadding)
 
 
-class _Masked(NamedTuple):
-    """The keys that one sequence reads of the pool, its rows of queries, and the bias on the scores."""
+@lru_cache(maxsize=512)
+def padded_mask(layout: ForwardLayout, tokens: int, device: torch.device) -> Tensor:
+    """Return :func:`local_mask` padded to ``[tokens, tokens]``; padding sees itself, so that its output is finite."""
+    mask = torch.eye(tokens, dtype=torch.bool)
+    mask[: layout.num_tokens, : layout.num_tokens] = local_mask(layout)
+    return mask.to(device)
 
+
+class _Separate(NamedTuple):
+    """The attention of one part in a call of its own: its keys in the pool, rows of queries, and bias on the scores."""
+
+    part: Part
     read: int
     rows: Rows
     bias: Tensor
 
+    @staticmethod
+    def of(part: Part, query: Tensor, kv_heads: int) -> "_Separate":
+        tokens = part.layout.num_tokens
+        rows = Rows.of(_folded(query, kv_heads), tokens, query.device)
+        read = rounded_keys(part.length + tokens)
+        return _Separate(part, read, rows, _bias_of(part, rows, query, read))
 
-def _masked(part: Part, query: Tensor, kv_heads: int) -> _Masked:
-    tokens = part.layout.num_tokens
-    rows = Rows.of(_folded(query, kv_heads), tokens, query.device)
-    read = rounded_keys(part.length + tokens)
-    return _Masked(read, rows, _bias_of(part, rows, query, read))
+    def attend(self, pool: KVPool, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        keys, values = pool.write(layer, self.part.slot, self.part.length, key, value, self.read)
+        _, heads, tokens, head_dim = query.shape
+        rows = self.rows
+        # if folded, head n * G + g becomes rows g * T ... of head n
+        if rows.number == tokens and heads != keys.shape[1]:  # not folded: the heads of a group share keys and values
+            folded = query.reshape(keys.shape[1], -1, tokens, head_dim)
+            keys, values = (x.transpose(0, 1).expand(-1, folded.shape[1], -1, -1) for x in (keys, values))
+        else:
+            folded = query.reshape(1, keys.shape[1], rows.number, head_dim)
+        out, _ = attend(rows.pad(folded), keys, values, self.bias, scale)
+        return rows.unpad(out).reshape(1, heads, tokens, -1).transpose(1, 2)
 
 
 def _bias_of(part: Part, rows: Rows, query: Tensor, read: int) -> Tensor:

@@ -9,7 +9,6 @@ Prompt chunks are large and vary in size; they go through :class:`PackedForward`
 
 import weakref
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -19,11 +18,10 @@ from torch import Tensor
 from tidar_megatron.inference.cache import KVPool
 from tidar_megatron.inference.forward import (
     Forward,
-    ForwardLayout,
     PackedForward,
     Part,
     Uniform,
-    local_mask,
+    padded_mask,
     position_offsets,
 )
 from tidar_megatron.inference.model import DecodeModel
@@ -109,7 +107,7 @@ class StaticForward:
             ids[part.slot, :brought] = torch.tensor(row)
             positions[part.slot, :brought] = part.length + torch.tensor(position_offsets(part.layout))
             lengths[part.slot] = part.length
-            self._visible[part.slot].copy_(_padded_mask(part.layout, tokens, self._visible.device))
+            self._visible[part.slot].copy_(padded_mask(part.layout, tokens, self._visible.device))
         self._numbers.copy_(torch.stack([ids, positions]).flatten(1))
         self._lengths.copy_(lengths)
         self.starts = [part.slot * tokens for part in parts]
@@ -150,14 +148,6 @@ class StaticForward:
 
 
 WARM_UP = 3  # eager runs before capture: libraries choose kernels in the first, and rare shapes do not pay off
-
-
-@lru_cache(maxsize=512)
-def _padded_mask(layout: ForwardLayout, tokens: int, device: torch.device) -> Tensor:
-    """Return :func:`local_mask` padded to ``[tokens, tokens]``; padding sees itself, so that its output is finite."""
-    mask = torch.eye(tokens, dtype=torch.bool)
-    mask[: layout.num_tokens, : layout.num_tokens] = local_mask(layout)
-    return mask.to(device)
 
 
 class Forwards:
