@@ -271,7 +271,7 @@ def test_costs_are_timed_once_and_kept(trained, tmp_path, monkeypatch):
 def test_the_text_does_not_depend_on_the_plan(trained, prompts, costs, monkeypatch):
     """Also while the plan changes: alone, in a batch, and on a planner that has learned from other text."""
     planner = Planner(costs, longest_draft(trained))
-    monkeypatch.setattr(engine, "planner_of", lambda model: planner)
+    monkeypatch.setattr(engine, "planner_of", lambda model, batch_size: planner)
     expected = [generate(trained, prompt, DecodeOptions("ar", max_new_tokens=50)).token_ids for prompt in prompts]
     for _ in range(2):
         assert [generate(trained, p, DecodeOptions(max_new_tokens=50)).token_ids for p in prompts] == expected
@@ -293,23 +293,22 @@ def test_steps_that_read_prompts_are_counted_but_not_timed():
         planner.begin(2, 100)
         planner.observe(Drafts([0, 0]), ForwardLayout(2), 1)
         planner.end(20, None)
-    assert planner.choice.name == "ar" and not planner.clock.guesses(2, 2)
+    assert planner.choice.name == "ar" and planner.clock.curve(2, 100, 1)[1] == MIDDLING.of(1, 100, 2)
 
 
 def test_sizes_that_were_not_seen_of_late_are_not_believed():
     clock = Clock(MIDDLING)
     for _ in range(40):
-        clock.observe(1, 64, 8, 0.2)
+        clock.observe([(1, 64, 8, 0.2)])
     for _ in range(Clock.OLD):
-        clock.observe(1, 64, 1, 0.001)
-    assert clock.guesses(1, 8) and not clock.guesses(1, 1)
+        clock.observe([(1, 64, 1, 0.001)])
     assert clock.curve(1, 64, 8)[8] == pytest.approx(0.002, rel=0.01)
-    clock.observe(1, 64, 8, 0.003)
+    clock.observe([(1, 64, 8, 0.003)])
     assert clock.curve(1, 64, 8)[8] == pytest.approx(0.003, rel=0.1)
 
 
 def test_plain_steps_of_a_batch_are_tried_where_only_larger_ones_are_known():
-    """Those may be far slower than their size tells: other plans are not served in one call."""
+    """Those may be far slower than their size tells."""
     planner, draw = Planner(Costs([1, 272], [64], [[0.001], [0.0015]]), 8), random.Random(0)
     planner.acceptance = believing(0.3)
     for _ in range(200):

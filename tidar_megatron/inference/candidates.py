@@ -116,7 +116,7 @@ class Cost:
     """
 
     def __init__(self, clock: Clock, context: float, batch: int, most_tokens: int) -> None:
-        self._curve, self._batch = clock.curve(batch, context, most_tokens * batch), batch
+        self._curve, self._batch = clock.curve(batch, context, most_tokens), batch
 
     def __call__(self, tokens: np.ndarray) -> np.ndarray:
-        return np.asarray(self._curve[tokens * self._batch] / self._batch)
+        return np.asarray(self._curve[tokens] / self._batch)

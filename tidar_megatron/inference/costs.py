@@ -7,9 +7,11 @@ import platform
 import time
 from collections import defaultdict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from tidar_megatron.inference.static import WARM_UP, Forwards
 
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 72, 104, 136, 208, 272)  # tokens of a forward
 CONTEXTS = (64, 1024)
+BATCHES = (8, 32)  # batch sizes that are timed besides 1, in forwards of up to SIZES[-1] tokens, if they can occur
 ROUNDS, SECONDS = 5, 4.0  # timing rounds, and seconds after which no further round starts (at least two run)
 CHECKED, OFF = (1, 8, 16, 32), 1.3  # sizes that are checked, and the ratio from which cached timings are stale
 
@@ -30,19 +33,39 @@ CHECKED, OFF = (1, 8, 16, 32), 1.3  # sizes that are checked, and the ratio from
 class Costs:
     """A table of forward latencies in seconds, the output layer included.
 
-    ``seconds[i][j]`` is the latency of ``sizes[i]`` new tokens after ``contexts[j]`` cached ones. Other points are
-    interpolated, and extrapolated above, linearly.
+    ``seconds[i][j]`` is the latency of ``sizes[i]`` new tokens of one sequence after ``contexts[j]`` cached ones.
+    ``batches`` holds rows ``[batch, sizes, seconds]``: the latency of ``batch`` sequences with ``sizes[i]`` new tokens
+    each, after ``contexts[0]`` cached ones. Other points are interpolated, and extrapolated above, linearly.
     """
 
     sizes: list[int]
     contexts: list[int]
     seconds: list[list[float]]
+    batches: list[tuple[int, list[int], list[float]]] = field(default_factory=list)
 
-    def of(self, tokens: ArrayLike, context: ArrayLike) -> np.ndarray:
-        """Return the interpolated seconds, float64, for ``tokens`` new tokens after ``context`` cached ones.
+    def of(self, tokens: ArrayLike, context: ArrayLike, batch: ArrayLike = 1) -> np.ndarray:
+        """Return the seconds, float64, of a forward over ``batch`` sequences.
 
         The arguments are numbers or arrays and broadcast.
+
+        Args:
+            tokens: The new tokens of each sequence.
+            context: The cached tokens of each sequence.
+            batch: The number of sequences.
         """
+        tokens, context, batch = np.broadcast_arrays(tokens, context, batch)
+        short = self._of_one(tokens, self.contexts[0])
+        longer = self._of_one(tokens, context) - short  # attention to a longer context, which each sequence adds
+        if self.batches:
+            grid = np.stack([short, *(_line(sizes, seconds, tokens) for _, sizes, seconds in self.batches)])
+            low, high, share = _between([1, *(number for number, _, _ in self.batches)], batch)
+            near, far = (np.take_along_axis(grid, row[None], 0)[0] for row in (low, high))
+            short = near + share * (far - near)
+        else:
+            short = self._of_one(tokens * batch, self.contexts[0])
+        return np.asarray(short + batch * longer)
+
+    def _of_one(self, tokens: ArrayLike, context: ArrayLike) -> np.ndarray:
         # Force monotonicity: more tokens or context never take less time, and a falling line would extrapolate to 0.
         table = np.maximum.accumulate(np.maximum.accumulate(np.array(self.seconds), axis=0), axis=1)
         row, next_row, share = _between(self.sizes, tokens)
@@ -51,6 +74,13 @@ class Costs:
             table[rows, column] + part * (table[rows, next_column] - table[rows, column]) for rows in (row, next_row)
         )
         return np.asarray(near + share * (far - near))
+
+
+def _line(sizes: Sequence[int], seconds: Sequence[float], at: ArrayLike) -> np.ndarray:
+    """Return ``seconds`` at the sizes ``at``, linear between ``sizes`` and beyond the last, and never falling."""
+    rising = np.maximum.accumulate(np.array(seconds))
+    left, right, share = _between(sizes, at)
+    return np.asarray(rising[left] + share * (rising[right] - rising[left]))
 
 
 def _between(places: Sequence[int], at: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -62,6 +92,15 @@ def _between(places: Sequence[int], at: ArrayLike) -> tuple[np.ndarray, np.ndarr
     left = np.clip(np.searchsorted(known, at, side="right") - 1, 0, max(last - 1, 0))
     right = np.minimum(left + 1, last)
     return left, right, np.maximum(0.0, (np.asarray(at) - known[left]) / np.maximum(known[right] - known[left], 1))
+
+
+@dataclass
+class _Bin:
+    """The latest steps of about one size: observed seconds / timed seconds, and the number of the last step."""
+
+    ratios: deque[float]
+    last: int = 0
+    median: float | None = None
 
 
 class Clock:
@@ -76,82 +115,86 @@ class Clock:
     OLD = 512  # steps at the same batch size after which a size's steps are stale
 
     def __init__(self, costs: Costs) -> None:
-        self._costs = costs
-        # by batch, then by size: tokens, context and seconds of each step
-        self._steps: defaultdict[int, defaultdict[int, deque[tuple[int, float, float]]]]
-        self._steps = defaultdict(lambda: defaultdict(lambda: deque(maxlen=self.KEPT)))
+        self.costs = costs
+        self._bins: defaultdict[int, dict[int, _Bin]] = defaultdict(dict)  # by batch, then by size
         self._count: defaultdict[int, int] = defaultdict(int)  # number of steps, by batch
-        self._last: dict[tuple[int, int], int] = {}  # the number of the last step, by batch and size
 
-    def observe(self, batch: int, context: float, tokens: int, seconds: float) -> None:
-        """Record a step.
+    def observe(self, steps: Sequence[tuple[int, float, int, float]]) -> None:
+        """Record steps, all at once because that takes little more time than one.
 
         Args:
-            batch: The number of sequences.
-            context: Committed tokens per sequence, on average.
-            tokens: The tokens of the forward, all sequences together.
-            seconds: The duration of the step.
+            steps: Of each step the number of sequences, the committed tokens per sequence on average, the tokens of the
+                forward, all sequences together, and the seconds that it took.
         """
-        batch, size = _octaves(batch), _octaves(tokens)
-        self._count[batch] += 1
-        if self._last.get((batch, size), 0) <= self._count[batch] - self.OLD:
-            self._steps[batch][size].clear()
-        self._steps[batch][size].append((tokens, context, seconds))
-        self._last[batch, size] = self._count[batch]
-
-    def guesses(self, batch: int, tokens: int) -> bool:
-        """Return whether steps of this batch size were observed recently, but none of about ``tokens`` tokens."""
-        seen = self._seen(batch)
-        return bool(seen) and _octaves(tokens) not in seen
-
-    def _seen(self, batch: int) -> dict[int, deque[tuple[int, float, float]]]:
-        """Return the recent steps of this batch size, by step size."""
-        octave = _octaves(batch)
-        oldest = self._count[octave] - self.OLD
-        return {size: steps for size, steps in self._steps[octave].items() if self._last[octave, size] > oldest}
+        if not steps:
+            return
+        batches, contexts, tokens, seconds = np.array(steps).T
+        ratios = seconds / self.costs.of(tokens / batches, contexts, batches)
+        for (batch, _, size, _), ratio in zip(steps, ratios.tolist(), strict=True):
+            octave = octaves(batch)
+            count = self._count[octave] = self._count[octave] + 1
+            seen = self._bins[octave].setdefault(octaves(size), _Bin(deque(maxlen=self.KEPT)))
+            if seen.last <= count - self.OLD:
+                seen.ratios.clear()
+            seen.ratios.append(ratio)
+            seen.last, seen.median = count, None
 
     def curve(self, batch: int, context: float, most: int) -> np.ndarray:
-        """Return the expected seconds of a step with 0, 1, ..., ``most`` tokens, float64 ``[most + 1]``.
+        """Return the seconds of a step with 0, 1, ..., ``most`` tokens of each sequence, float64 ``[most + 1]``.
 
         Args:
             batch: The number of sequences.
             context: Committed tokens per sequence, on average.
-            most: The largest number of tokens, all sequences together.
+            most: The largest number of tokens of a sequence.
         """
         every = np.arange(most + 1)
-        timed = self._costs.of(every, context)
-        seen = self._seen(batch)
+        timed = self.costs.of(every, context, batch)
+        octave = octaves(batch)
+        seen = {size: b for size, b in self._bins[octave].items() if b.last > self._count[octave] - self.OLD}
         if not seen:
             return timed
-        tokens, at, took = np.array([step for steps in seen.values() for step in steps]).T
-        slower = took / self._costs.of(tokens, at)
-        sizes, counts = np.array(list(seen)), np.array([len(steps) for steps in seen.values()])
-        medians = np.array([np.median(ratios) for ratios in np.split(slower, counts.cumsum()[:-1])])
-        near = np.maximum(8.0 ** -abs(np.arange(_octaves(most) + 1)[:, None] - sizes), 1e-4)
-        near *= counts / (counts + 4)  # a size with few steps weighs less
+        for one in seen.values():
+            if one.median is None:
+                one.median = median(one.ratios)
+        medians, counts = np.array([(one.median, len(one.ratios)) for one in seen.values()]).T
+        near = np.maximum(8.0 ** -abs(np.arange(octaves(most * batch) + 1)[:, None] - np.array(list(seen))), 1e-4)
+        near *= np.minimum(counts / 8, 1.0) ** 2  # a size with few steps weighs less
         ratios = (near @ medians + 1e-5) / (near.sum(axis=1) + 1e-5)
-        return timed * ratios[np.rint(2 * np.log2(np.maximum(every, 1))).astype(int)]
+        return timed * ratios[np.rint(2 * np.log2(np.maximum(every * batch, 1))).astype(int)]
 
 
 @cache
-def _octaves(number: int) -> int:
+def octaves(number: int) -> int:
+    """Return the bin of a number, in half octaves: 0 for 1, 2 for 2, 3 for 3, 4 for 4."""
     return round(2 * math.log2(max(1, number)))
 
 
-def load_costs(model: DecodeModel) -> Costs:
+def load_costs(model: DecodeModel, batch_size: int = 1) -> Costs:
     """Load the costs of a model from the cache, or measure them (:func:`measure_costs`) and cache them.
 
     The cache (in ``TIDAR_CACHE``) has a file per machine, number of threads, model and dtype. Cached costs are checked
     against a few forwards, because the load of the machine may have changed since they were timed.
+
+    Args:
+        model: The model.
+        batch_size: The largest number of sequences in a forward.
     """
     path = _costs_file(model)
+    costs: Costs | None = None
     try:
         costs = Costs(**json.loads(path.read_text()))
-        if _still_holds(costs, model):
-            return costs
-    except (OSError, ValueError, TypeError):
-        pass
-    costs = measure_costs(model)
+        costs.of(1, 1, 2)  # a file of another form fails
+        if not _still_holds(costs, model):
+            costs = None
+    except (OSError, ValueError, TypeError, LookupError):
+        costs = None
+    timed = costs
+    if costs is None:
+        costs = measure_costs(model)
+    if missing := batches_for(batch_size)[len(costs.batches) :]:
+        costs = replace(costs, batches=[*costs.batches, *measure_batches(model, costs, missing)])
+    if costs is timed:
+        return costs
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, json.dumps(vars(costs)))
@@ -172,6 +215,7 @@ def _costs_file(model: DecodeModel) -> Path:
         shape,
         SIZES,
         CONTEXTS,
+        BATCHES,
     ]
     return cache_folder() / f"costs-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}.json"
 
@@ -195,6 +239,23 @@ def measure_costs(model: DecodeModel) -> Costs:
     return Costs(sizes, contexts, [[seconds[size, context] for context in contexts] for size in sizes])
 
 
+def batches_for(batch_size: int) -> tuple[int, ...]:
+    """Return those of :data:`BATCHES` that tell about forwards of up to ``batch_size`` sequences."""
+    return tuple(batch for smaller, batch in pairwise((1, *BATCHES)) if batch_size > smaller)
+
+
+def measure_batches(
+    model: DecodeModel, costs: Costs, batches: Sequence[int]
+) -> list[tuple[int, list[int], list[float]]]:
+    """Time forwards of several sequences, as :attr:`Costs.batches` holds them, after the shortest context."""
+    context, rows = costs.contexts[0], []
+    for batch in batches:
+        sizes = [size for size in costs.sizes if batch * size <= SIZES[-1]]
+        seconds = _best_seconds(model, [(size, context) for size in sizes], ROUNDS, batch)
+        rows.append((batch, sizes, list(seconds.values())))
+    return rows
+
+
 def _still_holds(costs: Costs, model: DecodeModel) -> bool:
     """Return whether a few forwards still take about as long as recorded."""
     context, *_ = costs.contexts
@@ -204,24 +265,31 @@ def _still_holds(costs: Costs, model: DecodeModel) -> bool:
 
 
 @torch.inference_mode()
-def _best_seconds(model: DecodeModel, forwards: Sequence[tuple[int, int]], rounds: int) -> dict[tuple[int, int], float]:
-    """Return the minimum seconds of forwards, each given as (new tokens, cached tokens)."""
+def _best_seconds(
+    model: DecodeModel, forwards: Sequence[tuple[int, int]], rounds: int, batch: int = 1
+) -> dict[tuple[int, int], float]:
+    """Return the minimum seconds of forwards, each given as (new tokens, cached tokens) of each sequence."""
     most, longest = (max(numbers) for numbers in zip(*forwards, strict=True))
-    runner = Forwards(model, 1, most + longest)
+    runner = Forwards(model, batch, most + longest)
     token = 0 if model.mask_token_id != 0 else 1
+
+    def parts(size: int, context: int) -> list[Part]:
+        return [Part(slot, context, [token] * size, ForwardLayout(size)) for slot in range(batch)]
+
     for size, context in forwards:  # warm up until CUDA graphs are captured, if they are used
         for _ in range((WARM_UP + 1) * runner.is_static):
-            runner.run([Part(0, context, [token] * size, ForwardLayout(size))])
+            runner.run(parts(size, context))
     seconds = dict.fromkeys(forwards, math.inf)
     begin = time.perf_counter()
     for number in range(rounds):
         if number >= 2 and time.perf_counter() - begin > SECONDS:
             break
         for size, context in forwards:
-            parts = [Part(0, context, [token] * size, ForwardLayout(size))]
+            made = parts(size, context)
             for _ in range(2):  # the second run has warm caches, as decoding has
                 start = time.perf_counter()
-                hidden, _ = runner.run(parts)
-                model.logits(hidden[: min(size, 32)]).max(-1).indices.tolist()  # argmax is 4 x slower
+                hidden, _ = runner.run(made)
+                rows = batch * min(size, 16 if batch > 1 else 32)
+                model.logits(hidden[:rows]).max(-1).indices.tolist()  # argmax is 4 x slower
                 seconds[size, context] = min(seconds[size, context], time.perf_counter() - start)
     return seconds

@@ -67,7 +67,7 @@ class Engine:
     def planner(self) -> Planner:
         """The planner of all sequences in mode ``auto``, created when it is first needed."""
         if self._planner is None:
-            self._planner = planner_of(self.model)
+            self._planner = planner_of(self.model, self._forwards.pool.slots)
         return self._planner
 
     @property

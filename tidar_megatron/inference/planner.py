@@ -8,7 +8,7 @@ plan affects the speed of generation, never the output.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from tidar_megatron.inference.acceptance import Acceptance, Outcomes
 from tidar_megatron.inference.candidates import Candidate, Cost, expect
-from tidar_megatron.inference.costs import Clock, Costs, load_costs
+from tidar_megatron.inference.costs import Clock, Costs, batches_for, load_costs, octaves
 from tidar_megatron.inference.drafting import Drafts, Policy
 from tidar_megatron.inference.forward import ForwardLayout
 from tidar_megatron.inference.model import DecodeModel
@@ -32,7 +32,7 @@ class _Place:
     choice: Candidate
     steps: int = 0  # steps since the last decision
     look_after: int = 0  # steps after which to decide again
-    plain_after: int = 0  # the planner's step number from which plain steps may be tried
+    tried: set[tuple[int, int | None]] = field(default_factory=set)  # the plans that were ever chosen
 
 
 class Planner:
@@ -46,10 +46,14 @@ class Planner:
     BRANCHES = (None, 0, 1, 2, 3)
     PROBE = 256  # plain steps after which drafts that were not worth it are tried again
     SELDOM = 1024  # steps between two decisions in the steady state
-    SURPRISE = 12.0  # CUSUM threshold in nats per sequence at which most of the statistics are discarded
+    SURPRISE = 12.0  # CUSUM threshold in nats per recorded sequence at which most of the statistics are discarded
     SUSPICION, CHECK = 0.5, 16  # CUSUM level in nats at which, as with little data, drafts are tried again sooner
-    AT_ONCE = 16  # records to learn from in one batch; a sequence adds two per step
-    TRIAL = 12  # length in steps of a trial: of offsets beyond the chosen block, or of the latency of plain steps
+    SAMPLED = 4  # one of so many steps is timed after a trial, because recording it takes time
+    AT_ONCE = 32  # records to learn from in one batch; a sequence adds two per step
+    TRIAL = 12  # steps of a trial, fewer for a batch: of offsets beyond the chosen block, or of the latency of a plan
+    # plans with this share of the best one's throughput are tried once, for estimates are off by as much; plain steps
+    # need less, because the larger steps of other plans say little about them
+    CLOSE, CLOSE_PLAIN = 0.92, 0.5
 
     def __init__(self, costs: Costs, block_size: int) -> None:
         self.lengths = sorted({k for k in (2, 3, 4, 6, 8, 12, 16, 24, 32) if k <= block_size} | {block_size})
@@ -60,23 +64,25 @@ class Planner:
         self._most_tokens = self.lengths[-1] * (1 + self.lengths[-1])
         self._gave: dict[tuple[int, int | None], list[float]] = {}  # observed tokens and steps, by plan
         self._expected: list[Candidate] = []  # the estimates of all plans, as of the last update
-        self._places: dict[tuple[int, int], _Place] = {}  # by batch size and bin of the context length
+        self._news = True  # whether drafts were observed since that update
+        self._places: dict[tuple[int, int], _Place] = {}  # by bins of the batch size and the context length
         self._here = _Place(self.choice)
         self._batch, self._context = 1, 0.0
         # total steps; their number at the last reset and at the last update of the estimates; calls of wants_a_probe
         self._steps, self._start, self._looked, self._plain = 0, 0, 0, 0
         self._next_trial = self.SELDOM
-        # records that _learn has not yet processed: arguments of Clock.observe, and the outcomes of drafts, by plan
+        self._followed: tuple[int, int | None] | None = None  # the plan of the last step
+        self._turn = 0  # counts sequences that report
+        # records that _learn has not yet processed: those of Clock.observe, and the outcomes of drafts, by plan
         self._timed: list[tuple[int, float, int, float]] = []
         self._seen: list[tuple[tuple[int, int | None], int, list[float], int, int]] = []
 
     def candidates(self) -> list[Candidate]:
         """Return every plan with its current estimates, highest throughput first."""
         self._learn()
-        if not self._expected or self._steps - self._looked >= min(
-            max(4, (self._steps - self._start) // 4), self.SELDOM
-        ):
-            self._looked = self._steps
+        rest = min(max(8, (self._steps - self._start) // 2), self.SELDOM)
+        if not self._expected or (self._news and self._steps - self._looked >= rest):
+            self._looked, self._news = self._steps, False
             self._gave = {key: [0.9 * tokens, 0.9 * steps] for key, (tokens, steps) in self._gave.items()}
             plans = [(K, m) for K in self.lengths for m in self.BRANCHES if K > 1 and (m is None or m < K)]
             found = [self._corrected(expect(*plan, self.acceptance, self.outcomes)) for plan in plans]
@@ -100,15 +106,17 @@ class Planner:
         self._batch, self._context = batch, context
         if len(self._timed) + len(self._seen) >= self.AT_ONCE:
             self._learn()
-        place = batch, int(2 * math.log2(1 + context / 512))
+        place = batch.bit_length(), int(2 * math.log2(1 + context / 512))
         if place not in self._places:
             self._places[place] = _Place(self.choice)
         self._here = here = self._places[place]
         if here.steps >= here.look_after:
             chosen, here.steps = self._choose(here), 0
             is_new = chosen.key != here.choice.key
-            here.look_after = self.TRIAL if is_new else min(2 * here.look_after + 4, self.SELDOM)
+            trial = max(4, self.TRIAL - octaves(batch))
+            here.look_after = trial if is_new else min(2 * here.look_after + 4, self.SELDOM)
             here.choice = chosen
+            here.tried.add(chosen.key)
         self.choice = here.choice
 
     def _choose(self, here: _Place) -> Candidate:
@@ -117,15 +125,14 @@ class Planner:
         best, plain = found[0], next(plan for plan in found if plan.draft_length == 1)
         if best is plain:
             return best
-        # plain steps of a batch may be far faster than its larger steps suggest: their attention is a single call
-        is_time = self._steps >= here.plain_after and self.clock.guesses(self._batch, self._batch)
-        if is_time and 2 * plain.rate > best.rate:
-            here.plain_after = self._steps + 8 * self.TRIAL
-            return plain
         # shorter blocks provide no data on the offsets beyond them
         if best.draft_length < self.lengths[-1] and self._steps >= self._next_trial:
             self._next_trial = self._steps + self.TRIAL + self.SELDOM
             return next(plan for plan in found if plan.draft_length == self.lengths[-1] and plan.branches)
+        for plan in found:
+            needed = self.CLOSE if plan.draft_length > 1 else self.CLOSE_PLAIN
+            if plan.key not in here.tried and plan.rate > needed * best.rate:
+                return plan
         present = next(plan for plan in found if plan.key == here.choice.key)
         return present if present.rate > 0.98 * best.rate else best
 
@@ -145,7 +152,9 @@ class Planner:
         """
         self._steps += 1
         self._here.steps += 1
-        if seconds is not None:
+        # the step after a change of the plan still has the drafts of the plan before
+        is_settled, self._followed = self._followed == self.choice.key, self.choice.key
+        if seconds is not None and is_settled and (self._here.steps <= self.TRIAL or self._steps % self.SAMPLED == 0):
             self._timed.append((self._batch, self._context, tokens, seconds))
 
     def observe(self, drafts: Drafts, layout: ForwardLayout, accepted: int) -> None:
@@ -156,14 +165,19 @@ class Planner:
             layout: The layout of the forward that verified them.
             accepted: How many tokens were accepted, the certain token included.
         """
-        if self.choice.draft_length > 1 or layout.num_drafts > 1:
+        if self.choice.draft_length > 1:  # of a batch, two sequences a step in turn: recording takes time
+            self._turn = (self._turn + 1) % (self._batch // 2 | 1)
+            is_recorded = self._turn == 0
+        else:
+            is_recorded = layout.num_drafts > 1  # a probe
+        if is_recorded:
             self._seen.append((self.choice.key, drafts.lag, drafts.confidences, layout.num_drafts, accepted))
 
     def _learn(self) -> None:
         """Process the recorded steps in one batch: work between forwards runs with cold caches and delays the step."""
-        for timed in self._timed:
-            self.clock.observe(*timed)
+        self.clock.observe(self._timed)
         seen, self._timed, self._seen = self._seen, [], []
+        self._news |= bool(seen)
         for key, lag, confidences, num_drafts, accepted in seen:
             if key[0] > 1:
                 gave = self._gave.setdefault(key, [0.0, 0.0])
@@ -176,7 +190,7 @@ class Planner:
                 self.outcomes.observe(confidences, accepted)
             # at the largest K, better acceptance cannot change the choice of K
             good_news = self.acceptance.better if key[0] < self.lengths[-1] else 0.0
-            if max(good_news, self.acceptance.worse) > self.SURPRISE * self._batch:
+            if max(good_news, self.acceptance.worse) > self.SURPRISE * min(self._batch, 2):
                 self._forget()
 
     def _forget(self) -> None:
@@ -248,15 +262,21 @@ def longest_draft(model: DecodeModel) -> int:
     return min(model.block_size or 8, LONGEST)
 
 
-def planner_of(model: DecodeModel) -> Planner:
+def planner_of(model: DecodeModel, batch_size: int = 1) -> Planner:
     """Return the planner that all engines of a model share, so that its statistics carry over between requests.
 
     Costs depend on device, dtype and torch's number of threads, so each combination has its own planner.
+
+    Args:
+        model: The model.
+        batch_size: The largest number of sequences in a forward; costs of batches are loaded when they are needed.
     """
     key = torch.get_num_threads(), model.device, model.dtype, model.block_size
     kept = _PLANNERS.setdefault(model.causal_lm, {})
     if key not in kept:
-        kept[key] = Planner(load_costs(model), longest_draft(model))
+        kept[key] = Planner(load_costs(model, batch_size), longest_draft(model))
+    elif len(batches_for(batch_size)) > len(kept[key].clock.costs.batches):
+        kept[key].clock.costs = load_costs(model, batch_size)
     return kept[key]
 
 
