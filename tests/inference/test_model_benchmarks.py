@@ -67,12 +67,14 @@ def test_useless_drafts_change_no_text_and_are_not_accepted(trained, prompts):
 def test_the_planner_against_every_plan(trained, prompts, monkeypatch):
     monkeypatch.setattr(planner, "LENGTHS", (2, 4))
     threads = torch.get_num_threads()
-    found = planner.planner(trained, prompts, [("own", 1), ("useless", 1)], 8, 2)
-    assert [row["body"] for row in found["compared"]] == ["own", "useless"]
+    found = planner.planner(trained, prompts, [("own", 1), ("useless", 1)], [], [1, 2], 8, 2)
+    assert [(row["body"], row["batch"]) for row in found["compared"]] == [
+        (body, batch) for body in ("own", "useless") for batch in (1, 2)
+    ]
     plans = {row["plan"] for row in found["sweep"] if row["body"] == "own"}
     assert plans == {"ar", *(f"{kind}:{K}" for kind in planner.KINDS for K in (2, 4)), "3:4"} - {"2:2", "3:2"}
     for row in found["compared"]:
-        assert row["best"] in plans and row["auto_over_best"]["median"] > 0 and row["prompts"] >= 2
+        assert row["best"] in plans and row["auto_over_best"]["median"] > 0 and row["requests"] >= 2
     ar = next(row for row in found["sweep"] if row["plan"] == "ar")
     assert ar["tokens_per_forward"] == 1.0
     torch.set_num_threads(threads)
@@ -124,7 +126,10 @@ def test_bytes_of_a_step_do_not_grow_with_the_context(causal_lm, plan, batch):
     ("arguments", "message"),
     [
         (["planner"], "planner: needs --model DIR and --prompts FILE"),
-        (["planner", "--contexts", "64"], "--contexts: is for decode and step and slots, not for planner"),
+        (
+            ["training", "--contexts", "64"],
+            "--contexts: is for decode and planner and step and slots, not for training",
+        ),
         (["step", "--bodies", "own"], "--bodies: is for planner, not for step"),
         (["slots"], "slots: needs --model DIR"),
         (["slots", "--model", "x", "--prompts", "y"], "--prompts: is for decode and planner and step, not for slots"),

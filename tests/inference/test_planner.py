@@ -1,6 +1,8 @@
 """The planner: costs, what it believes of drafts, what it expects of a plan; and the text never depends on it."""
 
+import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from tidar_megatron.inference.costs import Clock, Costs, load_costs
 from tidar_megatron.inference.drafting import Branches, Drafts, Linear, likeliest_outcomes
 from tidar_megatron.inference.engine import generate, generate_batch
 from tidar_megatron.inference.forward import ForwardLayout
-from tidar_megatron.inference.planner import Planned, Planner, longest_draft
+from tidar_megatron.inference.planner import Planned, Planner, forget_planner, longest_draft, planner_of
 from tidar_megatron.inference.request import DecodeOptions
 
 FREE = Costs([1, 272], [64], [[0.01], [0.01]])  # a machine with free slots
@@ -94,6 +96,34 @@ def test_costs_between_and_beyond_what_was_timed():
     assert list(Costs([1], [0], [[0.5]]).of(np.arange(10), 9)) == [0.5] * 10
     noisy = Costs([1, 136, 272], [64, 1024], [[0.005, 0.0049], [0.0051, 0.005], [0.00505, 0.0051]])
     assert (noisy.of(np.array([1, 300, 9000]), 65536) >= 0.005).all()
+
+
+def test_costs_of_batches():
+    one = Costs([1, 8], [64, 1064], [[1.0, 2.0], [8.0, 16.0]])
+    assert one.of(1, 64, 8) == one.of(8, 64)  # never timed: as many tokens of one sequence
+    batches = replace(one, batches=[(8, [1, 8], [3.0, 24.0]), (32, [1, 4], [6.0, 30.0])])
+    assert_allclose(batches.of([1, 8, 1, 4, 1], 64, [8, 8, 32, 32, 20]), [3.0, 24.0, 6.0, 30.0, 4.5])
+    assert_allclose(batches.of(1, 64, [1, 2, 44]), [1.0, 1 + 2 / 7, 7.5])
+    assert_allclose(batches.of(8, 64, 32), 62.0)  # beyond what was timed
+    assert_allclose(batches.of([1, 8], 1064, 8), [3.0 + 8 * 1.0, 24.0 + 8 * 8.0])  # each reads a context of its own
+
+
+def test_batches_are_timed_when_they_are_needed(trained, monkeypatch, tmp_path):
+    """And kept in the cache beside what was timed before."""
+    monkeypatch.setenv("TIDAR_CACHE", str(tmp_path))
+    monkeypatch.setattr(timing, "SIZES", (1, 2, 40))
+    monkeypatch.setattr(timing, "_still_holds", lambda costs, model: True)
+    forget_planner(trained)
+    planner = planner_of(trained)
+    found = []
+    for batch_size in (1, 2, 8, 9, 99):
+        assert planner_of(trained, batch_size) is planner
+        found.append([(batch, sizes) for batch, sizes, _ in planner.clock.costs.batches])
+    assert found == [[], *[[(8, [1, 2])]] * 2, *[[(8, [1, 2]), (32, [1])]] * 2]
+    monkeypatch.setattr(timing, "_best_seconds", lambda *_: pytest.fail("timed again"))
+    kept = load_costs(trained, 99)
+    assert json.dumps(vars(kept)) == json.dumps(vars(planner.clock.costs))
+    forget_planner(trained)
 
 
 def test_a_block_says_of_each_offset_what_became_of_it():

@@ -57,8 +57,8 @@ MEANT_FOR = {
     "quantize": OF_TEXTS,
     "dtypes": ("slots",),
     "max_new_tokens": OF_TEXTS,
-    "contexts": ("decode", "step", "slots"),
-    "batch_sizes": ("decode",),
+    "contexts": ("decode", "planner", "step", "slots"),
+    "batch_sizes": ("decode", "planner"),
     "assistant": ("decode",),
     "bodies": ("planner",),
 }
@@ -99,7 +99,11 @@ def run_model(arguments: argparse.Namespace, repeats: int) -> dict[str, Any]:
     if min(contexts) + new > model.context_limit:
         limit = model.context_limit
         raise UserError(f"--contexts {min(contexts)}: with {new} new tokens longer than the model's context of {limit}")
-    if arguments.what == "planner" and (longest := max(map(len, prompts))) + new > model.context_limit:
+    if (
+        arguments.what == "planner"
+        and not arguments.contexts
+        and (longest := max(map(len, prompts))) + new > model.context_limit
+    ):
         raise UserError(
             f"--prompts {arguments.prompts}: {longest} tokens and {new} new ones are more than the model's context "
             f"of {model.context_limit}; leave that prompt out, or ask for fewer with --max-new-tokens"
@@ -108,7 +112,8 @@ def run_model(arguments: argparse.Namespace, repeats: int) -> dict[str, Any]:
         print(note, file=sys.stderr)
     dtype = {"dtype": dtype_name(model.dtype), "quantize": arguments.quantize}
     if arguments.what == "planner":
-        return dtype | planner(model, prompts, settings, new, repeats, arguments.quantize)
+        contexts, batches = arguments.contexts or [], arguments.batch_sizes or [1]
+        return dtype | planner(model, prompts, settings, contexts, batches, new, repeats, arguments.quantize)
     if arguments.what == "step":
         return dtype | step(model, arguments.model, prompts, contexts, new, repeats)
     assistant = None
@@ -150,9 +155,9 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", metavar="NAME", help="slots [float32 bfloat16]")
     parser.add_argument("--quantize", metavar="BITS", help="of a model: int8 or int4 weights, on a CPU")
     parser.add_argument("--assistant", metavar="DIR", help="decode: a smaller model that drafts for transformers")
-    help_of_contexts = "decode [128 1024 4096], step [256 1024 4096], slots [256]"
+    help_of_contexts = "decode [128 1024 4096], step [256 1024 4096], slots [256], planner [the prompts as they are]"
     parser.add_argument("--contexts", type=int, nargs="+", metavar="P", help=help_of_contexts)
-    parser.add_argument("--batch-sizes", type=int, nargs="+", metavar="N", help="decode [1 4 8]")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", metavar="N", help="decode [1 4 8], planner [1]")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of a model [128]")
     help_of_bodies = "planner: own, useless (drafts), 11M or 88M, and @THREADS where not torch's [own]"
     parser.add_argument("--bodies", nargs="+", metavar="NAME[@N]", help=help_of_bodies)
