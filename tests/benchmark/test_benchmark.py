@@ -15,7 +15,7 @@ from tidar_megatron.benchmark import measuring
 from tidar_megatron.benchmark import training as training_benchmark
 from tidar_megatron.benchmark.measuring import Spread, Timings, peak_bytes
 from tidar_megatron.benchmark.report import plot, show
-from tidar_megatron.distributed.groups import shut_down
+from tidar_megatron.distributed.groups import initialize, shut_down
 
 LONG = pytest.mark.skipif(not THOROUGH, reason="takes 10 s: make test-slow runs it, and .ci/run the program itself")
 
@@ -76,10 +76,13 @@ def test_sizes_are_given_by_flags(tmp_path):
     sizes = ["--hidden-size", 32, "--vocab-size", 512, "--tokens", 256]
     layers = ["--num-layers", 1, "--ffn-hidden-size", 64, "--num-attention-heads", 2, "--num-query-groups", 1]
     common = ["--repeats", 1, "--threads", 1, "--output", tmp_path, "--json"]
-    done = run("training", *sizes, *layers, "--seq-lengths", 256, "--diffusion-block-fractions", 1, *common)
+    dtypes = ["--dtypes", "float32", "bfloat16"]
+    done = run("training", *sizes, *layers, "--seq-lengths", 256, "--diffusion-block-fractions", 1, *common, *dtypes)
     assert done.returncode == 0, done.stderr[-4000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["settings"]["tokens"] == 256 and result["settings"]["num_layers"] == 1
+    assert [row["dtype"] for row in result["rows"]] == ["float32", "bfloat16"]
+    assert result["rows"][0]["speedup"]["median"] == 1.0 != result["rows"][1]["speedup"]["median"] > 0
     assert result["rows"][0]["parameters"] == 32 * 512 + 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64 + 3 * 32 + 2 * 16
     result = json.loads(run("loss", *sizes, *common).stdout.splitlines()[-1])
     assert [result["settings"][name] for name in ("hidden_size", "vocabulary", "tokens")] == [32, 512, 256]
@@ -92,6 +95,7 @@ def test_sizes_are_given_by_flags(tmp_path):
     ("arguments", "message"),
     [
         (["attention", "--hidden-size", 64], "error: --hidden-size: is for training and loss, not for attention"),
+        (["training", "--dtypes", "int8"], "error: --dtypes int8: training is in float32 or bfloat16"),
         (["training", "--num-layers", 0], "error: --num-layers 0: must be at least 1"),
     ],
 )
@@ -110,7 +114,8 @@ def test_batches_are_built_before_the_steps(monkeypatch):
     seen = []
     monkeypatch.setattr(training_benchmark, "train_step", lambda *arguments: seen.append(arguments[3][0]))
     try:
-        steps, _ = training_benchmark._steps(config, [1.0])
+        ranks = initialize(config.parallel, config.training.seed)
+        steps, _ = training_benchmark._steps(config, [1.0], ranks)
         monkeypatch.setattr(training_benchmark, "make_batch", None)
         for _ in range(2):
             steps["TiDAR 1"]()

@@ -126,10 +126,7 @@ def test_bytes_of_a_step_do_not_grow_with_the_context(causal_lm, plan, batch):
     ("arguments", "message"),
     [
         (["planner"], "planner: needs --model DIR and --prompts FILE"),
-        (
-            ["training", "--contexts", "64"],
-            "--contexts: is for decode and planner and step and slots, not for training",
-        ),
+        (["training", "--contexts", "9"], "--contexts: is for decode and planner and step and slots, not for training"),
         (["step", "--bodies", "own"], "--bodies: is for planner, not for step"),
         (["slots"], "slots: needs --model DIR"),
         (["slots", "--model", "x", "--prompts", "y"], "--prompts: is for decode and planner and step, not for slots"),

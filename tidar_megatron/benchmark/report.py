@@ -74,13 +74,13 @@ def plot(result: dict[str, Any], path: str | Path) -> None:
 
 def _training(rows: list[dict[str, Any]], seconds: Any, ratio: Any) -> None:
     """Plot step time and its ratio to AR's against sequence length."""
-    fractions = sorted({row["diffusion_block_fraction"] for row in rows}, reverse=True)
-    for number, fraction in enumerate(fractions):
-        own = [row for row in rows if row["diffusion_block_fraction"] == fraction]
-        lengths = [row["seq_length"] for row in own]
-        if number == 0:
-            seconds.plot(lengths, [row["ar_seconds"]["median"] for row in own], "k--o", label="AR")
-        name = f"TiDAR, {fraction:.0%} of the blocks"
+    several = len({row["dtype"] for row in rows}) > 1
+    for key in dict.fromkeys((row["dtype"], row["diffusion_block_fraction"]) for row in rows):
+        own = [row for row in rows if (row["dtype"], row["diffusion_block_fraction"]) == key]
+        lengths, dtype = [row["seq_length"] for row in own], f", {key[0]}" if several else ""
+        if (label := f"AR{dtype}") not in [line.get_label() for line in seconds.lines]:
+            seconds.plot(lengths, [row["ar_seconds"]["median"] for row in own], "--o", label=label)
+        name = f"TiDAR, {key[1]:.0%} of the blocks{dtype}"
         seconds.plot(lengths, [row["tidar_seconds"]["median"] for row in own], "-o", label=name)
         _plot_spreads(ratio, lengths, [row["spread"] for row in own], label=name)
     for axes, title in ((seconds, "seconds per step"), (ratio, "step time over AR's")):

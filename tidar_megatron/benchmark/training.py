@@ -1,6 +1,6 @@
 """The time of a training step, including the optimizer, against a step of plain AR training on the same tokens."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from tidar_megatron.config import Config, build_config
 from tidar_megatron.data.blocks import choose_blocks
 from tidar_megatron.data.doubled import Batch, make_batch
 from tidar_megatron.data.packing import PackedSequence, Piece, pack
-from tidar_megatron.distributed.groups import initialize, shut_down
+from tidar_megatron.distributed.groups import Ranks, initialize, shut_down
 from tidar_megatron.distributed.platform import has_gpu
 from tidar_megatron.models.gpt import build_model
 from tidar_megatron.models.initialize import initialize_weights
@@ -37,6 +37,7 @@ def training(
     chunk_size: int = 256,
     model: Mapping[str, Any] | None = None,
     tokens: int | None = None,
+    dtypes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Compare training steps with plain AR's, one row for each sequence length and fraction of the blocks with masks.
 
@@ -49,29 +50,39 @@ def training(
         chunk_size: the chunk size of attention's tiles, in tokens.
         model: the fields of the configuration's section ``model`` that differ from :data:`MODEL`.
         tokens: clean tokens per step; by default :data:`TOKENS`.
+        dtypes: ``float32`` and ``bfloat16`` (as with ``--bf16``), or one of them; by default bfloat16 on a GPU and
+            float32 on a CPU. ``speedup`` is the time of a step in the first one over the time in that of the row.
     """
     rows = []
+    dtypes = dtypes or ["bfloat16" if has_gpu() else "float32"]
     for S in seq_lengths:
-        config = step_config(S, chunk_size, model, tokens)
+        configs = {dtype: step_config(S, chunk_size, model, tokens, dtype == "bfloat16") for dtype in dtypes}
+        config = configs[dtypes[0]]
         try:
-            steps, parameters = _steps(config, fractions)
+            ranks = initialize(config.parallel, config.training.seed)
+            steps: dict[str, Callable[[], object]] = {}
+            for dtype in dtypes:
+                named, parameters = _steps(configs[dtype], fractions, ranks)
+                steps |= {f"{name}, {dtype}": step for name, step in named.items()}
             times = Timings(steps, repeats)
         finally:
             shut_down()
-        for fraction in fractions:
-            spread = times.ratio(_name(fraction), "AR")
-            rows.append(
-                {"seq_length": S, "parameters": parameters, "diffusion_block_fraction": fraction}
-                | {"tidar_over_ar": round(spread.median, 3), "spread": rounded(spread)}
-                | {"tidar_seconds": rounded(times.of(_name(fraction))), "ar_seconds": rounded(times.of("AR"))}
-            )
+        for dtype in dtypes:
+            for fraction in fractions:
+                ours, ar, first = f"{_name(fraction)}, {dtype}", f"AR, {dtype}", f"{_name(fraction)}, {dtypes[0]}"
+                spread = times.ratio(ours, ar)
+                rows.append(
+                    {"seq_length": S, "parameters": parameters, "dtype": dtype, "diffusion_block_fraction": fraction}
+                    | {"tidar_over_ar": round(spread.median, 3), "spread": rounded(spread)}
+                    | {"tidar_seconds": rounded(times.of(ours)), "ar_seconds": rounded(times.of(ar))}
+                    | {"speedup": rounded(times.ratio(first, ours))}
+                )
     settings = {
         **MODEL,
         **(model or {}),
         "block_size": config.tidar.block_size,
         "chunk_size": chunk_size,
         "tokens": tokens or TOKENS,
-        "bf16": config.training.bf16,
     }
     return {"settings": settings, "rows": rows}
 
@@ -81,7 +92,11 @@ def _name(fraction: float) -> str:
 
 
 def step_config(
-    seq_length: int, chunk_size: int = 256, model: Mapping[str, Any] | None = None, tokens: int | None = None
+    seq_length: int,
+    chunk_size: int = 256,
+    model: Mapping[str, Any] | None = None,
+    tokens: int | None = None,
+    bf16: bool = False,
 ) -> Config:
     """Return the configuration of a step with one micro-batch; see :func:`training`."""
     rows, sizes = max(1, (tokens or TOKENS) // seq_length), {**MODEL, **(model or {})}
@@ -91,14 +106,13 @@ def step_config(
             "tidar": {"block_size": 16, "mask_token_id": mask_token_id, "attention_chunk_size": chunk_size},
             "model": sizes,
             "data": {"seq_length": seq_length},
-            "training": {"global_batch_size": rows, "micro_batch_size": rows, "train_iters": 1000, "bf16": has_gpu()},
+            "training": {"global_batch_size": rows, "micro_batch_size": rows, "train_iters": 1000, "bf16": bf16},
         }
     )
 
 
-def _steps(config: Config, fractions: list[float]) -> tuple[dict[str, Callable[[], object]], int]:
+def _steps(config: Config, fractions: list[float], ranks: Ranks) -> tuple[dict[str, Callable[[], object]], int]:
     """Return functions that take a step, of AR and of each fraction, and the model's number of parameters."""
-    ranks = initialize(config.parallel, config.training.seed)
     assert config.model.vocab_size is not None
     chunks = build_model(config, config.model.vocab_size, ranks)
     initialize_weights(chunks, config.training.seed)

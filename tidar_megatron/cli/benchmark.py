@@ -55,7 +55,7 @@ MEANT_FOR = {
     "prompts": OF_TEXTS,
     "dtype": OF_TEXTS,
     "quantize": OF_TEXTS,
-    "dtypes": ("slots",),
+    "dtypes": ("slots", "training"),
     "max_new_tokens": OF_TEXTS,
     "contexts": ("decode", "planner", "step", "slots"),
     "batch_sizes": ("decode", "planner"),
@@ -152,7 +152,12 @@ def main() -> None:
     parser.add_argument("--model", metavar="DIR", help="decode, planner, step, slots: Hugging Face folder")
     parser.add_argument("--prompts", metavar="FILE", help='of a model: JSON lines: strings, or objects with a "prompt"')
     parser.add_argument("--dtype", help="of a model: float32, bfloat16, .. [auto: bfloat16 where it is faster]")
-    parser.add_argument("--dtypes", nargs="+", metavar="NAME", help="slots [float32 bfloat16]")
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        metavar="NAME",
+        help="slots [float32 bfloat16], training [bfloat16 on a GPU, else float32]",
+    )
     parser.add_argument("--quantize", metavar="BITS", help="of a model: int8 or int4 weights, on a CPU")
     parser.add_argument("--assistant", metavar="DIR", help="decode: a smaller model that drafts for transformers")
     help_of_contexts = "decode [128 1024 4096], step [256 1024 4096], slots [256], planner [the prompts as they are]"
@@ -225,7 +230,10 @@ def main() -> None:
             from tidar_megatron.benchmark.training import training
 
         model = {name: size for name, size in sizes.items() if size is not None and name != "tokens"}
-        result = training(seq_lengths, fractions, repeats, chunk_size, model, sizes["tokens"])
+        dtypes = arguments.dtypes or []
+        if unknown := [name for name in dtypes if name not in ("float32", "bfloat16")]:
+            raise UserError(f"--dtypes {unknown[0]}: training is in float32 or bfloat16")
+        result = training(seq_lengths, fractions, repeats, chunk_size, model, sizes["tokens"], dtypes)
     elif arguments.what == "attention":
         with importing():
             from tidar_megatron.benchmark.attention import attention

@@ -152,7 +152,7 @@ class Planner:
         """
         self._steps += 1
         self._here.steps += 1
-        # the step after a change of the plan still has the drafts of the plan before
+        # a step after a change of the plan is not typical
         is_settled, self._followed = self._followed == self.choice.key, self.choice.key
         if seconds is not None and is_settled and (self._here.steps <= self.TRIAL or self._steps % self.SAMPLED == 0):
             self._timed.append((self._batch, self._context, tokens, seconds))
@@ -165,7 +165,12 @@ class Planner:
             layout: The layout of the forward that verified them.
             accepted: How many tokens were accepted, the certain token included.
         """
-        if self.choice.draft_length > 1:  # of a batch, two sequences a step in turn: recording takes time
+        if self.choice.draft_length > 1:
+            if self._followed == self.choice.key:  # else these are the drafts of the plan before
+                gave = self._gave.setdefault(self.choice.key, [0.0, 0.0])
+                gave[0] += accepted
+                gave[1] += 1
+            # learning takes time: of a batch, from two sequences a step in turn
             self._turn = (self._turn + 1) % (self._batch // 2 | 1)
             is_recorded = self._turn == 0
         else:
@@ -179,10 +184,6 @@ class Planner:
         seen, self._timed, self._seen = self._seen, [], []
         self._news |= bool(seen)
         for key, lag, confidences, num_drafts, accepted in seen:
-            if key[0] > 1:
-                gave = self._gave.setdefault(key, [0.0, 0.0])
-                gave[0] += accepted
-                gave[1] += 1
             if num_drafts == 1:
                 continue
             self.acceptance.observe(lag + 1, lag == 0, accepted - 1, accepted < num_drafts)
