@@ -198,6 +198,9 @@ def main() -> None:
     for name, of in MEANT_FOR.items():
         if getattr(arguments, name) is not None and arguments.what not in of:
             raise UserError(f"{flag(name)}: is for {' and '.join(of)}, not for {arguments.what}; leave it out")
+    unknown = [name for name in arguments.dtypes or [] if name not in ("float32", "bfloat16")]
+    if arguments.what == "training" and unknown:
+        raise UserError(f"--dtypes {unknown[0]}: training is in float32 or bfloat16")
     if arguments.what in OF_TEXTS and not (arguments.model and arguments.prompts):
         raise UserError(f"{arguments.what}: needs --model DIR and --prompts FILE")
     if arguments.what in OF_A_MODEL and not arguments.model:
@@ -230,10 +233,7 @@ def main() -> None:
             from tidar_megatron.benchmark.training import training
 
         model = {name: size for name, size in sizes.items() if size is not None and name != "tokens"}
-        dtypes = arguments.dtypes or []
-        if unknown := [name for name in dtypes if name not in ("float32", "bfloat16")]:
-            raise UserError(f"--dtypes {unknown[0]}: training is in float32 or bfloat16")
-        result = training(seq_lengths, fractions, repeats, chunk_size, model, sizes["tokens"], dtypes)
+        result = training(seq_lengths, fractions, repeats, chunk_size, model, sizes["tokens"], arguments.dtypes or [])
     elif arguments.what == "attention":
         with importing():
             from tidar_megatron.benchmark.attention import attention
