@@ -51,6 +51,7 @@ class Planner:
     SAMPLED = 4  # one of so many steps is timed after a trial, because recording it takes time
     AT_ONCE = 32  # records to learn from in one batch; a sequence adds two per step
     TRIAL = 12  # steps of a trial, fewer for a batch: of offsets beyond the chosen block, or of the latency of a plan
+    WORTH = 1.03  # drafts are worth it from this ratio to the throughput of plain steps: estimates are off by as much
     # plans with this share of the best one's throughput are tried once, for estimates are off by as much; plain steps
     # need less, because the larger steps of other plans say little about them
     CLOSE, CLOSE_PLAIN = 0.92, 0.5
@@ -123,8 +124,8 @@ class Planner:
         """Return the best plan, or the current one if it is about as good; occasionally explore another."""
         found = self.candidates()
         best, plain = found[0], next(plan for plan in found if plan.draft_length == 1)
-        if best is plain:
-            return best
+        if best.rate < self.WORTH * plain.rate:
+            return plain
         # shorter blocks provide no data on the offsets beyond them
         if best.draft_length < self.lengths[-1] and self._steps >= self._next_trial:
             self._next_trial = self._steps + self.TRIAL + self.SELDOM
