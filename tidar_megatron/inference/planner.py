@@ -48,7 +48,7 @@ class Planner:
     SELDOM = 1024  # steps between two decisions in the steady state
     SURPRISE = 12.0  # CUSUM threshold in nats per recorded sequence at which most of the statistics are discarded
     SUSPICION, CHECK = 0.5, 16  # CUSUM level in nats at which, as with little data, drafts are tried again sooner
-    SAMPLED = 4  # one of so many steps is timed after a trial, because recording it takes time
+    SAMPLED = 4  # after a trial, one step in four is timed, because recording takes time
     AT_ONCE = 32  # records to learn from in one batch; a sequence adds two per step
     TRIAL = 12  # steps of a trial, fewer for a batch: of offsets beyond the chosen block, or of the latency of a plan
     WORTH = 1.03  # drafts are worth it from this ratio to the throughput of plain steps: estimates are off by as much
