@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tidar_megatron import attention_kernels
 from tidar_megatron.attention_mask import CLEAN, INDEX, MASK_BLOCK, decode_layout, may_attend, prefix_layout
 from tidar_megatron.inference import forward
+from tidar_megatron.inference.attention import UnknownAttentionError
 from tidar_megatron.inference.cache import KVPool
 from tidar_megatron.inference.forward import (
     ForwardLayout,
@@ -125,7 +126,7 @@ def test_packed_attention_is_grouped_query_attention_of_each(parts, heads, dtype
     seed=st.integers(0, 2**31),
 )
 def test_several_parts_in_one_call(parts, heads, dtype, plain, seed):
-    """As one by one, the whole pool included; stale and unused places of the pool do not matter."""
+    """One call gives what a call for each gives, and leaves the same pool; stale and unused places do not matter."""
     query_heads, kv_heads = heads
     generator = torch.Generator().manual_seed(seed)
 
@@ -171,3 +172,9 @@ def test_the_parts_of_a_call():
     # one long text among short ones would make all read as much
     assert calls((0, 90, one), (1, 99, one), (2, 5000, one), (3, 80, one)) == [[0, 1], [2], [3]]
     assert calls((0, 4000, one), (1, 4900, one), (2, 5000, one)) == [[0, 1, 2]]
+
+
+def test_a_wrapped_model_refuses_to_look_ahead(tiny):
+    """Outside the engine nobody makes our mask, and none at all would let every token see its future."""
+    with pytest.raises(UnknownAttentionError, match="set_attn_implementation"):
+        tiny("llama").causal_lm(torch.tensor([[1, 2, 3]]))
