@@ -11,6 +11,7 @@ from tests.ranks import run
 from tidar_megatron.inference.cache import KVPool
 from tidar_megatron.inference.engine import Engine
 from tidar_megatron.inference.forward import ForwardLayout, PackedForward, Part
+from tidar_megatron.inference.logits import Best
 from tidar_megatron.inference.planner import Planner, longest_draft
 from tidar_megatron.inference.request import DecodeOptions, parse_plan
 from tidar_megatron.inference.sampling import SamplingOptions
@@ -198,6 +199,23 @@ def test_probabilities_are_computed_only_where_a_plan_uses_them(tiny, plans, tem
         engine.step()
     assert all(len(sequence.tokens) == 20 for sequence in asked)
     assert bool(reads) == computed
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_on_a_cpu_probabilities_are_those_of_drafts_alone(tiny, batch, monkeypatch):
+    """The rows that verify have none, which would read their logits once more."""
+    model, made, of = tiny("llama"), [], Best.of
+    monkeypatch.setattr(
+        Best, "of", lambda logits, probabilities: made.append((len(logits), probabilities)) or of(logits, probabilities)
+    )
+    engine = Engine(model, batch, 200)
+    options = replace(parse_plan("2:8"), max_new_tokens=20, ignore_eos=True)
+    asked = [engine.submit([1, 2, 3], options) for _ in range(batch)]
+    expected = 0
+    while not engine.is_idle:
+        engine.step()
+        expected += sum(len(sequence.draft_rows) for sequence in asked)
+    assert made and sum(rows for rows, probabilities in made if probabilities) <= expected
 
 
 def test_shape_of_parts():

@@ -139,14 +139,14 @@ class Engine:
             planner.begin(len(served), context / len(served))
         hidden, packed = self._forwards.run([sequence.part(self._prompt_chunk) for sequence in served], reads_prompts)
         static = self._forwards.is_static
-        greedy = [sequence for sequence in served if sequence.options.sampling.greedy]
-        best = any(sequence.wants_confidences for sequence in greedy) if greedy else None
-        logits = _Logits(self.model, hidden, packed.starts, not reads_prompts, static, best)
+        greedy = any(sequence.options.sampling.greedy for sequence in served)
+        confidences = any(sequence.wants_confidences for sequence in served)
+        logits = _Logits(self.model, hidden, packed.starts, not reads_prompts, static, greedy, confidences)
         for sequence, of_rows in zip(served, logits.of([s.rows for s in served]), strict=True):
             _guarded(sequence, sequence.accept, of_rows)
         rows = [sequence.draft_rows for sequence in served]
         if any(rows):
-            for sequence, own, of_rows in zip(served, rows, logits.of(rows), strict=True):
+            for sequence, own, of_rows in zip(served, rows, logits.of(rows, confidences), strict=True):
                 if own:
                     _guarded(sequence, sequence.draft, of_rows)
         parts = {sequence: sequence.last_part.layout.num_tokens for sequence in served}
@@ -185,34 +185,45 @@ class _Logits:
         at_once: Whether the logits of all rows may be computed at once. On a CPU that pays off for few rows.
         static: Whether to compute all rows whatever their number: on a GPU more rows cost little, and each further copy
             to the host would wait for the forward.
-        best: Whether and how to copy to the host, for all sequences together, what greedy decoding needs: None for not
-            at all, False for the likeliest tokens, True for their probabilities too.
+        greedy: Whether to copy the likeliest tokens to the host, those of all sequences together.
+        confidences: Whether that needs the probabilities of drafts. If ``static``, those of all rows are computed.
     """
 
     FEW = 32
 
     def __init__(
-        self, model: DecodeModel, hidden: Tensor, starts: Tokens[int], at_once: bool, static: bool, best: bool | None
+        self,
+        model: DecodeModel,
+        hidden: Tensor,
+        starts: Tokens[int],
+        at_once: bool,
+        static: bool,
+        greedy: bool,
+        confidences: bool,
     ) -> None:
-        self._model, self._hidden, self._starts, self._best = model, hidden, starts, best
+        self._model, self._hidden, self._starts, self._greedy = model, hidden, starts, greedy
         self._all: Rows | None = None
         if at_once and (static or len(hidden) <= self.FEW):
-            self._all = self._rows(hidden)
+            self._all = self._rows(hidden, static and confidences)
 
-    def of(self, rows: Tokens[Tokens[int]]) -> Tokens[Rows]:
-        """Return the logits of each sequence's ``rows``, which are relative to its first row."""
+    def of(self, rows: Tokens[Tokens[int]], confidences: bool = False) -> Tokens[Rows]:
+        """Return the logits of each sequence's ``rows``, which are relative to its first row.
+
+        With ``confidences`` they come with the probabilities of the likeliest tokens, unless all rows were computed
+        without: a sequence then computes those of its few drafts itself.
+        """
         if self._all is not None:
             return [self._all.pick(start, own) for start, own in zip(self._starts, rows, strict=True)]
         wanted = [pick(self._hidden, start, own) for start, own in zip(self._starts, rows, strict=True)]
-        together = self._rows(torch.cat(wanted) if len(wanted) > 1 else wanted[0])
+        together = self._rows(torch.cat(wanted) if len(wanted) > 1 else wanted[0], confidences)
         edges = accumulate(map(len, wanted), initial=0)
         return [together.pick(start, range(len(own))) for start, own in zip(edges, wanted, strict=False)]
 
-    def _rows(self, hidden: Tensor) -> Rows:
+    def _rows(self, hidden: Tensor, probabilities: bool) -> Rows:
         if not len(hidden):
             return Rows(hidden)
         logits = self._model.logits(hidden)
-        return Rows(logits, None if self._best is None else Best.of(logits, self._best))
+        return Rows(logits, Best.of(logits, probabilities) if self._greedy else None)
 
 
 def _guarded(sequence: Sequence, decide: Callable[[Tensor, Best | None], object], rows: Rows) -> None:
