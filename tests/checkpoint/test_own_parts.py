@@ -101,7 +101,7 @@ def test_a_resume_in_the_same_layout_is_bitwise(whole, shards, tmp_path):
 
 
 @pytest.mark.skipif(
-    not THOROUGH, reason="takes 9 s: make test-slow runs it; four ranks to two to one are tested always"
+    not THOROUGH, reason="takes 9 s: .ci/run and make test-slow run it; four ranks to two to one are tested always"
 )
 @pytest.mark.process
 def test_other_layouts(whole, shards, tmp_path):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.conftest import THOROUGH
 from tests.programs import call
 from tidar_megatron.errors import UserError
 from tidar_megatron.hf_folder.model import check_folder, load_causal_lm
@@ -202,7 +201,7 @@ def test_the_programs_say_what_auto_chose(machine, checkpoint, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["planner", *(["decode", "step"] if THOROUGH else [])])
+@pytest.mark.parametrize("what", ["decode", "planner", "step"])
 def test_the_benchmarks_name_the_dtype(machine, checkpoint, tmp_path, what, monkeypatch):
     from tidar_megatron.benchmark import planner
 

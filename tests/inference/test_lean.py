@@ -168,7 +168,7 @@ def test_a_tied_embedding_is_read_from_the_folder(tmp_path, monkeypatch):
 
 
 def test_an_embedding_stays_in_memory_where_the_output_layer_is_not_laid_out(tmp_path, monkeypatch):
-    """On a GPU, for example, where rows from the file would be on another device."""
+    """Rows from the file are on the CPU, so a GPU, which lays nothing out, keeps the embedding."""
     monkeypatch.setattr("tidar_megatron.inference.embedding.WORTH", 0)
     causal_lm = make_causal_lm("llama", torch.float32, tie_word_embeddings=True)
     causal_lm.save_pretrained(tmp_path)

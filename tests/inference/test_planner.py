@@ -111,7 +111,7 @@ def test_costs_of_batches():
 
 
 def test_batches_are_timed_when_they_are_needed(trained, monkeypatch, tmp_path):
-    """And kept in the cache beside what was timed before."""
+    """The cache then holds them beside what was timed before."""
     monkeypatch.setenv("TIDAR_CACHE", str(tmp_path))
     monkeypatch.setattr(timing, "SIZES", (1, 2, 40))
     monkeypatch.setattr(timing, "_still_holds", lambda costs, model: True)

@@ -168,7 +168,7 @@ def test_the_loss_hardly_changes(name, folder):
 
 
 def test_no_weights_are_left(folder, monkeypatch):
-    """Nor those of the embedding, which the output layer shares: its rows are read from the folder."""
+    """Those of the embedding, which the output layer shares, are gone too: its rows are read from the folder."""
     monkeypatch.setattr("tidar_megatron.inference.embedding.WORTH", 0)
     causal_lm = load_model(folder, "cpu", "bfloat16", quantize="int8").causal_lm
     assert not [name for name, weight in causal_lm.named_parameters() if not weight.is_meta and weight.dim() == 2]
@@ -313,7 +313,7 @@ def test_the_programs(folder, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_bits_that_benchmarks_count_are_those_of_the_cache(name, folder):
-    """But for int8's factors of inputs and scales of outputs, which are few."""
+    """Benchmarks leave out int8's factors of inputs and scales of outputs, which are few."""
     sizes = Sizes.of(load_model(folder, "cpu", "bfloat16", quantize=name))
     layers, output = bits_of(name, 16)
     kept = [(key, tensor) for key, tensor in load_file(folder / ".tidar" / f"{name}-bfloat16.safetensors").items()]

@@ -265,7 +265,7 @@ print("graphs:", *counts, "shapes:", len(engine._forwards.shapes))
 """
 
 
-@pytest.mark.skipif(not THOROUGH, reason="takes 6 s, to start torch's compiler: make test-slow runs it")
+@pytest.mark.skipif(not THOROUGH, reason="takes 6 s, to start torch's compiler: .ci/run runs it")
 @pytest.mark.process
 def test_nothing_is_compiled_per_step():
     """torch.compile sees every shape once: as many graphs as it made for a first text serve all later ones.
