@@ -18,7 +18,7 @@ from tidar_megatron.inference.request import DecodeOptions, parse_plan
 
 LENGTHS = (2, 3, 4, 6, 8, 12, 16)
 KINDS = ("linear", "1", "2", "3", "all")
-PASS_SECONDS = 2.0  # the approximate time of a pass with plain AR
+PASS_SECONDS = 2.0  # the approximate time of a pass with plain AR, its prompts included
 REQUESTS = 8  # the most requests of a pass
 
 
@@ -62,13 +62,13 @@ def planner(
     compared, swept = [], []
     for body, threads in settings:
         torch.set_num_threads(threads)
-        in_its_body = in_body(model, body, quantize)
+        measured = in_body(model, body, quantize)
         for context in fitting or [None]:
             for batch in batches:
                 where = {"body": body, "threads": threads, "context": context, "batch": batch}
                 texts = _texts(prompts, context, batch * REQUESTS)
                 groups = [texts[start : start + batch] for start in range(0, len(texts), batch)]
-                row, rows = _setting(in_its_body, groups, max_new_tokens, repeats)
+                row, rows = _setting(measured, groups, max_new_tokens, repeats)
                 compared.append(where | row)
                 swept += [where | plan for plan in rows]
     return {"compared": compared, "sweep": swept, "skipped": [c for c in contexts if c not in fitting]}
@@ -89,7 +89,9 @@ def _setting(
     start = time.perf_counter()
     learned = planner_of(model, len(groups[0]))
     load_seconds = time.perf_counter() - start
-    groups = groups[: max(2, round(PASS_SECONDS / _pass(model, groups[:1], plans["ar"]).seconds))]
+    start = time.perf_counter()
+    _pass(model, groups[:1], plans["ar"])
+    groups = groups[: max(2, round(PASS_SECONDS / (time.perf_counter() - start)))]  # prompts take time too
     few = groups[: max(1, len(groups) // 4)]
     swept = _rounds(model, few, {name: plans[name] for name in ["ar", *fixed]}, 2)
     fastest = sorted(swept, key=lambda name: min(run.seconds for run in swept[name]))

@@ -171,7 +171,8 @@ def main() -> None:
     parser.add_argument("--plot", metavar="FILE.png", help="training, slots: draw times and ratios")
     parser.add_argument("--json", action="store_true", help="print one JSON object, as the last line")
     arguments = parser.parse_args()
-    keep_threads_awake()
+    if arguments.what in OF_A_MODEL:
+        keep_threads_awake()
     seq_lengths = arguments.seq_lengths or SEQ_LENGTHS.get(arguments.what, [])
     fractions, chunk_size = arguments.diffusion_block_fractions or [1.0, 0.25], arguments.chunk_size
     chunk_size = 256 if chunk_size is None else chunk_size

@@ -7,6 +7,7 @@ import platform
 import time
 from collections import defaultdict, deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import pairwise
@@ -55,7 +56,7 @@ class Costs:
         """
         tokens, context, batch = np.broadcast_arrays(tokens, context, batch)
         short = self._of_one(tokens, self.contexts[0])
-        longer = self._of_one(tokens, context) - short  # attention to a longer context, which each sequence adds
+        longer = self._of_one(tokens, context) - short  # what a longer context adds, for each sequence
         if self.batches:
             grid = np.stack([short, *(_line(sizes, seconds, tokens) for _, sizes, seconds in self.batches)])
             low, high, share = _between([1, *(number for number, _, _ in self.batches)], batch)
@@ -96,7 +97,7 @@ def _between(places: Sequence[int], at: ArrayLike) -> tuple[np.ndarray, np.ndarr
 
 @dataclass
 class _Bin:
-    """The latest steps of about one size: observed seconds / timed seconds, and the number of the last step."""
+    """The latest steps of about one size: the ratios of observed to timed seconds, and the number of the last step."""
 
     ratios: deque[float]
     last: int = 0
@@ -123,8 +124,8 @@ class Clock:
         """Record steps, all at once because that takes little more time than one.
 
         Args:
-            steps: Of each step the number of sequences, the committed tokens per sequence on average, the tokens of the
-                forward, all sequences together, and the seconds that it took.
+            steps: One tuple per step: the number of sequences, the committed tokens per sequence on average, the tokens
+                of the forward, all sequences together, and the seconds that it took.
         """
         if not steps:
             return
@@ -180,27 +181,24 @@ def load_costs(model: DecodeModel, batch_size: int = 1) -> Costs:
         batch_size: The largest number of sequences in a forward.
     """
     path = _costs_file(model)
-    costs: Costs | None = None
+    cached = _read_costs(path)
+    costs = cached if cached is not None and _still_holds(cached, model) else measure_costs(model)
+    if missing := batches_for(batch_size)[len(costs.batches) :]:
+        costs = replace(costs, batches=[*costs.batches, *measure_batches(model, costs, missing)])
+    if costs is not cached:
+        with suppress(OSError):  # an unwritable cache: measure again next time
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(path, json.dumps(vars(costs)))
+    return costs
+
+
+def _read_costs(path: Path) -> Costs | None:
     try:
         costs = Costs(**json.loads(path.read_text()))
         costs.of(1, 1, 2)  # a file of another form fails
-        if not _still_holds(costs, model):
-            costs = None
-    except (OSError, ValueError, TypeError, LookupError):
-        costs = None
-    timed = costs
-    if costs is None:
-        costs = measure_costs(model)
-    if missing := batches_for(batch_size)[len(costs.batches) :]:
-        costs = replace(costs, batches=[*costs.batches, *measure_batches(model, costs, missing)])
-    if costs is timed:
         return costs
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps(vars(costs)))
-    except OSError:
-        pass  # an unwritable cache: measure again next time
-    return costs
+    except (OSError, ValueError, TypeError, LookupError):
+        return None
 
 
 def _costs_file(model: DecodeModel) -> Path:

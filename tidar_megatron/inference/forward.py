@@ -172,7 +172,7 @@ class PackedForward:
     """A :class:`Forward` over the parts of several sequences, packed without padding.
 
     Attention reads each sequence's keys apart. A call costs as much as the work of a few small parts, so adjacent parts
-    share a call if that pads little (:class:`Uniform`).
+    share a call if that pads little (:class:`SharedCall`).
     """
 
     def __init__(self, pool: KVPool, parts: Sequence[Part]) -> None:
@@ -185,7 +185,9 @@ class PackedForward:
         self.starts: list[int] = edges
         self.num_tokens = place
         self.num_masks = sum(part.layout.num_masks for part in parts)
-        self._calls: list[tuple[slice, _Separate | Uniform]] = []  # by rows of the forward; found by the first layer
+        self._calls: list[
+            tuple[slice, SingleCall | SharedCall]
+        ] = []  # by rows of the forward; found by the first layer
 
     def inputs(self, mask_token_id: int | None, device: torch.device) -> Tensor:
         """Return token ids and position ids; see :meth:`Forward.inputs`."""
@@ -208,15 +210,15 @@ class PackedForward:
             outputs.append(call.attend(self._pool, layer, q, k, v, scale))
         return torch.cat(outputs, dim=1)
 
-    def _arranged(self, query: Tensor, kv_heads: int) -> list[tuple[slice, "_Separate | Uniform"]]:
-        calls: list[tuple[slice, _Separate | Uniform]] = []
+    def _arranged(self, query: Tensor, kv_heads: int) -> list[tuple[slice, "SingleCall | SharedCall"]]:
+        calls: list[tuple[slice, SingleCall | SharedCall]] = []
         start = 0
         for parts in in_calls(self._parts, query.shape[1] * query.shape[3]):
             rows = slice(start, start := start + sum(part.layout.num_tokens for part in parts))
             if len(parts) == 1:
-                calls.append((rows, _Separate.of(parts[0], query[:, :, rows], kv_heads)))
+                calls.append((rows, SingleCall.of(parts[0], query[:, :, rows], kv_heads)))
             else:
-                calls.append((rows, Uniform.of_parts(parts, query.shape[1] // kv_heads, query)))
+                calls.append((rows, SharedCall.of_parts(parts, query.shape[1] // kv_heads, query)))
         return calls
 
 
@@ -235,21 +237,19 @@ def in_calls(parts: Sequence[Part], channels: int) -> list[list[Part]]:
     for part in parts:
         size = part.layout.num_tokens
         reads = part.length + size
-        if calls and part.slot == slot + 1 and max(tokens, size) <= MOST_KEPT:
-            padded = (len(calls[-1]) + 1) * max(tokens, size) * max(end, reads)
-            joins = 2 * channels * (padded - own - size * reads) <= A_CALL * len(calls[-1])
+        count = len(calls[-1]) if calls and part.slot == slot + 1 else 0  # parts that it may join
+        padding = (count + 1) * max(tokens, size) * max(end, reads) - own - size * reads
+        if count and max(tokens, size) <= MOST_KEPT and 2 * channels * padding <= A_CALL * count:
+            calls[-1].append(part)
         else:
-            joins = False
-        if not joins:
-            calls.append([])
+            calls.append([part])
             tokens = end = own = 0
-        calls[-1].append(part)
         slot, tokens, end, own = part.slot, max(tokens, size), max(end, reads), own + size * reads
     return calls
 
 
 @dataclass(frozen=True)
-class Uniform:
+class SharedCall:
     """The attention inputs, shared by all layers, of n sequences with T tokens each that are served in one call.
 
     Sequences with fewer tokens are padded with copies of their last one.
@@ -273,7 +273,7 @@ class Uniform:
     unpadding: Tensor | None = None
 
     @staticmethod
-    def of(slots: slice, lengths: Tensor, visible: Tensor, read: int, groups: int, dtype: torch.dtype) -> "Uniform":
+    def of(slots: slice, lengths: Tensor, visible: Tensor, read: int, groups: int, dtype: torch.dtype) -> "SharedCall":
         """Prepare attention of n sequences from tensors on the device, without waiting for it.
 
         Args:
@@ -294,11 +294,11 @@ class Uniform:
         bias.scatter_(3, places[:, None, None].expand(own.shape), own)
         bias.masked_fill_(torch.arange(columns, device=device) >= lengths[:, None, None, None] + tokens, hiding(dtype))
         bias = bias[..., :read]
-        return Uniform(slots, places, read, rows, bias)
+        return SharedCall(slots, places, read, rows, bias)
 
     @staticmethod
-    def of_parts(parts: Sequence[Part], groups: int, query: Tensor) -> "Uniform":
-        """Prepare attention of the parts of adjacent slots; ``query`` only tells device and dtype."""
+    def of_parts(parts: Sequence[Part], groups: int, query: Tensor) -> "SharedCall":
+        """Prepare attention of several parts in adjacent slots; ``query`` only tells device and dtype."""
         device = query.device
         sizes = [part.layout.num_tokens for part in parts]
         most = max(sizes)
@@ -306,17 +306,17 @@ class Uniform:
         lengths = torch.tensor([part.length for part in parts])
         visible = torch.stack([padded_mask(part.layout, most, device) for part in parts])
         read = rounded_keys(max(part.length + size for part, size in zip(parts, sizes, strict=True)))
-        call = Uniform.of(slots, lengths.to(device), visible, read, groups, query.dtype)
+        call = SharedCall.of(slots, lengths.to(device), visible, read, groups, query.dtype)
         if min(sizes) == most:
             return call
         counts = torch.tensor(sizes)[:, None]
         within = torch.arange(most).expand(len(parts), -1)
-        padding = counts.cumsum(0) - counts + within.minimum(counts - 1)
+        own = within.minimum(counts - 1)  # the token of its part that each padded row holds
         return replace(
             call,
             # padding writes what the last token writes, to the same place
-            places=(lengths[:, None] + within.minimum(counts - 1)).to(device),
-            padding=padding.flatten().to(device),
+            places=(lengths[:, None] + own).to(device),
+            padding=(counts.cumsum(0) - counts + own).flatten().to(device),
             unpadding=(within < counts).flatten().nonzero().flatten().to(device),
         )
 
@@ -343,7 +343,7 @@ def padded_mask(layout: ForwardLayout, tokens: int, device: torch.device) -> Ten
     return mask.to(device)
 
 
-class _Separate(NamedTuple):
+class SingleCall(NamedTuple):
     """The attention of one part in a call of its own: its keys in the pool, rows of queries, and bias on the scores."""
 
     part: Part
@@ -352,11 +352,11 @@ class _Separate(NamedTuple):
     bias: Tensor
 
     @staticmethod
-    def of(part: Part, query: Tensor, kv_heads: int) -> "_Separate":
+    def of(part: Part, query: Tensor, kv_heads: int) -> "SingleCall":
         tokens = part.layout.num_tokens
         rows = Rows.of(_folded(query, kv_heads), tokens, query.device)
         read = rounded_keys(part.length + tokens)
-        return _Separate(part, read, rows, _bias_of(part, rows, query, read))
+        return SingleCall(part, read, rows, _bias_of(part, rows, query, read))
 
     def attend(self, pool: KVPool, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         keys, values = pool.write(layer, self.part.slot, self.part.length, key, value, self.read)

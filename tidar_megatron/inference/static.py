@@ -20,7 +20,7 @@ from tidar_megatron.inference.forward import (
     Forward,
     PackedForward,
     Part,
-    Uniform,
+    SharedCall,
     padded_mask,
     position_offsets,
 )
@@ -89,7 +89,7 @@ class StaticForward:
         self._numbers = torch.zeros(2, count, dtype=torch.int64, device=device)  # token ids, positions
         self._lengths = torch.zeros(shape.sequences, dtype=torch.int64, device=device)
         self._visible = torch.zeros(shape.sequences, shape.tokens, shape.tokens, dtype=torch.bool, device=device)
-        self._uniform: Uniform | None = None
+        self._call: SharedCall | None = None
         self._uses = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._hidden: Tensor | None = None
@@ -114,18 +114,18 @@ class StaticForward:
 
     def inputs(self, mask_token_id: int | None, device: torch.device) -> Tensor:
         """Return token ids and position ids; see :meth:`Forward.inputs`. Every forward calls this first."""
-        self._uniform = None
+        self._call = None
         return self._numbers[:, None]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Write K/V and compute attention; see :meth:`Forward.attend`."""
-        if self._uniform is None:
-            self._uniform = self._as_uniform(query.shape[1] // key.shape[1], query.dtype)
-        return self._uniform.attend(self._pool, layer, query, key, value, scale)
+        if self._call is None:
+            self._call = self._as_call(query.shape[1] // key.shape[1], query.dtype)
+        return self._call.attend(self._pool, layer, query, key, value, scale)
 
-    def _as_uniform(self, groups: int, dtype: torch.dtype) -> Uniform:
+    def _as_call(self, groups: int, dtype: torch.dtype) -> SharedCall:
         slots = slice(0, self._shape.sequences)
-        return Uniform.of(slots, self._lengths, self._visible, self._shape.keys, groups, dtype)
+        return SharedCall.of(slots, self._lengths, self._visible, self._shape.keys, groups, dtype)
 
     def run(self, model: DecodeModel) -> Tensor:
         """Run the forward and return hidden states ``[tokens, hidden]``, which the next run overwrites."""
