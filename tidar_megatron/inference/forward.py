@@ -185,9 +185,8 @@ class PackedForward:
         self.starts: list[int] = edges
         self.num_tokens = place
         self.num_masks = sum(part.layout.num_masks for part in parts)
-        self._calls: list[
-            tuple[slice, SingleCall | SharedCall]
-        ] = []  # by rows of the forward; found by the first layer
+        # with the rows of the forward that each serves; the first layer arranges them
+        self._calls: list[tuple[slice, SingleCall | SharedCall]] = []
 
     def inputs(self, mask_token_id: int | None, device: torch.device) -> Tensor:
         """Return token ids and position ids; see :meth:`Forward.inputs`."""
