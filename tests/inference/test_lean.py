@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from tests.conftest import THOROUGH
 from tests.inference.conftest import make_causal_lm
 from tidar_megatron.evaluation.bitwise import check_bitwise
 from tidar_megatron.evaluation.certificate import plans
@@ -124,11 +125,15 @@ def test_taken_weights_are_gone(checkpoint):
     assert kept.causal_lm(torch.tensor([[1, 2]])).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("small", [2**20, 0], ids=["plain", "laid out"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_plan_has_the_same_bits(checkpoint, dtype, small, monkeypatch):
+SMALL = {"plain": 2**20, "laid out": 0}
+FORMS = [("float32", "plain"), ("bfloat16", "laid out")]
+FORMS += [("float32", "laid out"), ("bfloat16", "plain")] if THOROUGH else []
+
+
+@pytest.mark.parametrize(("dtype", "form"), FORMS)
+def test_every_plan_has_the_same_bits(checkpoint, dtype, form, monkeypatch):
     """Prompts are read in pieces and in batches too; the processor's products must have the property."""
-    monkeypatch.setattr("tidar_megatron.inference.lean.SMALL", small)
+    monkeypatch.setattr("tidar_megatron.inference.lean.SMALL", SMALL[form])
     if not can_pack(torch.empty(0, dtype=getattr(torch, dtype))):
         pytest.skip(f"oneDNN has no {dtype} products on this processor")
     model = load_model(checkpoint, dtype=dtype)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, THOROUGH
 
 PROGRAM = """
 import os, signal, time
@@ -38,6 +38,7 @@ print("alive")
 
 
 @pytest.mark.process
+@pytest.mark.skipif(not THOROUGH, reason="takes 9 s, to start torch's compiler: .ci/run runs it")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc")
 def test_they_are_shielded():
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, timeout=300)

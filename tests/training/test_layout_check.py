@@ -21,9 +21,9 @@ PROMISED = """TP4 | TP2xPP2+SP | PP4 | PP2xVPP2 | PP2xTP2xVPP2+SP | CP2 | CP4 | 
 | full recompute | selective recompute | bf16 | CP2, packed documents"""
 
 # each way to divide the work, and each pair of ways that share code, once; test_parity.py has data parallelism alone
-QUICK = """CP4, packed documents | TP2xPP2+SP, untied | PP2xTP2xVPP2+SP
-| CP2xPP2xVPP2, distributed optimizer, overlaps | CP2, distributed optimizer, both overlaps, full recompute
-| TP2xPP2+SP, bf16, distributed optimizer | half of the blocks, CP2xTP2+SP | half of the blocks, experts, EP2xCP2
+QUICK = """CP4, packed documents | PP2xTP2xVPP2+SP | CP2xPP2xVPP2, distributed optimizer, overlaps
+| CP2, distributed optimizer, both overlaps, full recompute | TP2xPP2+SP, bf16, distributed optimizer
+| half of the blocks, experts, EP2xCP2
 | experts, EP4, all-to-all, distributed optimizer | experts, EP2xTP2xPP2+SP"""
 
 pytestmark = pytest.mark.timeout(1000)  # much more than it takes on a quiet machine
