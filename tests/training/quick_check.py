@@ -24,14 +24,14 @@ def smaller_config(*arguments, **named):
     return dataclasses.replace(config, training=dataclasses.replace(config.training, global_batch_size=SEQUENCES))
 
 
-def fork_reference(path, world_size):
+def fork_reference(path, world_size, variants):
     """A process of one rank, which knows nothing of the launcher's job; with ``Popen``'s ``wait``."""
-    process = multiprocessing.get_context("fork").Process(target=be_reference, args=(path, world_size))
+    process = multiprocessing.get_context("fork").Process(target=be_reference, args=(path, world_size, variants))
     process.start()
     return types.SimpleNamespace(wait=lambda: process.join() or process.exitcode)
 
 
-def be_reference(path, world_size):
+def be_reference(path, world_size, variants):
     for name in layout_report.LAUNCHER:
         os.environ.pop(name, None)
-    write_reference(str(path), world_size)
+    write_reference(str(path), world_size, variants)

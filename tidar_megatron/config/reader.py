@@ -26,6 +26,7 @@ FIELDS: dict[str, str] = {field.name: name for name, cls in SECTIONS.items() for
 assert len(FIELDS) == sum(len(dataclasses.fields(cls)) for cls in SECTIONS.values()), (
     "a flag name appears in two sections"
 )
+_VALIDATOR = TypeAdapter(Config)  # building one takes 10 ms
 HELP = {field.name: field.metadata["help"] for cls in SECTIONS.values() for field in dataclasses.fields(cls)}
 
 
@@ -59,7 +60,7 @@ def build_config(
                     "YAML reads an unquoted yes, no, on or off as a boolean: quote the word"
                 )
     try:
-        config = TypeAdapter(Config).validate_python(tree)
+        config = _VALIDATOR.validate_python(tree)
     except ValidationError as error:
         first = error.errors()[0]
         path = [str(part) for part in first["loc"]]

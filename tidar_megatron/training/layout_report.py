@@ -72,7 +72,8 @@ def run(layouts: list[Layout], world_size: int, console: Console, is_main: bool)
     """Return the comparisons on the main process, and an empty list on the others. Collective."""
     with tempfile.TemporaryDirectory() as folder, full_float32(tell=is_main):
         reference = Path(folder) / "one_rank.pt"
-        process = start_reference(reference, world_size) if is_main else None
+        variants = list(dict.fromkeys(layout.variant for layout in layouts))
+        process = start_reference(reference, world_size, variants) if is_main else None
         comparisons = []
         gathered: list[tuple[Layout, list[Measured]]] = []
         for layout in layouts:
@@ -90,19 +91,19 @@ def run(layouts: list[Layout], world_size: int, console: Console, is_main: bool)
     return comparisons
 
 
-def start_reference(path: Path, world_size: int) -> subprocess.Popen:
-    """Start a process outside of the launcher's job that trains the same models on one rank."""
+def start_reference(path: Path, world_size: int, variants: list[str]) -> subprocess.Popen:
+    """Start a process outside of the launcher's job that trains the models of ``variants`` on one rank."""
     alone = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
     command = [sys.executable, "-m", "tidar_megatron", "check-layout", "--one-rank", str(path)]
-    command += ["--sequences-for", str(world_size)]
+    command += ["--sequences-for", str(world_size), "--variants", *variants]
     return subprocess.Popen(command, env=alone, stdout=sys.stderr)
 
 
 @full_float32(tell=False)
-def write_reference(path: str, world_size: int) -> None:
-    """Train every variant on one rank, with the same batches as ``world_size`` ranks get, and save the measurements."""
+def write_reference(path: str, world_size: int, variants: list[str]) -> None:
+    """Train ``variants`` on one rank, with the same batches as ``world_size`` ranks get, and save the measurements."""
     torch.set_num_threads(1)
-    results = {name: measure(variant_config(name, world_size), variant) for name, variant in VARIANTS.items()}
+    results = {name: measure(variant_config(name, world_size), VARIANTS[name]) for name in variants}
     shut_down()
     torch.save(results, path)
 
