@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, THOROUGH
 from tidar_megatron.cli.main import COMMANDS
 
 TINY = (
@@ -54,12 +54,16 @@ def installed(tmp_path_factory):
     return run
 
 
-def test_from_text_to_generation(installed):
-    """Each program by the command that pip installs; training by torchrun, which finds no file of the checkout."""
+def test_from_text_to_a_checkpoint(installed):
+    """By the command that pip installs; training by torchrun, which finds no file of the checkout."""
     (installed.folder / "texts.jsonl").write_text('{"text": "as it was said"}\n' * 40)
     installed(*shlex.split("tidar prepare-data --input texts.jsonl --output data --tokenizer byte"))
     torchrun = "python -m torch.distributed.run --standalone --nproc-per-node 1 --no-python tidar pretrain"
     assert "iteration" in installed(*shlex.split(f"{torchrun} --train-data data --save run {TINY}"))
+
+
+@pytest.mark.skipif(not THOROUGH, reason="takes 10 s, to start two programs: .ci/run runs it")
+def test_from_a_checkpoint_to_generation(installed):
     installed(*shlex.split("tidar convert export --checkpoint run --hf hf"))
     generate = "python -m tidar_megatron generate --model hf --prompt 'as it' --max-new-tokens 4 --ignore-eos"
     assert "tokens per forward" in installed(*shlex.split(generate))

@@ -23,7 +23,7 @@ COMPARISONS = {  # what compares -> the first function that it calls, and the ca
     "benchmark": (decode, "Transformers", lambda: decode.decode(MODEL, "folder", [[1]], [1], [1], 2, 1)),
     "convert verify": (convert, "_intact_checkpoint", lambda: convert.verify("folder", "run")),
     "check_layout": (layout_report, "start_reference", lambda: layout_report.run([], 1, None, True)),
-    "its reference": (layout_report, "measure", lambda: layout_report.write_reference("file", 1)),
+    "its reference": (layout_report, "measure", lambda: layout_report.write_reference("file", 1, ["long"])),
     "loading": (compatibility, "_lengths", lambda: compatibility.check_compatible(MODEL)),
 }
 SILENT = ("its reference", "loading")  # a part of another program's work

@@ -59,10 +59,10 @@ def test_what_it_starts_ends_with_it(tmp_path):
     files = []
     for number, ending in enumerate(["", "os._exit(0)", "time.sleep(60)"]):
         files.append(tmp_path / str(number))
-        child = f"import time; time.sleep(4); open({str(files[-1])!r}, 'w').close()"
+        child = f"import time; time.sleep(2); open({str(files[-1])!r}, 'w').close()"
         program = f"import os, subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', {child!r}])\n{ending}"
         assert passes(program, seconds=1)[0] == (ending == "")
-    time.sleep(5)
+    time.sleep(2.5)
     assert not any(file.exists() for file in files)
 
 
