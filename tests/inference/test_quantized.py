@@ -54,10 +54,10 @@ def made(name, weight, bias=None, inputs=None):
     if name == "int8":
         inputs = torch.linspace(0.1, 10, weight.shape[1]) if inputs is None else inputs
         values, scales, factors = quantized.to_int8(weight, inputs)
-        of = quantized.int8_product(values, scales, factors, bias, weight.dtype)
+        of = quantized.int8_product(values, scales, factors, bias, weight.dtype).of
         return of, values.float() * scales[:, None] * factors, factors
     values, scales = quantized.to_int4(weight)
-    of = quantized.int4_product(values, scales, bias, weight.dtype)
+    of = quantized.int4_product(values, scales, bias, weight.dtype).of
     return of, dequantized_int4(values, scales), torch.ones(weight.shape[1])
 
 

@@ -26,6 +26,7 @@ COMMANDS = {  # each is the module of its name
     "certify": "prove that drafting changes only the speed",
     "check-layout": "compare every parallel layout with one rank",
     "plan": "find the fastest layouts that fit a number of GPUs",
+    "compile": "compile a part of decoding for this machine's CPU, once",
     "benchmark": "measure training and decoding against plain AR",
     "gpu-check": "check and measure everything that needs a GPU, in ten minutes",
 }

@@ -1,19 +1,23 @@
 """A forward of Llama, Mistral, Qwen2 and Qwen3 in few calls: what transformers' modules compute, without the modules.
 
 Half of a small model's forward is not its matrix products. Here q, k, v share one product, and gate and up another; the
-rotary table is made once; norms are fused; and there is one call per operation. Other classes, and modules that
-somebody has changed or hooked, run as transformers' modules.
+rotary table is made once; norms are fused; and there is one call per operation. Where ``tidar compile`` has been run,
+C++ makes the calls of a layer (:mod:`~tidar_megatron.inference.native`). Other classes, and modules that somebody has
+changed or hooked, run as transformers' modules.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from types import ModuleType
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.activations import SiLUActivation
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.mistral import modeling_mistral as mistral
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
@@ -56,7 +60,6 @@ CLASSES: dict[type[nn.Module], set[type[nn.Module]]] = {
         qwen3.Qwen3RotaryEmbedding,
     },
 }
-Norm = Callable[[Tensor], Tensor]
 
 
 def is_lean(causal_lm: PreTrainedModel) -> bool:
@@ -87,6 +90,7 @@ def use_lean_forward(
     take: bool = False,
     product_of: ProductOf = laid_out,
     embedding: Callable[[Tensor], Tensor] | None = None,
+    library: ModuleType | None = None,
 ) -> None:
     """Let a model decode by a :class:`LeanForward`, if it computes what the modules compute.
 
@@ -95,6 +99,7 @@ def use_lean_forward(
         take: As for :class:`LeanForward`; the output layer's weight is taken too, or copied if the embedding shares it.
         product_of: As for :class:`LeanForward`.
         embedding: Takes the place of the input embedding if the output layer shares its weight.
+        library: The compiled calls of a layer, if they are to be used.
     """
     causal_lm = model.causal_lm
     if not is_lean(causal_lm) or not _agrees(model, LeanForward(causal_lm)):
@@ -104,7 +109,7 @@ def use_lean_forward(
         return
     if product_of is laid_out and max(weight.nbytes for weight in causal_lm.base_model.parameters()) < SMALL:
         product_of = plain
-    lean = LeanForward(causal_lm, take, product_of)
+    lean = LeanForward(causal_lm, take, product_of, library)
     inputs, outputs = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
     if outputs.weight is not inputs.weight:
         head = take_weights([outputs], product_of)
@@ -141,9 +146,45 @@ def _agrees(model: DecodeModel, lean: "LeanForward") -> bool:
     return torch.allclose(found, wanted, rtol=0, atol=allowed, equal_nan=True)
 
 
+class Norm:
+    """An RMSNorm in few calls, which rounds half precision once; ``fixed`` weights never change."""
+
+    def __init__(self, module: nn.Module, fixed: bool) -> None:
+        self._module, self._eps = module, module.variance_epsilon
+        self._kept = torch.cat([module.weight] * 2) if fixed else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weight = self._module.weight
+        if x.dtype not in HALF or rounds_once(x.device):
+            return F.rms_norm(x, weight.shape, weight, self._eps)
+        # the RMSNorm of x is the LayerNorm of [x, -x], whose mean is 0: torch has a CPU kernel for that one
+        twice = torch.cat([weight, weight]) if self._kept is None else self._kept
+        return F.layer_norm(torch.cat([x, -x], -1), twice.shape, twice, eps=self._eps)[..., : len(weight)]
+
+    def in_cpp(self, library: ModuleType) -> object:
+        """Return the same norm from C++; its weights are fixed."""
+        weight = self._module.weight
+        return library.Norm(self._kept if weight.dtype in HALF else weight.detach(), self._eps)
+
+
+class Calls(Protocol):
+    """The calls of one layer around its attention, from Python or from C++."""
+
+    def before(self, hidden: Tensor, tokens: int, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values, ``[1, heads, tokens, D]`` each, of the first ``tokens`` rows."""
+
+    def after(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """Return the hidden states after the layer.
+
+        Args:
+            hidden: Those before it, ``[rows, hidden]``.
+            out: The output of attention, ``[tokens, H * D]``; further rows are padding.
+        """
+
+
 @dataclass(frozen=True)
 class _Layer:
-    """The products, norms and sizes of one layer."""
+    """The products, norms and sizes of one layer, and its calls from Python."""
 
     before_attention: Norm
     qkv: Product
@@ -157,6 +198,37 @@ class _Layer:
     kv_heads: int
     head_dim: int
     scale: float
+    activation: nn.Module
+    gated: Callable[[Tensor, Tensor], Tensor]
+    rotated: Callable[..., Tensor]
+
+    def before(self, hidden: Tensor, tokens: int, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values; see :class:`Calls`."""
+        qkv = self.qkv.of(self.before_attention(hidden))
+        qkv = (qkv if len(qkv) == tokens else qkv[:tokens]).view(1, tokens, -1, self.head_dim).transpose(1, 2)
+        qk, value = qkv.split([self.heads + self.kv_heads, self.kv_heads], 1)
+        qk = self.rotated(qk, cos, sin, self.qk_norm and self.qk_norm(), self.qk_eps)
+        query, key = qk.split([self.heads, self.kv_heads], 1)
+        return query, key, value
+
+    def after(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """Return the hidden states after the layer; see :class:`Calls`."""
+        fill = len(hidden) - len(out)
+        hidden = self.output.added(hidden, F.pad(out, (0, 0, 0, fill)) if fill else out)
+        gate, up = self.gate_up.of(self.before_mlp(hidden)).chunk(2, -1)
+        return self.down.added(hidden, self.gated(gate, up))
+
+    def in_cpp(self, library: ModuleType) -> Calls | None:
+        """Return the same calls from C++, or None where C++ lacks one of them."""
+        kernels = [product.kernel for product in (self.qkv, self.output, self.gate_up, self.down)]
+        if type(self.activation) not in (nn.SiLU, SiLUActivation) or None in kernels:
+            return None
+        qkv, output, gate_up, down = (library.Product(*kernel) for kernel in kernels if kernel is not None)
+        calls: Calls = library.Layer(
+            *(self.before_attention.in_cpp(library), qkv, self.qk_norm and self.qk_norm(), self.qk_eps, output),
+            *(self.before_mlp.in_cpp(library), gate_up, down, self.heads, self.kv_heads, self.head_dim),
+        )
+        return calls
 
 
 class LeanForward:
@@ -168,25 +240,35 @@ class LeanForward:
             then. By default its modules keep their weights, and changes to them have effect.
         product_of: Returns the product with a weight that is taken. It is called for each in turn, always in the same
             order.
+        library: The compiled calls of a layer, for weights that are taken.
     """
 
-    def __init__(self, causal_lm: PreTrainedModel, take: bool = False, product_of: ProductOf = laid_out) -> None:
+    def __init__(
+        self,
+        causal_lm: PreTrainedModel,
+        take: bool = False,
+        product_of: ProductOf = laid_out,
+        library: ModuleType | None = None,
+    ) -> None:
         base = causal_lm.base_model
         weight = base.embed_tokens.weight
         product = partial(take_weights, product_of=product_of) if take else side_by_side
         self.embed: Callable[[Tensor], Tensor] = base.embed_tokens  # of token ids, [tokens]
         self._rotary = base.rotary_emb
-        self._norm = _norm(base.norm, take)
+        self._norm = Norm(base.norm, take)
         on_cpu = take and can_pack(weight)
         self._least = ROWS if on_cpu and product_of is laid_out else 1  # rows of a product
         self._multiple = ROWS if on_cpu and product_of is plain else 1
-        self._layers = [_layer(layer, product, take) for layer in base.layers]
+        activation = base.layers[0].mlp.act_fn
+        gated = one_kernel(lambda gate, up: activation(gate) * up, weight.device)
+        rotated = one_kernel(_rotated, weight.device)
+        self._layers = [_layer(layer, product, take, gated, rotated) for layer in base.layers]
         self._like = base.norm.weight  # of the hidden states' size, dtype and device
         self._causal_lm = None if take else causal_lm
         self._modules = list(base.modules())
-        activation = base.layers[0].mlp.act_fn
-        self._gated = one_kernel(lambda gate, up: activation(gate) * up, weight.device)
-        self._rotated = one_kernel(_rotated, weight.device)
+        compiled = [layer.in_cpp(library) for layer in self._layers] if library is not None and take else [None]
+        self.is_compiled = None not in compiled  # whether C++ makes the calls of the layers
+        self._calls: list[Calls] = [*(self._layers if None in compiled else compiled)]
 
     def __call__(self, ids: Tensor, positions: Tensor, packed: Forward) -> Tensor:
         """Return the hidden states after the final norm, ``[tokens, hidden]``.
@@ -200,16 +282,10 @@ class LeanForward:
         fill = self._fill(tokens)
         hidden = self.embed(F.pad(ids[0], (0, fill)) if fill else ids[0])
         cos, sin = self._table(positions, hidden)
-        for number, layer in enumerate(self._layers):
-            qkv = layer.qkv.of(layer.before_attention(hidden))
-            qkv = (qkv[:tokens] if fill else qkv).view(1, tokens, -1, layer.head_dim).transpose(1, 2)
-            qk, value = qkv.split([layer.heads + layer.kv_heads, layer.kv_heads], 1)
-            qk = self._rotated(qk, cos, sin, layer.qk_norm and layer.qk_norm(), layer.qk_eps)
-            query, key = qk.split([layer.heads, layer.kv_heads], 1)
-            out = packed.attend(number, query, key, value, layer.scale).reshape(tokens, -1)
-            hidden = layer.output.added(hidden, F.pad(out, (0, 0, 0, fill)) if fill else out)
-            gate, up = layer.gate_up.of(layer.before_mlp(hidden)).chunk(2, -1)
-            hidden = layer.down.added(hidden, self._gated(gate, up))
+        for number, (layer, calls) in enumerate(zip(self._layers, self._calls, strict=True)):
+            query, key, value = calls.before(hidden, tokens, cos, sin)
+            out = packed.attend(number, query, key, value, layer.scale)
+            hidden = calls.after(hidden, out.reshape(tokens, -1))
         return self._norm(hidden)[:tokens]
 
     def holds(self) -> bool:
@@ -278,40 +354,33 @@ def one_kernel(function: Callable[..., Tensor], device: torch.device) -> Callabl
     return torch.compile(function, dynamic=True, fullgraph=True)
 
 
-def _layer(layer: nn.Module, product: Callable[[list[nn.Linear]], Product], fixed: bool) -> _Layer:
+def _layer(
+    layer: nn.Module,
+    product: Callable[[list[nn.Linear]], Product],
+    fixed: bool,
+    gated: Callable[..., Tensor],
+    rotated: Callable[..., Tensor],
+) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     head_dim, has_norms = attention.head_dim, hasattr(attention, "q_norm")
     heads, kv_heads = (module.out_features // head_dim for module in (attention.q_proj, attention.k_proj))
     return _Layer(
-        before_attention=_norm(layer.input_layernorm, fixed),
+        before_attention=Norm(layer.input_layernorm, fixed),
         qkv=product([attention.q_proj, attention.k_proj, attention.v_proj]),
         qk_norm=_qk_norm(attention, heads, kv_heads, fixed) if has_norms else None,
         qk_eps=attention.q_norm.variance_epsilon if has_norms else 0.0,
         output=product([attention.o_proj]),
-        before_mlp=_norm(layer.post_attention_layernorm, fixed),
+        before_mlp=Norm(layer.post_attention_layernorm, fixed),
         gate_up=product([mlp.gate_proj, mlp.up_proj]),
         down=product([mlp.down_proj]),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         scale=attention.scaling,
+        activation=mlp.act_fn,
+        gated=gated,
+        rotated=rotated,
     )
-
-
-def _norm(module: nn.Module, fixed: bool) -> Norm:
-    """Return an RMSNorm in few calls, which rounds half precision once; ``fixed`` weights never change."""
-    eps = module.variance_epsilon
-    kept = torch.cat([module.weight] * 2) if fixed else None
-
-    def norm(x: Tensor) -> Tensor:
-        weight = module.weight
-        if x.dtype not in HALF or rounds_once(x.device):
-            return F.rms_norm(x, weight.shape, weight, eps)
-        # the RMSNorm of x is the LayerNorm of [x, -x], whose mean is 0: torch has a CPU kernel for that one
-        twice = torch.cat([weight, weight]) if kept is None else kept
-        return F.layer_norm(torch.cat([x, -x], -1), twice.shape, twice, eps=eps)[..., : len(weight)]
-
-    return norm
 
 
 def _qk_norm(attention: nn.Module, heads: int, kv_heads: int, fixed: bool) -> Callable[[], Tensor]:

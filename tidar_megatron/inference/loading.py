@@ -19,6 +19,7 @@ from tidar_megatron.inference.dtype import choose_dtype
 from tidar_megatron.inference.embedding import stored_embedding
 from tidar_megatron.inference.lean import use_lean_forward
 from tidar_megatron.inference.model import DecodeModel
+from tidar_megatron.inference.native import library
 from tidar_megatron.inference.quantizing import check_quantizable, quantize_model
 from tidar_megatron.inference.wrapping import wrap_model
 from tidar_megatron.json_files import not_a_file
@@ -71,7 +72,7 @@ def load_model(
     if quantize is not None:
         quantize_model(model, quantize, path, embedding)
     elif not keep_weights:
-        use_lean_forward(model, take=True, embedding=embedding)
+        use_lean_forward(model, take=True, embedding=embedding, library=library())
     _return_freed_memory()
     return model
 

@@ -22,6 +22,8 @@ from tidar_megatron.inference.forward import Forward
 class Lean(Protocol):
     """A forward that takes the place of the modules' (lean.py)."""
 
+    is_compiled: bool  # whether its layers are called from C++
+
     def __call__(self, ids: Tensor, positions: Tensor, packed: Forward) -> Tensor:
         """Return the final hidden states, as :meth:`DecodeModel.modules_forward` does."""
 

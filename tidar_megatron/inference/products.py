@@ -18,21 +18,31 @@ def rounds_once(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+class Kernel(NamedTuple):
+    """A product as ``lean.cpp`` computes it: the name of the kernel, its tensors, and the bias."""
+
+    name: str
+    tensors: list[Tensor]
+    bias: Tensor | None
+
+
 class Product(NamedTuple):
     """A product with fixed weights.
 
     Attributes:
         of: Returns the product of rows, ``[tokens, in]`` -> ``[tokens, out]``.
         added: Returns a residual ``[tokens, out]`` plus the product of rows.
+        kernel: The same product for C++; None if it only runs from Python.
     """
 
     of: Callable[[Tensor], Tensor]
     added: Callable[[Tensor, Tensor], Tensor]
+    kernel: Kernel | None = None
 
     @staticmethod
-    def apart(of: Callable[[Tensor], Tensor]) -> "Product":
+    def apart(of: Callable[[Tensor], Tensor], kernel: Kernel | None = None) -> "Product":
         """Return a product whose addition is a call of its own, and rounds as transformers' modules do."""
-        return Product(of, lambda residual, rows: residual + of(rows))
+        return Product(of, lambda residual, rows: residual + of(rows), kernel)
 
 
 ProductOf = Callable[[Tensor, Tensor | None], Product]  # of a weight, ``[out, in]``, and a bias
@@ -56,6 +66,7 @@ def packed(weight: Tensor, bias: Tensor | None) -> Product:
     return Product(
         of=lambda rows: _linear(rows, blocks, bias, "none", [], ""),
         added=lambda residual, rows: _linear_with(rows, residual, blocks, bias, "add"),
+        kernel=Kernel("packed", [blocks], bias),
     )
 
 
@@ -69,7 +80,7 @@ def _in_blocks(weight: Tensor) -> Tensor:
 
 def plain(weight: Tensor, bias: Tensor | None) -> Product:
     """Return the product with ``weight``, ``[out, in]``, as it is; a GPU adds to the residual in the same kernel."""
-    product = Product.apart(lambda rows: F.linear(rows, weight, bias))
+    product = Product.apart(lambda rows: F.linear(rows, weight, bias), Kernel("plain", [weight], bias))
     if not rounds_once(weight.device) or bias is not None:
         return product
     transposed = weight.t()

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tidar_megatron.errors import UserError
+from tidar_megatron.inference.products import Kernel, Product
 
 GROUP = 32  # inputs that share a scale and a zero in int4
 _OUTPUTS = 64  # torch's int4 kernel lays out as many outputs together
 _LEAST = 1e-30  # of a largest value, which divides
-Rows = Callable[[Tensor], Tensor]  # [tokens, in] -> [tokens, out]
 
 
 def to_int8(weight: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,14 +44,14 @@ def _positive(magnitudes: Tensor) -> Tensor:
     return magnitudes.clamp(min=max(_LEAST, magnitudes.mean().item() / 100))
 
 
-def int8_product(values: Tensor, scales: Tensor, factors: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Rows:
+def int8_product(values: Tensor, scales: Tensor, factors: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Product:
     """Return the product of rows of ``dtype`` with :func:`to_int8`'s tensors.
 
     Processors that do not add up bytes exactly run torch's kernel for 8-bit weights, which leaves the rows as they are.
     """
     if not _adds_integers():
         scales = scales.to(dtype)
-        return _biased(
+        return _product(
             lambda rows: torch.ops.aten._weight_int8pack_mm((rows * factors).to(dtype), values, scales), bias
         )
     blocks = _in_blocks(values)
@@ -66,7 +66,7 @@ def int8_product(values: Tensor, scales: Tensor, factors: Tensor, bias: Tensor |
         product = _integer_linear(bytes_, blocks, scales, zeros)
         return product.mul_(largest).to(dtype)
 
-    return _biased(of, bias)
+    return _product(of, bias, Kernel("int8", [blocks, scales, zeros, factors], bias))
 
 
 def _integer_linear(rows: Tensor, blocks: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ def to_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
     return values[:, ::2] << 4 | values[:, 1::2], torch.stack([scales, zeros], -1).transpose(0, 1).contiguous()
 
 
-def int4_product(values: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Rows:
+def int4_product(values: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Product:
     """Return the product of rows of ``dtype`` with :func:`to_int4`'s tensors."""
     outputs = len(values)
     fill = -outputs % _OUTPUTS
@@ -126,8 +126,9 @@ def int4_product(values: Tensor, scales: Tensor, bias: Tensor | None, dtype: tor
         product = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.contiguous(), blocks, GROUP, scales)
         return product[:, :outputs] if fill else product
 
-    return _biased(of, bias)
+    size = torch.empty(outputs, GROUP, device="meta")  # tells C++ the number of outputs and the group
+    return _product(of, bias, Kernel("int4", [blocks, scales, size], bias))
 
 
-def _biased(of: Rows, bias: Tensor | None) -> Rows:
-    return of if bias is None else lambda rows: of(rows) + bias
+def _product(of: Callable[[Tensor], Tensor], bias: Tensor | None, kernel: Kernel | None = None) -> Product:
+    return Product.apart(of if bias is None else lambda rows: of(rows) + bias, kernel)

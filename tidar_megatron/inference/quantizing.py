@@ -20,6 +20,7 @@ from tidar_megatron.hf_folder.weights import weight_files
 from tidar_megatron.inference.engine import generate_batch
 from tidar_megatron.inference.lean import use_lean_forward
 from tidar_megatron.inference.model import DecodeModel
+from tidar_megatron.inference.native import library
 from tidar_megatron.inference.plans import Mode
 from tidar_megatron.inference.products import Product, ProductOf
 from tidar_megatron.inference.quantized import GROUP, int4_product, int8_product, to_int4, to_int8
@@ -82,7 +83,7 @@ def quantize_model(
             "quantized; leave it out, or use an unchanged Llama, Mistral, Qwen2 or Qwen3"
         )
     with _products(model, name, folder) as product_of:
-        use_lean_forward(model, take=True, product_of=product_of, embedding=embedding)
+        use_lean_forward(model, take=True, product_of=product_of, embedding=embedding, library=library())
     model.quantize = name
 
 
@@ -120,9 +121,9 @@ def _products(model: DecodeModel, name: str, folder: Path | None) -> Iterator[Pr
         count += 1
         if bits == "int8":
             values, scales, factors = tensors
-            return Product.apart(int8_product(values, scales, factors, bias, weight.dtype))
+            return int8_product(values, scales, factors, bias, weight.dtype)
         values, scales = tensors
-        return Product.apart(int4_product(values, scales, bias, weight.dtype))
+        return int4_product(values, scales, bias, weight.dtype)
 
     yield product_of
     if cached is None:

@@ -1,0 +1,131 @@
+"""The layers from C++ give the bits of those from Python; without a compiler, or a whole library, Python runs."""
+
+import copy
+import os
+
+import pytest
+import torch
+
+from tests.conftest import THOROUGH
+from tests.inference.conftest import make_causal_lm
+from tests.programs import call
+from tidar_megatron.errors import UserError
+from tidar_megatron.inference import native, quantizing
+from tidar_megatron.inference.cache import KVPool
+from tidar_megatron.inference.forward import ForwardLayout, PackedForward, Part
+from tidar_megatron.inference.lean import use_lean_forward
+from tidar_megatron.inference.loading import load_model
+from tidar_megatron.inference.products import laid_out, plain
+from tidar_megatron.inference.quantizing import quantize_model
+from tidar_megatron.inference.wrapping import wrap_model
+
+LAYOUTS = [ForwardLayout(1), ForwardLayout(5, (1, 3), 4)]
+SIZES = {"hidden_size": 64, "intermediate_size": 96}
+compiles = pytest.mark.skipif(not THOROUGH, reason="takes a minute, to compile: .ci/run runs it")
+
+
+@pytest.fixture
+def forget(monkeypatch, tmp_path):
+    """A cache of the test's own, without a library."""
+    monkeypatch.setenv("TIDAR_CACHE", str(tmp_path / "cache"))
+    native.library.cache_clear()
+    yield
+    native.library.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    folder, before = tmp_path_factory.mktemp("compiled"), os.environ["TIDAR_CACHE"]
+    os.environ["TIDAR_CACHE"] = str(folder)
+    native.library.cache_clear()
+    native.compile_library()
+    yield native.library()
+    os.environ["TIDAR_CACHE"] = before
+    native.library.cache_clear()
+
+
+def hidden(model, layout):
+    pool = KVPool(1, 100)
+    with torch.inference_mode():
+        model.forward(PackedForward(pool, [Part(0, 0, range(1, 11), ForwardLayout(10))]))
+        return model.forward(PackedForward(pool, [Part(0, 10, range(layout.num_drafts), layout)]))
+
+
+def model_of(causal_lm, form, library, monkeypatch):
+    model = wrap_model(copy.deepcopy(causal_lm))
+    if form in ("int8", "int4"):
+        monkeypatch.setattr(quantizing, "library", lambda: library)
+        quantize_model(model, form)
+    else:
+        monkeypatch.setattr("tidar_megatron.inference.lean.SMALL", 0)
+        use_lean_forward(model, take=True, product_of=plain if form == "plain" else laid_out, library=library)
+    return model
+
+
+@compiles
+@pytest.mark.process
+@pytest.mark.parametrize("form", ["plain", "laid out", "int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_bits_are_those_of_python(library, family, dtype, form, monkeypatch):
+    torch.manual_seed(0)
+    causal_lm = make_causal_lm(family, dtype, **SIZES)
+    with torch.no_grad():
+        for name, weight in causal_lm.named_parameters():
+            if name.endswith(("norm.weight", "bias")):
+                weight.normal_(1, 0.3)
+    ours, theirs = (model_of(causal_lm, form, calls, monkeypatch) for calls in (library, None))
+    assert ours.lean.is_compiled and not theirs.lean.is_compiled
+    for layout in LAYOUTS:
+        found = hidden(ours, layout)
+        assert found.isfinite().all() and torch.equal(found, hidden(theirs, layout))
+
+
+@compiles
+@pytest.mark.process
+def test_what_cpp_lacks_stays_in_python(library):
+    model = wrap_model(make_causal_lm("llama", torch.float32, hidden_act="gelu"))
+    use_lean_forward(model, take=True, library=library)
+    assert not model.lean.is_compiled
+
+
+@compiles
+@pytest.mark.process
+def test_a_loaded_model_uses_it(library, tmp_path):
+    make_causal_lm("llama", torch.float32).save_pretrained(tmp_path)
+    assert load_model(tmp_path).lean.is_compiled
+    assert not load_model(tmp_path, keep_weights=True).lean.is_compiled  # the weights may change
+    assert native.library_file().is_file()
+
+
+def test_without_a_compiler_one_line_says_so(forget, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    done = call("tools/compile.py")
+    assert (done.returncode, done.stdout) == (2, "") and len(done.stderr.splitlines()) == 1
+    assert "c++: not found; install it" in done.stderr and not native.library_file().exists()
+
+
+@pytest.mark.process
+def test_a_compiler_that_fails_leaves_nothing(forget, tmp_path, monkeypatch):
+    compiler = tmp_path / "broken"
+    asked = 'case "$1" in -v|--version|-dump*) exec c++ "$@";; esac'
+    compiler.write_text(f"#!/bin/sh\n{asked}\necho 'lean.cpp:1: error: no such header' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(UserError, match=r"lean.cpp: cannot be compiled here \(lean.cpp:1: error: no such header\)"):
+        native.compile_library()
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_damaged_library_is_not_used(forget):
+    path = native.library_file()
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"no library")
+    assert native.library() is None
+
+
+def test_a_cache_that_cannot_be_written_is_named(forget, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TIDAR_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(UserError, match="set TIDAR_CACHE to a folder that can be written"):
+        native.compile_library()

@@ -1,0 +1,136 @@
+// The layers of lean.py from C++: the same calls on the same tensors, so the same bits, without Python between them.
+// native.py compiles this file. Shapes are those of lean.py.
+
+#include <torch/extension.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+using at::Tensor;
+using Optional = std::optional<Tensor>;
+
+template <class Signature>
+auto find(const char* name, const char* overload) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<Signature>();
+}
+
+using Scalars = c10::List<std::optional<at::Scalar>>;
+
+// A product with fixed weights, as Product.kernel describes it (products.py, quantized.py).
+struct Product {
+  enum Kind { kPlain, kPacked, kInt8, kInt4 } kind;
+  std::vector<Tensor> weights;
+  Optional bias;
+
+  Product(const std::string& name, std::vector<Tensor> tensors, Optional bias) : weights(tensors), bias(bias) {
+    TORCH_CHECK(name == "plain" || name == "packed" || name == "int8" || name == "int4", "no kernel ", name);
+    kind = name == "plain" ? kPlain : name == "packed" ? kPacked : name == "int8" ? kInt8 : kInt4;
+  }
+
+  Tensor of(const Tensor& rows) const {
+    switch (kind) {
+      case kPlain:
+        return at::linear(rows, weights[0], bias);
+      case kPacked: {
+        static auto product = find<Tensor(
+            const Tensor&, const Tensor&, const Optional&, std::string_view, Scalars, std::optional<std::string_view>)>(
+            "mkldnn::_linear_pointwise", "");
+        return product.call(rows, weights[0], bias, "none", Scalars(), "");
+      }
+      case kInt8:
+        return with_bias(int8(rows, weights[0], weights[1], weights[2], weights[3]));
+      default:
+        return with_bias(int4(rows, weights[0], weights[1], weights[2]));
+    }
+  }
+
+  Tensor added(const Tensor& residual, const Tensor& rows) const {
+    if (kind != kPacked) return residual + of(rows);
+    static auto product =
+        find<Tensor(const Tensor&, const Tensor&, const Tensor&, const Optional&, std::string_view)>(
+            "mkldnn::_linear_pointwise", "binary");
+    return product.call(rows, residual, weights[0], bias, "add");
+  }
+
+ private:
+  Tensor with_bias(Tensor product) const { return bias ? product + *bias : product; }
+
+  static Tensor int8(
+      const Tensor& rows, const Tensor& blocks, const Tensor& scales, const Tensor& zeros, const Tensor& factors) {
+    static auto product = find<Tensor(
+        Tensor, double, int64_t, Tensor, Tensor, Tensor, Optional, double, int64_t, std::optional<at::ScalarType>,
+        std::string_view, Scalars, std::string_view)>("onednn::qlinear_pointwise", "");
+    Tensor wide = rows * factors;
+    Tensor largest = wide.abs().amax(-1, true).clamp_(1e-30);
+    Tensor bytes = wide.mul(127 / largest).round_().to(at::kChar).view(at::kByte).bitwise_xor_(128);
+    Tensor out = product.call(
+        bytes, 1.0, 128, blocks, scales, zeros, std::nullopt, 1.0, 0, at::kFloat, "none", Scalars(), "");
+    return out.mul_(largest).to(rows.scalar_type());
+  }
+
+  static Tensor int4(const Tensor& rows, const Tensor& blocks, const Tensor& scales, const Tensor& size) {
+    Tensor out = at::_weight_int4pack_mm_for_cpu(rows.contiguous(), blocks, size.size(1), scales);
+    return out.narrow(1, 0, size.size(0));
+  }
+};
+
+// An RMSNorm; of half precision the LayerNorm of [x, -x], with the weight twice.
+struct Norm {
+  Tensor weight;
+  double eps;
+
+  Tensor of(const Tensor& x) const {
+    if (!at::isReducedFloatingType(x.scalar_type())) return at::rms_norm(x, weight.sizes(), weight, eps);
+    Tensor both = at::cat({x, x.neg()}, -1);
+    return at::layer_norm(both, weight.sizes(), weight, {}, eps).narrow(-1, 0, x.size(-1));
+  }
+};
+
+struct Layer {
+  Norm before_attention;
+  Product qkv;
+  Optional qk_norm;  // the weights of Qwen3's norms of q and k
+  double qk_eps;
+  Product output;
+  Norm before_mlp;
+  Product gate_up, down;
+  int64_t heads, kv_heads, head_dim;
+
+  std::tuple<Tensor, Tensor, Tensor> before(
+      const Tensor& hidden, int64_t tokens, const Tensor& cos, const Tensor& sin) const {
+    Tensor all = qkv.of(before_attention.of(hidden)).narrow(0, 0, tokens);
+    all = all.view({1, tokens, -1, head_dim}).transpose(1, 2);
+    Tensor qk = rotated(all.narrow(1, 0, heads + kv_heads), cos, sin);
+    return {qk.narrow(1, 0, heads), qk.narrow(1, heads, kv_heads), all.narrow(1, heads + kv_heads, kv_heads)};
+  }
+
+  Tensor after(const Tensor& hidden, const Tensor& out) const {
+    int64_t fill = hidden.size(0) - out.size(0);
+    Tensor attended = output.added(hidden, fill ? at::constant_pad_nd(out, {0, 0, 0, fill}) : out);
+    std::vector<Tensor> both = gate_up.of(before_mlp.of(attended)).chunk(2, -1);
+    return down.added(attended, at::silu(both[0]).mul_(both[1]));
+  }
+
+ private:
+  Tensor rotated(Tensor x, const Tensor& cos, const Tensor& sin) const {
+    if (qk_norm) {
+      Tensor wide = at::isReducedFloatingType(x.scalar_type()) ? x.to(at::kFloat) : x;
+      x = at::rms_norm(wide, {head_dim}, {}, qk_eps).to(x.scalar_type()) * *qk_norm;
+    }
+    Tensor swapped = x.roll(head_dim / 2, -1);
+    Tensor out = at::empty(x.sizes(), x.options());
+    return at::mul_out(out, x, cos).add_(swapped.mul_(sin));
+  }
+};
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  py::class_<Product>(module, "Product").def(py::init<std::string, std::vector<Tensor>, Optional>());
+  py::class_<Norm>(module, "Norm").def(py::init<Tensor, double>());
+  py::class_<Layer>(module, "Layer")
+      .def(py::init<Norm, Product, Optional, double, Product, Norm, Product, Product, int64_t, int64_t, int64_t>())
+      .def("before", &Layer::before, release())
+      .def("after", &Layer::after, release());
+}

@@ -1,0 +1,7 @@
+#!/usr/bin/env python
+"""Run ``tidar compile`` from a file: python tools/plan.py --config FILE.yaml --gpus N"""
+
+from tidar_megatron.cli.main import launch
+
+if __name__ == "__main__":
+    launch("compile")
