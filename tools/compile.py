@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Run ``tidar compile`` from a file: python tools/plan.py --config FILE.yaml --gpus N"""
+"""Run ``tidar compile`` from a file: python tools/compile.py"""
 
 from tidar_megatron.cli.main import launch
 
