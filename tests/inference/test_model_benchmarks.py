@@ -181,7 +181,8 @@ def test_bare_products_are_those_of_a_forward(checkpoint, monkeypatch):
             dataclasses.replace(layer, **{n: Product.apart(noted(getattr(layer, n).of, seen)) for n in PRODUCTS})
             for layer in model.lean._layers
         ]
-        monkeypatch.setattr(model.lean, "_layers", layers)
+        for name in ("_layers", "_calls"):
+            monkeypatch.setattr(model.lean, name, layers)
         for tokens in (1, 6):
             run = model.lean.bare_products(tokens)
             seen.clear()

@@ -1,6 +1,7 @@
 """The layers from C++ give the bits of those from Python; without a compiler, or a whole library, Python runs."""
 
 import copy
+import itertools
 import os
 
 import pytest
@@ -20,6 +21,9 @@ from tidar_megatron.inference.quantizing import quantize_model
 from tidar_megatron.inference.wrapping import wrap_model
 
 LAYOUTS = [ForwardLayout(1), ForwardLayout(5, (1, 3), 4)]
+FAMILIES, DTYPES = ("llama", "mistral", "qwen2", "qwen3"), (torch.float32, torch.bfloat16)
+FORMS = ("plain", "laid out", "int8", "int4")
+CASES = [("llama", torch.float32, "plain")]  # named where none runs
 SIZES = {"hidden_size": 64, "intermediate_size": 96}
 compiles = pytest.mark.skipif(not THOROUGH, reason="takes a minute, to compile: .ci/run runs it")
 
@@ -64,9 +68,7 @@ def model_of(causal_lm, form, library, monkeypatch):
 
 @compiles
 @pytest.mark.process
-@pytest.mark.parametrize("form", ["plain", "laid out", "int8", "int4"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize(("family", "dtype", "form"), itertools.product(FAMILIES, DTYPES, FORMS) if THOROUGH else CASES)
 def test_bits_are_those_of_python(library, family, dtype, form, monkeypatch):
     torch.manual_seed(0)
     causal_lm = make_causal_lm(family, dtype, **SIZES)
