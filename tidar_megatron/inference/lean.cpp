@@ -8,6 +8,8 @@
 #include <tuple>
 #include <vector>
 
+namespace {
+
 using at::Tensor;
 using Optional = std::optional<Tensor>;
 
@@ -125,11 +127,14 @@ struct Layer {
   }
 };
 
+}  // namespace
+
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   using release = py::call_guard<py::gil_scoped_release>;
-  py::class_<Product>(module, "Product").def(py::init<std::string, std::vector<Tensor>, Optional>());
-  py::class_<Norm>(module, "Norm").def(py::init<Tensor, double>());
-  py::class_<Layer>(module, "Layer")
+  const py::module_local local;  // other libraries may have classes of these names
+  py::class_<Product>(module, "Product", local).def(py::init<std::string, std::vector<Tensor>, Optional>());
+  py::class_<Norm>(module, "Norm", local).def(py::init<Tensor, double>());
+  py::class_<Layer>(module, "Layer", local)
       .def(py::init<Norm, Product, Optional, double, Product, Norm, Product, Product, int64_t, int64_t, int64_t>())
       .def("before", &Layer::before, release())
       .def("after", &Layer::after, release());
