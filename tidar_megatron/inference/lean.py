@@ -164,7 +164,7 @@ class Norm:
     def in_cpp(self, library: ModuleType) -> object:
         """Return the same norm from C++; its weights are fixed."""
         weight = self._module.weight
-        return library.Norm(self._kept if weight.dtype in HALF else weight.detach(), self._eps)
+        return library.Norm(self._kept if weight.dtype in HALF else weight, self._eps)
 
 
 class Calls(Protocol):
@@ -266,9 +266,10 @@ class LeanForward:
         self._like = base.norm.weight  # of the hidden states' size, dtype and device
         self._causal_lm = None if take else causal_lm
         self._modules = list(base.modules())
-        compiled = [layer.in_cpp(library) for layer in self._layers] if library is not None and take else [None]
+        usable = library if take and weight.device.type == "cpu" else None  # a GPU has fused kernels that C++ lacks
+        compiled = [usable and layer.in_cpp(usable) for layer in self._layers]
         self.is_compiled = None not in compiled  # whether C++ makes the calls of the layers
-        self._calls: list[Calls] = [*(self._layers if None in compiled else compiled)]
+        self._calls: list[Calls] = [*(compiled if self.is_compiled else self._layers)]
 
     def __call__(self, ids: Tensor, positions: Tensor, packed: Forward) -> Tensor:
         """Return the hidden states after the final norm, ``[tokens, hidden]``.
