@@ -11,18 +11,21 @@ from tests.conftest import THOROUGH
 from tests.inference.conftest import make_causal_lm
 from tests.programs import call
 from tidar_megatron.errors import UserError
+from tidar_megatron.files import sha256_of
 from tidar_megatron.inference import native, quantizing
 from tidar_megatron.inference.cache import KVPool
 from tidar_megatron.inference.forward import ForwardLayout, PackedForward, Part
 from tidar_megatron.inference.lean import use_lean_forward
 from tidar_megatron.inference.loading import load_model
 from tidar_megatron.inference.products import laid_out, plain
+from tidar_megatron.inference.quantized import int8_product, to_int8
 from tidar_megatron.inference.quantizing import quantize_model
 from tidar_megatron.inference.wrapping import wrap_model
 
 LAYOUTS = [ForwardLayout(1), ForwardLayout(5, (1, 3), 4)]
 FAMILIES, DTYPES = ("llama", "mistral", "qwen2", "qwen3"), (torch.float32, torch.bfloat16)
 FORMS = ("plain", "laid out", "int8", "int4")
+ALL = [*itertools.product(FAMILIES, DTYPES, FORMS), *((family, torch.float16, "plain") for family in FAMILIES)]
 CASES = [("llama", torch.float32, "plain")]  # named where none runs
 SIZES = {"hidden_size": 64, "intermediate_size": 96}
 compiles = pytest.mark.skipif(not THOROUGH, reason="takes a minute, to compile: .ci/run runs it")
@@ -68,7 +71,7 @@ def model_of(causal_lm, form, library, monkeypatch):
 
 @compiles
 @pytest.mark.process
-@pytest.mark.parametrize(("family", "dtype", "form"), itertools.product(FAMILIES, DTYPES, FORMS) if THOROUGH else CASES)
+@pytest.mark.parametrize(("family", "dtype", "form"), ALL if THOROUGH else CASES)
 def test_bits_are_those_of_python(library, family, dtype, form, monkeypatch):
     torch.manual_seed(0)
     causal_lm = make_causal_lm(family, dtype, **SIZES)
@@ -85,8 +88,23 @@ def test_bits_are_those_of_python(library, family, dtype, form, monkeypatch):
 
 @compiles
 @pytest.mark.process
-def test_what_cpp_lacks_stays_in_python(library):
-    model = wrap_model(make_causal_lm("llama", torch.float32, hidden_act="gelu"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_has_the_bits_of_python_in_thousands_of_rows(library, dtype):
+    """A scale that is rounded otherwise changes one byte in thousands."""
+    torch.manual_seed(0)
+    values, scales, factors = to_int8(torch.randn(96, 576).to(dtype), torch.linspace(0.1, 10, 576))
+    product = int8_product(values, scales, factors, None, dtype)
+    rows = torch.randn(15360, 576).to(dtype)
+    assert torch.equal(library.Product(*product.kernel).of(rows), product.of(rows))
+
+
+@compiles
+@pytest.mark.process
+@pytest.mark.parametrize("change", ["gelu", "another forward"])
+def test_what_cpp_lacks_stays_in_python(library, change):
+    model = wrap_model(make_causal_lm("llama", torch.float32, **({"hidden_act": "gelu"} if change == "gelu" else {})))
+    if change != "gelu":
+        model.causal_lm.model.layers[0].mlp.act_fn.forward = torch.relu
     use_lean_forward(model, take=True, library=library)
     assert not model.lean.is_compiled
 
@@ -119,10 +137,25 @@ def test_a_compiler_that_fails_leaves_nothing(forget, tmp_path, monkeypatch):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_a_damaged_library_is_not_used(forget):
+@pytest.mark.parametrize("damage", ["no library", "cut", "another user", "everybody writes", "no access"])
+def test_what_is_not_whole_or_not_the_users_own_is_not_loaded(forget, damage, monkeypatch):
+    """Loading a damaged library would end the process by a signal."""
     path = native.library_file()
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, mode=0o700)
     path.write_bytes(b"no library")
+    native._checksum_file(path).write_text(sha256_of(path))
+    if damage != "no library":
+        monkeypatch.setattr(native, "spec_from_file_location", lambda *_: pytest.fail("it was loaded"))
+    if damage == "cut":
+        path.write_bytes(b"no lib")
+    elif damage == "another user":
+        monkeypatch.setattr(os, "getuid", lambda: 12345)
+        os.chown(path, 54321, -1) if os.geteuid() == 0 else None
+    elif damage == "everybody writes":
+        path.chmod(0o666)
+    elif damage == "no access":
+        monkeypatch.setattr(native, "_is_own", lambda _: (_ for _ in ()).throw(PermissionError()))
+    native.library.cache_clear()
     assert native.library() is None
 
 

@@ -210,7 +210,7 @@ def _costs_file(model: DecodeModel) -> Path:
         torch.__version__,
         str(model.dtype),
         model.quantize,
-        model.lean is not None and model.lean.is_compiled,
+        *(["compiled"] if model.lean is not None and model.lean.is_compiled else []),
         shape,
         SIZES,
         CONTEXTS,

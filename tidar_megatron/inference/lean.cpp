@@ -66,7 +66,8 @@ struct Product {
         std::string_view, Scalars, std::string_view)>("onednn::qlinear_pointwise", "");
     Tensor wide = rows * factors;
     Tensor largest = wide.abs().amax(-1, true).clamp_(1e-30);
-    Tensor bytes = wide.mul(127 / largest).round_().to(at::kChar).view(at::kByte).bitwise_xor_(128);
+    Tensor bytes = wide.mul(largest.reciprocal().mul_(127)).round_()  // as Python divides 127 by a tensor
+                       .to(at::kChar).view(at::kByte).bitwise_xor_(128);
     Tensor out = product.call(
         bytes, 1.0, 128, blocks, scales, zeros, std::nullopt, 1.0, 0, at::kFloat, "none", Scalars(), "");
     return out.mul_(largest).to(rows.scalar_type());
@@ -132,7 +133,7 @@ struct Layer {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   using release = py::call_guard<py::gil_scoped_release>;
   const py::module_local local;  // other libraries may have classes of these names
-  py::class_<Product>(module, "Product", local).def(py::init<std::string, std::vector<Tensor>, Optional>());
+  py::class_<Product>(module, "Product", local).def(py::init<std::string, std::vector<Tensor>, Optional>()).def("of", &Product::of, release());
   py::class_<Norm>(module, "Norm", local).def(py::init<Tensor, double>());
   py::class_<Layer>(module, "Layer", local)
       .def(py::init<Norm, Product, Optional, double, Product, Norm, Product, Product, int64_t, int64_t, int64_t>())

@@ -221,7 +221,8 @@ class _Layer:
     def in_cpp(self, library: ModuleType) -> Calls | None:
         """Return the same calls from C++, or None where C++ lacks one of them."""
         kernels = [product.kernel for product in (self.qkv, self.output, self.gate_up, self.down)]
-        if type(self.activation) not in (nn.SiLU, SiLUActivation) or None in kernels:
+        changed = "forward" in vars(self.activation)
+        if type(self.activation) not in (nn.SiLU, SiLUActivation) or changed or None in kernels:
             return None
         qkv, output, gate_up, down = (library.Product(*kernel) for kernel in kernels if kernel is not None)
         calls: Calls = library.Layer(

@@ -72,7 +72,8 @@ def load_model(
     if quantize is not None:
         quantize_model(model, quantize, path, embedding)
     elif not keep_weights:
-        use_lean_forward(model, take=True, embedding=embedding, library=library())
+        compiled = library() if torch_device.type == "cpu" else None
+        use_lean_forward(model, take=True, embedding=embedding, library=compiled)
     _return_freed_memory()
     return model
 

@@ -7,6 +7,7 @@ A layer makes about thirty short calls between its products. From Python they ta
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,10 +21,16 @@ from types import ModuleType
 import torch
 
 from tidar_megatron.errors import UserError
-from tidar_megatron.files import cache_folder
+from tidar_megatron.files import cache_folder, replace_text, sha256_of, sync
 
 SOURCE = Path(__file__).with_name("lean.cpp")
 NAME = "tidar_lean"
+# a process of its own: a second build in one process gets another name
+BUILD = """
+import sys
+from torch.utils.cpp_extension import load
+load(sys.argv[1], [sys.argv[2]], build_directory=sys.argv[3], extra_cflags=["-O2"])
+"""
 
 
 def library_file() -> Path:
@@ -39,38 +46,65 @@ def compile_library() -> Path:
     Raises:
         UserError: there is no C++ compiler or no ninja, the compiler failed, or the cache is not writable.
     """
-    from torch.utils import cpp_extension  # slow to import
-
-    for program in (os.environ.get("CXX", "c++"), "ninja"):
+    compiler, *_ = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    for program in (compiler, "ninja"):
         if shutil.which(program) is None:
             raise UserError(f"{program}: not found; install it (apt-get install g++ ninja-build), and try again")
     path = library_file()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            cpp_extension.load(NAME, [str(SOURCE)], build_directory=folder, extra_cflags=["-O2"], verbose=False)
-            os.replace(Path(folder) / f"{NAME}.so", path)
+            _build(Path(folder))
+            built = Path(folder) / f"{NAME}.so"
+            sync(built)
+            replace_text(_checksum_file(path), sha256_of(built))
+            os.replace(built, path)
+            sync(path.parent)
     except OSError as error:
         raise UserError(f"{path.parent}: {error.strerror}; set TIDAR_CACHE to a folder that can be written") from error
-    except (RuntimeError, subprocess.SubprocessError) as error:  # its message may be the compiler's whole output
-        lines = str(error).splitlines()
-        reason = next((line for line in lines if "error: " in line), lines[0])
-        raise UserError(f"{SOURCE.name}: cannot be compiled here ({reason.strip()})") from error
     library.cache_clear()
+    if library() is None:
+        raise UserError(f"{path}: was compiled, but cannot be loaded; set TIDAR_CACHE to a folder of your own")
     return path
+
+
+def _build(folder: Path) -> None:
+    """Compile the library into ``folder``.
+
+    Raises:
+        UserError: the compiler failed; the message has its first error.
+    """
+    command = [sys.executable, "-c", BUILD, NAME, str(SOURCE), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        reason = next((line for line in lines if "error: " in line), lines[-1] if lines else "no message")
+        raise UserError(f"{SOURCE.name}: cannot be compiled here ({reason})")
 
 
 @cache
 def library() -> ModuleType | None:
-    """Return the compiled library, or None if there is none for this machine."""
+    """Return the compiled library, or None if there is none for this machine that is whole and the user's own."""
     path = library_file()
-    if not path.is_file():
-        return None
-    spec = spec_from_file_location(NAME, path)
-    assert spec is not None and spec.loader is not None
     try:
+        if not all(_is_own(each) for each in (path.parent, path)):
+            return None
+        if _checksum_file(path).read_text(encoding="utf-8") != sha256_of(path):
+            return None
+        spec = spec_from_file_location(NAME, path)
+        assert spec is not None and spec.loader is not None
         module = module_from_spec(spec)
         spec.loader.exec_module(module)
-    except ImportError:  # of another torch build of the same version, or damaged
+    except (OSError, ImportError):  # there is none, or this system does not run it
         return None
     return module
+
+
+def _is_own(path: Path) -> bool:
+    """Return whether only this user, or root, can write to ``path``: what is loaded runs as this user."""
+    found = path.stat()
+    return found.st_uid in (os.getuid(), 0) and not found.st_mode & 0o022
+
+
+def _checksum_file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
