@@ -76,7 +76,7 @@ def test_the_wheel_is_what_runs(installed):
     assert package.is_relative_to(installed.venv)
 
     def files(folder):
-        return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix in (".py", ".typed")}
+        return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix in (".py", ".cpp", ".typed")}
 
     assert files(package) == files(ROOT / "tidar_megatron")
 
