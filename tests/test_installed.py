@@ -55,7 +55,7 @@ def installed(tmp_path_factory):
 
 
 def test_from_text_to_a_checkpoint(installed):
-    """By the command that pip installs; training by torchrun, which finds no file of the checkout."""
+    """Torchrun trains by the command that pip installs, and finds no file of the checkout."""
     (installed.folder / "texts.jsonl").write_text('{"text": "as it was said"}\n' * 40)
     installed(*shlex.split("tidar prepare-data --input texts.jsonl --output data --tokenizer byte"))
     torchrun = "python -m torch.distributed.run --standalone --nproc-per-node 1 --no-python tidar pretrain"

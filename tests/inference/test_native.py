@@ -45,7 +45,9 @@ def library(tmp_path_factory):
     folder, before = tmp_path_factory.mktemp("compiled"), os.environ["TIDAR_CACHE"]
     os.environ["TIDAR_CACHE"] = str(folder)
     native.library.cache_clear()
+    umask = os.umask(0o002)  # usual where each user has a group: the library must be loaded there too
     native.compile_library()
+    os.umask(umask)
     yield native.library()
     os.environ["TIDAR_CACHE"] = before
     native.library.cache_clear()
@@ -134,7 +136,11 @@ def test_a_compiler_that_fails_leaves_nothing(forget, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", str(compiler))
     with pytest.raises(UserError, match=r"lean.cpp: cannot be compiled here \(lean.cpp:1: error: no such header\)"):
         native.compile_library()
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert list(native.library_file().parent.iterdir()) == []
+
+
+def refuse(_):
+    raise PermissionError
 
 
 @pytest.mark.parametrize("damage", ["no library", "cut", "another user", "everybody writes", "no access"])
@@ -150,11 +156,12 @@ def test_what_is_not_whole_or_not_the_users_own_is_not_loaded(forget, damage, mo
         path.write_bytes(b"no lib")
     elif damage == "another user":
         monkeypatch.setattr(os, "getuid", lambda: 12345)
-        os.chown(path, 54321, -1) if os.geteuid() == 0 else None
+        if os.geteuid() == 0:  # root's files are trusted
+            os.chown(path, 54321, -1)
     elif damage == "everybody writes":
         path.chmod(0o666)
     elif damage == "no access":
-        monkeypatch.setattr(native, "_is_own", lambda _: (_ for _ in ()).throw(PermissionError()))
+        monkeypatch.setattr(native, "_is_own", refuse)
     native.library.cache_clear()
     assert native.library() is None
 

@@ -25,8 +25,10 @@ struct Product {
   enum Kind { kPlain, kPacked, kInt8, kInt4 } kind;
   std::vector<Tensor> weights;
   Optional bias;
+  std::vector<int64_t> sizes;
 
-  Product(const std::string& name, std::vector<Tensor> tensors, Optional bias) : weights(tensors), bias(bias) {
+  Product(const std::string& name, std::vector<Tensor> tensors, Optional bias, std::vector<int64_t> sizes)
+      : weights(tensors), bias(bias), sizes(sizes) {
     TORCH_CHECK(name == "plain" || name == "packed" || name == "int8" || name == "int4", "no kernel ", name);
     kind = name == "plain" ? kPlain : name == "packed" ? kPacked : name == "int8" ? kInt8 : kInt4;
   }
@@ -44,7 +46,7 @@ struct Product {
       case kInt8:
         return with_bias(int8(rows, weights[0], weights[1], weights[2], weights[3]));
       default:
-        return with_bias(int4(rows, weights[0], weights[1], weights[2]));
+        return with_bias(int4(rows, weights[0], weights[1], sizes[0], sizes[1]));
     }
   }
 
@@ -66,16 +68,16 @@ struct Product {
         std::string_view, Scalars, std::string_view)>("onednn::qlinear_pointwise", "");
     Tensor wide = rows * factors;
     Tensor largest = wide.abs().amax(-1, true).clamp_(1e-30);
-    Tensor bytes = wide.mul(largest.reciprocal().mul_(127)).round_()  // as Python divides 127 by a tensor
-                       .to(at::kChar).view(at::kByte).bitwise_xor_(128);
+    Tensor steps = wide.mul(largest.reciprocal().mul_(127)).round_();  // Python divides 127 by a tensor in this way
+    Tensor bytes = steps.to(at::kChar).view(at::kByte).bitwise_xor_(128);
     Tensor out = product.call(
         bytes, 1.0, 128, blocks, scales, zeros, std::nullopt, 1.0, 0, at::kFloat, "none", Scalars(), "");
     return out.mul_(largest).to(rows.scalar_type());
   }
 
-  static Tensor int4(const Tensor& rows, const Tensor& blocks, const Tensor& scales, const Tensor& size) {
-    Tensor out = at::_weight_int4pack_mm_for_cpu(rows.contiguous(), blocks, size.size(1), scales);
-    return out.narrow(1, 0, size.size(0));
+  static Tensor int4(
+      const Tensor& rows, const Tensor& blocks, const Tensor& scales, int64_t outputs, int64_t group) {
+    return at::_weight_int4pack_mm_for_cpu(rows.contiguous(), blocks, group, scales).narrow(1, 0, outputs);
   }
 };
 
@@ -91,6 +93,7 @@ struct Norm {
   }
 };
 
+// The calls of a layer before and after its attention, as Calls in lean.py describes them.
 struct Layer {
   Norm before_attention;
   Product qkv;
@@ -133,7 +136,9 @@ struct Layer {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   using release = py::call_guard<py::gil_scoped_release>;
   const py::module_local local;  // other libraries may have classes of these names
-  py::class_<Product>(module, "Product", local).def(py::init<std::string, std::vector<Tensor>, Optional>()).def("of", &Product::of, release());
+  py::class_<Product>(module, "Product", local)
+      .def(py::init<std::string, std::vector<Tensor>, Optional, std::vector<int64_t>>())
+      .def("of", &Product::of, release());
   py::class_<Norm>(module, "Norm", local).def(py::init<Tensor, double>());
   py::class_<Layer>(module, "Layer", local)
       .def(py::init<Norm, Product, Optional, double, Product, Norm, Product, Product, int64_t, int64_t, int64_t>())

@@ -151,7 +151,7 @@ class Norm:
 
     def __init__(self, module: nn.Module, fixed: bool) -> None:
         self._module, self._eps = module, module.variance_epsilon
-        self._kept = torch.cat([module.weight] * 2) if fixed else None
+        self._kept = torch.cat([module.weight] * 2) if fixed and module.weight.dtype in HALF else None
 
     def __call__(self, x: Tensor) -> Tensor:
         weight = self._module.weight
@@ -163,8 +163,7 @@ class Norm:
 
     def in_cpp(self, library: ModuleType) -> object:
         """Return the same norm from C++; its weights are fixed."""
-        weight = self._module.weight
-        return library.Norm(self._kept if weight.dtype in HALF else weight, self._eps)
+        return library.Norm(self._module.weight if self._kept is None else self._kept, self._eps)
 
 
 class Calls(Protocol):

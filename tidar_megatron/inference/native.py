@@ -37,7 +37,7 @@ def library_file() -> Path:
     """Return the path of the compiled library for this source, torch, Python and processor; it may not exist."""
     what = [SOURCE.read_text(encoding="utf-8"), torch.__version__, sys.version, platform.machine()]
     digest = hashlib.sha256("\n".join(what).encode()).hexdigest()[:16]
-    return cache_folder() / f"{NAME}-{digest}{EXTENSION_SUFFIXES[0]}"
+    return cache_folder() / "compiled" / f"{NAME}-{digest}{EXTENSION_SUFFIXES[0]}"
 
 
 def compile_library() -> Path:
@@ -52,10 +52,12 @@ def compile_library() -> Path:
             raise UserError(f"{program}: not found; install it (apt-get install g++ ninja-build), and try again")
     path = library_file()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             _build(Path(folder))
             built = Path(folder) / f"{NAME}.so"
+            built.chmod(0o700)  # whatever the umask: a library that others can write is not loaded
             sync(built)
             replace_text(_checksum_file(path), sha256_of(built))
             os.replace(built, path)
@@ -64,7 +66,7 @@ def compile_library() -> Path:
         raise UserError(f"{path.parent}: {error.strerror}; set TIDAR_CACHE to a folder that can be written") from error
     library.cache_clear()
     if library() is None:
-        raise UserError(f"{path}: was compiled, but cannot be loaded; set TIDAR_CACHE to a folder of your own")
+        raise UserError(f"{path}: was compiled, but cannot be loaded; set TIDAR_CACHE to a new folder of your own")
     return path
 
 

@@ -19,11 +19,12 @@ def rounds_once(device: torch.device) -> bool:
 
 
 class Kernel(NamedTuple):
-    """A product as ``lean.cpp`` computes it: the name of the kernel, its tensors, and the bias."""
+    """A product as ``lean.cpp`` computes it: the name of the kernel, its tensors, the bias, and some sizes."""
 
     name: str
     tensors: list[Tensor]
     bias: Tensor | None
+    sizes: tuple[int, ...] = ()
 
 
 class Product(NamedTuple):

@@ -126,8 +126,7 @@ def int4_product(values: Tensor, scales: Tensor, bias: Tensor | None, dtype: tor
         product = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.contiguous(), blocks, GROUP, scales)
         return product[:, :outputs] if fill else product
 
-    size = torch.empty(outputs, GROUP, device="meta")  # tells C++ the number of outputs and the group
-    return _product(of, bias, Kernel("int4", [blocks, scales, size], bias))
+    return _product(of, bias, Kernel("int4", [blocks, scales], bias, (outputs, GROUP)))
 
 
 def _product(of: Callable[[Tensor], Tensor], bias: Tensor | None, kernel: Kernel | None = None) -> Product:
