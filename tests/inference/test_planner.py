@@ -2,7 +2,8 @@
 
 import json
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from tidar_megatron.inference import costs as timing
 from tidar_megatron.inference import engine
 from tidar_megatron.inference.acceptance import Acceptance, Outcomes
 from tidar_megatron.inference.candidates import Cost, expect
-from tidar_megatron.inference.costs import Clock, Costs, load_costs
+from tidar_megatron.inference.costs import Clock, Costs, TimedStep, load_costs
 from tidar_megatron.inference.drafting import Branches, Drafts, Linear, likeliest_outcomes
 from tidar_megatron.inference.engine import generate, generate_batch
 from tidar_megatron.inference.forward import ForwardLayout
@@ -61,7 +62,7 @@ def simulate(draft_length, branches, probability, cost, steps=20_000, seed=0):
 def test_what_is_expected_of_a_plan_is_what_it_does(draft_length, branches, probability):
     cost = Cost(Clock(MIDDLING), 100, 1, 272)
     expected = expect(draft_length, branches, believing(probability)).at(cost)
-    tokens, seconds = simulate(draft_length, branches, probability, cost)
+    tokens, seconds = simulate(draft_length, branches, probability, partial(cost, expected.kind))
     assert expected.tokens_per_forward == pytest.approx(tokens, rel=0.03)
     assert expected.seconds == pytest.approx(seconds, rel=0.03)
 
@@ -104,8 +105,17 @@ def test_costs_of_batches():
     one = Costs([1, 8], [64, 1064], [[1.0, 2.0], [8.0, 16.0]])
     assert one.of(1, 64, 8) == one.of(8, 64)  # never timed: as many tokens of one sequence
     batches = replace(one, batches=[(8, [1, 8], [3.0, 24.0]), (32, [1, 4], [6.0, 30.0])])
-    assert_allclose(batches.of([1, 8, 1, 4, 1], 64, [8, 8, 32, 32, 20]), [3.0, 24.0, 6.0, 30.0, 4.5])
-    assert_allclose(batches.of(1, 64, [1, 2, 44]), [1.0, 1 + 2 / 7, 7.5])
+    for tokens, batch, seconds in (
+        (1, 8, 3.0),
+        (8, 8, 24.0),
+        (1, 32, 6.0),
+        (4, 32, 30.0),
+        (1, 20, 4.5),
+        (1, 1, 1.0),
+        (1, 2, 1 + 2 / 7),
+        (1, 44, 7.5),
+    ):
+        assert batches.of(tokens, 64, batch) == pytest.approx(seconds)
     assert_allclose(batches.of(8, 64, 32), 62.0)  # beyond what was timed
     assert_allclose(batches.of([1, 8], 1064, 8), [3.0 + 8 * 1.0, 24.0 + 8 * 8.0])  # each reads a context of its own
 
@@ -124,7 +134,7 @@ def test_batches_are_timed_when_they_are_needed(trained, monkeypatch, tmp_path):
     assert found == [[], *[[(8, [1, 2])]] * 2, *[[(8, [1, 2]), (32, [1])]] * 2]
     monkeypatch.setattr(timing, "_best_seconds", lambda *_: pytest.fail("timed again"))
     kept = load_costs(trained, 99)
-    assert json.dumps(vars(kept)) == json.dumps(vars(planner.clock.costs))
+    assert json.dumps(asdict(kept)) == json.dumps(asdict(planner.clock.costs))
     forget_planner(trained)
 
 
@@ -325,18 +335,18 @@ def test_steps_that_read_prompts_are_counted_but_not_timed():
         planner.begin(2, 100)
         planner.observe(Drafts([0, 0]), ForwardLayout(2), 1)
         planner.end(20, None)
-    assert planner.choice.name == "ar" and planner.clock.curve(2, 100, 1)[1] == MIDDLING.of(1, 100, 2)
+    assert planner.choice.name == "ar" and planner.clock.curve(0, 2, 100, 1)[1] == MIDDLING.of(1, 100, 2)
 
 
 def test_sizes_that_were_not_seen_of_late_are_not_believed():
     clock = Clock(MIDDLING)
     for _ in range(40):
-        clock.observe([(1, 64, 8, 0.2)])
+        clock.observe(TimedStep(0, 1, 64, 8, 0.2))
     for _ in range(Clock.OLD):
-        clock.observe([(1, 64, 1, 0.001)])
-    assert clock.curve(1, 64, 8)[8] == pytest.approx(0.002, rel=0.01)
-    clock.observe([(1, 64, 8, 0.003)])
-    assert clock.curve(1, 64, 8)[8] == pytest.approx(0.003, rel=0.1)
+        clock.observe(TimedStep(0, 1, 64, 1, 0.001))
+    assert clock.curve(0, 1, 64, 8)[8] == pytest.approx(0.002, rel=0.01)
+    clock.observe(TimedStep(0, 1, 64, 8, 0.003))
+    assert clock.curve(0, 1, 64, 8)[8] == pytest.approx(0.003, rel=0.1)
 
 
 def test_plain_steps_of_a_batch_are_tried_where_only_larger_ones_are_known():

@@ -9,6 +9,9 @@ from tidar_megatron.inference.acceptance import Acceptance, Outcomes
 from tidar_megatron.inference.costs import Clock
 from tidar_megatron.inference.drafting import Branches, Linear, Policy, likeliest_outcomes
 
+# the kinds of plans by the work of their steps: plain ones, two alternating forwards, or branches
+PLAIN, ALTERNATING, BRANCHING = KINDS = range(3)
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -33,12 +36,17 @@ class Candidate:
 
     def at(self, cost: "Cost") -> "Candidate":
         """Return this candidate with its ``seconds`` set according to ``cost``."""
-        return replace(self, seconds=float(self.shares @ cost(self.sizes)))
+        return replace(self, seconds=float(self.shares @ cost(self.kind, self.sizes)))
 
     @property
     def key(self) -> tuple[int, int | None]:
         """The plan as (draft length, branches), without estimates."""
         return self.draft_length, self.branches
+
+    @property
+    def kind(self) -> int:
+        """The kind of work of its steps, one of :data:`KINDS`."""
+        return PLAIN if self.draft_length == 1 else ALTERNATING if self.branches == 0 else BRANCHING
 
     @property
     def name(self) -> str:
@@ -112,11 +120,13 @@ def expect(
 class Cost:
     """The latency per sequence, in seconds, of a step with ``batch`` equal sequences of ``context`` committed tokens.
 
-    A call takes the numbers of tokens per sequence, an int array, and returns float64 seconds of the same shape.
+    A call takes the kind of plan and the numbers of tokens per sequence, an int array, and returns float64 seconds of
+    the same shape.
     """
 
     def __init__(self, clock: Clock, context: float, batch: int, most_tokens: int) -> None:
-        self._curve, self._batch = clock.curve(batch, context, most_tokens), batch
+        self._curves = [clock.curve(kind, batch, context, most_tokens) for kind in KINDS]
+        self._batch = batch
 
-    def __call__(self, tokens: np.ndarray) -> np.ndarray:
-        return np.asarray(self._curve[tokens] / self._batch)
+    def __call__(self, kind: int, tokens: np.ndarray) -> np.ndarray:
+        return np.asarray(self._curves[kind][tokens] / self._batch)

@@ -5,11 +5,12 @@ import json
 import math
 import platform
 import time
+from bisect import bisect_right
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from functools import cache
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, cached_property
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -44,60 +45,90 @@ class Costs:
     seconds: list[list[float]]
     batches: list[tuple[int, list[int], list[float]]] = field(default_factory=list)
 
-    def of(self, tokens: ArrayLike, context: ArrayLike, batch: ArrayLike = 1) -> np.ndarray:
-        """Return the seconds, float64, of a forward over ``batch`` sequences.
-
-        The arguments are numbers or arrays and broadcast.
+    def of(self, tokens: ArrayLike, context: float, batch: int = 1) -> np.ndarray:
+        """Return the seconds of a forward over ``batch`` sequences, float64 in the shape of ``tokens``.
 
         Args:
-            tokens: The new tokens of each sequence.
+            tokens: The new tokens of each sequence, a number or an array.
             context: The cached tokens of each sequence.
             batch: The number of sequences.
         """
-        tokens, context, batch = np.broadcast_arrays(tokens, context, batch)
+        if batch == 1:
+            return self._of_one(tokens, context)
         short = self._of_one(tokens, self.contexts[0])
         longer = self._of_one(tokens, context) - short  # what a longer context adds, for each sequence
         if self.batches:
-            grid = np.stack([short, *(_line(sizes, seconds, tokens) for _, sizes, seconds in self.batches)])
-            low, high, share = _between([1, *(number for number, _, _ in self.batches)], batch)
-            near, far = (np.take_along_axis(grid, row[None], 0)[0] for row in (low, high))
-            short = near + share * (far - near)
+            rows = [self._columns[0], *self._of_batches]
+            near, far, share = _between([1, *(number for number, _, _ in self.batches)], batch)
+            short = rows[near].at(tokens) + share * (rows[far].at(tokens) - rows[near].at(tokens))
         else:
-            short = self._of_one(tokens * batch, self.contexts[0])
+            short = self._of_one(np.multiply(tokens, batch), self.contexts[0])
         return np.asarray(short + batch * longer)
 
-    def _of_one(self, tokens: ArrayLike, context: ArrayLike) -> np.ndarray:
-        # Force monotonicity: more tokens or context never take less time, and a falling line would extrapolate to 0.
-        table = np.maximum.accumulate(np.maximum.accumulate(np.array(self.seconds), axis=0), axis=1)
-        row, next_row, share = _between(self.sizes, tokens)
-        column, next_column, part = _between(self.contexts, context)
-        near, far = (
-            table[rows, column] + part * (table[rows, next_column] - table[rows, column]) for rows in (row, next_row)
-        )
-        return np.asarray(near + share * (far - near))
+    def _of_one(self, tokens: ArrayLike, context: float) -> np.ndarray:
+        near, far, share = _between(self.contexts, context)
+        short = self._columns[near].at(tokens)
+        return np.asarray(short if near == far else short + share * (self._columns[far].at(tokens) - short))
+
+    @cached_property
+    def _columns(self) -> list["_Line"]:
+        # Force monotonicity: more context never takes less time, as more tokens do not.
+        table = np.maximum.accumulate(np.array(self.seconds), axis=1)
+        return [_Line(self.sizes, column) for column in table.T]
+
+    @cached_property
+    def _of_batches(self) -> list["_Line"]:
+        return [_Line(sizes, np.array(seconds)) for _, sizes, seconds in self.batches]
 
 
-def _line(sizes: Sequence[int], seconds: Sequence[float], at: ArrayLike) -> np.ndarray:
-    """Return ``seconds`` at the sizes ``at``, linear between ``sizes`` and beyond the last, and never falling."""
-    rising = np.maximum.accumulate(np.array(seconds))
-    left, right, share = _between(sizes, at)
-    return np.asarray(rising[left] + share * (rising[right] - rising[left]))
+class _Line:
+    """Seconds by the number of tokens: linear between ``sizes`` and beyond the last, and never falling."""
+
+    FAR = 2.0**20
+
+    def __init__(self, sizes: Sequence[int], seconds: np.ndarray) -> None:
+        rising = np.maximum.accumulate(seconds)  # a falling line would extrapolate to 0
+        slope = (rising[-1] - rising[-2]) / (sizes[-1] - sizes[-2]) if len(sizes) > 1 else 0.0
+        self._sizes = np.array([*sizes, sizes[-1] + self.FAR])
+        self._seconds = np.append(rising, rising[-1] + slope * self.FAR)
+
+    def at(self, tokens: ArrayLike) -> np.ndarray:
+        return np.asarray(np.interp(np.asarray(tokens), self._sizes, self._seconds))
 
 
-def _between(places: Sequence[int], at: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _between(places: Sequence[int], at: float) -> tuple[int, int, float]:
     """Return the indices of the grid points left and right of ``at``, and the fraction of the way between them.
 
     The fraction is above 1 beyond the last grid point and 0 before the first.
     """
-    known, last = np.array(places), len(places) - 1
-    left = np.clip(np.searchsorted(known, at, side="right") - 1, 0, max(last - 1, 0))
-    right = np.minimum(left + 1, last)
-    return left, right, np.maximum(0.0, (np.asarray(at) - known[left]) / np.maximum(known[right] - known[left], 1))
+    last = len(places) - 1
+    left = min(max(bisect_right(places, at) - 1, 0), max(last - 1, 0))
+    right = min(left + 1, last)
+    return left, right, max(0.0, (at - places[left]) / max(places[right] - places[left], 1))
+
+
+@dataclass(frozen=True)
+class TimedStep:
+    """A step that was timed.
+
+    Attributes:
+        kind: The kind of its plan, :attr:`Candidate.kind`.
+        batch: The number of sequences.
+        context: Committed tokens per sequence, on average.
+        tokens: The tokens of the forward, all sequences together.
+        seconds: The duration of the step.
+    """
+
+    kind: int
+    batch: int
+    context: float
+    tokens: int
+    seconds: float
 
 
 @dataclass
 class _Bin:
-    """The latest steps of about one size: the ratios of observed to timed seconds, and the number of the last step."""
+    """The latest steps of a kind and about one size: the ratios of observed to timed seconds, and the last's number."""
 
     ratios: deque[float]
     last: int = 0
@@ -107,43 +138,36 @@ class _Bin:
 class Clock:
     """A correction of :class:`Costs` by observed steps: a step does more than a forward, and the machine's load varies.
 
-    The ratio of observed to timed seconds is tracked per batch size and step size, both in bins of half an octave. The
-    median of the latest steps is used, because single steps are disturbed. Sizes without recent steps take the ratios
-    of nearby sizes, weighted by distance.
+    The ratio of observed to timed seconds is tracked by batch size, kind of plan and step size, the sizes in bins of
+    half an octave. The median of the latest steps is used, because single steps are disturbed. Sizes without recent
+    steps take the ratios of nearby sizes, weighted by distance, and of other kinds.
     """
 
     KEPT = 31  # steps kept per size
     OLD = 512  # steps at the same batch size after which a size's steps are stale
+    OTHER_KIND = 1  # another kind of plan weighs as little as a size that is so many half octaves away
 
     def __init__(self, costs: Costs) -> None:
         self.costs = costs
-        self._bins: defaultdict[int, dict[int, _Bin]] = defaultdict(dict)  # by batch, then by size
+        self._bins: defaultdict[int, dict[tuple[int, int], _Bin]] = defaultdict(dict)  # by batch, then (kind, size)
         self._count: defaultdict[int, int] = defaultdict(int)  # number of steps, by batch
 
-    def observe(self, steps: Sequence[tuple[int, float, int, float]]) -> None:
-        """Record steps, all at once because that takes little more time than one.
+    def observe(self, step: TimedStep) -> None:
+        """Record a step."""
+        expected = float(self.costs.of(step.tokens / step.batch, step.context, step.batch))
+        octave = octaves(step.batch)
+        count = self._count[octave] = self._count[octave] + 1
+        seen = self._bins[octave].setdefault((step.kind, octaves(step.tokens)), _Bin(deque(maxlen=self.KEPT)))
+        if seen.last <= count - self.OLD:
+            seen.ratios.clear()
+        seen.ratios.append(step.seconds / expected)
+        seen.last, seen.median = count, None
 
-        Args:
-            steps: One tuple per step: the number of sequences, the committed tokens per sequence on average, the tokens
-                of the forward, all sequences together, and the seconds that it took.
-        """
-        if not steps:
-            return
-        batches, contexts, tokens, seconds = np.array(steps).T
-        ratios = seconds / self.costs.of(tokens / batches, contexts, batches)
-        for (batch, _, size, _), ratio in zip(steps, ratios.tolist(), strict=True):
-            octave = octaves(batch)
-            count = self._count[octave] = self._count[octave] + 1
-            seen = self._bins[octave].setdefault(octaves(size), _Bin(deque(maxlen=self.KEPT)))
-            if seen.last <= count - self.OLD:
-                seen.ratios.clear()
-            seen.ratios.append(ratio)
-            seen.last, seen.median = count, None
-
-    def curve(self, batch: int, context: float, most: int) -> np.ndarray:
+    def curve(self, kind: int, batch: int, context: float, most: int) -> np.ndarray:
         """Return the seconds of a step with 0, 1, ..., ``most`` tokens of each sequence, float64 ``[most + 1]``.
 
         Args:
+            kind: The kind of plan.
             batch: The number of sequences.
             context: Committed tokens per sequence, on average.
             most: The largest number of tokens of a sequence.
@@ -151,14 +175,16 @@ class Clock:
         every = np.arange(most + 1)
         timed = self.costs.of(every, context, batch)
         octave = octaves(batch)
-        seen = {size: b for size, b in self._bins[octave].items() if b.last > self._count[octave] - self.OLD}
+        seen = {key: b for key, b in self._bins[octave].items() if b.last > self._count[octave] - self.OLD}
         if not seen:
             return timed
         for one in seen.values():
             if one.median is None:
                 one.median = median(one.ratios)
         medians, counts = np.array([(one.median, len(one.ratios)) for one in seen.values()]).T
-        near = np.maximum(8.0 ** -abs(np.arange(octaves(most * batch) + 1)[:, None] - np.array(list(seen))), 1e-4)
+        kinds, sizes = np.array(list(seen)).T
+        away = abs(np.arange(octaves(most * batch) + 1)[:, None] - sizes) + self.OTHER_KIND * (kinds != kind)
+        near = np.maximum(8.0**-away, 1e-4)
         near *= np.minimum(counts / 8, 1.0) ** 2  # a size with few steps weighs less
         ratios = (near @ medians + 1e-5) / (near.sum(axis=1) + 1e-5)
         return timed * ratios[np.rint(2 * np.log2(np.maximum(every * batch, 1))).astype(int)]
@@ -188,7 +214,7 @@ def load_costs(model: DecodeModel, batch_size: int = 1) -> Costs:
     if costs is not cached:
         with suppress(OSError):  # an unwritable cache: measure again next time
             path.parent.mkdir(parents=True, exist_ok=True)
-            replace_text(path, json.dumps(vars(costs)))
+            replace_text(path, json.dumps(asdict(costs)))
     return costs
 
 

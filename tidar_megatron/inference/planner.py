@@ -8,6 +8,7 @@ plan affects the speed of generation, never the output.
 """
 
 import math
+from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,8 +17,8 @@ import torch
 from transformers import PreTrainedModel
 
 from tidar_megatron.inference.acceptance import Acceptance, Outcomes
-from tidar_megatron.inference.candidates import Candidate, Cost, expect
-from tidar_megatron.inference.costs import Clock, Costs, batches_for, load_costs, octaves
+from tidar_megatron.inference.candidates import BRANCHING, Candidate, Cost, expect
+from tidar_megatron.inference.costs import Clock, Costs, TimedStep, batches_for, load_costs, octaves
 from tidar_megatron.inference.drafting import Drafts, Policy
 from tidar_megatron.inference.forward import ForwardLayout
 from tidar_megatron.inference.model import DecodeModel
@@ -32,7 +33,9 @@ class _Place:
     choice: Candidate
     steps: int = 0  # steps since the last decision
     look_after: int = 0  # steps after which to decide again
-    tried: set[tuple[int, int | None]] = field(default_factory=set)  # the plans that were ever chosen
+    total: int = 0  # steps in this place
+    again: dict[tuple[int, int | None], int] = field(default_factory=dict)  # by plan tried: when it may be tried again
+    kinds: set[int] = field(default_factory=set)  # the kinds of the plans that were tried
 
 
 class Planner:
@@ -48,13 +51,14 @@ class Planner:
     SELDOM = 1024  # steps between two decisions in the steady state
     SURPRISE = 12.0  # CUSUM threshold in nats per recorded sequence at which most of the statistics are discarded
     SUSPICION, CHECK = 0.5, 16  # CUSUM level in nats at which, as with little data, drafts are tried again sooner
-    SAMPLED = 4  # after a trial, one step in four is timed, because recording takes time
+    AGAIN, TIMES = 128, 2  # a plan tried at step n of a place may be tried again at step 128 + 2 n: steps are disturbed
+    TIMED = 12  # steps before a decision that its estimates of latency are corrected by
     AT_ONCE = 32  # records to learn from in one batch; a sequence adds two per step
     TRIAL = 12  # steps of a trial, fewer for a batch: of offsets beyond the chosen block, or of the latency of a plan
     WORTH = 1.03  # drafts are worth it from this ratio to the throughput of plain steps: estimates are off by as much
-    # plans with this share of the best one's throughput are tried once, for estimates are off by as much; plain steps
-    # need less, because the larger steps of other plans say little about them
-    CLOSE, CLOSE_PLAIN = 0.92, 0.5
+    # plans with this share of the best one's throughput are tried once, for estimates are off by as much; the best of a
+    # kind that was never tried needs less, because the steps of other kinds say little about it
+    CLOSE, CLOSE_KIND = 0.92, 0.5
 
     def __init__(self, costs: Costs, block_size: int) -> None:
         self.lengths = sorted({k for k in (2, 3, 4, 6, 8, 12, 16, 24, 32) if k <= block_size} | {block_size})
@@ -74,13 +78,16 @@ class Planner:
         self._next_trial = self.SELDOM
         self._followed: tuple[int, int | None] | None = None  # the plan of the last step
         self._turn = 0  # counts sequences that report
-        # records that _learn has not yet processed: those of Clock.observe, and the outcomes of drafts, by plan
-        self._timed: list[tuple[int, float, int, float]] = []
+        # the latest steps that the clock has not yet seen, and the outcomes of drafts that _learn has not yet processed
+        self._timed: deque[TimedStep] = deque(maxlen=self.TIMED)
         self._seen: list[tuple[tuple[int, int | None], int, list[float], int, int]] = []
 
     def candidates(self) -> list[Candidate]:
         """Return every plan with its current estimates, highest throughput first."""
         self._learn()
+        for step in self._timed:
+            self.clock.observe(step)
+        self._timed.clear()
         rest = min(max(8, (self._steps - self._start) // 2), self.SELDOM)
         if not self._expected or (self._news and self._steps - self._looked >= rest):
             self._looked, self._news = self._steps, False
@@ -105,7 +112,7 @@ class Planner:
             context: Committed tokens per sequence, on average.
         """
         self._batch, self._context = batch, context
-        if len(self._timed) + len(self._seen) >= self.AT_ONCE:
+        if len(self._seen) >= (self.AT_ONCE if self.choice.draft_length > 1 else 1):  # probes are rare
             self._learn()
         place = batch.bit_length(), int(2 * math.log2(1 + context / 512))
         if place not in self._places:
@@ -117,7 +124,8 @@ class Planner:
             trial = max(4, self.TRIAL - octaves(batch))
             here.look_after = trial if is_new else min(2 * here.look_after + 4, self.SELDOM)
             here.choice = chosen
-            here.tried.add(chosen.key)
+            here.again[chosen.key] = self.AGAIN + self.TIMES * here.total
+            here.kinds.add(chosen.kind)
         self.choice = here.choice
 
     def _choose(self, here: _Place) -> Candidate:
@@ -131,8 +139,8 @@ class Planner:
             self._next_trial = self._steps + self.TRIAL + self.SELDOM
             return next(plan for plan in found if plan.draft_length == self.lengths[-1] and plan.branches)
         for plan in found:
-            needed = self.CLOSE if plan.draft_length > 1 else self.CLOSE_PLAIN
-            if plan.key not in here.tried and plan.rate > needed * best.rate:
+            needed = self.CLOSE if plan.kind in here.kinds else self.CLOSE_KIND
+            if here.total >= here.again.get(plan.key, 0) and plan.rate > needed * best.rate:
                 return plan
         present = next(plan for plan in found if plan.key == here.choice.key)
         return present if present.rate > 0.98 * best.rate else best
@@ -153,10 +161,17 @@ class Planner:
         """
         self._steps += 1
         self._here.steps += 1
+        self._here.total += 1
         # a step after a change of the plan is not typical
         is_settled, self._followed = self._followed == self.choice.key, self.choice.key
-        if seconds is not None and is_settled and (self._here.steps <= self.TRIAL or self._steps % self.SAMPLED == 0):
-            self._timed.append((self._batch, self._context, tokens, seconds))
+        if seconds is None:
+            return
+        kind, is_probe = self.choice.kind, self.choice.draft_length == 1 and tokens > self._batch
+        step = TimedStep(BRANCHING if is_probe else kind, self._batch, self._context, tokens, seconds)
+        if is_probe:
+            self.clock.observe(step)
+        elif is_settled:
+            self._timed.append(step)
 
     def observe(self, drafts: Drafts, layout: ForwardLayout, accepted: int) -> None:
         """Record the outcome of a sequence's drafts, for :meth:`_learn` to process later.
@@ -181,8 +196,7 @@ class Planner:
 
     def _learn(self) -> None:
         """Process the recorded steps in one batch: work between forwards runs with cold caches and delays the step."""
-        self.clock.observe(self._timed)
-        seen, self._timed, self._seen = self._seen, [], []
+        seen, self._seen = self._seen, []
         self._news |= bool(seen)
         for key, lag, confidences, num_drafts, accepted in seen:
             if num_drafts == 1:
