@@ -59,6 +59,7 @@ class Planner:
     # plans with this share of the best one's throughput are tried once, for estimates are off by as much; the best of a
     # kind that was never tried needs less, because the steps of other kinds say little about it
     CLOSE, CLOSE_KIND = 0.92, 0.5
+    SPENT, HEADSTART = 0.1, 300  # the part of the steps that trials may take, as if there had been so many steps before
 
     def __init__(self, costs: Costs, block_size: int) -> None:
         self.lengths = sorted({k for k in (2, 3, 4, 6, 8, 12, 16, 24, 32) if k <= block_size} | {block_size})
@@ -75,7 +76,7 @@ class Planner:
         self._batch, self._context = 1, 0.0
         # total steps; their number at the last reset and at the last update of the estimates; calls of wants_a_probe
         self._steps, self._start, self._looked, self._plain = 0, 0, 0, 0
-        self._next_trial = self.SELDOM
+        self._next_trial, self._trials = self.SELDOM, 0
         self._followed: tuple[int, int | None] | None = None  # the plan of the last step
         self._turn = 0  # counts sequences that report
         # the latest steps that the clock has not yet seen, and the outcomes of drafts that _learn has not yet processed
@@ -138,9 +139,12 @@ class Planner:
         if best.draft_length < self.lengths[-1] and self._steps >= self._next_trial:
             self._next_trial = self._steps + self.TRIAL + self.SELDOM
             return next(plan for plan in found if plan.draft_length == self.lengths[-1] and plan.branches)
-        for plan in found:
-            needed = self.CLOSE if plan.kind in here.kinds else self.CLOSE_KIND
-            if here.total >= here.again.get(plan.key, 0) and plan.rate > needed * best.rate:
+        if self._trials * self.TRIAL <= self.SPENT * (self._steps + self.HEADSTART):
+            due = [plan for plan in found if here.total >= here.again.get(plan.key, 0)]
+            unknown = (plan for plan in due if plan.kind not in here.kinds and plan.rate > self.CLOSE_KIND * best.rate)
+            plan = next(unknown, due[0] if due else best)
+            if plan is not best and (plan.kind not in here.kinds or plan.rate > self.CLOSE * best.rate):
+                self._trials += 1
                 return plan
         present = next(plan for plan in found if plan.key == here.choice.key)
         return present if present.rate > 0.98 * best.rate else best
