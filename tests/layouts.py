@@ -43,6 +43,7 @@ class Waits(TorchDispatchMode):
 def run_layout(setup, name, folder):
     """The first step's token losses and this rank's gradients, then losses and gradient norms of two steps."""
     from tidar_megatron.config import build_config
+    from tidar_megatron.models.initialize import initialize_drafts
     from tidar_megatron.models.loss import token_losses
     from tidar_megatron.models.parameters import own_parameters
     from tidar_megatron.training.layout_check import gather_gradients
@@ -53,13 +54,18 @@ def run_layout(setup, name, folder):
     torch.set_num_threads(1)
     config = build_config({**setup, "parallel": LAYOUTS[name], "checkpoint": {"save": str(folder / name)}})
     trainer = Trainer.build(config)
-    ranks, alpha = trainer.ranks, config.tidar.ar_loss_weight
+    ranks, alpha, drafts = trainer.ranks, config.ar_loss_weight, config.trains_drafts
+    if drafts:
+        initialize_drafts(trainer.model, config.training.seed, output_std=0.05)  # so that every weight matters
+        trainer.optimizer.reload_model_params()
     last, hidden = trainer.model[-1], []
     handle = last.register_forward_hook(lambda module, args, out: hidden.append(out.detach().clone()))
     sums, counts = forward_backward(trainer.ddp, trainer.step_batches(), alpha, ranks)
     handle.remove()
-    batches = trainer.step_batches() if ranks.is_last_stage else []
+    batches = trainer.step_batches() if ranks.is_last_stage and not drafts else []
+    hidden = hidden if batches else []
     losses = [token_losses(last, batch, states)[1] for batch, states in zip(batches, hidden, strict=bool(batches))]
+    base = {n: p.detach().clone() for n, p, _ in own_parameters(trainer.model)} if drafts else {}
     with Waits() as waits:
         norm = gradient_norm(trainer.optimizer, trainer.ddp)
     gather_gradients(trainer.ddp)
@@ -71,8 +77,8 @@ def run_layout(setup, name, folder):
         "first_losses": (sums / counts).tolist(),
         "supervised": [(b.ar_tokens, b.diffusion_tokens) for b in trainer.step_batches()],
         "token_losses": losses,
-        "grads": {n: p.main_grad.detach().clone() for n, p, _ in own_parameters(trainer.model)},
-        "weights": {n: p.detach().clone() for n, p, _ in own_parameters(trainer.model)},
+        "grads": {n: p.main_grad.detach().clone() for n, p, _ in own_parameters(trainer.model, drafts)},
+        "weights": {n: p.detach().clone() for n, p, _ in own_parameters(trainer.model, drafts)} | base,
     }
     steps = [trainer.step() for _ in range(STEPS)]
     result["losses"] = [(s["ar_loss"], s["diffusion_loss"]) for s in steps]

@@ -27,6 +27,20 @@ def training_mask(document, index, block_size):
     return mask
 
 
+def anywhere_mask(document, index, starts, block_size):
+    """The same for blocks that start at the places ``starts``: bool [S + M, S + M], M = len(starts) * block_size."""
+    S, M = len(index), len(starts) * block_size
+    mask = torch.zeros(S + M, S + M, dtype=torch.bool)
+    mask[:S, :S] = training_mask(document, index, block_size)[:S, :S]
+    for q in range(M):
+        start = starts[q // block_size]
+        for k in range(S):  # the clean tokens of its document before its block
+            mask[S + q, k] = document[k] == document[start] and k < start
+        for k in range(M):
+            mask[S + q, S + k] = q // block_size == k // block_size
+    return mask
+
+
 def rotate(x, positions, base):
     """``x`` [b, heads, t, d], rotary embedding of the half-split kind."""
     half = x.shape[-1] // 2
@@ -41,21 +55,31 @@ def rms_norm(x, weight, eps):
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
 
 
-def token_losses(weights, shape, tokens, labels, mask, positions):
+def token_losses(weights, shape, tokens, labels, mask, positions, clean=None, scale=0.0):
     """Cross-entropy of each token, ``tokens``/``labels`` [b, t], ``mask`` [b, t, t] -> [b, t].
 
-    Of a padded vocabulary the ids alone: its logits are cut off before the softmax.
+    Of a padded vocabulary the ids alone: its logits are cut off before the softmax. With draft weights, the tokens
+    after the first ``clean`` ones have an input of their own, and ``scale`` times the product of a pair in each linear.
     """
     h, g, d, eps = shape.num_attention_heads, shape.num_query_groups, shape.kv_channels, shape.norm_epsilon
     batch, length = tokens.shape
     x = weights["embedding.word_embeddings.weight"][tokens]
+    if clean is not None:
+        x = torch.cat([x[:, :clean], weights["mask_embedding.weight"].expand(batch, length - clean, -1)], dim=1)
     for layer in range(shape.num_layers):
 
         def w(name, layer=layer):
             return weights.get(f"decoder.layers.{layer}.{name}")
 
+        def linear(y, name, w=w):
+            out = y @ w(f"{name}.weight").T
+            if clean is None or w(f"{name}.draft.a") is None:
+                return out
+            added = scale * y[:, clean:] @ w(f"{name}.draft.a").T @ w(f"{name}.draft.b").T
+            return torch.cat([out[:, :clean], out[:, clean:] + added], dim=1)
+
         y = rms_norm(x, w("input_layernorm.weight"), eps)
-        qkv = y @ w("self_attention.linear_qkv.weight").T
+        qkv = linear(y, "self_attention.linear_qkv")
         if (bias := w("self_attention.linear_qkv.bias")) is not None:
             qkv = qkv + bias
         qkv = qkv.view(batch, length, g, h // g + 2, d)  # each group: its queries, its key, its value
@@ -67,10 +91,10 @@ def token_losses(weights, shape, tokens, labels, mask, positions):
         q, k = rotate(q, positions, shape.rotary_base), rotate(k, positions, shape.rotary_base)
         scores = (q @ k.transpose(-1, -2) / d**0.5).masked_fill(~mask[:, None], float("-inf"))
         attended = (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, length, h * d)
-        x = x + attended @ w("self_attention.linear_proj.weight").T
+        x = x + linear(attended, "self_attention.linear_proj")
         y = rms_norm(x, w("pre_mlp_layernorm.weight"), eps)
-        gate, up = (y @ w("mlp.linear_fc1.weight").T).chunk(2, dim=-1)
-        x = x + (F.silu(gate) * up) @ w("mlp.linear_fc2.weight").T
+        gate, up = linear(y, "mlp.linear_fc1").chunk(2, dim=-1)
+        x = x + linear(F.silu(gate) * up, "mlp.linear_fc2")
     x = rms_norm(x, weights["decoder.final_layernorm.weight"], eps)
     logits = x @ weights.get("output_layer.weight", weights["embedding.word_embeddings.weight"]).T
     logits = logits[..., : shape.vocab_size]

@@ -36,6 +36,7 @@ from tidar_megatron.checkpoint.optimizer_state import fill, state_to_fill, state
 from tidar_megatron.checkpoint.pickles import read_metadata, weights_only
 from tidar_megatron.checkpoint.random_states import random_states, restore_random_states
 from tidar_megatron.errors import UserError
+from tidar_megatron.models.parameters import is_draft_weight
 
 STATE_FILE = "state.json"
 
@@ -63,10 +64,15 @@ class Trained:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
 
+    @property
+    def trains_drafts(self) -> bool:
+        """Return whether only draft weights are trained, so that a checkpoint holds them alone."""
+        return self.model[0].draft_passes is not None
+
 
 def tensors_to_save(run: Trained) -> dict[str, Any]:
     """Return the state dict for ``dist_checkpointing.save``, with this rank's part of the optimizer."""
-    weights = _weights(run.model)
+    weights = _weights(run.model, run.trains_drafts)
     return {
         **weights,
         "optimizer": state_to_save(run.optimizer, weights),
@@ -166,8 +172,8 @@ def load(checkpoint: Path, run: Trained, same_layout: bool) -> None:
         Damaged: The checkpoint contains something that this package does not write.
     """
     saved = read_metadata(checkpoint).state_dict_metadata
-    load_weights(checkpoint, run.model)
-    weights = _weights(run.model)
+    load_weights(checkpoint, run.model, run.trains_drafts)
+    weights = _weights(run.model, run.trains_drafts)
     asked, frame = state_to_fill(run.optimizer, weights, saved)
     # a separate key, so that the tensors are not merged into the checkpoint's own optimizer dict
     loaded = _read(checkpoint, {"asked": asked})
@@ -177,16 +183,22 @@ def load(checkpoint: Path, run: Trained, same_layout: bool) -> None:
         restore_random_states(_read_json(checkpoint / _random_file(dist.get_rank())))
 
 
-def load_weights(checkpoint: Path, model: list[GPTModel]) -> None:
+def load_weights(checkpoint: Path, model: list[GPTModel], drafts: bool = False) -> None:
     """Load the weights of a model that was trained in any layout, without the optimizer's state. Collective.
+
+    Args:
+        checkpoint: The checkpoint's folder.
+        model: This rank's chunks.
+        drafts: Whether to load the draft weights; otherwise the base model's are loaded.
 
     Raises:
         Damaged: The checkpoint contains something that this package does not write.
     """
     read_metadata(checkpoint)
-    loaded = _read(checkpoint, _weights(model))
+    loaded = _read(checkpoint, _weights(model, drafts))
     for name, chunk in zip(_names(model), model, strict=True):
-        chunk.load_state_dict(loaded[name])
+        others = {key: value for key, value in chunk.state_dict().items() if is_draft_weight(key) != drafts}
+        chunk.load_state_dict({**others, **loaded[name]})
 
 
 def _read(checkpoint: Path, asked: dict[str, Any]) -> dict[str, Any]:
@@ -198,8 +210,11 @@ def _read(checkpoint: Path, asked: dict[str, Any]) -> dict[str, Any]:
         raise Damaged(f"{checkpoint} is refused: {' '.join(str(first).split())[:200]}") from error
 
 
-def _weights(model: list[GPTModel]) -> dict[str, Any]:
-    return {name: chunk.sharded_state_dict() for name, chunk in zip(_names(model), model, strict=True)}
+def _weights(model: list[GPTModel], drafts: bool) -> dict[str, Any]:
+    def of(chunk: GPTModel) -> dict[str, Any]:
+        return {key: entry for key, entry in chunk.sharded_state_dict().items() if is_draft_weight(key) == drafts}
+
+    return {name: of(chunk) for name, chunk in zip(_names(model), model, strict=True)}
 
 
 def _names(model: list[GPTModel]) -> list[str]:

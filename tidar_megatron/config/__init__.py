@@ -10,7 +10,7 @@ from tidar_megatron.config.reader import (
     load_resolved_config,
     parse_config,
 )
-from tidar_megatron.config.sections import HealthConfig, ModelConfig, ParallelConfig, TiDARConfig
+from tidar_megatron.config.sections import DraftConfig, HealthConfig, ModelConfig, ParallelConfig, TiDARConfig
 from tidar_megatron.config.tree import Config, ResolvedConfig
 
 CONFIG_FILE = "resolved_config.yaml"  # the resolved configuration, in the run's folder
@@ -20,6 +20,7 @@ __all__ = [
     "FIELDS",
     "SECTIONS",
     "Config",
+    "DraftConfig",
     "HealthConfig",
     "ModelConfig",
     "ParallelConfig",

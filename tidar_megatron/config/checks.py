@@ -72,6 +72,19 @@ def check_fraction(config: Config) -> None:
         shards = cp * tp // math.gcd(cp * tp, config.tidar.block_size)  # fewest with a multiple of CP x TP tokens
         if math.lcm(step, shards) != step:
             step, why = math.lcm(step, shards), f"{why}, and {TP} {tp}" if why else f"{TP} {tp}"
+    tidar = config.tidar
+    given, count = f"--blocks-per-sequence {tidar.blocks_per_sequence}", tidar.blocks_per_sequence
+    if count is not None and tidar.diffusion_block_fraction < 1:
+        raise UserError(f"{given}: --diffusion-block-fraction says how many, too; leave one of them out")
+    anywhere = tidar.block_starts == "anywhere"
+    if anywhere and tidar.masking == "random":
+        raise UserError("--block-starts anywhere: random masking has aligned blocks; leave out --masking random")
+    most = config.data.seq_length if anywhere else blocks
+    if count is not None and count > most:
+        why = "places to start" if anywhere else "aligned blocks; more of them need --block-starts anywhere"
+        raise UserError(f"{given}: a sequence has {most} {why}; nearest: {most}")
+    if chosen % step and count is not None:
+        raise UserError(f"{given}: must be a multiple of {step} ({why}); nearest: {nearest(count, step)}")
     if chosen % step:
         works = shortest_fraction(nearest(chosen, step), blocks)
         raise UserError(
@@ -95,6 +108,8 @@ def check_switches(config: Config) -> None:
         raise UserError("--overlap-param-gather: needs --overlap-grad-reduce as well")
     if config.tidar.init_mask_token and not config.training.init_from:
         raise UserError("--init-mask-token: needs --init-from; all rows of a new model are initialized alike")
+    if config.trains_drafts:
+        check_drafts(config)
     if config.logging.log_sample_ids and not config.checkpoint.save:
         raise UserError("--log-sample-ids: needs --save, the folder that the log is written to")
     if config.logging.log_samples and not (config.checkpoint.save and config.data.valid_data):
@@ -115,6 +130,25 @@ def check_switches(config: Config) -> None:
         )
     if model.moe_grouped_gemm and local:
         raise UserError("--moe-grouped-gemm: needs --transformer-impl transformer_engine; or leave it out")
+
+
+def check_drafts(config: Config) -> None:
+    """Refuse flags that mean nothing when only draft weights are trained.
+
+    Raises:
+        UserError: The message names both flags.
+    """
+    if config.model.transformer_impl != "local":
+        raise UserError("--train drafts: needs --transformer-impl local, whose linear layers take a pair")
+    if not config.drafts.draft_modules:
+        raise UserError("--draft-modules: name at least one module")
+    for given, name in (
+        (config.tidar.ar_warmup_fraction > 0, "--ar-warmup-fraction"),
+        (config.tidar.masking == "random", "--masking random"),
+        (config.logging.log_samples > 0, "--log-samples"),
+    ):
+        if given:
+            raise UserError(f"{name}: means nothing with --train drafts; leave it out")
 
 
 def check_schedule(config: Config) -> None:

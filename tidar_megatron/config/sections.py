@@ -71,12 +71,48 @@ class TiDARConfig(Section):
         "sequence; evaluation masks all blocks",
         1.0,
     )
+    block_starts: Literal["aligned", "anywhere"] = described(
+        "where the blocks of a training step start: aligned at multiples of block-size in each document, or anywhere, "
+        "as in decoding; evaluation has aligned blocks",
+        "aligned",
+    )
+    blocks_per_sequence: Count | None = described(
+        "blocks of each sequence that have mask tokens in a training step; default: all aligned ones, or as "
+        "many blocks that start anywhere, of which there may be more",
+        None,
+    )
     attention_backend: Literal["auto", "chunked", "flex", "transformer_engine", "dense"] = described(
         "attention kernel of training; auto: transformer_engine or flex on a GPU, chunked on a CPU; dense is the "
         "reference with a full 2S x 2S mask",
         "auto",
     )
     attention_chunk_size: Count = described("tokens per chunk of the chunked attention backend", 256)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftConfig(Section):
+    """Draft weights on a frozen AR model: low-rank pairs that act on mask tokens alone (arXiv 2507.11851)."""
+
+    train: Literal["all", "drafts"] = described(
+        "all trains every weight; drafts freezes the model of --init-from and trains weights that act on mask tokens "
+        "alone, so its AR output never changes",
+        "all",
+    )
+    draft_rank: Count = described("rank of the pair beside each linear layer", 64)
+    draft_alpha: Positive = described("the product of a pair is multiplied by draft-alpha / draft-rank", 128.0)
+    draft_modules: tuple[Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"], ...] = described(
+        "linear layers that have a pair", ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+    )
+    draft_loss: Literal["ce", "argmax", "kl", "tv", "hybrid"] = described(
+        "what a draft learns: ce the data's token, argmax the model's likeliest token; kl, tv, hybrid its distribution",
+        "ce",
+    )
+    draft_loss_weighting: Literal["none", "reach", "decay"] = described(
+        "how the offsets in a block are weighted: reach by how far a draft gets, decay by exp(-offset / 4)", "reach"
+    )
+    draft_selector: NonNegative = described(
+        "rank of the selector, a head that walks a block and chooses among the likeliest tokens; 0: none", 128
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ import yaml
 from tidar_megatron.config.sections import (
     CheckpointConfig,
     DataConfig,
+    DraftConfig,
     HealthConfig,
     LoggingConfig,
     ModelConfig,
@@ -25,6 +26,7 @@ class Config(Section):
     """The complete configuration."""
 
     tidar: TiDARConfig = dataclasses.field(default_factory=TiDARConfig)
+    drafts: DraftConfig = dataclasses.field(default_factory=DraftConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
@@ -35,6 +37,16 @@ class Config(Section):
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
 
     @property
+    def trains_drafts(self) -> bool:
+        """Return whether only the draft weights are trained."""
+        return self.drafts.train == "drafts"
+
+    @property
+    def ar_loss_weight(self) -> float:
+        """The weight of the AR loss (alpha) in this run; draft weights do not change that loss."""
+        return 0.0 if self.trains_drafts else self.tidar.ar_loss_weight
+
+    @property
     def blocks(self) -> int:
         """The number of blocks in a packed sequence, S / B."""
         return self.data.seq_length // self.tidar.block_size
@@ -42,7 +54,7 @@ class Config(Section):
     @property
     def chosen_blocks(self) -> int:
         """The number of blocks per packed sequence that have masks in a training step."""
-        return max(1, round(self.tidar.diffusion_block_fraction * self.blocks))
+        return self.tidar.blocks_per_sequence or max(1, round(self.tidar.diffusion_block_fraction * self.blocks))
 
     @property
     def ar_warmup_iters(self) -> int:

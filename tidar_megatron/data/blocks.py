@@ -1,4 +1,6 @@
-"""The choice of blocks that have masks when a step trains only some of them (``--diffusion-block-fraction``).
+"""The choice of blocks that have masks when a step trains only some of them, or blocks that start anywhere.
+
+**Some of the aligned blocks** (``--diffusion-block-fraction``, or ``--blocks-per-sequence``).
 
 The choice is a stratified sample: the n blocks of a packed sequence are cut into m strata of neighbouring blocks, and
 one block is drawn from each stratum; the other blocks have no masks. A drawn block represents its stratum: its loss is
@@ -9,6 +11,10 @@ blocks do not see each other.
 The draw is a pure function of (seed, the packed sequence's number over all epochs). It does not depend on rank,
 micro-batch or step, so another layout or a resumed run draws the same blocks. Strata spread the masks evenly over the
 sequence: if m is a multiple of 2 x CP, each context-parallel chunk has the same number of masks.
+
+**Blocks that start anywhere** (``--block-starts anywhere``). Decoding begins a block after any token, not at multiples
+of B. So the S places are cut into as many strata as there are blocks, and one start is drawn from each. Blocks may
+overlap, and there may be more of them than S / B: a place then has several masks, each with another horizon.
 """
 
 import numpy as np
@@ -39,3 +45,20 @@ def choose_blocks(blocks: int, chosen: int, seed: int, number: int) -> NDArray[n
     # the modulo's bias is below stratum size / 2**64
     drawn = draws(chosen, seed, number, BLOCKS) % np.diff(edges).astype(np.uint64)
     return edges[:-1] + drawn.astype(np.int64)
+
+
+def choose_starts(seq_length: int, count: int, seed: int, number: int) -> NDArray[np.int64]:
+    """Return the places at which the blocks of packed sequence ``number`` start, one from each stratum of places.
+
+    The result is the same on every machine and with every numpy version (``order.py``).
+
+    Args:
+        seq_length: S.
+        count: The number of blocks, at most S.
+        seed: The seed of the data.
+        number: The packed sequence's number over all epochs.
+
+    Returns:
+        int64 ``[count]``, ascending and distinct.
+    """
+    return choose_blocks(seq_length, count, seed, number)

@@ -1,28 +1,28 @@
 """The model's input: packed sequences become doubled sequences, with a loss weight for each token.
 
-A doubled sequence is S clean tokens followed by mask tokens at the same positions: one for each clean token, or only
-for those of chosen blocks (``blocks.py``). A clean token predicts its document's next token, a mask token predicts the
-token of its own position. During the AR warm-up there is only the clean half.
+A doubled sequence is S clean tokens followed by mask tokens at the same positions: one for each clean token, only for
+those of chosen blocks, or for blocks that start anywhere (``blocks.py``). A clean token predicts its document's next
+token, a mask token predicts the token of its own position. During the AR warm-up there is only the clean half.
 
 Positions are the inputs of the rotary embedding. They restart at 0 with each document of a row (``--reset-positions``),
 or run from 0 to S - 1. If no token attends across documents, both give the same model output except for rounding,
 because rotary attention depends only on differences of positions.
 
-Shapes: b rows, S clean tokens and M masks per row (M is S, less if blocks are chosen, 0 during the AR warm-up), and
-L = S + M. With context parallelism a rank holds L / CP tokens, the S / CP clean ones first, and the metadata of K keys:
-all S clean tokens and its own masks (``context_parallel.py``).
+Shapes: b rows, S clean tokens and M masks per row (M is S, less if blocks are chosen, any multiple of B if they start
+anywhere, 0 during the AR warm-up), and L = S + M. With context parallelism a rank holds L / CP tokens, the S / CP clean
+ones first, and the metadata of K keys: all S clean tokens and its own masks (``context_parallel.py``).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tidar_megatron.attention_mask import clean_tokens, training_layout
+from tidar_megatron.attention_mask import clean_tokens, mask_tokens, training_layout
 from tidar_megatron.context_parallel import key_tokens, own_tokens
 from tidar_megatron.data.blocks import strata
 from tidar_megatron.data.packing import PackedSequence
@@ -40,17 +40,20 @@ class Batch:
             supervised, otherwise 1. With chosen blocks it is the number of blocks in a mask's stratum; with random
             masks it is 1 / t (``random_masks.py``).
         padding: bool ``[b, L]``, True for fill (megatron-core's ``padding_mask``).
-        position_ids: int64 ``[b, L]``, below S. If all rows are equal and no blocks are chosen, it is one row expanded
-            (stride 0 over b), also after :meth:`to`.
+        position_ids: int64 ``[b, L]``, below S + B. If all rows are equal and no blocks are chosen, it is one row
+            expanded (stride 0 over b), also after :meth:`to`.
         visibility: int32 ``[b, K, 4]``, the visibility metadata of the keys (``attention_mask.py``); K = L on one rank.
         visibility_on_host: ``visibility``, kept on the host when the batch is moved to another device.
         loss_weights: float32 ``[b, L]``, zero until :func:`set_loss_weights` is called.
+        teachers: int64 ``[b, M]``, for each mask the clean token before its place, in the order of the keys; -1 if its
+            document has none.
         ar_tokens: The number of supervised clean tokens.
-        diffusion_tokens: The number of tokens that the diffusion loss is averaged over: the supervised masks as if
-            every block were chosen; 0 if there is only the clean half.
+        diffusion_tokens: The number of tokens that the diffusion loss is averaged over: the supervised masks, of
+            aligned blocks as if every block were chosen; 0 if there is only the clean half.
         num_tokens: The number of tokens that are not fill, clean tokens and masks: the micro-batch's part of the loss's
             denominator (Megatron's ``num_tokens``).
         seq_length: The number of clean tokens per row on this rank, S / CP; the other tokens of a row are masks.
+        starts_anywhere: Whether blocks start anywhere.
         sample_ids: (source, epoch, n) of each row, for the log; empty in evaluation batches.
         attention_plan: What attention has prepared of this batch ahead of its step, or None.
     """
@@ -64,10 +67,12 @@ class Batch:
     visibility: Tensor
     visibility_on_host: Tensor
     loss_weights: Tensor
+    teachers: Tensor
     ar_tokens: int
     diffusion_tokens: int
     num_tokens: int
     seq_length: int
+    starts_anywhere: bool = False
     sample_ids: list[tuple[int, int, int]] = field(default_factory=list)
     attention_plan: Any = None  # of models/attention: its map(function) applies a function to each of its tensors
 
@@ -95,6 +100,8 @@ class Batch:
         supervised, padding = self.supervised[:, own], self.padding[:, own]
         clean = self.seq_length // size
         visibility = self.visibility[:, keys]
+        # of aligned blocks, every token that is not fill has a supervised mask
+        averaged = supervised[:, clean:] if self.starts_anywhere else ~padding[:, :clean]
         return Batch(
             tokens=self.tokens[:, own],
             labels=self.labels[:, own],
@@ -105,11 +112,12 @@ class Batch:
             visibility=visibility,
             visibility_on_host=visibility,
             loss_weights=self.loss_weights[:, own],
+            teachers=_in_key_order(self.teachers[:, own[clean:] - self.seq_length], keys[: self.seq_length]),
             ar_tokens=int(supervised[:, :clean].sum()),
-            # every token that is not fill has a supervised mask
-            diffusion_tokens=int((~padding[:, :clean]).sum()) if self.doubled else 0,
+            diffusion_tokens=int(averaged.sum()) if self.doubled else 0,
             num_tokens=int((~padding).sum()),
             seq_length=clean,
+            starts_anywhere=self.starts_anywhere,
             sample_ids=self.sample_ids,
         )
 
@@ -129,6 +137,13 @@ class Batch:
         return replace(self, **mapped, attention_plan=plan)
 
 
+def _in_key_order(places: Tensor, clean_keys: Tensor) -> Tensor:
+    """Return where places of the row are among the clean keys, int64 ``[S]``; -1 stays -1."""
+    order = torch.empty_like(clean_keys)
+    order[clean_keys] = torch.arange(len(clean_keys))
+    return torch.where(places >= 0, order[places.clamp(min=0)], -1)
+
+
 def _each_row(rows: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """Apply ``function`` to ``[b, ...]``; to a single row if the rows are expanded, so that they stay expanded."""
     if rows.stride(0) != 0:
@@ -145,6 +160,7 @@ def make_batch(
     reset_positions: bool = True,
     cross_document_attention: bool = False,
     masked: NDArray[np.float32] | None = None,
+    starts: NDArray[np.int64] | None = None,
 ) -> Batch:
     """Stack packed sequences of equal length into a micro-batch, doubled or only the clean half.
 
@@ -160,6 +176,8 @@ def make_batch(
         masked: float32 ``[b, S]`` from :func:`tidar_megatron.data.random_masks.random_masks`, the factor of each
             place's loss; where it is 0, the diffusion half shows the clean token. By default every place is masked
             with a factor of 1.
+        starts: int64 ``[b, n]`` from :func:`tidar_megatron.data.blocks.choose_starts`, the places at which the blocks
+            of each row start; by default they start at multiples of B of each document.
     """
 
     def stack(name: str) -> Tensor:
@@ -170,10 +188,23 @@ def make_batch(
     S = clean.shape[1]
     labels, supervised, padding = stack("labels"), ar_supervised, ~diffusion_supervised
     stands_for = supervised.float()
+    place = torch.arange(S).expand(clean.shape)
+    teachers = torch.where((index > 0) & (place > 0), place - 1, -1)
     positions = _positions(document, S, reset_positions)
     if cross_document_attention:
         document, index = torch.zeros_like(document), torch.arange(S).expand(clean.shape)
-    if doubled:
+    if doubled and starts is not None:
+        places = torch.from_numpy(starts)
+        masks = _masks_anywhere(places, clean, diffusion_supervised, document, index, positions, block_size)
+        teachers = torch.where(masks.supervised, teachers.gather(1, masks.places), -1)
+        tokens = torch.cat([clean, torch.full_like(masks.labels, mask_token_id)], dim=1)
+        labels = torch.cat([labels, masks.labels], dim=1)
+        supervised = torch.cat([supervised, masks.supervised], dim=1)
+        padding = torch.cat([padding, ~masks.supervised], dim=1)
+        stands_for = supervised.float()
+        visibility = torch.cat([clean_tokens(document, index), masks.visibility], dim=1)
+        positions = torch.cat([positions, masks.positions], dim=1)
+    elif doubled:
         picked, weight = _masks(len(clean), S, block_size, chosen)
 
         def join(of_clean: Tensor, of_masks: Tensor) -> Tensor:
@@ -198,10 +229,12 @@ def make_batch(
         stands_for[:, S:] *= weight
         visibility = join(*training_layout(document, index, block_size).split(S, dim=1))
         positions = join(positions, positions)
+        teachers = teachers[picked]
     else:
+        teachers = teachers[:, :0]
         tokens = clean
         visibility = clean_tokens(document, index)
-    if chosen is None and (positions == positions[:1]).all():
+    if chosen is None and starts is None and (positions == positions[:1]).all():
         positions = positions[:1].expand(tokens.shape)
     return Batch(
         tokens=tokens,
@@ -213,11 +246,48 @@ def make_batch(
         visibility=visibility,
         visibility_on_host=visibility,
         loss_weights=torch.zeros(tokens.shape),
+        teachers=teachers,
         ar_tokens=int(ar_supervised.sum()),
-        diffusion_tokens=int(diffusion_supervised.sum()) if doubled else 0,
+        diffusion_tokens=int((diffusion_supervised if starts is None else supervised[:, S:]).sum()) if doubled else 0,
         num_tokens=int((~padding).sum()),
         seq_length=S,
+        starts_anywhere=doubled and starts is not None,
     )
+
+
+class _Masks(NamedTuple):
+    """The masks of blocks that start anywhere; each field is ``[b, M]``, ``visibility`` int32 ``[b, M, 4]``."""
+
+    labels: Tensor
+    supervised: Tensor
+    visibility: Tensor
+    positions: Tensor
+    places: Tensor
+
+
+def _masks_anywhere(
+    starts: Tensor,
+    clean: Tensor,
+    has_label: Tensor,
+    document: Tensor,
+    index: Tensor,
+    positions: Tensor,
+    block_size: int,
+) -> _Masks:
+    """Return the masks of blocks that start at the places ``starts [b, n]``; the other arguments are ``[b, S]``.
+
+    A block sees the clean tokens of its document before its start. Masks beyond the end of the document, or of the row,
+    are there as in decoding, but have no label.
+    """
+    offset = torch.arange(block_size)
+    places = (starts.unsqueeze(-1) + offset).flatten(1)
+    first, offset = starts.repeat_interleave(block_size, dim=1), offset.repeat(starts.shape[1])
+    inside = places.clamp(max=clean.shape[1] - 1)
+    here, horizon = document.gather(1, first), index.gather(1, first)
+    supervised = (places == inside) & (document.gather(1, inside) == here) & has_label.gather(1, inside)
+    visibility = mask_tokens(here, horizon + offset, horizon, block=horizon)
+    positions = positions.gather(1, first) + offset
+    return _Masks(clean.gather(1, inside) * supervised, supervised, visibility, positions, inside)
 
 
 def _positions(document: Tensor, seq_length: int, reset: bool) -> Tensor:

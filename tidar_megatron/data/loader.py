@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tidar_megatron.data.blend import Blend, parse_blend
-from tidar_megatron.data.blocks import choose_blocks
+from tidar_megatron.data.blocks import choose_blocks, choose_starts
 from tidar_megatron.data.documents import StoredDocuments
 from tidar_megatron.data.doubled import Batch, make_batch
 from tidar_megatron.data.packing import PackedSequence, PackedSequences, fill_sequence, pack
@@ -37,7 +37,8 @@ class SequenceSettings:
         seed: The seed of the document order in each epoch, of the choice of blocks and of random masks.
         reserved: The tokenizer's ids that no text has.
         random_masks: Whether training steps mask a random share of each block instead of every place.
-        chosen_blocks: The number of blocks of a sequence that have masks in a training step, 1 to S / B; None: all.
+        chosen_blocks: The number of blocks of a sequence that have masks in a training step; None: all S / B.
+        starts_anywhere: Whether these blocks start anywhere in a training step; otherwise at multiples of B.
         reset_positions: As in :func:`tidar_megatron.data.doubled.make_batch`.
         cross_document_attention: As in :func:`tidar_megatron.data.doubled.make_batch`.
     """
@@ -49,6 +50,7 @@ class SequenceSettings:
     reserved: Sequence[int] = ()
     random_masks: bool = False
     chosen_blocks: int | None = None
+    starts_anywhere: bool = False
     reset_positions: bool = True
     cross_document_attention: bool = False
 
@@ -240,9 +242,12 @@ class TrainingData:
         return packed
 
     def _training_batch(self, numbers: Sequence[int], doubled: bool) -> Batch:
-        settings, chosen, masked = self.settings, None, None
+        settings, chosen, masked, starts = self.settings, None, None, None
         blocks = settings.seq_length // settings.block_size
-        if doubled and settings.chosen_blocks not in (None, blocks):
+        if doubled and settings.starts_anywhere:
+            places = settings.seq_length, settings.chosen_blocks or blocks
+            starts = np.stack([choose_starts(*places, settings.seed, n) for n in numbers])
+        elif doubled and settings.chosen_blocks not in (None, blocks):
             chosen = np.stack([choose_blocks(blocks, settings.chosen_blocks, settings.seed, n) for n in numbers])
         if doubled and settings.random_masks:
             masked = np.stack(
@@ -250,7 +255,7 @@ class TrainingData:
             )
         ids = [self.locate(n) for n in numbers]
         sequences = [self._pack(self.sequences, *place) for place in ids]
-        batch = self._make_batch(sequences, doubled=doubled, chosen=chosen, masked=masked)
+        batch = self._make_batch(sequences, doubled=doubled, chosen=chosen, masked=masked, starts=starts)
         batch.sample_ids = ids
         return batch
 

@@ -59,7 +59,7 @@ class Planner:
     # plans with this share of the best one's throughput are tried once, for estimates are off by as much; the best of a
     # kind that was never tried needs less, because the steps of other kinds say little about it
     CLOSE, CLOSE_KIND = 0.92, 0.5
-    SPENT, HEADSTART = 0.1, 300  # the part of the steps that trials may take, as if there had been so many steps before
+    SPENT, HEADSTART = 0.1, 300  # trials may take a tenth of the steps, counted from 300 steps before the first
 
     def __init__(self, costs: Costs, block_size: int) -> None:
         self.lengths = sorted({k for k in (2, 3, 4, 6, 8, 12, 16, 24, 32) if k <= block_size} | {block_size})

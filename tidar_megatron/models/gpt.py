@@ -13,6 +13,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 
@@ -22,9 +23,17 @@ from tidar_megatron.distributed.groups import Ranks
 from tidar_megatron.distributed.platform import has_gpu
 from tidar_megatron.models.attention import choose_backend
 from tidar_megatron.models.attention.schedules import AttentionSchedules
+from tidar_megatron.models.draft_layers import (
+    DraftPasses,
+    MaskEmbedding,
+    PairedColumnParallelLinear,
+    PairedRowParallelLinear,
+    freeze_base,
+)
 from tidar_megatron.models.experts import keep_experts_apart, use_balanced_router
 from tidar_megatron.models.layers import HybridCoreAttention, PositionRotaryEmbedding, RMSNorm
 from tidar_megatron.models.output_layer import OutputLayer
+from tidar_megatron.models.selector import Selector
 
 
 def transformer_config(config: Config) -> TransformerConfig:
@@ -106,7 +115,11 @@ def has_gradient_accumulation_kernel() -> bool:
 
 
 def layer_spec(
-    config: Config, transformer: TransformerConfig, schedules: AttentionSchedules, vp_stage: int | None
+    config: Config,
+    transformer: TransformerConfig,
+    schedules: AttentionSchedules,
+    vp_stage: int | None,
+    passes: DraftPasses | None = None,
 ) -> TransformerBlockSubmodules:
     """Return megatron-core's stock layer spec with our modules in it, for the layers of this stage.
 
@@ -115,6 +128,7 @@ def layer_spec(
         transformer: the configuration from :func:`transformer_config`.
         schedules: the attention schedules that all layers share.
         vp_stage: the virtual pipeline stage; None without interleaving.
+        passes: which pass runs, if only draft weights are trained.
     """
     qk_layernorm, impl = config.model.qk_layernorm, config.model.transformer_impl
     experts = {"num_experts": config.model.num_experts, "moe_grouped_gemm": config.model.moe_grouped_gemm}
@@ -134,11 +148,31 @@ def layer_spec(
         HybridCoreAttention,
         schedules=schedules,
         heads_per_gather=config.parallel.context_parallel_kv_heads,
+        passes=passes,
     )
+    if passes is not None:
+        _add_pairs(layer, config, passes)
     if config.model.num_experts is not None:
         use_balanced_router(layer)
     layers = get_num_layers_to_build(transformer, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
+
+
+def _add_pairs(layer: ModuleSpec, config: Config, passes: DraftPasses) -> None:
+    """Put linear layers with a low-rank pair into a layer's spec; a mixture of experts has them in attention alone."""
+    drafts = config.drafts
+
+    def pair(module: ModuleSpec, name: str, paired: type, **more: Any) -> None:
+        if name in drafts.draft_modules:
+            params = {"drafts": drafts, "passes": passes, **more}
+            setattr(module.submodules, name, ModuleSpec(module=paired, params=params))
+
+    attention, mlp = layer.submodules.self_attention, layer.submodules.mlp
+    pair(attention, "linear_qkv", PairedColumnParallelLinear)
+    pair(attention, "linear_proj", PairedRowParallelLinear)
+    if config.model.num_experts is None:
+        pair(mlp, "linear_fc1", PairedColumnParallelLinear, is_gated=True)
+        pair(mlp, "linear_fc2", PairedRowParallelLinear)
 
 
 def padded_vocab_size(vocab_size: int, config: Config) -> int:
@@ -174,12 +208,13 @@ def build_model(config: Config, vocab_size: int, ranks: Ranks) -> list[GPTModel]
     wanted, chunk_size = config.tidar.attention_backend, config.tidar.attention_chunk_size
     backend = choose_backend(wanted, ranks.device.type, config.model.head_channels, config.training.bf16)
     schedules = AttentionSchedules(backend, chunk_size, ranks.groups.cp)
+    passes = DraftPasses() if config.trains_drafts else None
     chunks = []
     for stage in range(vpp):
         vp_stage = stage if vpp > 1 else None
         model = GPTModel(
             transformer,
-            layer_spec(config, transformer, schedules, vp_stage),
+            layer_spec(config, transformer, schedules, vp_stage, passes),
             vocab_size=padded_vocab_size(vocab_size, config),
             max_sequence_length=2 * config.data.seq_length,
             pre_process=ranks.holds_embedding(stage),
@@ -192,10 +227,19 @@ def build_model(config: Config, vocab_size: int, ranks: Ranks) -> list[GPTModel]
         )
         model.attention_schedules = schedules
         model.unpadded_vocab_size = vocab_size  # GPTModel's own vocab_size is the padded one
-        model.rotary_pos_emb = PositionRotaryEmbedding(transformer, config.model, ranks.device)
+        positions = config.data.seq_length + config.tidar.block_size  # a block that starts anywhere may end beyond S
+        model.rotary_pos_emb = PositionRotaryEmbedding(transformer, config.model, ranks.device, positions)
         if model.post_process:
             model.output_layer = OutputLayer(model.output_layer)
         keep_experts_apart(model)
+        model.draft_passes = passes
+        if passes is not None:
+            model.draft_config, model.block_size = config.drafts, config.tidar.block_size
+            model.mask_embedding = MaskEmbedding(transformer) if model.pre_process else None
+            has_selector = model.post_process and config.drafts.draft_selector > 0
+            sizes = config.model.hidden_size, config.drafts.draft_selector, transformer.params_dtype
+            model.selector = Selector(*sizes) if has_selector else None
+            freeze_base(model)
         chunks.append(model.to(ranks.device))
     return chunks
 
@@ -212,17 +256,48 @@ def run_model(model: Any, batch: Batch) -> Tensor:
         sequence parallelism this rank's part, ``[t / TP, b, hidden]``. A chunk computes no logits: ``models/loss.py``
         and ``models/draft_metrics.py`` do.
     """
-    padding = None
     chunk = unwrap(model)
-    on_host, num_queries = batch.visibility_on_host, batch.tokens.shape[1]
-    chunk.attention_schedules.prepare(batch.visibility, on_host, num_queries, batch.attention_plan)
+    schedules, on_host, num_queries = chunk.attention_schedules, batch.visibility_on_host, batch.tokens.shape[1]
+    if chunk.draft_passes is not None:
+        return _run_passes(model, chunk, batch)
+    schedules.prepare(batch.visibility, on_host, num_queries, batch.attention_plan)
+    more = _more(model, chunk, batch.padding)
+    return model(batch.tokens, batch.position_ids, batch.visibility, **more)
+
+
+def _run_passes(model: Any, chunk: GPTModel, batch: Batch) -> Tensor:
+    """Run :func:`run_model` in two passes: the clean tokens without a graph, then the masks, which see their K/V."""
+    S, M, passes, schedules = batch.seq_length, batch.mask_length, chunk.draft_passes, chunk.attention_schedules
+    received = chunk.decoder.input_tensor  # both passes' hidden states of the stage before, clean tokens first
+    clean_keys = batch.visibility.shape[1] - M
+    clean_visibility = batch.visibility[:, :clean_keys]
+    inputs = (None, None) if received is None else received.tensor_split([len(received) * S // (S + M)])
+    schedules.prepare(clean_visibility, batch.visibility_on_host[:, :clean_keys], S)
+    with passes.clean(batch.visibility):
+        chunk.set_input_tensor(inputs[0])
+        more = _more(model, chunk, batch.padding[:, :S])
+        clean = model(batch.tokens[:, :S], batch.position_ids[:, :S], clean_visibility, **more)
+    if M == 0:
+        return clean
+    schedules.prepare(batch.visibility, batch.visibility_on_host, M, batch.attention_plan, masks_alone=True)
+    chunk.set_input_tensor(inputs[1])
+    masks = batch.tokens[:, S:]
+    more = _more(model, chunk, batch.padding[:, S:])
+    if chunk.pre_process:
+        more["decoder_input"] = chunk.mask_embedding(masks)
+    return torch.cat([clean, model(masks, batch.position_ids[:, S:], batch.visibility, **more)])
+
+
+def _more(model: Any, chunk: GPTModel, padding: Tensor) -> dict[str, Any]:
+    """Return the further arguments of a forward over tokens of which ``padding [b, t]`` are fill."""
     # training's wrapper around a bfloat16 chunk would convert the last chunk's hidden states to float32
-    precision = {"fp32_output": False} if chunk.config.bf16 and model is not chunk else {}
-    if chunk.config.num_moe_experts is not None:
-        padding, group = batch.padding, chunk.pg_collection.tp
-        if chunk.config.sequence_parallel and not chunk.pre_process:  # megatron-core splits it on the first stage only
-            padding = padding.chunk(group.size(), dim=1)[group.rank()]
-    return model(batch.tokens, batch.position_ids, batch.visibility, padding_mask=padding, **precision)
+    more: dict[str, Any] = {"fp32_output": False} if chunk.config.bf16 and model is not chunk else {}
+    if chunk.config.num_moe_experts is None:
+        return {**more, "padding_mask": None}
+    group = chunk.pg_collection.tp
+    if chunk.config.sequence_parallel and not chunk.pre_process:  # megatron-core splits it on the first stage only
+        padding = padding.chunk(group.size(), dim=1)[group.rank()]
+    return {**more, "padding_mask": padding}
 
 
 def unwrap(model: Any) -> GPTModel:

@@ -37,12 +37,70 @@ def initialize_weights(chunks: list[GPTModel], seed: int) -> None:
         if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
             std /= (2 * transformer.num_layers) ** 0.5
         shape = kind.full_shape(parameter.shape, group.size())
-        key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
-        generator = torch.Generator(parameter.device).manual_seed(key)
+        generator = _generator(seed, name, parameter.device)
         full = torch.zeros(shape, dtype=torch.float32, device=parameter.device)
         ids = model.unpadded_vocab_size if name in VOCABULARY else shape[0]
         full[:ids].normal_(0.0, std, generator=generator)
         parameter.copy_(kind.part(full, group.rank(), group.size()))
+
+
+def _generator(seed: int, name: str, device: torch.device) -> torch.Generator:
+    key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
+    return torch.Generator(device).manual_seed(key)
+
+
+@torch.no_grad()
+def initialize_drafts(chunks: list[GPTModel], seed: int, output_std: float = 0.0) -> None:
+    """Initialize this rank's part of the draft weights.
+
+    Of a pair, A is normal with variance 1 / inputs and B is zero, so the masks first see the base model as it is. The
+    mask token's row is a sample around the mean of the embeddings with their standard deviation, channel by channel. Of
+    the selector, the candidates' weight is small and the gate's bias 1.
+
+    Args:
+        chunks: this rank's part of the model; the base weights must be set.
+        seed: the seed of all draws.
+        output_std: the standard deviation of B, for checks in which every weight should matter.
+    """
+    for name, parameter, model in own_parameters(chunks, drafts=True):
+        group, (kind, _) = shard_group(model, name), kind_of(name)
+        if name == "mask_embedding.weight":
+            table = model.embedding.word_embeddings.weight
+            row = sample_row(table, model.unpadded_vocab_size, group, _generator(seed, name, torch.device("cpu")))
+            parameter.copy_(row)
+            continue
+        if name == "selector.gate_bias":
+            parameter.fill_(1.0)
+            continue
+        shape = kind.full_shape(parameter.shape, group.size())
+        full = torch.zeros(shape, dtype=torch.float32, device=parameter.device)
+        by_inputs = name.endswith((".a", "selector.previous", "selector.gate"))
+        std = shape[1] ** -0.5 if by_inputs else 0.02 if name.startswith("selector.") else output_std
+        full.normal_(0.0, std, generator=_generator(seed, name, parameter.device))
+        parameter.copy_(kind.part(full, group.rank(), group.size()))
+
+
+def sample_row(rows: Tensor, count: int, group: dist.ProcessGroup | None, generator: torch.Generator | None) -> Tensor:
+    """Return the mean of the first ``count`` rows of a table, or a sample around it: float64 ``[h]``.
+
+    Args:
+        rows: this rank's rows of the table, ``[V / TP, h]``.
+        count: how many rows of the full table count.
+        group: the ranks that share the table; None if ``rows`` is the full one.
+        generator: the source of the sample, on the CPU; its standard deviation is the rows', channel by channel. None
+            for the mean.
+    """
+    first = group.rank() * len(rows) if group is not None else 0
+    sums = rows.new_zeros(2, rows.shape[1], dtype=torch.float64)
+    for some in rows[: max(0, count - first)].split(ROWS_AT_ONCE):  # a full float64 copy would be large
+        sums += torch.stack([some.double().sum(0), some.double().square().sum(0)])
+    if group is not None and group.size() > 1:
+        dist.all_reduce(sums, group=group)
+    mean, square = sums / count
+    if generator is None:
+        return mean
+    noise = torch.randn(mean.shape, generator=generator)
+    return mean + (square - mean.square()).clamp(min=0).sqrt() * noise.to(mean)
 
 
 @dataclass(frozen=True)
@@ -88,16 +146,9 @@ class MaskRow:
             )
         if not new:
             return
-        sums = rows.new_zeros(2, rows.shape[1], dtype=torch.float64)
-        for some in rows[: max(0, self.source_rows - first)].split(ROWS_AT_ONCE):  # a full float64 copy would be large
-            sums += torch.stack([some.double().sum(0), some.double().square().sum(0)])
-        if group is not None and group.size() > 1:
-            dist.all_reduce(sums, group=group)
-        mean, square = sums / self.source_rows
-        row = mean
+        mean = row = sample_row(rows, self.source_rows, group, None)
         if mask is not None and self.kind == "normal":
-            noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(mask))
-            row = mean + (square - mean.square()).clamp(min=0).sqrt() * noise.to(mean)
+            row = sample_row(rows, self.source_rows, group, torch.Generator().manual_seed(mask))
         for number in sorted(new):
             if first <= number < first + len(rows):
                 rows[number - first] = (row if number == mask else mean).to(rows.dtype)

@@ -15,6 +15,7 @@ from tidar_megatron.config import ModelConfig
 from tidar_megatron.context_parallel import own_clean_tokens
 from tidar_megatron.models.attention import AttentionSchedule, hybrid_attention
 from tidar_megatron.models.attention.schedules import AttentionSchedules
+from tidar_megatron.models.draft_layers import DraftPasses
 
 
 class HybridCoreAttention(MegatronModule):
@@ -26,6 +27,8 @@ class HybridCoreAttention(MegatronModule):
     Under context parallelism the clean keys and values of all ranks are gathered (and their gradients reduce-scattered)
     a few K/V heads at a time; attention over one gather is computed before the next gather starts. The keys and values
     of mask tokens never leave their rank, so the traffic equals that of plain AR training.
+
+    When only draft weights are trained, clean tokens and mask tokens arrive in two passes (``draft_layers.py``).
     """
 
     def __init__(
@@ -39,10 +42,12 @@ class HybridCoreAttention(MegatronModule):
         *,
         schedules: AttentionSchedules,
         heads_per_gather: int,
+        passes: DraftPasses | None = None,
         **unused: Any,
     ) -> None:
         super().__init__(config=config)
         self.schedules, self.heads_per_gather = schedules, heads_per_gather
+        self.layer_number, self.passes = layer_number, passes
         self.cp_group = pg_collection.cp
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
@@ -59,22 +64,33 @@ class HybridCoreAttention(MegatronModule):
         Returns:
             ``[t, b, h * d]``.
         """
-        schedule, size = self.schedules.find(attention_mask, len(query)), self.cp_group.size()
-        if size == 1:
-            return self._attend(query, key, value, schedule)
-        clean = own_clean_tokens(len(query), attention_mask.shape[1], size)
+        size, groups = self.cp_group.size(), key.shape[2]
+        masks_alone = self.passes is not None and not self.passes.is_clean
+        schedule = self.schedules.find(attention_mask, len(query), masks_alone)
+        if self.passes is not None and masks_alone:
+            clean_key, clean_value = self.passes.kept(attention_mask, self.layer_number)
+            mask_key, mask_value = key, value
+        else:
+            clean = own_clean_tokens(len(query), attention_mask.shape[1], size)
+            (clean_key, mask_key), (clean_value, mask_value) = (x.tensor_split([clean]) for x in (key, value))
+            if self.passes is not None:
+                self.passes.keep(attention_mask, self.layer_number, key, value)
+            if size == 1:
+                return self._attend(query, key, value, schedule)
         outputs = []
-        groups = key.shape[2]
-        for first in range(0, groups, self.heads_per_gather):
-            heads = slice(first, min(first + self.heads_per_gather, groups))
+        step = self.heads_per_gather if size > 1 else groups
+        for first in range(0, groups, step):
+            heads = slice(first, min(first + step, groups))
             queries = slice(*(query.shape[2] // groups * edge for edge in (heads.start, heads.stop)))
-            gathered = gather_from_sequence_parallel_region(
-                torch.stack([key[:clean, :, heads], value[:clean, :, heads]], dim=1),
-                tensor_parallel_output_grad=True,  # the backward reduce-scatters: all ranks' queries used these keys
-                group=self.cp_group,
-            )
-            all_keys = torch.cat([gathered[:, 0], key[clean:, :, heads]])
-            all_values = torch.cat([gathered[:, 1], value[clean:, :, heads]])
+            clean_pair = torch.stack([clean_key[:, :, heads], clean_value[:, :, heads]], dim=1)
+            if size > 1:
+                clean_pair = gather_from_sequence_parallel_region(
+                    clean_pair,
+                    tensor_parallel_output_grad=True,  # the backward reduce-scatters: all ranks used these keys
+                    group=self.cp_group,
+                )
+            all_keys = torch.cat([clean_pair[:, 0], mask_key[:, :, heads]])
+            all_values = torch.cat([clean_pair[:, 1], mask_value[:, :, heads]])
             outputs.append(self._attend(query[:, :, queries], all_keys, all_values, schedule))
         return torch.cat(outputs, dim=-1)
 
@@ -89,10 +105,17 @@ class PositionRotaryEmbedding(nn.Module):
 
     The frequencies come from megatron-core's RotaryEmbedding. The module replaces the one that GPTModel calls with
     ``position_ids`` (its "mrope" path), so no method of GPTModel needs an override. The angles are cached for as many
-    positions as the longest batch so far has tokens, which is enough because positions are those of clean tokens.
+    positions as the longest batch so far has tokens, and for ``positions`` at least, because a pass over masks alone
+    may have fewer tokens than positions.
     """
 
-    def __init__(self, config: TransformerConfig, model: ModelConfig, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        model: ModelConfig,
+        device: torch.device | str = "cpu",
+        positions: int = 0,
+    ) -> None:
         super().__init__()
         rotary = RotaryEmbedding(
             config.kv_channels, rotary_percent=1.0, rotary_base=model.rotary_base, use_cpu_initialization=True
@@ -100,7 +123,7 @@ class PositionRotaryEmbedding(nn.Module):
         # neither is a buffer: both must stay float32 in a bfloat16 model
         self.inv_freq = scaled_frequencies(rotary.inv_freq, model).to(device)
         self.angles = self.inv_freq.new_empty(0, config.kv_channels)
-        self.cp_size = config.context_parallel_size
+        self.cp_size, self.positions = config.context_parallel_size, positions
 
     def forward(self, position_ids: Tensor, mrope_section: Any = None, cp_group: Any = None) -> Tensor:
         """Return the float32 angles ``[t, b, 1, d]`` of int64 ``position_ids`` ``[b, t]``.
@@ -109,7 +132,9 @@ class PositionRotaryEmbedding(nn.Module):
         """
         if position_ids.stride(0) == 0:
             position_ids = position_ids[:1]
-        longest = position_ids.shape[1] * self.cp_size  # a bound: reading the largest position would synchronize
+        longest = max(
+            position_ids.shape[1] * self.cp_size, self.positions
+        )  # a bound: reading the largest position would synchronize
         if len(self.angles) < longest:
             half = torch.arange(longest, device=self.inv_freq.device).float().unsqueeze(-1) * self.inv_freq
             self.angles = torch.cat([half, half], dim=-1)

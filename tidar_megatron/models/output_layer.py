@@ -10,6 +10,8 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
+from tidar_megatron.data.doubled import Batch
+
 
 class OutputLayer(ColumnParallelLinear):
     """A replacement for a GPTModel's output layer, with the same weight under the same name, that computes no logits.
@@ -54,3 +56,9 @@ def full_states(chunk: GPTModel, hidden: Tensor) -> Tensor:
     if chunk.config.sequence_parallel:
         return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)
     return copy_to_tensor_model_parallel_region(hidden, group=group)
+
+
+def split_passes(hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Split the output ``[t, b, h]`` of a chunk that ran in two passes, each sharded by itself: clean tokens, masks."""
+    clean, masks = hidden.tensor_split([len(hidden) * batch.seq_length // batch.tokens.shape[1]])
+    return clean, masks

@@ -72,7 +72,19 @@ KINDS = (
     ParameterKind(("decoder.final_layernorm.weight",)),
     ParameterKind(VOCABULARY[1:], shard="rows"),
 )
-_KIND_OF = {name: kind for kind in KINDS for name in kind.names}
+DRAFT_KINDS = (  # of the draft weights (draft_layers.py), which a base model does not have
+    ParameterKind(("mask_embedding.weight",)),
+    *(ParameterKind((f"selector.{name}",)) for name in ("previous", "candidate", "gate", "gate_bias")),
+    ParameterKind(("decoder.layers.*.self_attention.linear_qkv.draft.a",)),
+    ParameterKind(("decoder.layers.*.self_attention.linear_qkv.draft.b",), fused="qkv", shard="rows"),
+    ParameterKind(("decoder.layers.*.self_attention.linear_proj.draft.a",), shard="columns"),
+    ParameterKind(("decoder.layers.*.self_attention.linear_proj.draft.b",)),
+    ParameterKind(("decoder.layers.*.mlp.linear_fc1.draft.a",)),
+    ParameterKind(("decoder.layers.*.mlp.linear_fc1.draft.b",), fused="glu", shard="rows"),
+    ParameterKind(("decoder.layers.*.mlp.linear_fc2.draft.a",), shard="columns"),
+    ParameterKind(("decoder.layers.*.mlp.linear_fc2.draft.b",)),
+)
+_KIND_OF = {name: kind for kind in (*KINDS, *DRAFT_KINDS) for name in kind.names}
 
 
 def kind_of(parameter: str) -> tuple[ParameterKind, list[str]]:
@@ -91,15 +103,28 @@ def shard_group(model: GPTModel, name: str) -> dist.ProcessGroup:
     return model.pg_collection.expt_tp if ".experts." in name else model.pg_collection.tp
 
 
-def own_parameters(chunks: Iterable[GPTModel]) -> Iterator[tuple[str, torch.nn.Parameter, GPTModel]]:
+def is_draft_weight(name: str) -> bool:
+    """Return whether a parameter belongs to the draft weights, by its name in the model."""
+    return ".draft." in name or name.startswith(("mask_embedding.", "selector."))
+
+
+def own_parameters(
+    chunks: Iterable[GPTModel], drafts: bool = False
+) -> Iterator[tuple[str, torch.nn.Parameter, GPTModel]]:
     """Yield each of this rank's parameters as (its name in the full model, the parameter, the chunk that holds it).
 
     The last stage's copy of a tied embedding is yielded under the embedding's name.
+
+    Args:
+        chunks: This rank's part of the model.
+        drafts: Whether to yield the draft weights; otherwise those of the base model are.
     """
     for model in chunks:
         layers = model.decoder.layers
         first_layer = layers[0].layer_number - 1 if len(layers) else 0
         for name, parameter in model.named_parameters():
+            if is_draft_weight(name) != drafts:
+                continue
             # transformer-engine names its grouped experts linear_fc1.weight0, .weight1, ..
             name = re.sub(r"experts\.(linear_fc\d)\.weight(\d+)$", r"experts.local_experts.\2.\1.weight", name)
             parts = name.split(".")

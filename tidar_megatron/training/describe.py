@@ -45,10 +45,17 @@ def describe(
             f"{len(sequences):,} packed sequences of {config.data.seq_length} tokens per epoch, "
             f"{config.training.global_batch_size} per step"
         )
-    yield (
-        f"{config.ar_warmup_iters} steps of AR warm-up, then the joint objective to {config.training.train_iters}; "
-        f"block size {tidar.block_size}, alpha {tidar.ar_loss_weight}, mask token {tidar.mask_token_id}"
-    )
+    if config.trains_drafts:
+        trained = sum(p.numel() for chunk in model for p in chunk.parameters() if p.requires_grad)
+        yield (
+            f"drafts alone to {config.training.train_iters}: pairs of rank {config.drafts.draft_rank}, {trained:,} "
+            f"trained weights on this rank; block size {tidar.block_size}"
+        )
+    else:
+        yield (
+            f"{config.ar_warmup_iters} steps of AR warm-up, then the joint objective to {config.training.train_iters}; "
+            f"block size {tidar.block_size}, alpha {tidar.ar_loss_weight}, mask token {tidar.mask_token_id}"
+        )
     if tidar.masking == "random":
         yield "random masking: a random share of each block's positions is masked, the others show their tokens"
     if config.chosen_blocks < config.blocks:

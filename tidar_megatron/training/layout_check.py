@@ -18,7 +18,7 @@ from tidar_megatron.data.doubled import Batch, make_batch
 from tidar_megatron.data.packing import LengthsInMemory, PackedSequences, pack
 from tidar_megatron.distributed.groups import Ranks, initialize
 from tidar_megatron.models.gpt import build_model
-from tidar_megatron.models.initialize import initialize_weights
+from tidar_megatron.models.initialize import initialize_drafts, initialize_weights
 from tidar_megatron.models.parameters import kind_of, own_parameters, shard_group
 from tidar_megatron.training.layout_variants import MASK_TOKEN_ID, VARIANTS, Layout, Variant
 from tidar_megatron.training.optimizer import build_optimizer, wrap_model
@@ -79,9 +79,11 @@ def measure(config: ResolvedConfig, variant: Variant) -> Measured:
     ranks = initialize(config.parallel, config.training.seed)
     chunks = build_model(config, config.vocab_size, ranks)
     initialize_weights(chunks, config.training.seed)
+    if config.trains_drafts:
+        initialize_drafts(chunks, config.training.seed, output_std=0.02)
     model = wrap_model(chunks, config)
     optimizer, scheduler = build_optimizer(model, config)
-    documents, alpha = Documents(config, variant.longest_document), config.tidar.ar_loss_weight
+    documents, alpha = Documents(config, variant.longest_document), config.ar_loss_weight
 
     optimizer.zero_grad()
     first = documents.batches(0, config, ranks, doubled=True)
@@ -89,15 +91,16 @@ def measure(config: ResolvedConfig, variant: Variant) -> Measured:
     forward_backward(model, first, alpha, ranks)
     gather_gradients(model)
     grads = {}
-    for name, parameter, chunk in own_parameters(chunks):
+    for name, parameter, chunk in own_parameters(chunks, config.trains_drafts):
         group = shard_group(chunk, name)
         grads[name] = (group.rank(), group.size(), parameter.main_grad.detach().float().cpu().clone())
     losses = []
     for step, doubled in enumerate(STEPS):
+        doubled |= config.trains_drafts
         batches = documents.batches(step, config, ranks, doubled)
         result = train_step(model, optimizer, scheduler, batches, alpha, ranks)
         balancing = [] if result.balancing_loss is None else [result.balancing_loss]
-        losses.append([result.ar_loss, result.diffusion_loss or 0.0, result.grad_norm, *balancing])
+        losses.append([result.ar_loss or 0.0, result.diffusion_loss or 0.0, result.grad_norm, *balancing])
     held_out = documents.batches(len(STEPS), config, ranks, doubled=True, every_block=True)
     evaluation = evaluate(model, held_out, config.tidar.block_size, ranks)
     names = [name for name in sorted(evaluation) if variant.argmax or not name.startswith(("agreement", "greedy"))]

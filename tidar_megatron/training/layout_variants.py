@@ -9,6 +9,7 @@ from tidar_megatron.errors import UserError
 Tree = dict[str, dict[str, Any]]
 MASK_TOKEN_ID = 96
 MODEL: Tree = {
+    "drafts": {},
     "tidar": {"block_size": 4, "ar_loss_weight": 0.8, "mask_token_id": MASK_TOKEN_ID, "attention_chunk_size": 12},
     "model": {
         "num_layers": 4,
@@ -54,6 +55,20 @@ VARIANTS = {
         {
             "model": {"num_experts": 4, "moe_ffn_hidden_size": 48, "moe_aux_loss_coeff": 0.1},
             "tidar": {"diffusion_block_fraction": 0.5},
+        },
+        longest_document=30,
+    ),
+    "drafts": Variant({"drafts": {"train": "drafts", "draft_rank": 6}}, longest_document=30),
+    "drafts, untied": Variant(
+        {
+            "drafts": {"train": "drafts", "draft_rank": 6},
+            "model": {"untie_embeddings_and_output_weights": True, "qk_layernorm": False, "add_qkv_bias": True},
+        }
+    ),
+    "drafts, experts": Variant(
+        {
+            "drafts": {"train": "drafts", "draft_rank": 6},
+            "model": {"num_experts": 4, "moe_ffn_hidden_size": 48, "moe_aux_loss_coeff": 0.0},
         },
         longest_document=30,
     ),
@@ -150,6 +165,19 @@ ALL_LAYOUTS = (
     _layout("three quarters of the blocks", "three quarters"),
     _layout("three quarters of the blocks, CP2xPP2", "three quarters", cp=2, pp=2),
     _layout("half of the blocks, experts, EP2xCP2", "half, experts", ep=2, cp=2),
+    _layout("drafts", "drafts", dp=1),
+    _layout("drafts, DP2, distributed optimizer, both overlaps", "drafts", dp=2, **OVERLAPS),
+    _layout("drafts, full recompute", "drafts", recompute="full"),
+    _layout("drafts, selective recompute", "drafts", recompute="selective", modules=["core_attn", "mlp"]),
+    _layout("drafts, TP2", "drafts", tp=2),
+    _layout("drafts, TP2+SP", "drafts, untied", tp=2, sp=True),
+    _layout("drafts, PP2", "drafts", pp=2),
+    _layout("drafts, PP2xVPP2", "drafts, untied", pp=2, vpp=2),
+    _layout("drafts, PP2xVPP2, full recompute", "drafts", pp=2, vpp=2, recompute="full"),
+    _layout("drafts, CP2", "drafts", cp=2),
+    _layout("drafts, CP2xTP2+SP", "drafts", cp=2, tp=2, sp=True),
+    _layout("drafts, PP2xTP2xVPP2+SP", "drafts", pp=2, tp=2, vpp=2, sp=True),
+    _layout("drafts, experts, EP2", "drafts, experts", ep=2),
     _layout("experts", "experts"),
     _layout("experts, EP2, all-gather", "experts", ep=2),
     _layout("experts, EP2, all-to-all", "experts", ep=2, dispatcher="alltoall"),

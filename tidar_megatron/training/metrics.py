@@ -84,6 +84,12 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
 
 
+def _losses(values: Values, between: str, digits: int) -> str:
+    """Return the losses of a step that were computed: AR, diffusion or both."""
+    named = {"AR": values["ar_loss"], "diffusion": values["diffusion_loss"]}
+    return between.join(f"{name} {value:.{digits}f}" for name, value in named.items() if value is not None)
+
+
 class MetricsLogger:
     """The console, the record and the dashboards of a run; a no-op on all processes but the main one.
 
@@ -129,20 +135,17 @@ class MetricsLogger:
             self.say(self._line(iteration, values))
             self.lines_until = iteration
         if self.bar is not None:
-            losses = f"AR {values['ar_loss']:.3f}"
-            if values["diffusion_loss"] is not None:
-                losses += f", diffusion {values['diffusion_loss']:.3f}"
+            losses = _losses(values, ", ", 3)
             left = clock(values["seconds_left"])
             self.bar.update(self.bar.task_ids[0], completed=iteration, losses=losses, left=left, refresh=True)
         self._write(iteration, values)
 
     def _line(self, iteration: int, values: Values) -> str:
-        diffusion, several = values["diffusion_loss"], "slowest_rank" in values
+        several = "slowest_rank" in values
         return (
             f"step {iteration:>{len(str(self.train_iters))}}/{self.train_iters}"
-            f" | {values['phase']:<5} | AR {values['ar_loss']:.4f}"
-            + (f" | diffusion {diffusion:.4f}" if diffusion is not None else "")
-            + f" | lr {values['learning_rate']:.2e} | grad norm {values['grad_norm']:.3f}"
+            f" | {values['phase']:<5} | {_losses(values, ' | ', 4)}"
+            f" | lr {values['learning_rate']:.2e} | grad norm {values['grad_norm']:.3f}"
             f" | {values['clean_tokens_per_second']:,.0f} clean tokens/s | {values['step_seconds'] * 1e3:.0f} ms/step"
             + (f" | slowest rank {values['slowest_rank']} ({values['slowest_over_median']:.2f}x)" if several else "")
             + f" | {values['memory_gib']:.2f} GiB"

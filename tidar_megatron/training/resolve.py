@@ -84,6 +84,7 @@ def resolve_run(inputs: Inputs) -> ResolvedRun:
         reserved=inputs.tokenizer.reserved,
         random_masks=config.tidar.masking == "random",
         chosen_blocks=config.chosen_blocks,
+        starts_anywhere=config.tidar.block_starts == "anywhere",
         reset_positions=config.data.reset_positions,
         cross_document_attention=config.data.cross_document_attention,
     )
@@ -131,6 +132,8 @@ def resolve(
             f"{where}: {model.vocab_size} ids are fewer than the {tokenizer.vocab_size} of the data's tokenizer; "
             "prepare the data with the model's own tokenizer (tidar prepare-data --tokenizer FOLDER)"
         )
+    if config.trains_drafts:
+        return _resolve_drafts(config, model, origin)
     first_free = tokenizer.vocab_size
     if mask is None:
         mask = first_free if origin is None else free_id(first_free, reserved, model.vocab_size or 0)
@@ -150,14 +153,35 @@ def resolve(
     return ResolvedConfig.of(resolved)
 
 
+def _resolve_drafts(config: Config, model: ModelConfig, origin: Origin | None) -> ResolvedConfig:
+    """Fill in the settings of a run that trains draft weights: its masks have a row of their own, and no token id."""
+    if origin is None:
+        raise UserError("--train drafts: needs --init-from, the model that the drafts are for")
+    if origin.mask_token_id is not None:
+        raise UserError(
+            f"--train drafts: --init-from {config.training.init_from} drafts already (its mask token is "
+            f"{origin.mask_token_id}); leave out --train to train it further, or name the AR model that it came from"
+        )
+    if config.tidar.mask_token_id is not None or config.tidar.init_mask_token is not None:
+        name = "--mask-token-id" if config.tidar.mask_token_id is not None else "--init-mask-token"
+        raise UserError(f"{name}: the masks of --train drafts have a row of their own, and no id; leave it out")
+    # the id after the last one: no token of the data has it, and no row of the model
+    tidar = dataclasses.replace(config.tidar, mask_token_id=model.vocab_size)
+    resolved = dataclasses.replace(config, model=model, tidar=tidar)
+    check_config(resolved, resolved=True)
+    return ResolvedConfig.of(resolved)
+
+
 MAY_CHANGE = ("max_position_embeddings",)  # only an export uses it
 
 
 def run_fingerprint(config: Config, data: TrainingData) -> Fingerprint:
     """Return the fingerprint of a run: its model, and everything that decides the tokens of packed sequence n."""
     model = {name: value for name, value in dataclasses.asdict(config.model).items() if name not in MAY_CHANGE}
+    drafts = dataclasses.asdict(config.drafts) if config.trains_drafts else {}
     return {
         **model,
+        **drafts,
         "bf16": config.training.bf16,
         "mask_token_id": config.tidar.mask_token_id,
         **data.fingerprint(),

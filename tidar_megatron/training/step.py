@@ -18,8 +18,8 @@ from tidar_megatron.distributed.groups import Ranks
 from tidar_megatron.models.draft_metrics import EvaluationSums, evaluation_sums
 from tidar_megatron.models.experts import take_balancing_loss
 from tidar_megatron.models.gpt import run_model, unwrap
-from tidar_megatron.models.loss import joint_loss
-from tidar_megatron.models.output_layer import full_states, output_weight
+from tidar_megatron.models.loss import draft_loss, joint_loss
+from tidar_megatron.models.output_layer import full_states, output_weight, split_passes
 from tidar_megatron.training.optimizer import full_weights, gradient_norm, update_weights
 
 
@@ -27,9 +27,9 @@ from tidar_megatron.training.optimizer import full_weights, gradient_norm, updat
 class StepResult:
     """The result of a step. Losses are means over the supervised tokens of the global batch, in nats."""
 
-    ar_loss: float
+    ar_loss: float | None  # None if only draft weights are trained
     diffusion_loss: float | None  # None in the AR warm-up
-    loss: float  # the minimized loss: the AR loss in the warm-up, else the weighted mean of both losses
+    loss: float  # the minimized loss: the AR loss in the warm-up, the diffusion loss of drafts, else a weighted mean
     grad_norm: float  # before clipping
     balancing_loss: float | None = None  # MoE: the unweighted mean over layers; 1 is perfect balance
 
@@ -66,8 +66,9 @@ def _taken(batches: deque[Batch]) -> Iterator[Batch]:
 
 
 def _training_forward(data_iterator: Iterator[Batch], model: DistributedDataParallel) -> tuple[Tensor, partial]:
-    batch = next(data_iterator)
-    return run_model(model, batch), partial(joint_loss, unwrap(model), batch)
+    batch, chunk = next(data_iterator), unwrap(model)
+    loss = joint_loss if chunk.draft_passes is None else draft_loss
+    return run_model(model, batch), partial(loss, chunk, batch)
 
 
 def forward_backward(
@@ -127,7 +128,7 @@ def train_step(
     optimizer returns it only afterwards. ``on_start`` is as in :func:`forward_backward`.
     """
     optimizer.zero_grad()
-    doubled = batches[0].doubled
+    doubled, trains_drafts = batches[0].doubled, unwrap(model[0]).draft_passes is not None
     sums, counts = forward_backward(model, batches, ar_loss_weight, ranks, on_start)
     ar, diffusion = (sums / counts.clamp(min=1)).tolist()
     loss = (ar_loss_weight * ar + diffusion) / (1 + ar_loss_weight) if doubled else ar
@@ -136,7 +137,7 @@ def train_step(
         update_weights(optimizer, grad_norm)
         scheduler.step(increment=1)
     return StepResult(
-        ar_loss=ar,
+        ar_loss=None if trains_drafts else ar,
         diffusion_loss=diffusion if doubled else None,
         loss=loss,
         grad_norm=grad_norm,
@@ -163,7 +164,10 @@ def evaluate(model: Model, batches: list[Batch], block_size: int, ranks: Ranks) 
         chunk = unwrap(model)
 
         def report(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            states = full_states(chunk, hidden)
+            if chunk.draft_passes is None:
+                states = full_states(chunk, hidden)
+            else:
+                states = torch.cat([full_states(chunk, part) for part in split_passes(hidden, batch)])
             weight, vocab_size = output_weight(chunk), chunk.unpadded_vocab_size
             sums = evaluation_sums(states, weight, batch, block_size, ranks.groups.tp, vocab_size)
             return hidden.new_zeros(()), hidden.new_zeros((), dtype=torch.int32), sums.values

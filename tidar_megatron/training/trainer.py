@@ -27,7 +27,7 @@ from tidar_megatron.distributed.heartbeat import Heartbeat
 from tidar_megatron.errors import Stalled, UserError
 from tidar_megatron.huggingface.origin import Origin, keep_huggingface_files, kept_huggingface_files
 from tidar_megatron.models.gpt import build_model
-from tidar_megatron.models.initialize import MaskRow, initialize_weights, start_mask_row
+from tidar_megatron.models.initialize import MaskRow, initialize_drafts, initialize_weights, start_mask_row
 from tidar_megatron.training import sample_ids, signals
 from tidar_megatron.training.generations import Samples
 from tidar_megatron.training.health import Health
@@ -112,9 +112,12 @@ class Trainer:
         start = ranks.from_main(start)  # another node may see an older state of a shared folder
         startup.current.phase = "building the model"
         model = build_model(config, config.vocab_size, ranks)
-        if start is None and origin is not None:
+        if origin is not None and (start is None or config.trains_drafts):
             startup.current.phase = f"loading --init-from {config.training.init_from}"
             origin.load(model)
+        if start is None and config.trains_drafts:
+            initialize_drafts(model, config.training.seed)
+        elif start is None and origin is not None:
             start_mask_row(model, _mask_row(config, origin))
         elif start is None:
             initialize_weights(model, config.training.seed)
@@ -177,9 +180,10 @@ class Trainer:
                 doubled,
             )
         )
-        plan = self.model[0].attention_schedules.plan
+        plan, masks_alone = self.model[0].attention_schedules.plan, self.config.trains_drafts
         for batch in batches:
-            batch.attention_plan = plan(batch.visibility_on_host, batch.tokens.shape[1])
+            queries = batch.mask_length if masks_alone else batch.tokens.shape[1]
+            batch.attention_plan = plan(batch.visibility_on_host, queries, masks_alone)
         return batches
 
     def _prefetch(self) -> None:
@@ -193,13 +197,13 @@ class Trainer:
 
     def step(self) -> dict:
         """Run an optimizer step, and return the values to log. Collective."""
-        phase = "joint" if self.doubled else "AR"
+        phase = "drafts" if self.config.trains_drafts else "joint" if self.doubled else "AR"
         start = time.perf_counter()
         batches = self.step_batches()
         self._prefetch()
         self.own_time.add(time.perf_counter() - start)
         ids = [sample for batch in batches for sample in batch.sample_ids]
-        alpha = self.config.tidar.ar_loss_weight
+        alpha = self.config.ar_loss_weight
         learning_rate = self.optimizer.param_groups[0]["lr"]
         approve = functools.partial(self.health.approve, self.iteration + 1, phase)
         result = train_step(

@@ -26,46 +26,61 @@ class AttentionSchedules:
         self._backend, self._chunk_size, self._cp_group = backend, chunk_size, cp_group
         self._schedules: dict[tuple, AttentionSchedule] = {}
 
-    def plan(self, on_host: Tensor, num_queries: int) -> AttentionPlan | None:
+    def plan(self, on_host: Tensor, num_queries: int, masks_alone: bool = False) -> AttentionPlan | None:
         """Return what can be made of a batch's schedule on the host ahead of its step, in any thread.
 
         Args:
             on_host: the metadata, int32 ``[b, keys, 4]`` on the CPU.
-            num_queries: tokens per row on this rank.
+            num_queries: tokens per row on this rank that are queries.
+            masks_alone: whether these are the last keys, the rank's masks, without its clean tokens.
         """
-        return make_plan(on_host, self._queries(on_host, num_queries), backend=self._backend)
+        return make_plan(on_host, self._queries(on_host, num_queries, masks_alone), backend=self._backend)
 
-    def prepare(self, visibility: Tensor, on_host: Tensor, num_queries: int, plan: AttentionPlan | None = None) -> None:
+    def prepare(
+        self,
+        visibility: Tensor,
+        on_host: Tensor,
+        num_queries: int,
+        plan: AttentionPlan | None = None,
+        masks_alone: bool = False,
+    ) -> None:
         """Make the schedule of a batch before its forward, so that no layer has to read from the device.
 
         Args:
             visibility: the metadata that the model will receive, int32 ``[b, keys, 4]``.
             on_host: the same metadata on the CPU.
-            num_queries: tokens per row on this rank.
+            num_queries: tokens per row on this rank that are queries.
             plan: what :meth:`plan` returned for the batch, copied to the device of ``visibility``.
+            masks_alone: as for :meth:`plan`.
         """
         key = _contents(visibility)
         if key not in self._schedules:
             made = None if plan is None else plan.schedule()
             # detached: on a CPU the two are one tensor, and a schedule that refers to it would never be freed
-            self._schedules[key] = made or self._make(on_host.detach(), num_queries, str(visibility.device))
+            self._schedules[key] = made or self._make(
+                on_host.detach(), num_queries, str(visibility.device), masks_alone
+            )
             weakref.finalize(visibility, self._schedules.pop, key, None).atexit = False
 
-    def find(self, visibility: Tensor, num_queries: int) -> AttentionSchedule:
+    def find(self, visibility: Tensor, num_queries: int, masks_alone: bool = False) -> AttentionSchedule:
         """Return the schedule prepared for these metadata, or make one for this call alone.
 
         Args:
             visibility: the metadata, int32 ``[b, keys, 4]``: the tensor given to :meth:`prepare`, or a view of it.
-            num_queries: tokens per row on this rank.
+            num_queries: tokens per row on this rank that are queries.
+            masks_alone: as for :meth:`plan`.
         """
         schedule = self._schedules.get(_contents(visibility))
-        return schedule or self._make(visibility.cpu(), num_queries, str(visibility.device))
+        return schedule or self._make(visibility.cpu(), num_queries, str(visibility.device), masks_alone)
 
-    def _queries(self, on_host: Tensor, num_queries: int) -> tuple[slice, ...]:
-        return query_slices(num_queries, on_host.shape[1], self._cp_group.rank(), self._cp_group.size())
+    def _queries(self, on_host: Tensor, num_queries: int, masks_alone: bool) -> tuple[slice, ...]:
+        keys = on_host.shape[1]
+        if masks_alone:
+            return (slice(keys - num_queries, keys),)
+        return query_slices(num_queries, keys, self._cp_group.rank(), self._cp_group.size())
 
-    def _make(self, on_host: Tensor, num_queries: int, device: str) -> AttentionSchedule:
-        queries = self._queries(on_host, num_queries)
+    def _make(self, on_host: Tensor, num_queries: int, device: str, masks_alone: bool) -> AttentionSchedule:
+        queries = self._queries(on_host, num_queries, masks_alone)
         return make_schedule(on_host, queries, backend=self._backend, chunk_size=self._chunk_size, device=device)
 
 
