@@ -58,6 +58,7 @@ def run_layout(setup, name, folder):
     if drafts:
         initialize_drafts(trainer.model, config.training.seed, output_std=0.05)  # so that every weight matters
         trainer.optimizer.reload_model_params()
+    before = trainer.evaluate() if drafts else None
     last, hidden = trainer.model[-1], []
     handle = last.register_forward_hook(lambda module, args, out: hidden.append(out.detach().clone()))
     sums, counts = forward_backward(trainer.ddp, trainer.step_batches(), alpha, ranks)
@@ -85,7 +86,7 @@ def run_layout(setup, name, folder):
     result["grad_norms"] = [s["grad_norm"] for s in steps]
     trainer.write_run_folder()
     trainer.save()  # right after a step: under overlap the weights are still to be gathered
-    result["evaluation"] = trainer.evaluate()
+    result["evaluation"], result["before"] = trainer.evaluate(), before
     result["next"] = [trainer.step() for _ in range(STEPS)]
     return result
 

@@ -23,6 +23,7 @@ FLOORS = {
     "config": 0,
     "context_parallel": 0,
     "text_stream": 0,
+    "adapter": 0.5,
     "distributed": 1,
     "data": 1,
     "inference": 1,

@@ -59,6 +59,7 @@ MEANT_FOR = {
     "max_new_tokens": OF_TEXTS,
     "contexts": ("decode", "planner", "step", "slots"),
     "batch_sizes": ("decode", "planner"),
+    "adapter": ("decode",),
     "assistant": ("decode",),
     "bodies": ("planner",),
 }
@@ -89,7 +90,8 @@ def run_model(arguments: argparse.Namespace, repeats: int) -> dict[str, Any]:
     # the planner's benchmark grows the model, and quantizes what it has grown
     grows = arguments.what == "planner"
     quantize = None if grows else arguments.quantize
-    model = load_model(arguments.model, dtype=arguments.dtype, keep_weights=grows, quantize=quantize)
+    more = {"keep_weights": grows, "quantize": quantize, "adapter": arguments.adapter}
+    model = load_model(arguments.model, dtype=arguments.dtype, **more)
     check_quantizable(arguments.quantize, model.dtype, model.device)
     if arguments.what in ("planner", "step") and model.mask_token_id is None:
         raise UserError(f"--model {arguments.model}: cannot draft; export a TiDAR checkpoint")
@@ -159,6 +161,7 @@ def main() -> None:
         help="slots [float32 bfloat16], training [bfloat16 on a GPU, else float32]",
     )
     parser.add_argument("--quantize", metavar="BITS", help="of a model: int8 or int4 weights, on a CPU")
+    parser.add_argument("--adapter", metavar="DIR", help="decode: draft weights for the model")
     parser.add_argument("--assistant", metavar="DIR", help="decode: a smaller model that drafts for transformers")
     help_of_contexts = "decode [128 1024 4096], step [256 1024 4096], slots [256], planner [the prompts as they are]"
     parser.add_argument("--contexts", type=int, nargs="+", metavar="P", help=help_of_contexts)

@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument(
         "--bitwise", action="store_true", help="compare the logits of all plans, batches and chunkings, bit by bit"
     )
+    parser.add_argument("--adapter", metavar="DIR", help="draft weights for this model, from tidar convert export")
     parser.add_argument(
         "--quantize", metavar="BITS", help="int8 or int4, on a CPU: --bitwise, as transformers cannot run these weights"
     )
@@ -50,7 +51,8 @@ def main() -> None:
         from tidar_megatron.inference.text import encode_prompt
 
     texts = certificate.read_prompts(args.prompts)[: args.limit]
-    model = load_model(args.model, args.device, args.dtype, args.mask_token_id, quantize=args.quantize)
+    more = {"quantize": args.quantize, "adapter": args.adapter}
+    model = load_model(args.model, args.device, args.dtype, args.mask_token_id, **more)
     if note := dtype_note(args.dtype, model.device, model.dtype):
         say(note)
     prompts = [encode_prompt(model, text) for text in texts]

@@ -80,12 +80,16 @@ def _shape(config: Config, hf: str) -> str:
 
 def _export(args: argparse.Namespace) -> None:
     with importing():
+        from tidar_megatron.adapter import CONFIG as ADAPTER_CONFIG
         from tidar_megatron.huggingface.convert import export_run
 
     shard_bytes = args.max_shard_size_gb * 10**9
     if not 1 <= shard_bytes < float("inf"):
         raise UserError(f"--max-shard-size-gb {args.max_shard_size_gb}: must be a number above 0")
     iteration = export_run(args.checkpoint, args.hf, args.iteration, int(shard_bytes))
+    if (Path(args.hf) / ADAPTER_CONFIG).exists():
+        print(f"{args.hf}: the draft weights of iteration {iteration}; tidar generate --model BASE --adapter {args.hf}")
+        return
     drafts = "tidar" in json.loads((Path(args.hf) / "config.json").read_text(encoding="utf-8"))
     ours = "tidar generate drafts" if drafts else "it has no mask token, so tidar generate decodes it plainly"
     print(f"{args.hf}: the model of iteration {iteration}; any Hugging Face program loads it, {ours}")

@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--mask-token-id", type=int, metavar="ID", help="draft with this where the model has no mask")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--dtype", default="auto", help="default: auto, bfloat16 where it is faster, else float32")
+    parser.add_argument("--adapter", metavar="DIR", help="draft weights for this model, from tidar convert export")
     parser.add_argument("--quantize", metavar="BITS", help="int8 or int4: decode with quantized weights, on a CPU")
     parser.add_argument("--json", action="store_true", help="print one JSON object, as the last line")
     parser.epilog = """A local file holds JSON lines of one kind, with the keys context, choices, answer (its place,
@@ -44,7 +45,8 @@ def main() -> None:
         from tidar_megatron.inference.dtype import dtype_name, dtype_note
         from tidar_megatron.inference.loading import load_model
 
-    model = load_model(args.model, args.device, args.dtype, args.mask_token_id, quantize=args.quantize)
+    more = {"quantize": args.quantize, "adapter": args.adapter}
+    model = load_model(args.model, args.device, args.dtype, args.mask_token_id, **more)
     if note := dtype_note(args.dtype, model.device, model.dtype):
         print(note, file=sys.stderr)
     rows = []

@@ -58,6 +58,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-sequence token")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--dtype", default="auto", help="default: auto, bfloat16 where it is faster, else float32")
+    parser.add_argument("--adapter", metavar="DIR", help="draft weights for this model, from tidar convert export")
     parser.add_argument("--quantize", metavar="BITS", help="int8 or int4: decode with quantized weights, on a CPU")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     return parser.parse_args()
@@ -115,7 +116,7 @@ def main() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    model = load_model(args.model, args.device, args.dtype, quantize=args.quantize)
+    model = load_model(args.model, args.device, args.dtype, quantize=args.quantize, adapter=args.adapter)
     prompt = encode_prompt(model, read_standard_input() if args.prompt == "-" else args.prompt)
     trained = (getattr(model.causal_lm.config, "tidar", None) or {}).get("seq_length")
     if trained and len(prompt) + args.max_new_tokens > trained:

@@ -115,7 +115,7 @@ class Stock:
 
     def __init__(self, model: DecodeModel, folder: str | Path) -> None:
         self.causal_lm = load_stock(folder, model)
-        self.mask_token_id = model.mask_token_id
+        self.mask_token_id = model.mask_token_id if model.drafts is None else None  # those of an adapter have no id
 
     @torch.inference_mode()
     def generate(self, prompt: Sequence[int], count: int) -> tuple[list[int], Tensor]:

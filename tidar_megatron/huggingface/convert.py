@@ -14,6 +14,8 @@ from megatron.core import __version__ as megatron_version
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tidar_megatron.adapter import CONFIG as ADAPTER_CONFIG
+from tidar_megatron.adapter import MODULES, Adapter, AdapterConfig
 from tidar_megatron.checkpoint import folder
 from tidar_megatron.checkpoint.contents import STATE_FILE, State, load_weights, read_state
 from tidar_megatron.checkpoint.fingerprint import check_shapes
@@ -49,6 +51,7 @@ from tidar_megatron.huggingface.folders import (
     export_huggingface,
     has_tokenizer,
 )
+from tidar_megatron.huggingface.mapping import split
 from tidar_megatron.huggingface.origin import keep_huggingface_files, kept_huggingface_files
 from tidar_megatron.huggingface.output_row import mask_output_row
 from tidar_megatron.huggingface.streaming import UnshardedModel, WeightReader, unsharded_model, write_weights
@@ -56,7 +59,7 @@ from tidar_megatron.huggingface.token_ids import check_mask_token
 from tidar_megatron.models.gpt import build_model, run_model
 from tidar_megatron.models.initialize import MaskRow
 from tidar_megatron.models.output_layer import output_weight
-from tidar_megatron.models.parameters import VOCABULARY
+from tidar_megatron.models.parameters import VOCABULARY, kind_of
 from tidar_megatron.new_folder import check_free, new_folder
 from tidar_megatron.precision import full_float32
 
@@ -219,7 +222,7 @@ def _intact_checkpoint(run: Path, iteration: int | None) -> tuple[ResolvedConfig
 def export_run(
     run: str | Path, target: str | Path, iteration: int | None = None, shard_bytes: int = SHARD_BYTES
 ) -> int:
-    """Write a checkpoint of a run as a Hugging Face folder.
+    """Write a checkpoint of a run as a Hugging Face folder; of a run that trained draft weights, as an adapter's.
 
     Args:
         run: The run's folder.
@@ -236,6 +239,9 @@ def export_run(
     run = Path(run)
     config, iteration, checkpoint = _intact_checkpoint(run, iteration)
     unsharded = unsharded_model(config)
+    if config.trains_drafts:
+        _export_adapter(run, config, checkpoint, unsharded, Path(target))
+        return iteration
     try:
         # an imported model may have no tokenizer; a trained run always has one
         has_none = read_state(checkpoint).weights_only and not (run / TOKENIZER_FOLDER).exists()
@@ -248,6 +254,45 @@ def export_run(
     except Damaged as damage:
         raise UserError(f"--checkpoint {run}: {damage}") from None
     return iteration
+
+
+def _export_adapter(
+    run: Path, config: ResolvedConfig, checkpoint: Path, unsharded: UnshardedModel, target: Path
+) -> None:
+    try:
+        read, fingerprint = WeightReader(checkpoint, unsharded).read, read_state(checkpoint).fingerprint
+        tensors = {}
+        for name in unsharded.shapes:
+            kind, numbers = kind_of(name)
+            tensor = read(name)
+            if kind.fused == "qkv":
+                tensor = torch.cat(split(kind, tensor, unsharded.num_query_groups, unsharded.num_attention_heads))
+            tensors[_adapter_name(name, numbers)] = tensor
+    except Damaged as damage:
+        raise UserError(f"--checkpoint {run}: {damage}") from None
+    drafts, model = config.drafts, config.model
+    modules = {name.split(".")[-2] for name in tensors if name.startswith("layers.")}
+    about = AdapterConfig(
+        base_sha256=fingerprint["base_sha256"],
+        block_size=config.tidar.block_size,
+        rank=drafts.draft_rank,
+        alpha=drafts.draft_alpha,
+        modules=[name for name in MODULES.values() if name in modules],
+        selector_rank=drafts.draft_selector,
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        vocab_size=config.vocab_size,
+    )
+    with new_folder("--hf", target, ADAPTER_CONFIG) as folder:
+        Adapter(about, tensors).save(folder)
+
+
+def _adapter_name(name: str, numbers: list[str]) -> str:
+    """Return the name of a draft weight in an adapter's file."""
+    if not numbers:
+        return name.removesuffix(".weight")
+    module, _, weight = name.split(".", 3)[3].partition(".draft.")
+    return f"layers.{numbers[0]}.{MODULES[module]}.{weight}"
 
 
 # --- both --------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from megatron.core.models.gpt import GPTModel
 
+from tidar_megatron.adapter import weights_hash
 from tidar_megatron.checkpoint.contents import intact_checkpoint, load_weights
 from tidar_megatron.checkpoint.folder import latest_iteration
 from tidar_megatron.checkpoint.integrity import Damaged
@@ -48,6 +49,14 @@ class Origin(Protocol):
 
     def rows_needed(self) -> int:
         """Return the number of rows that the model needs for all ids of the origin's own tokenizer."""
+        ...
+
+    def weights_hash(self) -> str:
+        """Return the hash of the weights that an adapter names its base by.
+
+        Raises:
+            UserError: The origin is a run, whose weights have no such hash.
+        """
         ...
 
     def check_tokenizer(self, data_tokenizer: str | Path) -> None:
@@ -96,6 +105,9 @@ class _HuggingFace:
         assert rows is not None
         return rows_needed(self._folder, rows) if has_tokenizer(self._folder) else rows
 
+    def weights_hash(self) -> str:
+        return weights_hash(self._folder)
+
     def check_tokenizer(self, data_tokenizer: str | Path) -> None:
         check_huggingface_tokenizer(self._folder, data_tokenizer)
 
@@ -120,6 +132,12 @@ class _Run:
 
     def rows_needed(self) -> int:
         return self._config.vocab_size
+
+    def weights_hash(self) -> str:
+        raise UserError(
+            f"--train drafts: --init-from {self._folder} is a run; export it first (tidar convert export), because the "
+            "drafts belong to a Hugging Face folder"
+        )
 
     def check_tokenizer(self, data_tokenizer: str | Path) -> None:
         check_huggingface_tokenizer(self._folder / TOKENIZER_FOLDER, data_tokenizer)

@@ -42,7 +42,7 @@ from tidar_megatron.checkpoint.pickles import read_metadata, weights_only
 from tidar_megatron.config import ParallelConfig, ResolvedConfig
 from tidar_megatron.distributed.fake import play_rank
 from tidar_megatron.models.gpt import build_model
-from tidar_megatron.models.parameters import VOCABULARY
+from tidar_megatron.models.parameters import VOCABULARY, is_draft_weight
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,10 @@ class UnshardedModel:
 
 
 def unsharded_model(config: ResolvedConfig) -> UnshardedModel:
-    """Return the full model of a resolved configuration, built with layers that need no GPU packages."""
+    """Return the full model of a resolved configuration, built with layers that need no GPU packages.
+
+    Of a run that trains draft weights, it has these alone, as its checkpoints do.
+    """
     local = dataclasses.replace(config.model, transformer_impl="local", moe_grouped_gemm=False)
     config = dataclasses.replace(config, model=local, parallel=ParallelConfig())
     with play_rank(config.parallel, 0, 1) as ranks:
@@ -75,11 +78,13 @@ def unsharded_model(config: ResolvedConfig) -> UnshardedModel:
         pieces: dict[str, list[ShardedTensor]] = {}
         objects = []
         for name, entry in model.sharded_state_dict().items():
+            if is_draft_weight(name) != config.trains_drafts:
+                continue
             if isinstance(entry, ShardedObject):
                 objects.append(entry)
             else:
                 pieces[name] = list(entry.build()) if isinstance(entry, ShardedTensorFactory) else [entry]
-        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters() if name in pieces}
         transformer = model.config
     assert shapes.keys() == pieces.keys()
     return UnshardedModel(

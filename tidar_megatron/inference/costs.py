@@ -236,6 +236,7 @@ def _costs_file(model: DecodeModel) -> Path:
         torch.__version__,
         str(model.dtype),
         model.quantize,
+        *([model.drafts.rank] if model.drafts is not None else []),
         *(["compiled"] if model.lean is not None and model.lean.is_compiled else []),
         shape,
         SIZES,

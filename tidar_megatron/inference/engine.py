@@ -10,12 +10,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Tokens
+from functools import partial
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from tidar_megatron.errors import UserError
+from tidar_megatron.inference.draft_weights import Drafted
 from tidar_megatron.inference.logits import Best, Rows, pick
 from tidar_megatron.inference.model import DecodeModel
 from tidar_megatron.inference.planner import Planner, planner_of
@@ -146,9 +148,11 @@ class Engine:
             _guarded(sequence, sequence.accept, of_rows)
         rows = [sequence.draft_rows for sequence in served]
         if any(rows):
-            for sequence, own, of_rows in zip(served, rows, logits.of(rows, confidences), strict=True):
+            found = logits.of(rows, confidences)
+            offered = logits.offered(rows, found, [s.tokens[-1] if s.tokens else 0 for s in served])
+            for sequence, own, of_rows, drafts in zip(served, rows, found, offered, strict=True):
                 if own:
-                    _guarded(sequence, sequence.draft, of_rows)
+                    _guarded(sequence, partial(sequence.draft, offered=drafts), of_rows)
         parts = {sequence: sequence.last_part.layout.num_tokens for sequence in served}
         seconds, size = time.perf_counter() - start, sum(parts.values())
         if planner is not None:
@@ -218,6 +222,26 @@ class _Logits:
         together = self._rows(torch.cat(wanted) if len(wanted) > 1 else wanted[0], confidences)
         edges = accumulate(map(len, wanted), initial=0)
         return [together.pick(start, range(len(own))) for start, own in zip(edges, wanted, strict=False)]
+
+    def offered(self, rows: Tokens[Tokens[int]], found: Tokens[Rows], certain: Tokens[int]) -> Tokens[Drafted | None]:
+        """Return what the model's selector offers for the masks at ``rows`` of each sequence; None where it has none.
+
+        Args:
+            rows: Relative to the first row of each sequence.
+            found: Their logits.
+            certain: The certain token of each sequence, which stands before its first mask.
+        """
+        selector = self._model.drafts.selector if self._model.drafts is not None else None
+        if selector is None:
+            return [None] * len(rows)
+        drafting = [number for number, own in enumerate(rows) if own]
+        states = [pick(self._hidden, self._starts[number], rows[number]) for number in drafting]
+        sizes = [len(rows[number]) for number in drafting]
+        firsts = list(accumulate(sizes[:-1], initial=0))
+        logits = torch.cat([found[number].logits for number in drafting])
+        scored = selector.score(logits, torch.cat(states), firsts, [certain[number] for number in drafting])
+        apart = iter(scored.split(sizes))
+        return [next(apart) if own else None for own in rows]
 
     def _rows(self, hidden: Tensor, probabilities: bool) -> Rows:
         if not len(hidden):

@@ -144,11 +144,15 @@ class Part(NamedTuple):
 class Forward(Protocol):
     """The interface that a model's forward needs: the tokens of several sequences, packed, and their attention.
 
-    ``starts`` holds the first row of each sequence; ``num_tokens`` is the number of rows.
+    ``starts`` holds the first row of each sequence; ``num_tokens`` is the number of rows. ``mask_rows`` tells which are
+    masks: a slice, row numbers (int64), or a bool per row; None if none is.
     """
 
     starts: list[int]
     num_tokens: int
+
+    @property
+    def mask_rows(self) -> "slice | Tensor | None": ...
 
     def inputs(self, mask_token_id: int | None, device: torch.device) -> Tensor:
         """Return token ids and position ids, int64 ``[2, 1, tokens]``."""
@@ -187,6 +191,19 @@ class PackedForward:
         self.num_masks = sum(part.layout.num_masks for part in parts)
         # with the rows of the forward that each serves; the first layer arranges them
         self._calls: list[tuple[slice, SingleCall | SharedCall]] = []
+
+    @property
+    def mask_rows(self) -> "slice | Tensor | None":
+        """The rows that are masks; see :class:`Forward`."""
+        if not self.num_masks:
+            return None
+        if len(self._parts) == 1:
+            return slice(self.num_tokens - self.num_masks, self.num_tokens)
+        ranges = [
+            torch.arange(start + part.layout.num_drafts, start + part.layout.num_tokens)
+            for start, part in zip(self.starts, self._parts, strict=True)
+        ]
+        return torch.cat(ranges)
 
     def inputs(self, mask_token_id: int | None, device: torch.device) -> Tensor:
         """Return token ids and position ids; see :meth:`Forward.inputs`."""

@@ -25,6 +25,7 @@ from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 from tidar_megatron.attention_kernels import HALF
 from tidar_megatron.inference.cache import KVPool
+from tidar_megatron.inference.draft_weights import DraftWeights, LayerPairs, MaskRows
 from tidar_megatron.inference.forward import Forward, ForwardLayout, PackedForward, Part
 from tidar_megatron.inference.model import FUSED, DecodeModel
 from tidar_megatron.inference.products import (
@@ -201,21 +202,35 @@ class _Layer:
     gated: Callable[[Tensor, Tensor], Tensor]
     rotated: Callable[..., Tensor]
 
-    def before(self, hidden: Tensor, tokens: int, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values; see :class:`Calls`."""
-        qkv = self.qkv.of(self.before_attention(hidden))
+    def before(
+        self,
+        hidden: Tensor,
+        tokens: int,
+        cos: Tensor,
+        sin: Tensor,
+        pairs: LayerPairs | None = None,
+        masks: MaskRows | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values; see :class:`Calls`. ``pairs`` add to the rows of ``masks``."""
+        x = self.before_attention(hidden)
+        qkv = _with_pair(self.qkv.of(x), x, "qkv", pairs, masks)
         qkv = (qkv if len(qkv) == tokens else qkv[:tokens]).view(1, tokens, -1, self.head_dim).transpose(1, 2)
         qk, value = qkv.split([self.heads + self.kv_heads, self.kv_heads], 1)
         qk = self.rotated(qk, cos, sin, self.qk_norm and self.qk_norm(), self.qk_eps)
         query, key = qk.split([self.heads, self.kv_heads], 1)
         return query, key, value
 
-    def after(self, hidden: Tensor, out: Tensor) -> Tensor:
-        """Return the hidden states after the layer; see :class:`Calls`."""
+    def after(
+        self, hidden: Tensor, out: Tensor, pairs: LayerPairs | None = None, masks: MaskRows | None = None
+    ) -> Tensor:
+        """Return the hidden states after the layer; see :class:`Calls`. ``pairs`` add to the rows of ``masks``."""
         fill = len(hidden) - len(out)
-        hidden = self.output.added(hidden, F.pad(out, (0, 0, 0, fill)) if fill else out)
-        gate, up = self.gate_up.of(self.before_mlp(hidden)).chunk(2, -1)
-        return self.down.added(hidden, self.gated(gate, up))
+        out = F.pad(out, (0, 0, 0, fill)) if fill else out
+        hidden = _with_pair(self.output.added(hidden, out), out, "o", pairs, masks)
+        x = self.before_mlp(hidden)
+        gate, up = _with_pair(self.gate_up.of(x), x, "gate_up", pairs, masks).chunk(2, -1)
+        inner = self.gated(gate, up)
+        return _with_pair(self.down.added(hidden, inner), inner, "down", pairs, masks)
 
     def in_cpp(self, library: ModuleType) -> Calls | None:
         """Return the same calls from C++, or None where C++ lacks one of them."""
@@ -229,6 +244,12 @@ class _Layer:
             *(self.before_mlp.in_cpp(library), gate_up, down, self.heads, self.kv_heads, self.head_dim),
         )
         return calls
+
+
+def _with_pair(out: Tensor, x: Tensor, name: str, pairs: LayerPairs | None, masks: MaskRows | None) -> Tensor:
+    if pairs is not None and masks is not None and name in pairs:
+        pairs[name].add(out, x, masks)
+    return out
 
 
 class LeanForward:
@@ -271,22 +292,47 @@ class LeanForward:
         self.is_compiled = None not in compiled  # whether C++ makes the calls of the layers
         self._calls: list[Calls] = [*(compiled if self.is_compiled else self._layers)]
 
-    def __call__(self, ids: Tensor, positions: Tensor, packed: Forward) -> Tensor:
+    def __call__(self, ids: Tensor, positions: Tensor, packed: Forward, drafts: DraftWeights | None = None) -> Tensor:
         """Return the hidden states after the final norm, ``[tokens, hidden]``.
 
         Args:
             ids: Token ids, int64 ``[1, tokens]``.
             positions: Position ids, int64 ``[1, tokens]``.
             packed: The forward, which writes K/V and computes attention.
+            drafts: Weights that act on the rows of masks.
         """
         tokens = ids.shape[-1]
         fill = self._fill(tokens)
         hidden = self.embed(F.pad(ids[0], (0, fill)) if fill else ids[0])
         cos, sin = self._table(positions, hidden)
+        masks = packed.mask_rows if drafts is not None else None
+        if drafts is not None and masks is not None:
+            return self._drafting(hidden, tokens, cos, sin, packed, drafts, masks)
         for number, (layer, calls) in enumerate(zip(self._layers, self._calls, strict=True)):
             query, key, value = calls.before(hidden, tokens, cos, sin)
             out = packed.attend(number, query, key, value, layer.scale)
             hidden = calls.after(hidden, out.reshape(tokens, -1))
+        return self._norm(hidden)[:tokens]
+
+    def _drafting(
+        self,
+        hidden: Tensor,
+        tokens: int,
+        cos: Tensor,
+        sin: Tensor,
+        packed: Forward,
+        drafts: DraftWeights,
+        masks: MaskRows,
+    ) -> Tensor:
+        """Return the hidden states of a forward in which draft weights act on the rows of masks."""
+        if isinstance(masks, Tensor):
+            masks = masks.to(hidden.device)
+            masks = F.pad(masks, (0, len(hidden) - tokens)) if masks.dtype == torch.bool else masks
+        hidden = drafts.embed(hidden, masks)
+        for number, (layer, pairs) in enumerate(zip(self._layers, drafts.layers, strict=True)):
+            query, key, value = layer.before(hidden, tokens, cos, sin, pairs, masks)
+            out = packed.attend(number, query, key, value, layer.scale)
+            hidden = layer.after(hidden, out.reshape(tokens, -1), pairs, masks)
         return self._norm(hidden)[:tokens]
 
     def holds(self) -> bool:

@@ -32,6 +32,7 @@ def load_model(
     mask_token_id: int | None = None,
     keep_weights: bool = False,
     quantize: str | None = None,
+    adapter: str | Path | None = None,
 ) -> DecodeModel:
     """Load a Hugging Face folder for decoding, without running any code from the folder.
 
@@ -45,6 +46,7 @@ def load_model(
             out for decoding, and ``causal_lm`` cannot run itself.
         quantize: ``int8`` or ``int4`` to decode with quantized weights, on a CPU, without ``keep_weights``; the
             embedding keeps its dtype (:mod:`~tidar_megatron.inference.quantizing`).
+        adapter: A folder of draft weights for this model (:mod:`tidar_megatron.adapter`).
 
     Raises:
         UserError: a file of the folder is missing or broken, the model's class computes more than the engine does, or
@@ -74,6 +76,10 @@ def load_model(
     elif not keep_weights:
         compiled = library() if torch_device.type == "cpu" else None
         use_lean_forward(model, take=True, embedding=embedding, library=compiled)
+    if adapter is not None:
+        from tidar_megatron.inference.adapters import load_adapter  # not among the modules of an exported folder
+
+        load_adapter(model, adapter, path)
     _return_freed_memory()
     return model
 

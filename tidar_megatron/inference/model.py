@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from tidar_megatron.attention_kernels import HALF
 from tidar_megatron.inference.attention import ATTENTION_NAME
+from tidar_megatron.inference.draft_weights import DraftWeights
 from tidar_megatron.inference.forward import Forward
 
 
@@ -24,7 +25,7 @@ class Lean(Protocol):
 
     is_compiled: bool  # whether its layers are called from C++
 
-    def __call__(self, ids: Tensor, positions: Tensor, packed: Forward) -> Tensor:
+    def __call__(self, ids: Tensor, positions: Tensor, packed: Forward, drafts: DraftWeights | None = None) -> Tensor:
         """Return the final hidden states, as :meth:`DecodeModel.modules_forward` does."""
 
     def holds(self) -> bool:
@@ -35,8 +36,9 @@ class Lean(Protocol):
 class DecodeModel:
     """The model, its tokenizer (None if the folder has none) and its properties that matter for decoding.
 
-    ``mask_token_id`` and ``block_size`` are None without a ``tidar`` section. All positions of a forward must be below
-    ``context_limit``. ``is_tidar`` is True if the model was trained to draft, not merely loaded with a mask token.
+    ``mask_token_id`` and ``block_size`` are None without a ``tidar`` section or an adapter; the masks of an adapter
+    have the id ``vocab_size``, which no token has. All positions of a forward must be below ``context_limit``.
+    ``is_tidar`` is True if the model was trained to draft, not merely loaded with a mask token.
     """
 
     causal_lm: PreTrainedModel
@@ -50,6 +52,7 @@ class DecodeModel:
     idle_forwards: dict[tuple[int, int], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     lean: "Lean | None" = field(default=None, repr=False, compare=False)
     head: Callable[[Tensor], Tensor] | None = field(default=None, repr=False, compare=False)  # default: the model's own
+    drafts: DraftWeights | None = field(default=None, init=False, repr=False, compare=False)  # of an adapter
     quantize: str | None = field(
         default=None, init=False
     )  # how lean's and head's weights are quantized (quantizing.py)
@@ -81,6 +84,10 @@ class DecodeModel:
         Returns:
             Final hidden states ``[tokens, hidden]``, sequence by sequence, each in the order of its layout.
         """
+        if self.drafts is not None:
+            assert self.lean is not None, "somebody changed the modules of a model with an adapter: load it again"
+            ids, positions = packed.inputs(0, self.device)  # any id: the masks have an input of their own
+            return self.lean(ids, positions, packed, self.drafts)
         ids, positions = packed.inputs(self.mask_token_id, self.device)
         return (self.lean or self.modules_forward)(ids, positions, packed)
 
@@ -96,11 +103,11 @@ class DecodeModel:
     def logits(self, hidden: Tensor, emitted: bool = True) -> Tensor:
         """Return the logits ``[rows, vocabulary]`` of hidden states ``[rows, hidden]``.
 
-        The mask token's logit is minus infinity, so that it is never emitted. If ``emitted`` is False, it keeps its own
-        logit, as in transformers.
+        The logit of a mask token that has an id is minus infinity, so that it is never emitted. If ``emitted`` is
+        False, it keeps its own logit, as in transformers.
         """
         logits = (self.head or self._head)(hidden)
-        if self.mask_token_id is not None and emitted:
+        if self.mask_token_id is not None and self.mask_token_id < self.vocab_size and emitted:
             logits.select(-1, self.mask_token_id).fill_(-torch.inf)
         return logits
 

@@ -256,6 +256,23 @@ class Sampler:
         q = probabilities(logits, self.options)
         return draw(q, self.uniforms(len(q))).tolist(), q
 
+    def walk(self, ids: Tensor, scores: Tensor, vocabulary: int) -> tuple[list[int], Tensor]:
+        """Return drafts that are drawn one after another, and the distributions ``[n, V]`` behind them.
+
+        Args:
+            ids: The candidates of each mask, int64 ``[n, c]``.
+            scores: Their scores after each candidate of the mask before, ``[n, c, c]``.
+            vocabulary: V.
+        """
+        tokens, q, place = [], [], 0
+        for candidates, of_each in zip(ids, scores, strict=True):
+            logits = of_each.new_full((1, vocabulary), -torch.inf)
+            logits[0, candidates] = of_each[place]
+            q.append(probabilities(logits, self.options))
+            tokens.append(int(draw(q[-1], self.uniforms(1))))
+            place = int((candidates == tokens[-1]).int().argmax())
+        return tokens, torch.cat(q)
+
 
 def _verified(drafts: Sequence[int], best: list[int], highest: list[float]) -> list[int]:
     """Return the accepted drafts without the first, then the new token, from the likeliest token after each draft."""

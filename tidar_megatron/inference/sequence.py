@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tidar_megatron.errors import UserError
+from tidar_megatron.inference.draft_weights import Drafted
 from tidar_megatron.inference.drafting import Branches, Drafts, Linear, Lookup, Policy
 from tidar_megatron.inference.forward import ForwardLayout, Part
 from tidar_megatron.inference.logits import Best
@@ -182,14 +183,21 @@ class Sequence:
         self._drafts = Drafts([tokens[-1], *self._policy.look_up(tokens)] if self.stop is None else [])
         return tokens
 
-    def draft(self, logits: Tensor, best: Best | None = None) -> None:
+    def draft(self, logits: Tensor, best: Best | None = None, offered: Drafted | None = None) -> None:
         """Append drafts after the certain token.
 
         Args:
             logits: The logits of :attr:`draft_rows`, ``[rows, V]``.
             best: Their likeliest tokens, if they are on the host already.
+            offered: What the model's selector offers for these rows, if it has one.
         """
-        tokens, q = self._sampler.propose(logits, best)
+        if offered is not None and self.options.sampling.greedy:
+            best = offered.likeliest()
+            tokens, q = best.tokens, None
+        elif offered is not None:
+            tokens, q = self._sampler.walk(offered.ids, offered.scores, logits.shape[-1])
+        else:
+            tokens, q = self._sampler.propose(logits, best)
         confidences: list[float] = []
         if self._policy.wants_confidences:
             if q is None and best is not None and best.probabilities is not None:

@@ -93,6 +93,7 @@ class StaticForward:
         self._uses = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._hidden: Tensor | None = None
+        self.mask_rows = torch.zeros(count, dtype=torch.bool, device=device)
         self.starts: list[int] = []
         self.num_tokens = count
 
@@ -100,16 +101,18 @@ class StaticForward:
         """Write the parts of the sequences to the static buffers."""
         sequences, tokens, _ = self._shape
         ids, positions = torch.zeros(2, sequences, tokens, dtype=torch.int64)
-        lengths = torch.zeros(sequences, dtype=torch.int64)
+        lengths, masks = torch.zeros(sequences, dtype=torch.int64), torch.zeros(sequences, tokens, dtype=torch.bool)
         for part in parts:
             assert part.length + tokens <= self._pool.capacity
             row, brought = [*part.tokens, *[mask_token_id] * part.layout.num_masks], part.layout.num_tokens
             ids[part.slot, :brought] = torch.tensor(row)
             positions[part.slot, :brought] = part.length + torch.tensor(position_offsets(part.layout))
             lengths[part.slot] = part.length
+            masks[part.slot, part.layout.num_drafts : brought] = True
             self._visible[part.slot].copy_(padded_mask(part.layout, tokens, self._visible.device))
         self._numbers.copy_(torch.stack([ids, positions]).flatten(1))
         self._lengths.copy_(lengths)
+        self.mask_rows.copy_(masks.flatten())
         self.starts = [part.slot * tokens for part in parts]
 
     def inputs(self, mask_token_id: int | None, device: torch.device) -> Tensor:
@@ -185,7 +188,7 @@ class Forwards:
         if shape not in self.shapes:
             self.shapes[shape] = StaticForward(self.pool, shape, self._model.device, self._capturing)
         forward = self.shapes[shape]
-        forward.load(parts, self._model.mask_token_id)
+        forward.load(parts, self._model.mask_token_id if self._model.drafts is None else 0)
         return forward.run(self._model), forward
 
 

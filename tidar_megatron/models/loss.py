@@ -9,11 +9,12 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from tidar_megatron.adapter import CANDIDATES
 from tidar_megatron.data.doubled import Batch
 from tidar_megatron.models.cross_entropy import linear_cross_entropy
 from tidar_megatron.models.draft_loss import linear_draft_loss
 from tidar_megatron.models.output_layer import full_states, output_weight, split_passes
-from tidar_megatron.models.selector import CANDIDATES, selector_loss
+from tidar_megatron.models.selector import selector_loss
 
 
 def token_losses(chunk: GPTModel, batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor]:

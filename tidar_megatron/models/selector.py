@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-CANDIDATES = 16  # the likeliest tokens of a mask that are scored
-SCALE = 4.0
+from tidar_megatron.adapter import SELECTOR_SCALE
 
 
 class Selector(nn.Module):
@@ -33,7 +32,7 @@ class Selector(nn.Module):
 
     def __init__(self, hidden_size: int, rank: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.scale = SCALE / math.sqrt(rank)
+        self.scale = SELECTOR_SCALE / math.sqrt(rank)
         self.previous = nn.Parameter(torch.empty(rank, hidden_size, dtype=dtype))  # A
         self.candidate = nn.Parameter(torch.empty(rank, hidden_size, dtype=dtype))  # C
         self.gate = nn.Parameter(torch.empty(rank, hidden_size, dtype=dtype))  # G

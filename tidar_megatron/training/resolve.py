@@ -98,6 +98,8 @@ def resolve_run(inputs: Inputs) -> ResolvedRun:
     if valid_data is not None:
         train_data.check_same_tokenizer(valid_data)
     fingerprint = run_fingerprint(config, train_data)
+    if config.trains_drafts and inputs.origin is not None:
+        fingerprint["base_sha256"] = inputs.origin.weights_hash()
     return ResolvedRun(config, inputs.tokenizer.folder, inputs.origin, train_data, valid_data, fingerprint)
 
 
