@@ -94,7 +94,7 @@ def test_under_torchrun_one_rank_speaks(name, speaks, monkeypatch, capsys):
     ("line", "words", "completions"),
     [
         ("tidar in", 1, {"inspect-data", "inspect-checkpoint"}),
-        ("tidar generate", 1, {"generate"}),
+        ("tidar generate", 1, {"generate", "generate-data"}),
         ("tidar generate --draft", 1, {"--draft-length"}),
         ("tidar generate --mode ", 1, {"auto", "tidar", "linear", "ar", "lookup"}),
         ("tidar convert ex", 1, {"export"}),

@@ -28,6 +28,7 @@ FLOORS = {
     "data": 1,
     "inference": 1,
     "models": 2,
+    "own_text": 2,
     "checkpoint": 3,
     "huggingface": 4,
     "training": 5,

@@ -17,6 +17,7 @@ from tidar_megatron.program import COMPLETION, OneLineParser, run_tool
 
 COMMANDS = {  # each is the module of its name
     "prepare-data": "turn text into training shards",
+    "generate-data": "continue prompts with a model, as shards to train its drafts on",
     "inspect-data": "check shards, show documents and a packed sequence",
     "pretrain": "train a TiDAR model, in one process or under torchrun",
     "convert": "import or export a Hugging Face folder, or verify it",

@@ -13,7 +13,7 @@ def encode_prompt(model: DecodeModel, text: str) -> list[int]:
     """Return the prompt's token ids, without special tokens for a TiDAR model, else with the tokenizer's default ones.
 
     A TiDAR model was trained on documents without special tokens (``data/tokenizer.py``). Other models get their usual
-    prompt, even if they draft with a mask token that they were not trained on.
+    prompt, even if they draft with a mask token that they were not trained on, or with an adapter.
 
     Raises:
         UserError: the model has no tokenizer, or the text is empty (even if the tokenizer adds a special token).
@@ -22,4 +22,4 @@ def encode_prompt(model: DecodeModel, text: str) -> list[int]:
         raise UserError(NO_TOKENIZER)
     if not text:
         raise UserError("the prompt is empty: give at least one character to continue")
-    return list(model.tokenizer(text, add_special_tokens=not model.is_tidar)["input_ids"])
+    return list(model.tokenizer(text, add_special_tokens=not model.is_tidar or model.drafts is not None)["input_ids"])

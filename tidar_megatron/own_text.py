@@ -1,0 +1,177 @@
+"""A model's own text: prompts are continued in large batches, recorded as they end, and written as shards.
+
+Drafts learn best from what the model itself writes. The record is a file of JSON lines, so a killed run goes on where
+it was; the shards are written from the record, so they do not depend on when it was killed. A text that was cut at the
+number of new tokens gets an end-of-sequence token, as every document of shards has one.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tidar_megatron.adapter import weights_hash
+from tidar_megatron.data.manifest import Manifest
+from tidar_megatron.data.shard_writer import check_output, write_shards
+from tidar_megatron.data.shards import ShardedDocuments
+from tidar_megatron.data.tokenizer import vocabulary_size
+from tidar_megatron.errors import UserError
+from tidar_megatron.inference.engine import Engine
+from tidar_megatron.inference.model import DecodeModel
+from tidar_megatron.inference.request import DecodeOptions
+from tidar_megatron.inference.sequence import Sequence as Decoding
+
+
+@dataclass(frozen=True)
+class OwnText:
+    """The continuation of one prompt.
+
+    Attributes:
+        number: The prompt's place in the list.
+        prompt: Its token ids.
+        output: The token ids of the continuation.
+        stop: Why it ended: ``eos``, ``length``, ``context`` or ``stop``.
+    """
+
+    number: int
+    prompt: list[int]
+    output: list[int]
+    stop: str
+
+
+def write_own_text(
+    model: DecodeModel,
+    base: str | Path,
+    prompts: Sequence[Sequence[int]],
+    options: DecodeOptions,
+    record: Path,
+    batch_size: int = 64,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[OwnText]:
+    """Continue the prompts that a record does not hold yet, and return all texts in the order of the prompts.
+
+    With a seed, prompt n draws with the seed plus n, whatever batch it is in.
+
+    Args:
+        model: The model.
+        base: The model's folder.
+        prompts: Token ids.
+        options: How to generate.
+        record: The file of JSON lines; a line is added as soon as a text ends.
+        batch_size: Texts that are generated together.
+        say: A function that is called with a line of progress now and then.
+
+    Raises:
+        UserError: The record is that of other prompts, options or weights, or cannot be written.
+    """
+    about = {"weights": weights_hash(base), "options": _plain(options), "prompts": _digest(prompts)}
+    done = {text.number: text for text in _read(record, about)}
+    if done:
+        say(f"{record}: {len(done):,} of {len(prompts):,} texts are there already")
+    waiting = {}
+    for number in range(len(prompts)):
+        if number not in done:
+            waiting[number] = Decoding(model, prompts[number], _seeded(options, number))
+    if not waiting:
+        return [done[number] for number in range(len(prompts))]
+    engine = Engine(model, batch_size, max(one.room for one in waiting.values()), queue_size=len(waiting))
+    numbers = {engine.enqueue(one): number for number, one in waiting.items()}
+    try:
+        with record.open("a", encoding="utf-8") as lines:
+            while not engine.is_idle:
+                for sequence, step in engine.step():
+                    if sequence.error is not None:
+                        raise sequence.error
+                    if step.stop is None:
+                        continue
+                    number = numbers[sequence]
+                    text = OwnText(number, list(prompts[number]), sequence.tokens, str(step.stop))
+                    done[number] = text
+                    lines.write(json.dumps(asdict(text)) + "\n")
+                    lines.flush()
+                    if len(done) % 100 == 0:
+                        say(f"{len(done):,} of {len(prompts):,} texts")
+    except OSError as error:
+        raise UserError(f"{record}: {error.strerror}; choose another --output") from None
+    return [done[number] for number in range(len(prompts))]
+
+
+def _seeded(options: DecodeOptions, number: int) -> DecodeOptions:
+    sampling = options.sampling
+    if sampling.seed is None:
+        return options
+    return replace(options, sampling=replace(sampling, seed=sampling.seed + number))
+
+
+def _plain(options: DecodeOptions) -> dict[str, Any]:
+    given: dict[str, Any] = json.loads(json.dumps(asdict(options)))
+    return given
+
+
+def _digest(prompts: Sequence[Sequence[int]]) -> str:
+    return hashlib.sha256(json.dumps([list(prompt) for prompt in prompts]).encode()).hexdigest()
+
+
+def _read(record: Path, about: dict[str, Any]) -> Iterator[OwnText]:
+    """Yield the texts of a record, or begin it; a line that a killed run has cut is removed."""
+    try:
+        if not record.exists():
+            record.parent.mkdir(parents=True, exist_ok=True)
+            record.write_text(json.dumps(about) + "\n", encoding="utf-8")
+            return
+        whole = record.read_bytes()
+        complete = whole[: whole.rfind(b"\n") + 1]
+        if len(complete) < len(whole):
+            record.write_bytes(complete)
+        first, *lines = complete.decode().splitlines()
+        before = json.loads(first)
+        for name, value in about.items():
+            if before.get(name) != value:
+                raise UserError(f"{record}: was begun with other {name}; choose another --output, or remove it")
+        texts = [OwnText(**json.loads(line)) for line in lines]
+    except OSError as error:
+        raise UserError(f"{record}: {error.strerror}; choose another --output") from None
+    except (ValueError, TypeError):
+        raise UserError(f"{record}: is not a record of own text; choose another --output, or remove it") from None
+    yield from texts
+
+
+def write_own_shards(
+    model: DecodeModel,
+    base: str | Path,
+    texts: Sequence[OwnText],
+    folders: Sequence[str | Path],
+    held_out: int = 0,
+    overwrite: bool = False,
+) -> list[Manifest]:
+    """Write texts as shards: the first folder gets those to train on, a second one the last ``held_out`` of them.
+
+    Raises:
+        UserError: A folder must not be written to, or no text is left to train on.
+    """
+    for folder in folders:
+        check_output(folder, overwrite)
+    if held_out >= len(texts):
+        raise UserError(f"{held_out} texts are held out of {len(texts)}, so none is left to train on; add prompts")
+    parts = [texts[: len(texts) - held_out], texts[len(texts) - held_out :]]
+    manifests = []
+    for folder, part, name in zip(folders, parts, ("training", "held-out"), strict=False):
+        documents = [_document(text, vocabulary_size(model.tokenizer), model.tokenizer.eos_token_id) for text in part]
+        source = {
+            "part": name,
+            "own_text_of": Path(base).resolve().name,
+            "prompt_tokens": sum(len(text.prompt) for text in part),
+        }
+        spec = Path(base).resolve().name
+        manifests.append(write_shards(folder, documents, model.tokenizer, spec, source, overwrite=overwrite))
+        ShardedDocuments(folder)  # read and check all shards, and write the index that training needs
+    return manifests
+
+
+def _document(text: OwnText, ids: int, end: int) -> list[int]:
+    """Return a text's tokens up to the first that is no token of the tokenizer, as rows of padding are, and its end."""
+    whole = [*text.prompt, *text.output]
+    known = next((place for place, token in enumerate(whole) if token >= ids), len(whole))
+    return whole[:known] if whole[known - 1] == end else [*whole[:known], end]
