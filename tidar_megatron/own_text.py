@@ -131,6 +131,8 @@ def _read(record: Path, about: dict[str, Any]) -> Iterator[OwnText]:
             if before.get(name) != value:
                 raise UserError(f"{record}: was begun with other {name}; choose another --output, or remove it")
         texts = [OwnText(**json.loads(line)) for line in lines]
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{record}: {error.strerror}; choose another --output") from None
     except (ValueError, TypeError):
