@@ -1,20 +1,25 @@
-"""The time of a training step, including the optimizer, against a step of plain AR training on the same tokens."""
+"""The time of a training step, including the optimizer, against a step of plain AR training on the same tokens.
+
+A step of draft weights alone is measured beside the joint step with the same masks, and so is the memory that training
+needs besides the weights: gradients and the optimizer's state.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from tidar_megatron.benchmark.measuring import Timings, rounded
-from tidar_megatron.config import Config, build_config
+from tidar_megatron.config import Config, DraftConfig, build_config
 from tidar_megatron.data.blocks import choose_blocks
 from tidar_megatron.data.doubled import Batch, make_batch
 from tidar_megatron.data.packing import PackedSequence, Piece, pack
 from tidar_megatron.distributed.groups import Ranks, initialize, shut_down
 from tidar_megatron.distributed.platform import has_gpu
 from tidar_megatron.models.gpt import build_model
-from tidar_megatron.models.initialize import initialize_weights
+from tidar_megatron.models.initialize import initialize_drafts, initialize_weights
 from tidar_megatron.training.optimizer import build_optimizer, wrap_model
 from tidar_megatron.training.step import train_step
 
@@ -61,9 +66,13 @@ def training(
         try:
             ranks = initialize(config.parallel, config.training.seed)
             steps: dict[str, Callable[[], object]] = {}
+            trained, of_drafts = {}, {}
             for dtype in dtypes:
-                named, parameters = _steps(configs[dtype], fractions, ranks)
+                named, parameters, trained[dtype] = _steps(configs[dtype], fractions, ranks)
                 steps |= {f"{name}, {dtype}": step for name, step in named.items()}
+                drafts = replace(configs[dtype], drafts=DraftConfig(train="drafts"))
+                named, _, of_drafts[dtype] = _steps(drafts, [1.0], ranks)
+                steps[f"drafts, {dtype}"] = named[_name(1.0)]
             times = Timings(steps, repeats)
         finally:
             shut_down()
@@ -77,6 +86,10 @@ def training(
                     | {"tidar_seconds": rounded(times.of(ours)), "ar_seconds": rounded(times.of(ar))}
                     | {"speedup": rounded(times.ratio(first, ours))}
                 )
+                if fraction == 1:
+                    beside = times.ratio(f"drafts, {dtype}", ours)
+                    memory = {"bytes": trained[dtype](), "drafts_bytes": of_drafts[dtype]()}
+                    rows[-1] |= {"drafts_over_tidar": rounded(beside), "gradients_and_optimizer": memory}
     settings = {
         **MODEL,
         **(model or {}),
@@ -111,11 +124,18 @@ def step_config(
     )
 
 
-def _steps(config: Config, fractions: list[float], ranks: Ranks) -> tuple[dict[str, Callable[[], object]], int]:
-    """Return functions that take a step, of AR and of each fraction, and the model's number of parameters."""
+def _steps(
+    config: Config, fractions: list[float], ranks: Ranks
+) -> tuple[dict[str, Callable[[], object]], int, Callable[[], int]]:
+    """Return functions that take a step, of AR and of each fraction; the model's number of parameters; and a function.
+
+    That one returns the bytes of gradients and of the optimizer's state, once there have been steps.
+    """
     assert config.model.vocab_size is not None
     chunks = build_model(config, config.model.vocab_size, ranks)
     initialize_weights(chunks, config.training.seed)
+    if config.trains_drafts:
+        initialize_drafts(chunks, config.training.seed)
     model = wrap_model(chunks, config)
     optimizer, scheduler = build_optimizer(model, config)
     S = config.data.seq_length
@@ -124,18 +144,26 @@ def _steps(config: Config, fractions: list[float], ranks: Ranks) -> tuple[dict[s
 
     def step(fraction: float | None) -> Callable[[], object]:
         batch = _batch([sequence] * config.training.micro_batch_size, config, fraction)
-        batch.attention_plan = chunks[0].attention_schedules.plan(batch.visibility_on_host, batch.tokens.shape[1])
+        queries = batch.mask_length if config.trains_drafts else batch.tokens.shape[1]
+        plan = chunks[0].attention_schedules.plan
+        batch.attention_plan = plan(batch.visibility_on_host, queries, config.trains_drafts)
         batch = batch.pinned() if has_gpu() else batch
 
         def take() -> object:
             # attention's schedule is found by the metadata tensor, and belongs to the step: give each its own tensor
             own = batch if has_gpu() else replace(batch, visibility=batch.visibility.clone())
-            return train_step(model, optimizer, scheduler, [own], config.tidar.ar_loss_weight, ranks)
+            return train_step(model, optimizer, scheduler, [own], config.ar_loss_weight, ranks)
 
         return take
 
     named = {"AR": step(None), **{_name(fraction): step(fraction) for fraction in fractions}}
-    return named, sum(p.numel() for chunk in chunks for p in chunk.parameters())
+
+    def trained_bytes() -> int:
+        gradients = [p.main_grad for chunk in chunks for p in chunk.parameters() if p.requires_grad]
+        states = [value for state in optimizer.optimizer.state.values() for value in state.values()]
+        return sum(tensor.nbytes for tensor in [*gradients, *states] if isinstance(tensor, Tensor))
+
+    return named, sum(p.numel() for chunk in chunks for p in chunk.parameters()), trained_bytes
 
 
 def _batch(sequences: list[PackedSequence], config: Config, fraction: float | None) -> Batch:

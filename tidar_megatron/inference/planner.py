@@ -219,7 +219,8 @@ class Planner:
         self.outcomes = Outcomes()
         self._gave.clear()
         self._expected.clear()
-        self._places.clear()
+        for place in self._places.values():
+            place.look_after = 0  # decide anew; what was tried there told about latencies, which are the same
         self._start = self._steps
         self._next_trial = self._steps + self.SELDOM
 
