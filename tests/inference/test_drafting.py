@@ -31,4 +31,4 @@ def test_lookup_finds_the_latest_longest_match():
         for _ in range(6):
             emitted = [rng.randrange(3) for _ in range(rng.randrange(1, 4))]
             text += emitted
-            assert drafts.look_up(emitted) == brute_force_lookup(text, 5)
+            assert drafts.look_up(emitted).tokens == brute_force_lookup(text, 5)

@@ -19,6 +19,7 @@ from tidar_megatron.inference.engine import generate, generate_batch
 from tidar_megatron.inference.forward import ForwardLayout
 from tidar_megatron.inference.planner import Planned, Planner, forget_planner, longest_draft, planner_of
 from tidar_megatron.inference.request import DecodeOptions
+from tidar_megatron.inference.sampling import SamplingOptions
 
 FREE = Costs([1, 272], [64], [[0.01], [0.01]])  # a machine with free slots
 DEAR = Costs([1, 272], [64], [[0.001], [0.272]])  # one where every token of a forward costs as much as the first
@@ -321,6 +322,53 @@ def test_the_text_does_not_depend_on_the_plan(trained, prompts, costs, monkeypat
         assert [generation.token_ids for generation in batch] == expected
     explained = planner.explain()
     assert "tokens/forward" in explained and "accepted by offset" in explained
+
+
+def test_copies_are_taken_where_they_are_accepted_more():
+    """By the length of the match; copies say nothing about the model's own drafts, and are tried again now and then."""
+    planner = Planner(FREE, 8)
+    planner.acceptance = believing(0.6)
+    planner.begin(1, 100)
+    assert planner.choice.draft_length > 1
+    policy = Planned(8, [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2])
+    policy.planner = planner
+    found = policy.look_up([3])  # 1 2 3 was there before
+    assert (found.tokens[:3], found.match) == ([4, 5, 6], 3) and len(found.confidences) == len(found.tokens)
+    before = dict(planner.acceptance.counts)
+    for _ in range(40):
+        policy.observe(Drafts([3, *found.tokens], copied=3), ForwardLayout(8), 1)
+    assert planner._seen == [] and planner.acceptance.counts == before
+    assert policy.look_up([4]).match == 4  # longer matches are others
+    assert policy.look_up([0, 1, 2, 3]).tokens == []
+    waited = next(n for n in range(2000) if planner.copies.is_worth(3))
+    assert waited > 50
+    assert Planned(8, [1, 1])._copier.copy(3).match == 1 and not planner.copies.is_worth(1)
+
+
+def test_nothing_is_copied_where_nothing_drafts():
+    planner = Planner(DEAR, 8)
+    planner.acceptance = believing(0.01)
+    planner.begin(1, 100)
+    policy = Planned(8, [1, 2, 3, 4, 1, 2])
+    policy.planner = planner
+    assert planner.choice.name == "ar" and policy.look_up([3]).tokens == []
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_copying_changes_no_token(trained, temperature):
+    """Text that repeats itself, with a planner that copies whenever it can."""
+    planner = planner_of(trained)
+    planner.copies._drafted = 0.0
+    prompt = [1, 2, 3, 4, 5, 6, 7] * 3
+    sampling = SamplingOptions(temperature=temperature, seed=3)
+    taken = []
+    watched = planner.copies.observe
+    planner.copies.observe = lambda match, accepted: taken.append(match)
+    greedy = generate(trained, prompt, DecodeOptions("ar", max_new_tokens=40, sampling=sampling)).token_ids
+    found = generate(trained, prompt, DecodeOptions(max_new_tokens=40, sampling=sampling)).token_ids
+    planner.copies.observe = watched
+    forget_planner(trained)
+    assert any(taken) and (temperature or found == greedy)
 
 
 def test_without_a_tidar_section_it_is_autoregression(tiny):

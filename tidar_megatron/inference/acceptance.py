@@ -88,6 +88,39 @@ _NATS = [
 ]
 
 
+class Copies:
+    """The tokens that a forward accepts of copied drafts, by the length of the match, and of the model's own drafts.
+
+    Averages decay exponentially. Those of copies that are not taken return to :attr:`PRIOR`, so that copying is tried
+    again now and then.
+    """
+
+    PRIOR = (0.0, 0.0, 0.0, 3.0, 4.0)  # by the length of the match; shorter matches are never taken
+    DRAFTED = 2.0  # of the model's own drafts, before any was seen
+    FADE, RETURN = 0.1, 0.003  # the weight of the latest observation; of the prior, each time that a copy is not taken
+
+    def __init__(self) -> None:
+        self._copied, self._drafted = list(self.PRIOR), self.DRAFTED
+
+    def observe(self, match: int, accepted: int) -> None:
+        """Record how many tokens a forward accepted, the certain token included; ``match`` is 0 for own drafts."""
+        if match:
+            self._copied[match] += self.FADE * (accepted - self._copied[match])
+        else:
+            self._drafted += self.FADE * (accepted - self._drafted)
+
+    def is_worth(self, match: int) -> bool:
+        """Return whether copies after a match of this length are accepted more than the model's own drafts."""
+        if self._copied[match] > self._drafted:
+            return True
+        self._copied[match] += self.RETURN * (self.PRIOR[match] - self._copied[match])
+        return False
+
+    def chance(self, match: int) -> float:
+        """Return the probability that a copied draft is accepted after those before it, as if all had the same."""
+        return 1 - 1 / max(self._copied[match], 1.0)
+
+
 class Outcomes:
     """Confidences and outcomes of recent blocks, to estimate which outcomes other plans would have had branches for."""
 

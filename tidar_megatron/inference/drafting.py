@@ -8,11 +8,13 @@ A :class:`Policy` only chooses how many drafts and which branches of masks the f
 `tidar`        all drafts, and a branch of K masks for each outcome, or for the likeliest few (TiDAR section 3.3)
 `linear`       two alternating forwards: the certain token and K masks; then the drafts alone
 `lookup`       drafts copied from an earlier occurrence of the same tokens: the baseline without a draft model
+`auto`         what a planner chooses (``planner.py``), and copies where copies are accepted more than drafts
 =============  ====================================================================================================
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -26,13 +28,25 @@ class Drafts:
     ``tokens[0]`` is the certain token: it is final, and only its K/V is missing. ``q [n - 1, V]`` holds the
     distributions that the other tokens were drawn from, or None if nothing was drawn. ``confidences`` are the model's
     probabilities of the other tokens, if the policy wants them. ``lag`` is how many tokens shorter than the number of
-    accepted drafts their branch was.
+    accepted drafts their branch was. If the tokens were copied, ``copied`` is the length of the match, else 0.
     """
 
     tokens: list[int] = field(default_factory=list)
     q: Tensor | None = None
     confidences: list[float] = field(default_factory=list)
     lag: int = 0
+    copied: int = 0
+
+
+class Copied(NamedTuple):
+    """Drafts copied from the text: what followed the last ``match`` tokens when they occurred before."""
+
+    tokens: list[int]
+    match: int
+    confidences: Sequence[float] = ()
+
+
+NOTHING = Copied([], 0)
 
 
 class Policy:
@@ -52,9 +66,9 @@ class Policy:
         """Return the layout of the next forward, with at most ``len(drafts.tokens)`` drafts."""
         return ForwardLayout(1)
 
-    def look_up(self, emitted: Sequence[int]) -> list[int]:
+    def look_up(self, emitted: Sequence[int]) -> Copied:
         """Return drafts that need no model, to follow the last of the tokens that just became final."""
-        return []
+        return NOTHING
 
     def observe(self, drafts: Drafts, layout: ForwardLayout, accepted: int) -> None:
         """Record how many tokens a forward with this layout accepted, the certain token included."""
@@ -106,40 +120,56 @@ class Linear(Policy):
         )
 
 
+class Copier:
+    """The tokens that followed the latest earlier occurrence of the last (up to) 4 tokens of a text.
+
+    Args:
+        prompt: Token ids of the prompt.
+    """
+
+    LONGEST_SUFFIX = 4
+
+    def __init__(self, prompt: Sequence[int]) -> None:
+        self._text: list[int] = []
+        self._followed_at: dict[tuple[int, ...], int] = {}  # n-gram -> position after its latest occurrence
+        self.append(prompt)
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """Add tokens to the text."""
+        for token in tokens:
+            for length in range(1, min(self.LONGEST_SUFFIX, len(self._text)) + 1):
+                self._followed_at[tuple(self._text[-length:])] = len(self._text)
+            self._text.append(token)
+
+    def copy(self, count: int) -> Copied:
+        """Return up to ``count`` tokens of the text, to go on with."""
+        for length in range(self.LONGEST_SUFFIX, 0, -1):
+            place = self._followed_at.get(tuple(self._text[-length:]))
+            if place is not None:
+                return Copied(self._text[place : place + count], length)
+        return NOTHING
+
+
 class Lookup(Policy):
-    """The policy of mode ``lookup``: copy what followed the latest earlier occurrence of the last (up to) 4 tokens.
+    """The policy of mode ``lookup``, whose drafts are all copied from the text.
 
     Args:
         prompt: Token ids of the prompt.
         draft_length: K, the certain token included.
     """
 
-    LONGEST_SUFFIX = 4
-
     def __init__(self, prompt: Sequence[int], draft_length: int) -> None:
         self.draft_length = self.most_tokens = draft_length
-        self._text: list[int] = []
-        self._followed_at: dict[tuple[int, ...], int] = {}  # n-gram -> position after its latest occurrence
-        self._append(prompt)
+        self._copier = Copier(prompt)
 
     def layout(self, drafts: Drafts) -> ForwardLayout:
         """Return a layout of all drafts, without masks."""
         return ForwardLayout(len(drafts.tokens))
 
-    def look_up(self, emitted: Sequence[int]) -> list[int]:
+    def look_up(self, emitted: Sequence[int]) -> Copied:
         """Return up to K - 1 drafts, copied from the text."""
-        self._append(emitted)
-        for length in range(self.LONGEST_SUFFIX, 0, -1):
-            place = self._followed_at.get(tuple(self._text[-length:]))
-            if place is not None:
-                return self._text[place : place + self.draft_length - 1]
-        return []
-
-    def _append(self, tokens: Sequence[int]) -> None:
-        for token in tokens:
-            for length in range(1, min(self.LONGEST_SUFFIX, len(self._text)) + 1):
-                self._followed_at[tuple(self._text[-length:])] = len(self._text)
-            self._text.append(token)
+        self._copier.append(emitted)
+        return self._copier.copy(self.draft_length - 1)
 
 
 def likeliest_outcomes(confidences: Sequence[float], count: int) -> tuple[int, ...]:

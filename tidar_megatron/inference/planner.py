@@ -9,6 +9,7 @@ plan affects the speed of generation, never the output.
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,10 +17,10 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import PreTrainedModel
 
-from tidar_megatron.inference.acceptance import Acceptance, Outcomes
+from tidar_megatron.inference.acceptance import Acceptance, Copies, Outcomes
 from tidar_megatron.inference.candidates import BRANCHING, Candidate, Cost, expect
 from tidar_megatron.inference.costs import Clock, Costs, TimedStep, batches_for, load_costs, octaves
-from tidar_megatron.inference.drafting import Drafts, Policy
+from tidar_megatron.inference.drafting import NOTHING, Copied, Copier, Drafts, Policy
 from tidar_megatron.inference.forward import ForwardLayout
 from tidar_megatron.inference.model import DecodeModel
 
@@ -65,6 +66,7 @@ class Planner:
         self.lengths = sorted({k for k in (2, 3, 4, 6, 8, 12, 16, 24, 32) if k <= block_size} | {block_size})
         self.acceptance = Acceptance()
         self.outcomes = Outcomes()
+        self.copies = Copies()
         self.clock = Clock(costs)
         self.choice = Candidate(block_size, 1)
         self._most_tokens = self.lengths[-1] * (1 + self.lengths[-1])
@@ -190,12 +192,14 @@ class Planner:
                 gave = self._gave.setdefault(self.choice.key, [0.0, 0.0])
                 gave[0] += accepted
                 gave[1] += 1
+            if layout.num_drafts > 1:
+                self.copies.observe(drafts.copied, accepted)
             # learning takes time: of a batch, from two sequences a step in turn
             self._turn = (self._turn + 1) % (self._batch // 2 | 1)
             is_recorded = self._turn == 0
         else:
             is_recorded = layout.num_drafts > 1  # a probe
-        if is_recorded:
+        if is_recorded and not drafts.copied:
             self._seen.append((self.choice.key, drafts.lag, drafts.confidences, layout.num_drafts, accepted))
 
     def _learn(self) -> None:
@@ -242,12 +246,14 @@ class Planned(Policy):
 
     Args:
         longest: The largest K of any plan (:func:`longest_draft`).
+        prompt: Token ids of the prompt, which drafts may be copied from.
     """
 
     planner: Planner  # the engine's, set when the sequence is queued
 
-    def __init__(self, longest: int) -> None:
+    def __init__(self, longest: int, prompt: Sequence[int] = ()) -> None:
         self.most_tokens = longest * (1 + longest)
+        self._copier = Copier(prompt)
 
     @property
     def draft_length(self) -> int:  # type: ignore[override]
@@ -272,6 +278,17 @@ class Planned(Policy):
         if len(drafts.tokens) == 1 and self.planner.wants_a_probe():
             return ForwardLayout(1, (1,), self.planner.lengths[-1])
         return ForwardLayout(len(drafts.tokens))
+
+    def look_up(self, emitted: Sequence[int]) -> Copied:
+        """Return drafts copied from the text, where a plan that drafts is chosen and copies are accepted more."""
+        self._copier.append(emitted)
+        count, copies = self.planner.choice.draft_length - 1, self.planner.copies
+        if not count:
+            return NOTHING
+        found = self._copier.copy(count)
+        if not found.tokens or not copies.is_worth(found.match):
+            return NOTHING
+        return found._replace(confidences=[copies.chance(found.match)] * len(found.tokens))
 
     def observe(self, drafts: Drafts, layout: ForwardLayout, accepted: int) -> None:
         """Report the outcome to the planner."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tidar_megatron.errors import UserError
 from tidar_megatron.inference.draft_weights import Drafted
-from tidar_megatron.inference.drafting import Branches, Drafts, Linear, Lookup, Policy
+from tidar_megatron.inference.drafting import NOTHING, Branches, Drafts, Linear, Lookup, Policy
 from tidar_megatron.inference.forward import ForwardLayout, Part
 from tidar_megatron.inference.logits import Best
 from tidar_megatron.inference.model import DecodeModel
@@ -145,7 +145,9 @@ class Sequence:
     @property
     def draft_rows(self) -> range:
         """The rows of its part whose logits give the next drafts."""
-        return self._part.layout.rows_after(self._accepted) if self.stop is None and not self._unread else range(0)
+        if self.stop is not None or self._unread or self._drafts.copied:
+            return range(0)
+        return self._part.layout.rows_after(self._accepted)
 
     @property
     def wants_confidences(self) -> bool:
@@ -180,7 +182,9 @@ class Sequence:
             self.logprobs += rows.gather(-1, torch.tensor(tokens, device=rows.device)[:, None]).flatten().tolist()
         self.tokens += tokens
         self._sampler.emit(tokens)
-        self._drafts = Drafts([tokens[-1], *self._policy.look_up(tokens)] if self.stop is None else [])
+        copied = self._policy.look_up(tokens) if self.stop is None else NOTHING
+        certain = tokens[-1:] if self.stop is None else []
+        self._drafts = Drafts([*certain, *copied.tokens], None, list(copied.confidences), copied=copied.match)
         return tokens
 
     def draft(self, logits: Tensor, best: Best | None = None, offered: Drafted | None = None) -> None:
@@ -218,7 +222,8 @@ class Sequence:
         drafts = self._drafts
         if count < len(drafts.tokens):
             q = None if drafts.q is None else drafts.q[: count - 1]
-            self._drafts = Drafts(drafts.tokens[:count], q, drafts.confidences[: count - 1], drafts.lag)
+            kept, confidences = drafts.tokens[:count], drafts.confidences[: count - 1]
+            self._drafts = Drafts(kept, q, confidences, drafts.lag, drafts.copied)
 
     def _useful(self, layout: ForwardLayout) -> ForwardLayout:
         """Return the layout without branches that cannot draft a useful token, and with masks within the context."""
@@ -251,7 +256,7 @@ def make_policy(model: DecodeModel, options: DecodeOptions, prompt: Tokens[int])
     """Return the policy for the options' mode."""
     draft_length = options.resolved_draft_length(model) or 1
     if options.mode == "auto" and model.mask_token_id is not None:
-        return Planned(longest_draft(model))
+        return Planned(longest_draft(model), prompt)
     if options.mode == "tidar":
         return Branches(draft_length, None if options.branches == "all" else options.branches)
     if options.mode == "linear":
