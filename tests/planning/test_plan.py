@@ -143,6 +143,8 @@ def test_bad_input(tmp_path):
     assert "invalid choice: 'a100'" in refusal(tmp_path, "--gpus", "8", "--hardware", "a100")
     no_vocabulary = {name: value for name, value in QWEN3_8B.items() if name != "vocab_size"}
     assert "give --vocab-size N" in refusal(tmp_path, "--gpus", "8", model=no_vocabulary)
+    assert "--train drafts: its memory" in refusal(tmp_path, "--gpus", "8", drafts={"train": "drafts"})
+    assert "--block-starts anywhere: its" in refusal(tmp_path, "--gpus", "8", tidar={"block_starts": "anywhere"})
     uneven = refusal(tmp_path, "--gpus", "7", parallel={})
     assert "--gpus 7: no layout can use them all" in uneven and "nearest: 511" in uneven
     small = refusal(tmp_path, "--gpus", "2", "--gpu-memory-gib", "40")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from tidar_megatron.config import Config, ResolvedConfig, check_config, check_world_size
+from tidar_megatron.errors import UserError
 from tidar_megatron.models.attention.flex import BLOCK as FLEX_BLOCK
 from tidar_megatron.models.gpt import padded_vocab_size
 from tidar_megatron.planning.attention_work import Tiles, largest_tiles
@@ -190,8 +191,15 @@ def require_vocabulary(config: Config) -> ResolvedConfig:
     """Return the configuration as a resolved one, without reading a tokenizer or a model's folder.
 
     Raises:
-        UserError: the config has no vocabulary size, which training would take from the tokenizer or ``--init-from``.
+        UserError: the config has no vocabulary size, which training would take from the tokenizer or ``--init-from``;
+            or it is of a run that is not planned yet.
     """
+    for name, given in (
+        ("--train drafts", config.trains_drafts),
+        ("--block-starts anywhere", config.tidar.block_starts == "anywhere"),
+    ):
+        if given:
+            raise UserError(f"{name}: its memory and time are not planned yet; leave it out to plan joint training")
     return ResolvedConfig.of(
         config,
         "model.vocab_size is not in the config (training takes it from the tokenizer or --init-from), but this tool "
