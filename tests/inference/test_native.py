@@ -14,6 +14,7 @@ from tidar_megatron.errors import UserError
 from tidar_megatron.files import sha256_of
 from tidar_megatron.inference import native, quantizing
 from tidar_megatron.inference.cache import KVPool
+from tidar_megatron.inference.draft_weights import DraftWeights, Pair
 from tidar_megatron.inference.forward import ForwardLayout, PackedForward, Part
 from tidar_megatron.inference.lean import use_lean_forward
 from tidar_megatron.inference.loading import load_model
@@ -86,6 +87,41 @@ def test_bits_are_those_of_python(library, family, dtype, form, monkeypatch):
     for layout in LAYOUTS:
         found = hidden(ours, layout)
         assert found.isfinite().all() and torch.equal(found, hidden(theirs, layout))
+
+
+def draft_weights(model):
+    """Random pairs on three of the four linears of a layer."""
+    draw = torch.Generator().manual_seed(0)
+    about, ffn = model.causal_lm.config, SIZES["intermediate_size"]
+    heads, groups, h = about.num_attention_heads, about.num_key_value_heads, SIZES["hidden_size"]
+    d = getattr(about, "head_dim", None) or h // heads
+    widths = {"qkv": (h, (heads + 2 * groups) * d), "o": (heads * d, h), "down": (ffn, h)}
+
+    def pair(inputs, outputs):
+        return Pair(*(torch.randn(size, generator=draw).to(model.dtype) for size in ((3, inputs), (outputs, 3))))
+
+    layers = [{name: pair(*sizes) for name, sizes in widths.items()} for _ in range(about.num_hidden_layers)]
+    return DraftWeights(3, torch.randn(h, generator=draw).to(model.dtype), layers, None)
+
+
+@compiles
+@pytest.mark.process
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", FORMS)
+def test_draft_weights_have_the_bits_of_python(library, form, dtype, monkeypatch):
+    """One sequence, whose masks are adjacent rows, and two, whose masks are not."""
+    causal_lm = make_causal_lm("qwen3", dtype, **SIZES)
+    found = []
+    for calls in (library, None):
+        model = model_of(causal_lm, form, calls, monkeypatch)
+        model.drafts = draft_weights(model)
+        model.lean.use_drafts(model.drafts)
+        layout, pool = ForwardLayout(5, (1, 3), 4), KVPool(2, 100)
+        parts = [Part(slot, 0, range(5), layout) for slot in (0, 1)]
+        with torch.inference_mode():
+            found.append([model.forward(PackedForward(pool, some)) for some in (parts[:1], parts)])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
+    assert not torch.equal(found[0][0][:5], found[0][0][5:10])
 
 
 @compiles

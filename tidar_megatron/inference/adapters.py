@@ -86,6 +86,8 @@ def use_adapter(model: DecodeModel, adapter: Adapter, table: Tensor) -> None:
         )
         selector = Selector(previous, candidate, *gate, scale, CANDIDATES)
     model.drafts = DraftWeights(config.rank, get("mask_embedding"), layers, selector)
+    assert model.lean is not None
+    model.lean.use_drafts(model.drafts)
     model.mask_token_id, model.block_size, model.is_tidar = model.vocab_size, config.block_size, True
 
 

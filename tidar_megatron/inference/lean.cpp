@@ -93,6 +93,27 @@ struct Norm {
   }
 };
 
+// The rows of masks in a forward: adjacent ones, or their numbers.
+struct Masks {
+  int64_t first, count;
+  Optional numbers;
+};
+
+// The two weights beside a linear layer, as Pair in draft_weights.py describes them.
+struct Pair {
+  Tensor a, b;
+
+  void add(Tensor& out, const Tensor& x, const Masks& masks) const {
+    if (masks.numbers) {
+      Tensor inner = at::linear(x.index({*masks.numbers}), a);
+      out.index_add_(0, *masks.numbers, at::linear(inner, b));
+      return;
+    }
+    Tensor rows = out.narrow(0, masks.first, masks.count);
+    at::addmm_out(rows, rows, at::linear(x.narrow(0, masks.first, masks.count), a), b.t());
+  }
+};
+
 // The calls of a layer before and after its attention, as Calls in lean.py describes them.
 struct Layer {
   Norm before_attention;
@@ -103,23 +124,40 @@ struct Layer {
   Norm before_mlp;
   Product gate_up, down;
   int64_t heads, kv_heads, head_dim;
+  std::optional<Pair> of_qkv, of_output, of_gate_up, of_down;  // draft weights
+
+  void set_pairs(
+      std::optional<Pair> qkv, std::optional<Pair> output, std::optional<Pair> gate_up, std::optional<Pair> down) {
+    of_qkv = qkv, of_output = output, of_gate_up = gate_up, of_down = down;
+  }
 
   std::tuple<Tensor, Tensor, Tensor> before(
-      const Tensor& hidden, int64_t tokens, const Tensor& cos, const Tensor& sin) const {
-    Tensor all = qkv.of(before_attention.of(hidden)).narrow(0, 0, tokens);
+      const Tensor& hidden, int64_t tokens, const Tensor& cos, const Tensor& sin,
+      const std::optional<Masks>& masks) const {
+    Tensor x = before_attention.of(hidden);
+    Tensor all = with_pair(qkv.of(x), x, of_qkv, masks).narrow(0, 0, tokens);
     all = all.view({1, tokens, -1, head_dim}).transpose(1, 2);
     Tensor qk = rotated(all.narrow(1, 0, heads + kv_heads), cos, sin);
     return {qk.narrow(1, 0, heads), qk.narrow(1, heads, kv_heads), all.narrow(1, heads + kv_heads, kv_heads)};
   }
 
-  Tensor after(const Tensor& hidden, const Tensor& out) const {
+  Tensor after(const Tensor& hidden, const Tensor& out, const std::optional<Masks>& masks) const {
     int64_t fill = hidden.size(0) - out.size(0);
-    Tensor attended = output.added(hidden, fill ? at::constant_pad_nd(out, {0, 0, 0, fill}) : out);
-    std::vector<Tensor> both = gate_up.of(before_mlp.of(attended)).chunk(2, -1);
-    return down.added(attended, at::silu(both[0]).mul_(both[1]));
+    Tensor heads = fill ? at::constant_pad_nd(out, {0, 0, 0, fill}) : out;
+    Tensor attended = with_pair(output.added(hidden, heads), heads, of_output, masks);
+    Tensor x = before_mlp.of(attended);
+    std::vector<Tensor> both = with_pair(gate_up.of(x), x, of_gate_up, masks).chunk(2, -1);
+    Tensor inner = at::silu(both[0]).mul_(both[1]);
+    return with_pair(down.added(attended, inner), inner, of_down, masks);
   }
 
  private:
+  static Tensor with_pair(
+      Tensor out, const Tensor& x, const std::optional<Pair>& pair, const std::optional<Masks>& masks) {
+    if (pair && masks) pair->add(out, x, *masks);
+    return out;
+  }
+
   Tensor rotated(Tensor x, const Tensor& cos, const Tensor& sin) const {
     if (qk_norm) {
       Tensor wide = at::isReducedFloatingType(x.scalar_type()) ? x.to(at::kFloat) : x;
@@ -140,8 +178,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       .def(py::init<std::string, std::vector<Tensor>, Optional, std::vector<int64_t>>())
       .def("of", &Product::of, release());
   py::class_<Norm>(module, "Norm", local).def(py::init<Tensor, double>());
+  py::class_<Masks>(module, "Masks", local).def(py::init<int64_t, int64_t, Optional>());
+  py::class_<Pair>(module, "Pair", local).def(py::init<Tensor, Tensor>());
   py::class_<Layer>(module, "Layer", local)
-      .def(py::init<Norm, Product, Optional, double, Product, Norm, Product, Product, int64_t, int64_t, int64_t>())
+      .def(py::init([](Norm a, Product b, Optional c, double d, Product e, Norm f, Product g, Product h, int64_t i,
+                       int64_t j, int64_t k) { return Layer{a, b, c, d, e, f, g, h, i, j, k, {}, {}, {}, {}}; }))
+      .def("set_pairs", &Layer::set_pairs)
       .def("before", &Layer::before, release())
       .def("after", &Layer::after, release());
 }

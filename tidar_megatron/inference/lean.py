@@ -6,12 +6,12 @@ C++ makes the calls of a layer (:mod:`~tidar_megatron.inference.native`). Other 
 changed or hooked, run as transformers' modules.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,7 @@ from tidar_megatron.inference.products import (
     take_weights,
 )
 
+ORDER = ("qkv", "o", "gate_up", "down")  # of the pairs of a layer in C++
 # per base model: the classes of its layer, attention, MLP, RMSNorm and rotary embedding
 CLASSES: dict[type[nn.Module], set[type[nn.Module]]] = {
     llama.LlamaModel: {
@@ -170,15 +171,21 @@ class Norm:
 class Calls(Protocol):
     """The calls of one layer around its attention, from Python or from C++."""
 
-    def before(self, hidden: Tensor, tokens: int, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values, ``[1, heads, tokens, D]`` each, of the first ``tokens`` rows."""
+    def before(
+        self, hidden: Tensor, tokens: int, cos: Tensor, sin: Tensor, masks: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values, ``[1, heads, tokens, D]`` each, of the first ``tokens`` rows.
 
-    def after(self, hidden: Tensor, out: Tensor) -> Tensor:
+        ``masks`` are the rows to which draft weights add, in the form that these calls want; None for no row.
+        """
+
+    def after(self, hidden: Tensor, out: Tensor, masks: Any) -> Tensor:
         """Return the hidden states after the layer.
 
         Args:
             hidden: Those before it, ``[rows, hidden]``.
             out: The output of attention, ``[tokens, H * D]``; further rows are padding.
+            masks: As for :meth:`before`.
         """
 
 
@@ -201,36 +208,34 @@ class _Layer:
     activation: nn.Module
     gated: Callable[[Tensor, Tensor], Tensor]
     rotated: Callable[..., Tensor]
+    pairs: LayerPairs = field(default_factory=dict)  # draft weights, which LeanForward.use_drafts adds
 
     def before(
-        self,
-        hidden: Tensor,
-        tokens: int,
-        cos: Tensor,
-        sin: Tensor,
-        pairs: LayerPairs | None = None,
-        masks: MaskRows | None = None,
+        self, hidden: Tensor, tokens: int, cos: Tensor, sin: Tensor, masks: MaskRows | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values; see :class:`Calls`. ``pairs`` add to the rows of ``masks``."""
+        """Return queries, keys and values; see :class:`Calls`."""
         x = self.before_attention(hidden)
-        qkv = _with_pair(self.qkv.of(x), x, "qkv", pairs, masks)
+        qkv = self._with_pair(self.qkv.of(x), x, "qkv", masks)
         qkv = (qkv if len(qkv) == tokens else qkv[:tokens]).view(1, tokens, -1, self.head_dim).transpose(1, 2)
         qk, value = qkv.split([self.heads + self.kv_heads, self.kv_heads], 1)
         qk = self.rotated(qk, cos, sin, self.qk_norm and self.qk_norm(), self.qk_eps)
         query, key = qk.split([self.heads, self.kv_heads], 1)
         return query, key, value
 
-    def after(
-        self, hidden: Tensor, out: Tensor, pairs: LayerPairs | None = None, masks: MaskRows | None = None
-    ) -> Tensor:
-        """Return the hidden states after the layer; see :class:`Calls`. ``pairs`` add to the rows of ``masks``."""
+    def after(self, hidden: Tensor, out: Tensor, masks: MaskRows | None) -> Tensor:
+        """Return the hidden states after the layer; see :class:`Calls`."""
         fill = len(hidden) - len(out)
         out = F.pad(out, (0, 0, 0, fill)) if fill else out
-        hidden = _with_pair(self.output.added(hidden, out), out, "o", pairs, masks)
+        hidden = self._with_pair(self.output.added(hidden, out), out, "o", masks)
         x = self.before_mlp(hidden)
-        gate, up = _with_pair(self.gate_up.of(x), x, "gate_up", pairs, masks).chunk(2, -1)
+        gate, up = self._with_pair(self.gate_up.of(x), x, "gate_up", masks).chunk(2, -1)
         inner = self.gated(gate, up)
-        return _with_pair(self.down.added(hidden, inner), inner, "down", pairs, masks)
+        return self._with_pair(self.down.added(hidden, inner), inner, "down", masks)
+
+    def _with_pair(self, out: Tensor, x: Tensor, name: str, masks: MaskRows | None) -> Tensor:
+        if masks is not None and name in self.pairs:
+            self.pairs[name].add(out, x, masks)
+        return out
 
     def in_cpp(self, library: ModuleType) -> Calls | None:
         """Return the same calls from C++, or None where C++ lacks one of them."""
@@ -244,12 +249,6 @@ class _Layer:
             *(self.before_mlp.in_cpp(library), gate_up, down, self.heads, self.kv_heads, self.head_dim),
         )
         return calls
-
-
-def _with_pair(out: Tensor, x: Tensor, name: str, pairs: LayerPairs | None, masks: MaskRows | None) -> Tensor:
-    if pairs is not None and masks is not None and name in pairs:
-        pairs[name].add(out, x, masks)
-    return out
 
 
 class LeanForward:
@@ -291,49 +290,56 @@ class LeanForward:
         compiled = [usable and layer.in_cpp(usable) for layer in self._layers]
         self.is_compiled = None not in compiled  # whether C++ makes the calls of the layers
         self._calls: list[Calls] = [*(compiled if self.is_compiled else self._layers)]
+        self._library = usable if self.is_compiled else None
+        self._drafts: DraftWeights | None = None
 
-    def __call__(self, ids: Tensor, positions: Tensor, packed: Forward, drafts: DraftWeights | None = None) -> Tensor:
+    def __call__(self, ids: Tensor, positions: Tensor, packed: Forward) -> Tensor:
         """Return the hidden states after the final norm, ``[tokens, hidden]``.
 
         Args:
             ids: Token ids, int64 ``[1, tokens]``.
             positions: Position ids, int64 ``[1, tokens]``.
             packed: The forward, which writes K/V and computes attention.
-            drafts: Weights that act on the rows of masks.
         """
         tokens = ids.shape[-1]
         fill = self._fill(tokens)
         hidden = self.embed(F.pad(ids[0], (0, fill)) if fill else ids[0])
         cos, sin = self._table(positions, hidden)
-        masks = packed.mask_rows if drafts is not None else None
-        if drafts is not None and masks is not None:
-            return self._drafting(hidden, tokens, cos, sin, packed, drafts, masks)
-        for number, (layer, calls) in enumerate(zip(self._layers, self._calls, strict=True)):
-            query, key, value = calls.before(hidden, tokens, cos, sin)
+        calls: Sequence[Calls] = self._calls
+        masks: Any = None
+        if self._drafts is not None and (found := packed.mask_rows) is not None:
+            hidden, calls, masks = self._with_masks(hidden, found)
+        for number, (layer, of_layer) in enumerate(zip(self._layers, calls, strict=True)):
+            query, key, value = of_layer.before(hidden, tokens, cos, sin, masks)
             out = packed.attend(number, query, key, value, layer.scale)
-            hidden = calls.after(hidden, out.reshape(tokens, -1))
+            hidden = of_layer.after(hidden, out.reshape(tokens, -1), masks)
         return self._norm(hidden)[:tokens]
 
-    def _drafting(
-        self,
-        hidden: Tensor,
-        tokens: int,
-        cos: Tensor,
-        sin: Tensor,
-        packed: Forward,
-        drafts: DraftWeights,
-        masks: MaskRows,
-    ) -> Tensor:
-        """Return the hidden states of a forward in which draft weights act on the rows of masks."""
-        if isinstance(masks, Tensor):
-            masks = masks.to(hidden.device)
-            masks = F.pad(masks, (0, len(hidden) - tokens)) if masks.dtype == torch.bool else masks
-        hidden = drafts.embed(hidden, masks)
-        for number, (layer, pairs) in enumerate(zip(self._layers, drafts.layers, strict=True)):
-            query, key, value = layer.before(hidden, tokens, cos, sin, pairs, masks)
-            out = packed.attend(number, query, key, value, layer.scale)
-            hidden = layer.after(hidden, out.reshape(tokens, -1), pairs, masks)
-        return self._norm(hidden)[:tokens]
+    def use_drafts(self, drafts: DraftWeights) -> None:
+        """Let draft weights act on the rows of masks from now on."""
+        self._drafts = drafts
+        for layer, calls, pairs in zip(self._layers, self._calls, drafts.layers, strict=True):
+            layer.pairs.update(pairs)
+            if self._library is not None:
+                made = [self._library.Pair(*pairs[name]) if name in pairs else None for name in ORDER]
+                calls.set_pairs(*made)  # type: ignore[attr-defined]
+
+    def _with_masks(self, hidden: Tensor, masks: MaskRows) -> tuple[Tensor, Sequence[Calls], Any]:
+        """Return embeddings with the masks' own input, the calls to make, and the rows of masks as these want them."""
+        assert self._drafts is not None
+        if isinstance(masks, slice):
+            hidden = self._drafts.embed(hidden, masks)
+            if self._library is None:
+                return hidden, self._layers, masks
+            return hidden, self._calls, self._library.Masks(masks.start, masks.stop - masks.start, None)
+        masks = masks.to(hidden.device)
+        if masks.dtype == torch.bool:  # a static shape
+            masks = F.pad(masks, (0, len(hidden) - len(masks)))
+            return self._drafts.embed(hidden, masks), self._layers, masks
+        hidden = self._drafts.embed(hidden, masks)
+        if self._library is None:
+            return hidden, self._layers, masks
+        return hidden, self._calls, self._library.Masks(0, 0, masks)
 
     def holds(self) -> bool:
         """Return whether the modules are still those it was made of, and nobody hooked them; always if it took them."""

@@ -25,8 +25,11 @@ class Lean(Protocol):
 
     is_compiled: bool  # whether its layers are called from C++
 
-    def __call__(self, ids: Tensor, positions: Tensor, packed: Forward, drafts: DraftWeights | None = None) -> Tensor:
+    def __call__(self, ids: Tensor, positions: Tensor, packed: Forward) -> Tensor:
         """Return the final hidden states, as :meth:`DecodeModel.modules_forward` does."""
+
+    def use_drafts(self, drafts: DraftWeights) -> None:
+        """Let draft weights act on the rows of masks from now on."""
 
     def holds(self) -> bool:
         """Return whether it still computes what the modules do."""
@@ -86,9 +89,8 @@ class DecodeModel:
         """
         if self.drafts is not None:
             assert self.lean is not None, "somebody changed the modules of a model with an adapter: load it again"
-            ids, positions = packed.inputs(0, self.device)  # any id: the masks have an input of their own
-            return self.lean(ids, positions, packed, self.drafts)
-        ids, positions = packed.inputs(self.mask_token_id, self.device)
+        # any id does for the masks of an adapter, which have an input of their own
+        ids, positions = packed.inputs(self.mask_token_id if self.drafts is None else 0, self.device)
         return (self.lean or self.modules_forward)(ids, positions, packed)
 
     def modules_forward(self, ids: Tensor, positions: Tensor, packed: Forward) -> Tensor:

@@ -1,0 +1,150 @@
+"""Measure SmolLM2 with its drafts: tokens per forward and tokens/s by plan and kind of text; its own output untouched.
+
+python examples/smollm2/measure_drafts.py --model FOLDER --adapter FOLDER --prompts FILE.jsonl --output FILE.json
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from tidar_megatron.program import OneLineParser, keep_threads_awake, run_tool
+
+PLANS = ("ar", "lookup:8", "linear:8", "1:8", "2:8", "all:8", "auto")
+VARIED = 0.7  # the share of distinct 4-grams from which a text counts: looping text is easy to draft
+OTHER = (  # prompts of kinds that no draft was trained on
+    "Once upon a time, in a village by the sea, there lived a girl who",
+    "To make a simple vegetable soup, first",
+    "Dear Sir or Madam,\n\nI am writing to",
+    "The history of the bicycle begins",
+    "In this paper we study",
+    "A: How was your holiday?\nB: It was",
+    "The water cycle describes how",
+    "Breaking news: scientists have discovered",
+    "To be, or not to be, that is the question:",
+    "Chapter 1\n\nThe train was late, and",
+    "SELECT name, COUNT(*) FROM orders",
+    "<html>\n<head>\n<title>My page</title>",
+    "Le chat est assis sur",
+    "The three laws of motion are:\n1.",
+    "Shopping list:\n- milk\n-",
+    "Photosynthesis is the process by which",
+)
+
+
+def main() -> None:
+    """Decode every prompt with every plan, in turns, write the JSON file and print the table."""
+    parser = OneLineParser(description=(__doc__ or "").split("\n")[0])
+    for name in ("model", "adapter", "prompts", "output"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--run", help="the run that trained the adapter, for its minutes and its AR loss")
+    parser.add_argument("--limit", type=int, help="prompts [all]")
+    parser.add_argument("--max-new-tokens", type=int, default=96, help="tokens to generate for each prompt [96]")
+    parser.add_argument("--dtype", default="auto", help="[auto]")
+    args = parser.parse_args()
+    keep_threads_awake()
+    from tidar_megatron.benchmark.measuring import machine
+    from tidar_megatron.inference.dtype import dtype_name
+    from tidar_megatron.inference.engine import generate
+    from tidar_megatron.inference.loading import load_model
+    from tidar_megatron.inference.request import parse_plan
+    from tidar_megatron.inference.text import encode_prompt
+
+    lines = [json.loads(line) for line in Path(args.prompts).read_text(encoding="utf-8").splitlines()][: args.limit]
+    asked = [(line["prompt"], line["kind"]) for line in lines] + [(text, "other") for text in OTHER]
+    model = load_model(args.model, dtype=args.dtype, adapter=args.adapter)
+    plans = {name: parse_plan(name) for name in PLANS}
+    rows = []
+    for number, (text, kind) in enumerate(asked):
+        prompt = encode_prompt(model, text)[-128:]
+        row: dict[str, Any] = {"kind": kind, "plans": {}}
+        for name in list(plans)[:: -1 if number % 2 else 1]:
+            options = plans[name]
+            options.max_new_tokens, options.ignore_eos = args.max_new_tokens, True
+            done = generate(model, prompt, options)
+            row["plans"][name] = [done.tokens_per_forward, done.tokens_per_second]
+            if name == "ar":
+                row["distinct_4grams"], expected = done.distinct_4grams, done.token_ids
+            row.setdefault("outputs", {})[name] = done.token_ids
+        row["identical"] = sum(output == expected for output in row.pop("outputs").values())
+        rows.append(row)
+        print(f"{number + 1} of {len(asked)} prompts", file=sys.stderr, flush=True)
+    assert model.drafts is not None
+    result = {
+        "benchmark": "smollm2_drafts",
+        "command": " ".join(["python", *sys.argv]),
+        "machine": machine(),
+        "new_tokens": args.max_new_tokens,
+        "dtype": dtype_name(model.dtype),
+        "draft_rank": model.drafts.rank,
+        "training": training(Path(args.run)) if args.run else None,
+        "rows": rows,
+    }
+    result["summary"] = summary(result)
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    Path(args.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(table(result))
+
+
+def training(run: Path) -> dict[str, Any]:
+    """Return the minutes of a run, its masks, and the AR losses of its first and last evaluation."""
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in metrics if "loss" in line]
+    evaluations = [{"iteration": line["iteration"], **line["eval"]} for line in metrics if "eval" in line]
+    seconds, before = 0.0, 0
+    for line in steps:
+        seconds, before = seconds + line["step_seconds"] * (line["iteration"] - before), line["iteration"]
+    return {
+        "minutes": round(seconds / 60, 1),
+        "iterations": steps[-1]["iteration"],
+        "consumed_sequences": steps[-1]["consumed_sequences"],
+        "evaluations": evaluations,
+    }
+
+
+def of(rows: list[dict[str, Any]], plan: str) -> tuple[float, float]:
+    """Return the mean tokens per forward of a plan, and the median of its tokens/s over AR's."""
+    forward = statistics.mean(row["plans"][plan][0] for row in rows)
+    return forward, statistics.median(row["plans"][plan][1] / row["plans"]["ar"][1] for row in rows)
+
+
+def summary(found: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures of the issue's summary; prompts count whose AR output is varied."""
+    counted = [row for row in found["rows"] if row["distinct_4grams"] >= VARIED]
+    trained = [row for row in counted if row["kind"] != "other"]
+    other = [row for row in counted if row["kind"] == "other"]
+    losses = [one["ar_loss"] for one in (found["training"] or {}).get("evaluations", [])]
+    return {
+        "tokens_per_forward": round(of(trained, "auto")[0], 3),
+        "drafts_alone": round(of(trained, "all:8")[0], 3),
+        "auto_over_ar": round(of(trained, "auto")[1], 3),
+        "lookup_over_ar": round(of(trained, "lookup:8")[1], 3),
+        "other_tokens_per_forward": round(of(other, "all:8")[0], 3) if other else None,
+        "ar_loss_difference": max(losses) - min(losses) if losses else None,
+        "distinct_4grams": round(statistics.mean(row["distinct_4grams"] for row in trained), 3),
+        "prompts": len(trained),
+        "identical_to_ar": sum(row["identical"] for row in found["rows"]),
+        "outputs": sum(len(row["plans"]) for row in found["rows"]),
+        "dtype": found["dtype"],
+        "draft_rank": found["draft_rank"],
+        "train_minutes": (found["training"] or {}).get("minutes"),
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """Return the table of benchmarks/README.md: a row for each kind of text."""
+    lines = ["| prompts | of these varied | " + " | ".join(PLANS) + " |", "|---|---|" + "---|" * len(PLANS)]
+    kinds = dict.fromkeys(row["kind"] for row in found["rows"])
+    for kind in kinds:
+        rows = [row for row in found["rows"] if row["kind"] == kind]
+        varied = [row for row in rows if row["distinct_4grams"] >= VARIED]
+        if not varied:
+            continue
+        cells = [f"{forward:.2f} ({over:.2f} x)" for forward, over in (of(varied, plan) for plan in PLANS)]
+        lines.append(f"| {kind} | {len(varied)} of {len(rows)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_tool(main)
