@@ -117,7 +117,7 @@ def test_batches_are_built_before_the_steps(monkeypatch):
     monkeypatch.setattr(training_benchmark, "train_step", lambda *arguments: seen.append(arguments[3][0]))
     try:
         ranks = initialize(config.parallel, config.training.seed)
-        steps, _ = training_benchmark._steps(config, [1.0], ranks)
+        steps, *_ = training_benchmark._steps(config, [1.0], ranks)
         monkeypatch.setattr(training_benchmark, "make_batch", None)
         for _ in range(2):
             steps["TiDAR 1"]()

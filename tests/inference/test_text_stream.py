@@ -75,12 +75,12 @@ def test_random_bytes_decode_as_a_whole(byte_tokenizer):
 
 
 def test_encode_prompt(byte_tokenizer):
-    model = SimpleNamespace(tokenizer=byte_tokenizer, is_tidar=True)
+    model = SimpleNamespace(tokenizer=byte_tokenizer, is_tidar=True, drafts=None)
     assert byte_tokenizer.decode(encode_prompt(model, "héllo")) == "héllo"
     with pytest.raises(UserError, match="the prompt is empty"):
         encode_prompt(model, "")
     with pytest.raises(UserError, match="no tokenizer"):
-        encode_prompt(SimpleNamespace(tokenizer=None, is_tidar=True), "text")
+        encode_prompt(SimpleNamespace(tokenizer=None, is_tidar=True, drafts=None), "text")
 
 
 def drawn(kind, rng, count):

@@ -152,7 +152,8 @@ class Engine:
             offered = logits.offered(rows, found, [s.tokens[-1] if s.tokens else 0 for s in served])
             for sequence, own, of_rows, drafts in zip(served, rows, found, offered, strict=True):
                 if own:
-                    _guarded(sequence, partial(sequence.draft, offered=drafts), of_rows)
+                    decide = sequence.draft if drafts is None else partial(sequence.draft, offered=drafts)
+                    _guarded(sequence, decide, of_rows)
         parts = {sequence: sequence.last_part.layout.num_tokens for sequence in served}
         seconds, size = time.perf_counter() - start, sum(parts.values())
         if planner is not None:
