@@ -55,6 +55,14 @@ def test_texts_are_those_of_the_engine(model, tmp_path, temperature):
     assert documents(tmp_path / "train") + documents(tmp_path / "valid") == wanted
 
 
+def test_a_run_that_was_killed_at_once_goes_on(model, tmp_path):
+    assert run(model, tmp_path).returncode == 0
+    whole = (tmp_path / "train.jsonl").read_text()
+    (tmp_path / "train.jsonl").write_text(whole[:30])
+    assert run(model, tmp_path, "--overwrite").returncode == 0
+    assert (tmp_path / "train.jsonl").read_text() == whole
+
+
 def test_a_killed_run_goes_on(model, tmp_path):
     """After some texts and half a line; nothing is generated twice, and the shards are the same."""
     assert run(model, tmp_path / "whole").returncode == 0
@@ -74,7 +82,8 @@ def test_a_killed_run_goes_on(model, tmp_path):
     [
         (["--max-new-tokens", 0], "--max-new-tokens 0: must be at least 1"),
         (["--held-out", 0], "--held-out and --held-out-output go together"),
-        (["--held-out", COUNT], "so none is left to train on"),
+        (["--held-out", COUNT], "leaves none of 12 prompts to train on"),
+        (["--limit", 0], "--limit 0: must be at least 1"),
         (["--temperature", -1], "temperature -1"),
         (["--prompts", "/nowhere"], "/nowhere: cannot be read"),
     ],
@@ -89,9 +98,11 @@ def test_a_record_of_another_run_is_kept(model, tmp_path):
     before = (tmp_path / "train.jsonl").read_bytes()
     done = run(model, tmp_path, "--overwrite", "--max-new-tokens", 11)
     assert done.returncode == 2 and "was begun with other options" in done.stderr
-    (tmp_path / "train.jsonl").write_text("[1\n")
-    done = run(model, tmp_path, "--overwrite")
-    assert done.returncode == 2 and "is not a record of own text" in done.stderr
+    for other in (b"[1\n", b'"one"\n"two"\n"three"', b'{"prompt": "x"}'):  # a file of the user's, which stays as it is
+        (tmp_path / "train.jsonl").write_bytes(other)
+        done = run(model, tmp_path, "--overwrite")
+        assert done.returncode == 2 and "is not a record of own text" in done.stderr
+        assert (tmp_path / "train.jsonl").read_bytes() == other
     (tmp_path / "train.jsonl").write_bytes(before)
     assert run(model, tmp_path, "--overwrite").returncode == 0
     assert (tmp_path / "train.jsonl").read_bytes() == before

@@ -115,28 +115,34 @@ def _digest(prompts: Sequence[Sequence[int]]) -> str:
 
 
 def _read(record: Path, about: dict[str, Any]) -> Iterator[OwnText]:
-    """Yield the texts of a record, or begin it; a line that a killed run has cut is removed."""
+    """Yield the texts of a record, or begin it; a line that a killed run has cut is removed.
+
+    Nothing is written to a file that is not a record of this run.
+    """
+    header = json.dumps(about) + "\n"
     try:
-        if not record.exists():
+        whole = record.read_bytes() if record.exists() else b""
+        if header.encode().startswith(whole):  # a new file, or a header that was cut
             record.parent.mkdir(parents=True, exist_ok=True)
-            record.write_text(json.dumps(about) + "\n", encoding="utf-8")
+            record.write_text(header, encoding="utf-8")
             return
-        whole = record.read_bytes()
         complete = whole[: whole.rfind(b"\n") + 1]
+        first, *lines = complete.decode().splitlines() or [""]
+        before = json.loads(first)
+        if not isinstance(before, dict) or before.keys() != about.keys():
+            raise ValueError
+        for name, value in about.items():
+            if before[name] != value:
+                raise UserError(f"{record}: was begun with other {name}; choose another --output")
+        texts = [OwnText(**json.loads(line)) for line in lines]
         if len(complete) < len(whole):
             record.write_bytes(complete)
-        first, *lines = complete.decode().splitlines()
-        before = json.loads(first)
-        for name, value in about.items():
-            if before.get(name) != value:
-                raise UserError(f"{record}: was begun with other {name}; choose another --output, or remove it")
-        texts = [OwnText(**json.loads(line)) for line in lines]
     except UserError:
         raise
     except OSError as error:
         raise UserError(f"{record}: {error.strerror}; choose another --output") from None
     except (ValueError, TypeError):
-        raise UserError(f"{record}: is not a record of own text; choose another --output, or remove it") from None
+        raise UserError(f"{record}: is not a record of own text; choose another --output") from None
     yield from texts
 
 
@@ -175,5 +181,5 @@ def write_own_shards(
 def _document(text: OwnText, ids: int, end: int) -> list[int]:
     """Return a text's tokens up to the first that is no token of the tokenizer, as rows of padding are, and its end."""
     whole = [*text.prompt, *text.output]
-    known = next((place for place, token in enumerate(whole) if token >= ids), len(whole))
-    return whole[:known] if whole[known - 1] == end else [*whole[:known], end]
+    whole = whole[: next((place for place, token in enumerate(whole) if token >= ids), len(whole))]
+    return whole if whole[-1:] == [end] else [*whole, end]

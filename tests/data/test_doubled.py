@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tidar_megatron.attention_mask import clean_tokens, training_layout
-from tidar_megatron.data.blocks import choose_blocks, strata
+from tidar_megatron.attention_mask import clean_tokens, may_attend, training_layout
+from tidar_megatron.context_parallel import own_positions
+from tidar_megatron.data.blocks import choose_blocks, choose_starts, strata
 from tidar_megatron.data.doubled import Batch, TokenCounts, make_batch, set_loss_weights
 from tidar_megatron.data.packing import LengthsInMemory, PackedSequence, PackedSequences, fill_sequence, pack
 
@@ -229,3 +230,46 @@ def test_shards_of_the_clean_half_count_no_masks() -> None:
     shards = [batch.shard(rank, 2) for rank in (0, 1)]
     assert [(shard.doubled, shard.diffusion_tokens, shard.seq_length) for shard in shards] == [(False, 0, 32)] * 2
     assert sum(shard.num_tokens for shard in shards) == batch.num_tokens
+
+
+@pytest.mark.parametrize("across", [False, True])
+@given(seed=st.integers(0, 99), count=st.integers(1, 16))
+@settings(max_examples=30, deadline=None)
+def test_blocks_that_start_anywhere(across: bool, seed: int, count: int) -> None:
+    """Mask by mask: its label, its place, and that it sees its document before its block, or all of the row."""
+    rows = some_rows(seed)[:2]
+    starts = np.stack([choose_starts(16, count, seed, number) for number in range(len(rows))])
+    batch = make_batch(rows, 4, MASK, starts=starts, cross_document_attention=across)
+    assert batch.tokens.shape == (len(rows), 16 + 4 * count) and (batch.tokens[:, 16:] == MASK).all()
+    seen = may_attend(batch.visibility[:, 16:], batch.visibility[:, :16])
+    for number, row in enumerate(rows):
+        for n in range(4 * count):
+            start, offset = int(starts[number, n // 4]), n % 4
+            place, document = start + offset, row.document[start]
+            known = place < 16 and row.document[place] == document and bool(row.diffusion_supervised[place])
+            assert batch.supervised[number, 16 + n] == known
+            assert batch.labels[number, 16 + n] == (row.tokens[place] if known else 0)
+            first = next(p for p in range(16) if row.document[p] == document)
+            assert batch.position_ids[number, 16 + n] == place - first
+            before = [p < start and (across or row.document[p] == document) for p in range(16)]
+            assert seen[number, n].tolist() == before
+            has_teacher = known and row.index[place] > 0 and place > 0
+            assert batch.teachers[number, n] == (place - 1 if has_teacher else -1)
+    assert batch.diffusion_tokens == batch.supervised[:, 16:].sum()
+
+
+def test_more_blocks_than_a_sequence_has_are_shared_by_ranks() -> None:
+    """Each context-parallel rank has whole blocks, the same number, and every mask is on one rank."""
+    rows = some_rows(5)[:2]
+    starts = np.stack([choose_starts(16, 8, 1, number) for number in range(2)])
+    batch = make_batch(rows, 4, MASK, starts=starts)
+    parts = [batch.shard(rank, 2) for rank in range(2)]
+    assert [part.mask_length for part in parts] == [16, 16]
+    assert sum(part.diffusion_tokens for part in parts) == batch.diffusion_tokens
+    labels = torch.cat([part.labels[:, part.seq_length :] for part in parts], dim=1)
+    assert sorted(labels.flatten().tolist()) == sorted(batch.labels[:, 16:].flatten().tolist())
+    for part in parts:  # a teacher is the clean token before, in the order of the keys
+        keys = torch.cat([own_positions(16, rank, 2) for rank in range(2)])
+        at = keys[part.teachers.clamp(min=0)]
+        known = part.teachers >= 0
+        assert (batch.tokens.gather(1, at + 1)[known] == part.labels[:, part.seq_length :][known]).all()

@@ -240,12 +240,17 @@ def test_the_engine_drafts_what_was_trained(run_variant):
         ({"tidar": {"ar_warmup_fraction": 0.5}}, "--ar-warmup-fraction: means nothing with --train drafts"),
         ({"drafts": {"draft_modules": []}}, "--draft-modules: name at least one module"),
         ({"model": {"transformer_impl": "transformer_engine"}}, "needs --transformer-impl local"),
+        ({"drafts": {"draft_modules": ["linear_fc1"]}, "model": {"num_experts": 4}}, "experts have no pairs"),
+        ({"model": {"num_experts": 4, "moe_aux_loss_coeff": 0.1}}, "the router of --train drafts is frozen"),
+        ({"training": {"init_from": "one"}}, "holds draft weights alone; name their model"),
         ({"tidar": {"blocks_per_sequence": 3}, "parallel": {"context_parallel_size": 1}}, None),
         ({"tidar": {"block_starts": "aligned", "blocks_per_sequence": 12}}, "a sequence has 8 aligned blocks"),
     ],
 )
 def test_bad_settings_are_one_line(run_variant, changes, message):
-    setup, _, _ = run_variant("learned")
+    setup, _, folder = run_variant("learned")
+    if changes.get("training", {}).get("init_from"):
+        changes = {"training": {"init_from": str(folder / changes["training"]["init_from"])}}
     given = {name: {**setup.get(name, {}), **changes.get(name, {})} for name in {*setup, *changes}}
     if message is None:
         check_inputs(build_config(given))

@@ -32,11 +32,19 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace shards that are there")
     args = parser.parse_args()
     keep_threads_awake()
-    for name, least in (("max_new_tokens", 1), ("max_prompt_tokens", 1), ("batch_size", 1), ("held_out", 0)):
-        if getattr(args, name) < least:
+    for name, least in (
+        ("max_new_tokens", 1),
+        ("max_prompt_tokens", 1),
+        ("batch_size", 1),
+        ("held_out", 0),
+        ("limit", 1),
+    ):
+        if getattr(args, name) is not None and getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
     if (args.held_out > 0) != (args.held_out_output is not None):
         raise UserError("--held-out and --held-out-output go together: give both or neither")
+    if args.held_out_output and Path(args.held_out_output).resolve() == Path(args.output).resolve():
+        raise UserError(f"--held-out-output {args.held_out_output}: is the same folder as --output; choose another")
     from transformers.utils import logging
 
     with importing():
@@ -53,7 +61,11 @@ def main() -> None:
     for folder in folders:
         check_output(folder, args.overwrite)
     texts = read_prompts(args.prompts)[: args.limit]
+    if args.held_out >= len(texts):
+        raise UserError(f"--held-out {args.held_out}: leaves none of {len(texts)} prompts to train on; add prompts")
     model = load_model(args.model, args.device, args.dtype)
+    if getattr(model.tokenizer, "eos_token_id", None) is None:
+        raise UserError(f"--model {args.model}: its tokenizer has no end-of-sequence token, which shards need; set one")
     prompts = [encode_prompt(model, text)[-args.max_prompt_tokens :] for text in texts]
     sampling = SamplingOptions(temperature=args.temperature, top_p=args.top_p, seed=args.seed)
     options = DecodeOptions("ar", max_new_tokens=args.max_new_tokens, sampling=sampling)

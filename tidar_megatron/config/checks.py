@@ -142,6 +142,11 @@ def check_drafts(config: Config) -> None:
         raise UserError("--train drafts: needs --transformer-impl local, whose linear layers take a pair")
     if not config.drafts.draft_modules:
         raise UserError("--draft-modules: name at least one module")
+    if config.model.num_experts is not None:
+        if not {"linear_qkv", "linear_proj"} & {*config.drafts.draft_modules}:
+            raise UserError("--draft-modules: experts have no pairs; name linear_qkv or linear_proj")
+        if config.model.moe_aux_loss_coeff > 0:
+            raise UserError("--moe-aux-loss-coeff: the router of --train drafts is frozen; give 0")
     for given, name in (
         (config.tidar.ar_warmup_fraction > 0, "--ar-warmup-fraction"),
         (config.tidar.masking == "random", "--masking random"),

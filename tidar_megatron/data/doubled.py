@@ -190,12 +190,12 @@ def make_batch(
     stands_for = supervised.float()
     place = torch.arange(S).expand(clean.shape)
     teachers = torch.where((index > 0) & (place > 0), place - 1, -1)
-    positions = _positions(document, S, reset_positions)
+    positions, labelled = _positions(document, S, reset_positions), document
     if cross_document_attention:
         document, index = torch.zeros_like(document), torch.arange(S).expand(clean.shape)
     if doubled and starts is not None:
         places = torch.from_numpy(starts)
-        masks = _masks_anywhere(places, clean, diffusion_supervised, document, index, positions, block_size)
+        masks = _masks_anywhere(places, clean, diffusion_supervised, labelled, document, index, positions, block_size)
         teachers = torch.where(masks.supervised, teachers.gather(1, masks.places), -1)
         tokens = torch.cat([clean, torch.full_like(masks.labels, mask_token_id)], dim=1)
         labels = torch.cat([labels, masks.labels], dim=1)
@@ -269,6 +269,7 @@ def _masks_anywhere(
     starts: Tensor,
     clean: Tensor,
     has_label: Tensor,
+    labelled: Tensor,
     document: Tensor,
     index: Tensor,
     positions: Tensor,
@@ -276,7 +277,8 @@ def _masks_anywhere(
 ) -> _Masks:
     """Return the masks of blocks that start at the places ``starts [b, n]``; the other arguments are ``[b, S]``.
 
-    A block sees the clean tokens of its document before its start. Masks beyond the end of the document, or of the row,
+    A block sees the clean tokens of its ``document`` before its start, and has labels in its document as ``labelled``
+    tells it; the two differ where attention crosses documents. Masks beyond the end of the document, or of the row,
     are there as in decoding, but have no label.
     """
     offset = torch.arange(block_size)
@@ -284,7 +286,9 @@ def _masks_anywhere(
     first, offset = starts.repeat_interleave(block_size, dim=1), offset.repeat(starts.shape[1])
     inside = places.clamp(max=clean.shape[1] - 1)
     here, horizon = document.gather(1, first), index.gather(1, first)
-    supervised = (places == inside) & (document.gather(1, inside) == here) & has_label.gather(1, inside)
+    supervised = (
+        (places == inside) & (labelled.gather(1, inside) == labelled.gather(1, first)) & has_label.gather(1, inside)
+    )
     visibility = mask_tokens(here, horizon + offset, horizon, block=horizon)
     positions = positions.gather(1, first) + offset
     return _Masks(clean.gather(1, inside) * supervised, supervised, visibility, positions, inside)

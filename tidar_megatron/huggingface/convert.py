@@ -320,6 +320,8 @@ def verify(hf: str | Path, run: str | Path, iteration: int | None = None, length
         UserError: One of the two cannot be read, or the models have different shapes.
     """
     ours, iteration, checkpoint = _intact_checkpoint(Path(run), iteration)
+    if ours.trains_drafts:
+        raise UserError(f"--checkpoint {run}: holds draft weights alone; tidar certify --adapter shows what they do")
     hf_config = check_folder(hf)
     theirs = model_from_huggingface(hf, ours.model)
     assert theirs.vocab_size is not None

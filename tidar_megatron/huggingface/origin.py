@@ -122,6 +122,9 @@ class _Run:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._config = load_resolved_config(folder / CONFIG_FILE)
+        if self._config.trains_drafts:
+            base = self._config.training.init_from
+            raise UserError(f"--init-from {folder}: holds draft weights alone; name their model, {base}")
         if latest_iteration(folder) is None:
             raise UserError(f"--init-from {folder}: holds no checkpoint yet")
         self.mask_token_id = self._config.tidar.mask_token_id

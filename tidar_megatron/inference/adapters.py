@@ -35,9 +35,14 @@ def load_adapter(model: DecodeModel, folder: str | Path, base: str | Path) -> No
             f"({found[:12]}..); give the folder that it was trained on"
         )
     _check_shapes(adapter, model, Path(folder))
-    tied = model.causal_lm.config.tie_word_embeddings
-    name = "model.embed_tokens.weight" if tied else "lm_head.weight"
-    table = open_safetensors(stored_tensors(base)[name].file).get_tensor(name)
+    table = None
+    if config.selector_rank:
+        tied = model.causal_lm.config.tie_word_embeddings
+        name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+        stored = stored_tensors(base, other_names=True).get(name)
+        if stored is None:
+            raise UserError(f"--adapter {folder}: {base} has no tensor {name}, which the selector needs; save it again")
+        table = open_safetensors(stored.file).get_tensor(name)
     use_adapter(model, adapter, table)
 
 
@@ -56,7 +61,7 @@ def _check_shapes(adapter: Adapter, model: DecodeModel, folder: Path) -> None:
 
 
 @torch.no_grad()
-def use_adapter(model: DecodeModel, adapter: Adapter, table: Tensor) -> None:
+def use_adapter(model: DecodeModel, adapter: Adapter, table: Tensor | None) -> None:
     """Let a model draft with an adapter that fits it.
 
     The masks have no token id of their own: :attr:`DecodeModel.mask_token_id` is the id after the last one.
@@ -64,7 +69,7 @@ def use_adapter(model: DecodeModel, adapter: Adapter, table: Tensor) -> None:
     Args:
         model: The model.
         adapter: The adapter.
-        table: The rows of the model's output layer, ``[V, h]``.
+        table: The rows of the model's output layer, ``[V, h]``; only a selector needs them.
     """
     config = adapter.config
 
@@ -77,7 +82,7 @@ def use_adapter(model: DecodeModel, adapter: Adapter, table: Tensor) -> None:
 
     layers = [{name: pair(layer, name) for name in config.modules} for layer in range(config.num_layers)]
     selector = None
-    if config.selector_rank:
+    if config.selector_rank and table is not None:
         table = table.to(model.device, model.dtype)
         previous, candidate = (F.linear(table, get(f"selector.{name}")) for name in ("previous", "candidate"))
         gate, scale = (

@@ -30,7 +30,8 @@ class Pair(NamedTuple):
             rows = out[masks]
             torch.addmm(rows, F.linear(x[masks], self.a), self.b.t(), out=rows)
         elif masks.dtype == torch.bool:
-            out.add_(F.linear(F.linear(x, self.a), self.b) * masks.unsqueeze(-1))
+            added = out + F.linear(F.linear(x, self.a), self.b)  # of a clean row it may overflow, and is not taken
+            out.copy_(torch.where(masks.unsqueeze(-1), added, out))
         else:
             out.index_add_(0, masks, F.linear(F.linear(x[masks], self.a), self.b))
 

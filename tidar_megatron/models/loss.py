@@ -54,7 +54,8 @@ def draft_loss(chunk: GPTModel, batch: Batch, hidden: Tensor) -> tuple[Tensor, T
     if drafts.draft_loss != "ce":
         with torch.no_grad():
             teacher = _teachers(full_states(chunk, clean), batch.teachers, chunk.pg_collection.cp)
-        weights = weights * (batch.teachers.flatten() >= 0)
+        has_teacher = batch.teachers.flatten() >= 0
+        weights, stands_for = weights * has_teacher, stands_for * has_teacher
     total, seen = linear_draft_loss(
         states,
         weight,
@@ -66,7 +67,7 @@ def draft_loss(chunk: GPTModel, batch: Batch, hidden: Tensor) -> tuple[Tensor, T
         group,
         chunk.unpadded_vocab_size,
         teacher,
-        CANDIDATES if chunk.selector is not None else 0,
+        min(CANDIDATES, chunk.unpadded_vocab_size) if chunk.selector is not None else 0,
     )
     if chunk.selector is not None:
         blocks = labels.view(-1, chunk.block_size)
