@@ -6,6 +6,7 @@ python examples/smollm2/measure_drafts.py --model FOLDER --adapter FOLDER --prom
 import json
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +55,14 @@ def main() -> None:
     lines = [json.loads(line) for line in Path(args.prompts).read_text(encoding="utf-8").splitlines()][: args.limit]
     asked = [(line["prompt"], line["kind"]) for line in lines] + [(text, "other") for text in OTHER]
     model = load_model(args.model, dtype=args.dtype, adapter=args.adapter)
-    plans = {name: parse_plan(name) for name in PLANS}
+    more = {"max_new_tokens": args.max_new_tokens, "ignore_eos": True}
+    plans = {name: replace(parse_plan(name), **more) for name in PLANS}
     rows = []
     for number, (text, kind) in enumerate(asked):
         prompt = encode_prompt(model, text)[-128:]
         row: dict[str, Any] = {"kind": kind, "plans": {}}
         for name in list(plans)[:: -1 if number % 2 else 1]:
-            options = plans[name]
-            options.max_new_tokens, options.ignore_eos = args.max_new_tokens, True
-            done = generate(model, prompt, options)
+            done = generate(model, prompt, plans[name])
             row["plans"][name] = [done.tokens_per_forward, done.tokens_per_second]
             if name == "ar":
                 row["distinct_4grams"], expected = done.distinct_4grams, done.token_ids
