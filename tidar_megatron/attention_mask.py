@@ -132,6 +132,24 @@ def training_layout(document: Tensor, index: Tensor, block_size: int) -> Tensor:
     return torch.cat([clean_tokens(document, index), masks], dim=-2)
 
 
+def anywhere_layout(document: Tensor, index: Tensor, starts: Tensor, block_size: int) -> Tensor:
+    """Return the metadata of the masks of blocks that start anywhere; a block sees its document before its start.
+
+    Args:
+        document: The document of each clean token, int64 ``[b, S]``.
+        index: The position of each clean token in its document, int64 ``[b, S]``.
+        starts: The places at which the blocks of each row start, int64 ``[b, n]``, distinct in a row.
+        block_size: B.
+
+    Returns:
+        int32 ``[b, n * B, 4]``, block after block.
+    """
+    first = starts.repeat_interleave(block_size, dim=1)
+    offset = torch.arange(block_size).repeat(starts.shape[1])
+    horizon = index.gather(1, first)
+    return mask_tokens(document.gather(1, first), horizon + offset, horizon, block=horizon)
+
+
 def training_area(seq_length: int, block_size: int) -> tuple[int, int]:
     """Count the visible query-key pairs of one document of ``seq_length`` tokens, a multiple of ``block_size``.
 

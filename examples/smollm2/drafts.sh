@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Teach SmolLM2-135M to draft without changing it: prompts, the model's own text, draft weights on the frozen model, an
 # adapter. `make smollm2-drafts` runs this script, and one that was stopped goes on. Flags are passed to
-# tools/pretrain.py, those in MEASURE_ARGS to the measurement; DRAFTS_RUN and DRAFTS_DATA set other folders.
+# tools/pretrain.py; DRAFTS_RUN and DRAFTS_DATA set other folders. measure_drafts.py measures the adapter.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export CUDA_VISIBLE_DEVICES=

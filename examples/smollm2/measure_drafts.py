@@ -110,7 +110,7 @@ def of(rows: list[dict[str, Any]], plan: str) -> tuple[float, float]:
 
 
 def summary(found: dict[str, Any]) -> dict[str, Any]:
-    """Return the figures of the issue's summary; prompts count whose AR output is varied."""
+    """Return the figures in short, over the prompts whose AR output is varied."""
     counted = [row for row in found["rows"] if row["distinct_4grams"] >= VARIED]
     trained = [row for row in counted if row["kind"] != "other"]
     other = [row for row in counted if row["kind"] == "other"]
@@ -133,7 +133,7 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Return the table of benchmarks/README.md: a row for each kind of text."""
+    """Return a table with a row for each kind of text."""
     lines = ["| prompts | of these varied | " + " | ".join(PLANS) + " |", "|---|---|" + "---|" * len(PLANS)]
     kinds = dict.fromkeys(row["kind"] for row in found["rows"])
     for kind in kinds:

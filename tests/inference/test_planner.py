@@ -325,7 +325,7 @@ def test_the_text_does_not_depend_on_the_plan(trained, prompts, costs, monkeypat
 
 
 def test_copies_are_taken_where_they_are_accepted_more():
-    """By the length of the match; copies say nothing about the model's own drafts, and are tried again now and then."""
+    """Each length of match counts apart; copies say nothing about the model's own drafts, and are tried again."""
     planner = Planner(FREE, 8)
     planner.acceptance = believing(0.6)
     planner.begin(1, 100)

@@ -109,7 +109,7 @@ def test_a_block_that_is_accepted_has_the_mean_weight_1():
 
 
 def test_no_more_than_the_vocabulary_is_likeliest(ranks):
-    """Where a rank has fewer ids than are asked for, all of its ids are candidates."""
+    """A rank with fewer ids than are asked for offers all of them."""
     logits = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
     for values, ids in ranks(4, lambda group: vocab_parallel_topk(logits.chunk(4, 1)[group.rank()], 6, group)):
         wanted = logits.topk(6)

@@ -142,7 +142,7 @@ def _origin(setup):
 
 @pytest.mark.parametrize("variant", ["aligned", "anywhere"])
 def test_gradients_equal_the_independent_model(run_variant, variant):
-    """Of both weights of every pair and of the mask token's row; to 1e-5."""
+    """Both weights of every pair and the mask token's row are compared, to 1e-5."""
     setup, results, _ = run_variant(variant)
     (one,) = results["one"]
     loss, grads = plain(setup, one["weights"])

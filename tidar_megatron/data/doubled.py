@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tidar_megatron.attention_mask import clean_tokens, mask_tokens, training_layout
+from tidar_megatron.attention_mask import anywhere_layout, clean_tokens, training_layout
 from tidar_megatron.context_parallel import key_tokens, own_tokens
 from tidar_megatron.data.blocks import strata
 from tidar_megatron.data.packing import PackedSequence
@@ -285,11 +285,10 @@ def _masks_anywhere(
     places = (starts.unsqueeze(-1) + offset).flatten(1)
     first, offset = starts.repeat_interleave(block_size, dim=1), offset.repeat(starts.shape[1])
     inside = places.clamp(max=clean.shape[1] - 1)
-    here, horizon = document.gather(1, first), index.gather(1, first)
     supervised = (
         (places == inside) & (labelled.gather(1, inside) == labelled.gather(1, first)) & has_label.gather(1, inside)
     )
-    visibility = mask_tokens(here, horizon + offset, horizon, block=horizon)
+    visibility = anywhere_layout(document, index, starts, block_size)
     positions = positions.gather(1, first) + offset
     return _Masks(clean.gather(1, inside) * supervised, supervised, visibility, positions, inside)
 

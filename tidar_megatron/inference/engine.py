@@ -149,7 +149,7 @@ class Engine:
         rows = [sequence.draft_rows for sequence in served]
         if any(rows):
             found = logits.of(rows, confidences)
-            offered = logits.offered(rows, found, [s.tokens[-1] if s.tokens else 0 for s in served])
+            offered = logits.offered(rows, found, served)
             for sequence, own, of_rows, drafts in zip(served, rows, found, offered, strict=True):
                 if own:
                     decide = sequence.draft if drafts is None else partial(sequence.draft, offered=drafts)
@@ -224,13 +224,15 @@ class _Logits:
         edges = accumulate(map(len, wanted), initial=0)
         return [together.pick(start, range(len(own))) for start, own in zip(edges, wanted, strict=False)]
 
-    def offered(self, rows: Tokens[Tokens[int]], found: Tokens[Rows], certain: Tokens[int]) -> Tokens[Drafted | None]:
+    def offered(
+        self, rows: Tokens[Tokens[int]], found: Tokens[Rows], served: Tokens[Sequence]
+    ) -> Tokens[Drafted | None]:
         """Return what the model's selector offers for the masks at ``rows`` of each sequence; None where it has none.
 
         Args:
             rows: Relative to the first row of each sequence.
             found: Their logits.
-            certain: The certain token of each sequence, which stands before its first mask.
+            served: The sequences; the last token of each, the certain one, stands before its first mask.
         """
         selector = self._model.drafts.selector if self._model.drafts is not None else None
         if selector is None:
@@ -240,7 +242,7 @@ class _Logits:
         sizes = [len(rows[number]) for number in drafting]
         firsts = list(accumulate(sizes[:-1], initial=0))
         logits = torch.cat([found[number].logits for number in drafting])
-        scored = selector.score(logits, torch.cat(states), firsts, [certain[number] for number in drafting])
+        scored = selector.score(logits, torch.cat(states), firsts, [served[number].tokens[-1] for number in drafting])
         apart = iter(scored.split(sizes))
         return [next(apart) if own else None for own in rows]
 
