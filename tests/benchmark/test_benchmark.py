@@ -44,6 +44,7 @@ def test_rows(what, keys, tmp_path, monkeypatch):
     assert result["command"].startswith(f"python tools/benchmark.py {what} --seq-lengths 256")
     assert result["machine"]["threads"] == 1 and result["machine"]["torch"] == torch.__version__
     assert all(keys <= row.keys() for row in result["rows"])
+    show(result)
     if what == "attention":
         assert {row["backend"] for row in result["rows"]} == {"chunked", "dense"}
     if what == "loader":  # what is read of ten million documents does not add up in memory

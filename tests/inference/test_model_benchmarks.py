@@ -149,6 +149,7 @@ def test_the_program(checkpoint, tmp_path):
     assert json.loads((tmp_path / "step.json").read_text()) == json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.process  # matplotlib looks for fonts, once per machine
 def test_the_curve_of_slots(checkpoint, tmp_path):
     """The program times each dtype at each number of tokens, beside the products that the engine itself computes."""
     command = ["tools/benchmark.py", "slots", "--model", checkpoint, "--contexts", 16, 4096, "--repeats", 1, "--json"]

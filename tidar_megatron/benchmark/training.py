@@ -88,8 +88,9 @@ def training(
                 )
                 if fraction == 1:
                     beside = times.ratio(f"drafts, {dtype}", ours)
-                    memory = {"bytes": trained[dtype](), "drafts_bytes": of_drafts[dtype]()}
-                    rows[-1] |= {"drafts_over_tidar": rounded(beside), "gradients_and_optimizer": memory}
+                    memory = {"gradients_and_optimizer_bytes": trained[dtype]()}
+                    memory["drafts_gradients_and_optimizer_bytes"] = of_drafts[dtype]()
+                    rows[-1] |= {"drafts_over_tidar": rounded(beside), **memory}
     settings = {
         **MODEL,
         **(model or {}),
