@@ -272,7 +272,8 @@ class SharedCall:
 
     Attributes:
         slots: The adjacent slots of the pool.
-        places: The positions in the slots to write new keys and values to, int64 ``[n, T]``.
+        places: The places to write new keys and values to: the number of the slot among the n, int64 ``[n, 1]``, and
+            the position there, ``[n, T]``.
         read: The number of keys to read of each slot.
         rows: The rows of queries per K/V head.
         bias: The bias on the scores, ``[n, 1, rows, read]``.
@@ -281,7 +282,7 @@ class SharedCall:
     """
 
     slots: slice
-    places: Tensor
+    places: tuple[Tensor, Tensor]
     read: int
     rows: Rows
     bias: Tensor
@@ -306,11 +307,12 @@ class SharedCall:
         columns = read + aligned(tokens)  # the last columns are for padding that is not read
         bias = torch.zeros(count, 1, rows.padded, columns, dtype=dtype, device=device)
         own = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, hiding(dtype))
-        own = own.repeat(1, groups, 1)[:, None]
-        bias.scatter_(3, places[:, None, None].expand(own.shape), own)
+        own = own.repeat(1, groups, 1)
+        each = torch.arange(count, device=device)[:, None]
+        bias[:, 0, : own.shape[1]][each, :, places] = own.transpose(1, 2)
         bias.masked_fill_(torch.arange(columns, device=device) >= lengths[:, None, None, None] + tokens, hiding(dtype))
         bias = bias[..., :read]
-        return SharedCall(slots, places, read, rows, bias)
+        return SharedCall(slots, (each, places), read, rows, bias)
 
     @staticmethod
     def of_parts(parts: Sequence[Part], groups: int, query: Tensor) -> "SharedCall":
@@ -331,14 +333,14 @@ class SharedCall:
         return replace(
             call,
             # padding writes what the last token writes, to the same place
-            places=(lengths[:, None] + own).to(device),
+            places=(call.places[0], (lengths[:, None] + own).to(device)),
             padding=(counts.cumsum(0) - counts + own).flatten().to(device),
             unpadding=(within < counts).flatten().nonzero().flatten().to(device),
         )
 
     def attend(self, pool: KVPool, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Write K/V to the pool and compute attention; shapes as in :meth:`Forward.attend`."""
-        count = len(self.places)
+        count = len(self.places[0])
         if self.padding is not None:
             query, key, value = (x.index_select(2, self.padding) for x in (query, key, value))
         query, key, value = (x[0].unflatten(1, (count, -1)).transpose(0, 1) for x in (query, key, value))
