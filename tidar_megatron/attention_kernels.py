@@ -23,6 +23,7 @@ _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 _efficient = torch.ops.aten._scaled_dot_product_efficient_attention
 HALF = (torch.bfloat16, torch.float16)
+FEW_KEYS = 64  # in half precision: the flash kernel's backward takes up to 16 times as long for so few keys
 
 
 def has_flash(device: torch.device) -> bool:
@@ -100,7 +101,7 @@ def attend_backward(
     Returns:
         The gradients, with the shapes of query, key and value.
     """
-    if has_flash(query.device):
+    if has_flash(query.device) and (causal or query.dtype not in HALF or key.shape[2] > FEW_KEYS):
         heads = query.shape[1]
         parts = 1 if causal else _parts(*query.shape[:3])
         g, q, o, z = (_split(tensor, parts) for tensor in (grad, query, out, lse))

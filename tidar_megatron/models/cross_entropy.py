@@ -94,7 +94,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             exponentials, losses[rows], total = exponentiate(logits, column, mine, group)
             if hidden_needs or weight_needs:
                 exponentials.scatter_add_(-1, column.unsqueeze(-1), -(total * mine).unsqueeze(-1))
-                torch.mul(exponentials, (loss_weights[rows] / total).unsqueeze(-1), out=logits)
+                logits.copy_(exponentials.mul_((loss_weights[rows] / total).unsqueeze(-1)))
             del exponentials  # for bfloat16 logits a separate tensor: freed before the products
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[rows])
@@ -162,12 +162,11 @@ def exponentiate(
         are bfloat16; the cross-entropies ``[n]``; and the denominators ``[n]``, sums over the full vocabulary. All are
         float32, or float64 for float64 logits.
     """
-    exact = torch.promote_types(logits.dtype, torch.float32)
-    top = logits.amax(-1).to(exact)
+    shifted = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    top = shifted.amax(-1)
     if group.size() > 1:
         dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
-    shifted = logits if logits.dtype == exact else torch.empty_like(logits, dtype=exact)
-    torch.sub(logits, top.unsqueeze(-1), out=shifted)
+    shifted.sub_(top.unsqueeze(-1))  # torch's operations of two dtypes are slow on a CPU
     target = shifted.gather(-1, column.unsqueeze(-1)).squeeze(-1).masked_fill(~mine, 0.0)
     exponentials = shifted.exp_()
     sums = torch.stack([exponentials.sum(-1), target])

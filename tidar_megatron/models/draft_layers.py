@@ -107,14 +107,15 @@ class LowRankPair(nn.Module):
         # the replicated weight sees this rank's part of the sequence, so its gradient is summed over the ranks
         (self.b if sharded == "a" else self.a).sequence_parallel = config.sequence_parallel
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return what the pair adds to the layer's output.
+    def forward(self, x: Tensor, output: Tensor) -> Tensor:
+        """Return the layer's output ``[t, b, outputs]`` and what the pair adds to it.
 
         Args:
             x: The input of the layer, ``[t, b, inputs]``; of a column-parallel layer under sequence parallelism this
                 rank's part, ``[t / TP, b, inputs]``.
+            output: The output of the layer.
         """
-        inner = F.linear(x, self.a)
+        inner = F.linear(x, self.a) * self.scale
         if self.sharded == "a" and self.sequence_parallel:
             inner = reduce_scatter_to_sequence_parallel_region(inner, group=self.group)
         elif self.sharded == "a":
@@ -123,7 +124,7 @@ class LowRankPair(nn.Module):
             inner = gather_from_sequence_parallel_region(inner, tensor_parallel_output_grad=True, group=self.group)
         else:
             inner = copy_to_tensor_model_parallel_region(inner, group=self.group)
-        return F.linear(inner, self.b) * self.scale
+        return torch.addmm(output.flatten(0, 1), inner.flatten(0, 1), self.b.t()).view_as(output)
 
 
 class _Paired:
@@ -134,7 +135,7 @@ class _Paired:
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         output, bias = super().forward(input_, *args, **kwargs)  # type: ignore[misc]
-        return (output if self.passes.is_clean else output + self.draft(input_)), bias
+        return (output if self.passes.is_clean else self.draft(input_, output)), bias
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
         found = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]

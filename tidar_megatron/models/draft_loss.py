@@ -33,12 +33,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tidar_megatron.models.cross_entropy import chunk_tokens, mask_padding, own_columns
+from tidar_megatron.models.cross_entropy import chunk_tokens, exponentiate, mask_padding, own_columns
 from tidar_megatron.models.draft_metrics import vocab_parallel_argmax
 
 Kind = Literal["ce", "argmax", "kl", "tv", "hybrid"]
 Weighting = Literal["none", "reach", "decay"]
 DECAY = 4.0  # offsets after which the weight is 1 / e
+# A chunk's logits on a CPU, in float32: glibc maps and unmaps larger tensors than 32 MB each time, and touching their
+# fresh pages takes longer than computing their values.
+CHUNK_LOGITS = 6 << 20
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,10 @@ def linear_draft_loss(
     Returns:
         The sum, differentiable once in ``hidden``, float32 (float64 for float64 states); and the figures.
     """
-    blocks = max((chunk or chunk_tokens(hidden.shape[1]) // (1 if kind == "ce" else 2)) // block_size, 1)
+    tokens = chunk_tokens(hidden.shape[1]) // (1 if kind == "ce" else 2)
+    if hidden.device.type == "cpu":
+        tokens = min(tokens, CHUNK_LOGITS // len(weight))
+    blocks = max((chunk or tokens) // block_size, 1)
     needs_grad = torch.is_grad_enabled()
     total, *seen = _LinearDraftLoss.apply(
         hidden,
@@ -157,26 +163,29 @@ class _LinearDraftLoss(torch.autograd.Function):
         top_ids = torch.empty(n, top, dtype=torch.int64, device=hidden.device)
         top_logits = torch.empty(n, top, dtype=exact, device=hidden.device)
         grad = torch.empty_like(hidden) if needs_grad and ctx.needs_input_grad[0] else None
+        buffer = hidden.new_empty(min(chunk, n), len(weight))
         for first in range(0, n, chunk):
             rows = slice(first, first + chunk)
-            logits = hidden[rows] @ weight.t()
-            mask_padding(logits, vocab_size, group)
-            if top:
-                top_logits[rows], top_ids[rows] = vocab_parallel_topk(logits.to(exact), top, group)
-            log_q = _log_softmax(logits, group)
-            log_p = None
+            judged = None
             if teacher is not None and kind != "ce":
                 judged = teacher[rows] @ weight.t()
                 mask_padding(judged, vocab_size, group)
                 wanted[rows] = vocab_parallel_argmax(judged, group)
-                log_p = None if kind == "argmax" else _log_softmax(judged, group)
-            loss, slope, accepted = (
-                _of_labels(log_q, wanted[rows], group) if log_p is None else _of(kind, log_q, log_p, group)
-            )
+            logits = torch.mm(hidden[rows], weight.t(), out=buffer[: len(wanted[rows])])
+            mask_padding(logits, vocab_size, group)
+            if top:
+                top_logits[rows], top_ids[rows] = vocab_parallel_topk(logits, top, group)
+            if judged is None or kind == "argmax":
+                loss, slope, total, accepted = _of_labels(logits, wanted[rows], group)
+            else:
+                log_q, log_p = _log_softmax(logits, group), _log_softmax(judged, group)
+                loss, slope, total, accepted = _of(kind, log_q, log_p, group)
             losses[rows] = loss
             weights[rows] = offset_weights(accepted.view(-1, block_size), weighting).flatten() * loss_weights[rows]
             if grad is not None:
-                torch.mm(slope.mul_(weights[rows].unsqueeze(-1)).to(hidden.dtype), weight, out=grad[rows])
+                logits.copy_(slope.mul_((weights[rows] / total).unsqueeze(-1)))
+                torch.mm(logits, weight, out=grad[rows])
+            del slope  # freed before the next products
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(losses, weights, wanted, top_ids, top_logits)
         return (losses * weights).sum(), losses, weights, wanted, top_ids, top_logits
@@ -188,18 +197,22 @@ class _LinearDraftLoss(torch.autograd.Function):
         return (None if grad is None else grad.mul_(grad_sum), *[None] * 12)
 
 
-def _of_labels(log_q: Tensor, labels: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the cross-entropies ``[n]``, their slopes by the logits ``[n, V / TP]``, and q(label) ``[n]``."""
-    column, mine = own_columns(labels, log_q.shape[-1], group)
-    column = column.unsqueeze(-1)
-    loss = _sum(-log_q.gather(-1, column).squeeze(-1).masked_fill(~mine, 0.0), group)
-    slope = log_q.exp()
-    slope.scatter_add_(-1, column, -mine.to(slope).unsqueeze(-1))
-    return loss, slope, (-loss).exp()
+_Figures = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def _of(kind: Kind, log_q: Tensor, log_p: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the losses ``[n]``, their slopes by the logits ``[n, V / TP]``, and the acceptance ``[n]``."""
+def _of_labels(logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> _Figures:
+    """Return the cross-entropies ``[n]`` of logits, which are overwritten; the rest as :func:`_of`."""
+    column, mine = own_columns(labels, logits.shape[-1], group)
+    slope, loss, total = exponentiate(logits, column, mine, group)
+    slope.scatter_add_(-1, column.unsqueeze(-1), -(total * mine).unsqueeze(-1))
+    return loss, slope, total, (-loss).exp()
+
+
+def _of(kind: Kind, log_q: Tensor, log_p: Tensor, group: dist.ProcessGroup) -> _Figures:
+    """Return the losses ``[n]``, a divisor ``[n]`` times their slopes by the logits, that divisor, and the acceptance.
+
+    The slopes are ``[n, V / TP]``, the acceptance ``[n]``.
+    """
     q, p = log_q.exp(), log_p.exp()
     surplus = (q > p).to(q)
     kl, accepted, over = _sum(
@@ -213,13 +226,13 @@ def _of(kind: Kind, log_q: Tensor, log_p: Tensor, group: dist.ProcessGroup) -> t
         group,
     )
     if kind == "kl":
-        return kl, q - p, accepted
+        return kl, q - p, torch.ones_like(kl), accepted
     of_tv = q * (surplus - over.unsqueeze(-1))
     if kind == "tv":
-        return 1 - accepted, of_tv, accepted
+        return 1 - accepted, of_tv, torch.ones_like(kl), accepted
     share = torch.exp(-3 * accepted)
     slope = torch.lerp(of_tv, q - p, share.unsqueeze(-1))
-    return torch.lerp(1 - accepted, kl, share), slope, accepted
+    return torch.lerp(1 - accepted, kl, share), slope, torch.ones_like(kl), accepted
 
 
 def _log_softmax(logits: Tensor, group: dist.ProcessGroup) -> Tensor:
