@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.programs import call
 from tests.random_models import write_random_model
@@ -10,8 +12,9 @@ from tidar_megatron.data.shards import ShardedDocuments
 from tidar_megatron.data.tokenizer import byte_tokenizer, save_tokenizer
 from tidar_megatron.inference.engine import generate
 from tidar_megatron.inference.loading import load_model
-from tidar_megatron.inference.request import DecodeOptions
+from tidar_megatron.inference.request import DecodeOptions, distinct_4grams
 from tidar_megatron.inference.sampling import SamplingOptions
+from tidar_megatron.own_text import varied_part
 
 COUNT, HELD_OUT, NEW = 12, 3, 10
 
@@ -45,14 +48,31 @@ def test_texts_are_those_of_the_engine(model, tmp_path, temperature):
     assert done.returncode == 0, done.stderr
     assert f"training data: {COUNT - HELD_OUT} texts" in done.stdout
     alone = load_model(model / "hf", "cpu", "float32")
-    wanted = []
+    wanted, marks = [], []
     for number, line in enumerate((model / "prompts.jsonl").read_text().splitlines()):
         prompt = list(json.loads(line).encode())
         sampling = SamplingOptions(temperature=temperature, seed=7 + number)
         text = prompt + generate(alone, prompt, DecodeOptions("ar", max_new_tokens=NEW, sampling=sampling)).token_ids
         text = text[: next((place for place, token in enumerate(text) if token > 256), len(text))]  # rows of padding
+        own = [place >= len(prompt) for place in range(len(text))]
         wanted.append(text if text[-1] == 256 else [*text, 256])
+        marks.append(own if text[-1] == 256 else [*own, False])
     assert documents(tmp_path / "train") + documents(tmp_path / "valid") == wanted
+    stored = [ShardedDocuments(tmp_path / name) for name in ("train", "valid")]
+    assert [each[n].supervised(0, 99).tolist() for each in stored for n in range(len(each))] == marks
+
+
+@given(tokens=st.lists(st.integers(0, 2), max_size=40), least=st.floats(0, 1))
+def test_a_text_is_cut_where_it_repeats_itself(tokens, least):
+    kept = [n for n in range(len(tokens) + 1) if distinct_4grams(tokens[:n]) >= least]
+    assert varied_part(tokens, least) == tokens[: max(kept)]
+
+
+def test_the_least_variety_cuts_the_texts_of_a_run(model, tmp_path):
+    assert run(model, tmp_path / "all").returncode == 0
+    assert run(model, tmp_path / "varied", "--min-distinct", 1).returncode == 0
+    for whole, cut in zip(documents(tmp_path / "all" / "train"), documents(tmp_path / "varied" / "train"), strict=True):
+        assert cut[:-1] == whole[: len(cut) - 1]
 
 
 def test_a_run_that_was_killed_at_once_goes_on(model, tmp_path):
@@ -85,6 +105,7 @@ def test_a_killed_run_goes_on(model, tmp_path):
         (["--held-out", COUNT], "leaves none of 12 prompts to train on"),
         (["--limit", 0], "--limit 0: must be at least 1"),
         (["--temperature", -1], "temperature -1"),
+        (["--min-distinct", 1.5], "--min-distinct 1.5: is a fraction of a text's 4-grams; give 0 to 1"),
         (["--prompts", "/nowhere"], "/nowhere: cannot be read"),
     ],
 )

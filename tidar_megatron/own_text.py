@@ -1,8 +1,11 @@
 """A model's own text: prompts are continued in large batches, recorded as they end, and written as shards.
 
 Drafts learn best from what the model itself writes. The record is a file of JSON lines, so a killed run goes on where
-it was; the shards are written from the record, so they do not depend on when it was killed. A text that was cut at the
-number of new tokens gets an end-of-sequence token, as every document of shards has one.
+it was; the shards are written from the record, so they do not depend on when it was killed.
+
+The shards are marked: only the model's own tokens are supervised. The prompt is not, nor is the end-of-sequence token
+of a text that was cut, which it gets because every document of shards ends with one. A small model's greedy text often
+falls into a loop, which teaches a draft little; it may be cut where it begins to repeat itself (:func:`varied_part`).
 """
 
 import hashlib
@@ -14,7 +17,7 @@ from typing import Any
 
 from tidar_megatron.adapter import weights_hash
 from tidar_megatron.data.manifest import Manifest
-from tidar_megatron.data.shard_writer import check_output, write_shards
+from tidar_megatron.data.shard_writer import MarkedDocument, check_output, write_shards
 from tidar_megatron.data.shards import ShardedDocuments
 from tidar_megatron.data.tokenizer import vocabulary_size
 from tidar_megatron.errors import UserError
@@ -153,8 +156,18 @@ def write_own_shards(
     folders: Sequence[str | Path],
     held_out: int = 0,
     overwrite: bool = False,
+    least_distinct: float = 0.0,
 ) -> list[Manifest]:
     """Write texts as shards: the first folder gets those to train on, a second one the last ``held_out`` of them.
+
+    Args:
+        model: The model.
+        base: The model's folder.
+        texts: The texts.
+        folders: One folder, or two.
+        held_out: The number of texts for the second folder.
+        overwrite: Whether to replace shards that are there.
+        least_distinct: The least fraction of distinct 4-grams; a continuation is cut where it has fewer.
 
     Raises:
         UserError: A folder must not be written to, or no text is left to train on.
@@ -166,20 +179,37 @@ def write_own_shards(
     parts = [texts[: len(texts) - held_out], texts[len(texts) - held_out :]]
     manifests = []
     for folder, part, name in zip(folders, parts, ("training", "held-out"), strict=False):
-        documents = [_document(text, vocabulary_size(model.tokenizer), model.tokenizer.eos_token_id) for text in part]
-        source = {
-            "part": name,
-            "own_text_of": Path(base).resolve().name,
-            "prompt_tokens": sum(len(text.prompt) for text in part),
-        }
+        ids, end = vocabulary_size(model.tokenizer), model.tokenizer.eos_token_id
+        documents = [_document(text, ids, end, least_distinct) for text in part]
         spec = Path(base).resolve().name
-        manifests.append(write_shards(folder, documents, model.tokenizer, spec, source, overwrite=overwrite))
+        own = sum(sum(document.supervised) for document in documents)
+        source = {"part": name, "own_text_of": spec, "own_tokens": own, "least_distinct": least_distinct}
+        manifests.append(
+            write_shards(folder, documents, model.tokenizer, spec, source, overwrite=overwrite, marked=True)
+        )
         ShardedDocuments(folder)  # read and check all shards, and write the index that training needs
     return manifests
 
 
-def _document(text: OwnText, ids: int, end: int) -> list[int]:
-    """Return a text's tokens up to the first that is no token of the tokenizer, as rows of padding are, and its end."""
-    whole = [*text.prompt, *text.output]
-    whole = whole[: next((place for place, token in enumerate(whole) if token >= ids), len(whole))]
-    return whole if whole[-1:] == [end] else [*whole, end]
+def varied_part(tokens: Sequence[int], least_distinct: float) -> Sequence[int]:
+    """Return the longest beginning whose fraction of distinct 4-grams is at least ``least_distinct``."""
+    seen, kept = set(), min(len(tokens), 3)
+    for count, gram in enumerate(zip(*(tokens[i:] for i in range(4)), strict=False), start=1):
+        seen.add(gram)
+        if len(seen) >= least_distinct * count:
+            kept = count + 3
+    return tokens[:kept]
+
+
+def _document(text: OwnText, ids: int, end: int, least_distinct: float) -> MarkedDocument:
+    """Return a text up to the first token that is none of the tokenizer's, as rows of padding are, and its end."""
+
+    def known(tokens: Sequence[int]) -> list[int]:
+        return list(tokens[: next((place for place, token in enumerate(tokens) if token >= ids), len(tokens))])
+
+    prompt, output = known(text.prompt), []
+    if len(prompt) == len(text.prompt):
+        output = known(varied_part(text.output, least_distinct))
+    marks = [False] * len(prompt) + [True] * len(output)
+    whole = prompt + output
+    return MarkedDocument(whole, marks) if output[-1:] == [end] else MarkedDocument([*whole, end], [*marks, False])

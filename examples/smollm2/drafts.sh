@@ -7,10 +7,11 @@ cd "$(dirname "$0")/../.."
 export CUDA_VISIBLE_DEVICES=
 HF=runs/smollm2/hf RUN=${DRAFTS_RUN:-runs/smollm2/drafts} DATA=${DRAFTS_DATA:-data/drafts} HELD_OUT=96
 
-python examples/smollm2/own_prompts.py $DATA/prompts.jsonl "${PROMPTS:-1000}"
+python examples/smollm2/own_prompts.py $DATA/prompts.jsonl "${PROMPTS:-4096}"
 [ -f $DATA/valid/manifest.json ] ||
   python tools/generate_data.py --model $HF --prompts $DATA/prompts.jsonl --overwrite \
-    --output $DATA/train --held-out $HELD_OUT --held-out-output $DATA/valid
+    --output $DATA/train --held-out $HELD_OUT --held-out-output $DATA/valid \
+    --batch-size 128 --max-new-tokens 96 --min-distinct 0.7
 tail -n $HELD_OUT $DATA/prompts.jsonl > $DATA/held_out.jsonl
 
 OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 tools/pretrain.py --config examples/smollm2/drafts.yaml \

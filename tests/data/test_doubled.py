@@ -1,5 +1,6 @@
 """The doubled sequence and the loss weights, against the formulas of the method."""
 
+from dataclasses import replace
 from itertools import pairwise, product
 
 import numpy as np
@@ -232,13 +233,40 @@ def test_shards_of_the_clean_half_count_no_masks() -> None:
     assert sum(shard.num_tokens for shard in shards) == batch.num_tokens
 
 
-@pytest.mark.parametrize("across", [False, True])
+def marked(rows: list[PackedSequence], seed: int) -> list[PackedSequence]:
+    """Return rows in which some tokens are not supervised."""
+    draw = np.random.default_rng(seed)
+    return [replace(row, diffusion_supervised=row.is_token & (draw.random(len(row.tokens)) < 0.5)) for row in rows]
+
+
 @given(seed=st.integers(0, 99), count=st.integers(1, 16))
+@settings(max_examples=50, deadline=None)
+def test_blocks_start_at_supervised_places(seed: int, count: int) -> None:
+    supervised = np.random.default_rng(seed).random(16) < 0.5
+    starts = choose_starts(supervised, count, seed, 3).tolist()
+    assert len(starts) == len({*starts}) == count and starts == sorted(starts)
+    assert sum(supervised[start] for start in starts) == min(count, supervised.sum())
+
+
+def test_masks_of_tokens_that_are_not_supervised_have_no_label() -> None:
+    """With aligned blocks: they are there and see what they see, are no fill, and do not count; also on shards."""
+    rows = marked(some_rows(2, seq_length=32)[:2], 0)
+    plain, batch = make_batch(some_rows(2, seq_length=32)[:2], 4, MASK), make_batch(rows, 4, MASK)
+    supervised = torch.from_numpy(np.stack([row.diffusion_supervised for row in rows]))
+    assert (batch.supervised[:, 32:] == supervised).all() and not batch.labels[:, 32:][~supervised].any()
+    assert (batch.visibility == plain.visibility).all() and (batch.padding == plain.padding).all()
+    assert batch.diffusion_tokens == supervised.sum() < plain.diffusion_tokens
+    assert batch.num_tokens == plain.num_tokens
+    assert sum(batch.shard(rank, 2).diffusion_tokens for rank in range(2)) == batch.diffusion_tokens
+
+
+@pytest.mark.parametrize("across", [False, True])
+@given(seed=st.integers(0, 99), count=st.integers(1, 16), some=st.booleans())
 @settings(max_examples=30, deadline=None)
-def test_blocks_that_start_anywhere(across: bool, seed: int, count: int) -> None:
+def test_blocks_that_start_anywhere(across: bool, seed: int, count: int, some: bool) -> None:
     """Mask by mask: its label, its place, and that it sees its document before its block, or all of the row."""
-    rows = some_rows(seed)[:2]
-    starts = np.stack([choose_starts(16, count, seed, number) for number in range(len(rows))])
+    rows = marked(some_rows(seed)[:2], seed) if some else some_rows(seed)[:2]
+    starts = np.stack([choose_starts(row.is_token, count, seed, number) for number, row in enumerate(rows)])
     batch = make_batch(rows, 4, MASK, starts=starts, cross_document_attention=across)
     assert batch.tokens.shape == (len(rows), 16 + 4 * count) and (batch.tokens[:, 16:] == MASK).all()
     seen = may_attend(batch.visibility[:, 16:], batch.visibility[:, :16])
@@ -246,7 +274,9 @@ def test_blocks_that_start_anywhere(across: bool, seed: int, count: int) -> None
         for n in range(4 * count):
             start, offset = int(starts[number, n // 4]), n % 4
             place, document = start + offset, row.document[start]
-            known = place < 16 and row.document[place] == document and bool(row.diffusion_supervised[place])
+            real = place < 16 and row.document[place] == document and bool(row.is_token[place])
+            known = real and bool(row.diffusion_supervised[place])
+            assert batch.padding[number, 16 + n] == (not real)
             assert batch.supervised[number, 16 + n] == known
             assert batch.labels[number, 16 + n] == (row.tokens[place] if known else 0)
             first = next(p for p in range(16) if row.document[p] == document)
@@ -261,7 +291,7 @@ def test_blocks_that_start_anywhere(across: bool, seed: int, count: int) -> None
 def test_more_blocks_than_a_sequence_has_are_shared_by_ranks() -> None:
     """Each context-parallel rank has whole blocks, the same number, and every mask is on one rank."""
     rows = some_rows(5)[:2]
-    starts = np.stack([choose_starts(16, 8, 1, number) for number in range(2)])
+    starts = np.stack([choose_starts(row.is_token, 8, 1, number) for number, row in enumerate(rows)])
     batch = make_batch(rows, 4, MASK, starts=starts)
     parts = [batch.shard(rank, 2) for rank in range(2)]
     assert [part.mask_length for part in parts] == [16, 16]

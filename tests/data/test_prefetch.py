@@ -170,7 +170,7 @@ def test_page_locked_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     prefetcher.close()
     assert devices == [torch.device("cuda", 5)]
     tensors = [name for name, value in vars(batch).items() if isinstance(value, torch.Tensor)]
-    assert len(pinned) == len(tensors) - 1 == 9 and "visibility_on_host" in tensors
+    assert len(pinned) == len(tensors) - 1 == 10 and "visibility_on_host" in tensors
     assert torch.Size((1, 16)) in pinned
     assert batch.position_ids.stride() == (0, 1)
 

@@ -14,7 +14,8 @@ import pytest
 import webdataset
 from data_helpers import some_texts, write_bytes_shards
 
-from tidar_megatron.data.shard_writer import write_shards
+from tidar_megatron.data.packing import Piece, pack
+from tidar_megatron.data.shard_writer import MarkedDocument, write_shards
 from tidar_megatron.data.shards import ShardedDocuments
 from tidar_megatron.data.tokenizer import byte_tokenizer, fingerprint, train_bpe
 from tidar_megatron.errors import UserError
@@ -307,6 +308,46 @@ def test_arrays_of_another_kind(shards: Path, array: np.ndarray) -> None:
         add(tar, "pad.npy", bytes(8192))
     bless(shards)
     refused(shards, "is not a row of uint16 tokens")
+
+
+def marked_documents(count: int = 9) -> list[MarkedDocument]:
+    draw = np.random.default_rng(0)
+    texts = [[*draw.integers(0, 256, draw.integers(1, 30)).tolist(), 256] for _ in range(count)]
+    return [MarkedDocument(text, (draw.random(len(text)) < 0.5).tolist()) for text in texts]
+
+
+def test_marked_documents(tmp_path: Path) -> None:
+    """The marks come back, for any part of a document, and a packed sequence supervises these tokens alone."""
+    documents = marked_documents()
+    write_shards(tmp_path / "marked", documents, byte_tokenizer(), "byte", {}, marked=True)
+    stored = ShardedDocuments(tmp_path / "marked")
+    assert stored.manifest.marked and len(stored) == len(documents)
+    for number, (tokens, marks) in enumerate(documents):
+        assert stored[number][:].tolist() == tokens
+        for start in range(len(tokens)):
+            for stop in range(start, len(tokens) + 2):
+                assert stored[number].supervised(start, stop).tolist() == marks[start:stop]
+    row = pack([Piece(0, 0, 4), Piece(3, 0, 40), Piece(5, 1, 3)], stored, 7)
+    for number, start, at, count in ((0, 0, 0, 4), (3, 0, 4, 40), (5, 1, 44, 2)):
+        tokens, marks = documents[number]
+        for place in range(count):
+            there, label = start + place < len(tokens), start + place + 1 < len(tokens)
+            assert row.is_token[at + place] == there
+            assert row.diffusion_supervised[at + place] == (there and marks[start + place])
+            assert row.ar_supervised[at + place] == (label and marks[start + place + 1])
+            assert row.labels[at + place] == (tokens[start + place + 1] if row.ar_supervised[at + place] else 0)
+
+
+@pytest.mark.parametrize("wrong", [np.array([1, 256]), np.array([[1, 256], [0, 2]]), np.array([[1, 256]] * 3)])
+def test_marks_that_are_none(tmp_path: Path, wrong: np.ndarray) -> None:
+    write_shards(tmp_path / "marked", marked_documents(1), byte_tokenizer(), "byte", {}, marked=True)
+    payload = io.BytesIO()
+    np.save(payload, wrong.astype(np.uint16))
+    with tarfile.open(tmp_path / "marked" / "shard-000000.tar", "w") as tar:
+        add(tar, "x.npy", payload.getvalue())
+        add(tar, "pad.npy", bytes(8192))
+    bless(tmp_path / "marked")
+    refused(tmp_path / "marked", "is not a row of tokens and a row of marks")
 
 
 def test_keys_never_become_paths_and_links_are_refused(shards: Path) -> None:

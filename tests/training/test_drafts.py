@@ -110,7 +110,7 @@ def plain(setup, weights):
             labels.append(batch.labels[number, LENGTH:].tolist())
             supervised.append(batch.supervised[number, LENGTH:].tolist())
             continue
-        starts = choose_starts(LENGTH, BLOCKS, 1234, number).tolist()
+        starts = choose_starts(~batch.padding[number, :LENGTH].numpy(), BLOCKS, 1234, number).tolist()
         masks.append(reference.anywhere_mask(document, index, starts, BLOCK))
         places = [start + offset for start in starts for offset in range(BLOCK)]
         first = [start for start in starts for _ in range(BLOCK)]
@@ -123,7 +123,7 @@ def plain(setup, weights):
     total, supervised = 0.0, torch.tensor(supervised)
     for number in range(SEQUENCES):
         if anywhere:
-            starts = choose_starts(LENGTH, BLOCKS, 1234, number).tolist()
+            starts = choose_starts(~batch.padding[number, :LENGTH].numpy(), BLOCKS, 1234, number).tolist()
             places = [start + offset for start in starts for offset in range(BLOCK)]
             positions = torch.cat([torch.arange(LENGTH), torch.tensor(places)])
         rows = slice(number, number + 1)

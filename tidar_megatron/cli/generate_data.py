@@ -27,6 +27,13 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="[0: greedy]")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest that make up P")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws [0]")
+    parser.add_argument(
+        "--min-distinct",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="cut a text where it has fewer distinct 4-grams [0]",
+    )
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--dtype", default="auto", help="default: auto, bfloat16 where it is faster, else float32")
     parser.add_argument("--overwrite", action="store_true", help="replace shards that are there")
@@ -41,6 +48,8 @@ def main() -> None:
     ):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
+    if not 0 <= args.min_distinct <= 1:
+        raise UserError(f"--min-distinct {args.min_distinct:g}: is a fraction of a text's 4-grams; give 0 to 1")
     if (args.held_out > 0) != (args.held_out_output is not None):
         raise UserError("--held-out and --held-out-output go together: give both or neither")
     if args.held_out_output and Path(args.held_out_output).resolve() == Path(args.output).resolve():
@@ -71,10 +80,10 @@ def main() -> None:
     options = DecodeOptions("ar", max_new_tokens=args.max_new_tokens, sampling=sampling)
     record = Path(f"{args.output.rstrip('/')}.jsonl")
     found = write_own_text(model, args.model, prompts, options, record, args.batch_size, say)
-    manifests = write_own_shards(model, args.model, found, folders, args.held_out, args.overwrite)
+    manifests = write_own_shards(model, args.model, found, folders, args.held_out, args.overwrite, args.min_distinct)
     for folder, manifest in zip(folders, manifests, strict=True):
-        part, given = manifest.source["part"], manifest.source["prompt_tokens"]
-        own = f"{manifest.tokens - given:,} tokens of the model's own after {given:,} of prompts"
+        part, own_tokens = manifest.source["part"], manifest.source["own_tokens"]
+        own = f"{own_tokens:,} tokens of the model's own among {manifest.tokens:,}"
         print(f"{folder}: {part} data: {manifest.documents:,} texts, {own}")
 
 

@@ -14,7 +14,8 @@ sequence: if m is a multiple of 2 x CP, each context-parallel chunk has the same
 
 **Blocks that start anywhere** (``--block-starts anywhere``). Decoding begins a block after any token, not at multiples
 of B. So the S places are cut into as many strata as there are blocks, and one start is drawn from each. Blocks may
-overlap, and there may be more of them than S / B: a place then has several masks, each with another horizon.
+overlap, and there may be more of them than S / B: a place then has several masks, each with another horizon. Where only
+some tokens are supervised, blocks start at those alone.
 """
 
 import numpy as np
@@ -47,13 +48,15 @@ def choose_blocks(blocks: int, chosen: int, seed: int, number: int) -> NDArray[n
     return edges[:-1] + drawn.astype(np.int64)
 
 
-def choose_starts(seq_length: int, count: int, seed: int, number: int) -> NDArray[np.int64]:
+def choose_starts(supervised: NDArray[np.bool_], count: int, seed: int, number: int) -> NDArray[np.int64]:
     """Return the places at which the blocks of packed sequence ``number`` start, one from each stratum of places.
+
+    If there are fewer supervised places than blocks, the others start at places that are not supervised.
 
     The result is the same on every machine and with every numpy version (``order.py``).
 
     Args:
-        seq_length: S.
+        supervised: The places whose tokens are supervised, ``[S]``.
         count: The number of blocks, at most S.
         seed: The seed of the data.
         number: The packed sequence's number over all epochs.
@@ -61,4 +64,7 @@ def choose_starts(seq_length: int, count: int, seed: int, number: int) -> NDArra
     Returns:
         int64 ``[count]``, ascending and distinct.
     """
-    return choose_blocks(seq_length, count, seed, number)
+    places, rest = np.flatnonzero(supervised), np.flatnonzero(~supervised)
+    if len(places) >= count:
+        return places[choose_blocks(len(places), count, seed, number)]
+    return np.sort(np.append(places, rest[choose_blocks(len(rest), count - len(places), seed, number)]))

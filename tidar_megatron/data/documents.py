@@ -30,6 +30,7 @@ class StoredDocuments:
         counts: The number of documents in each file.
         dtype: The dtype of a token in the files.
         eos_token_id: The EOS token, appended to a document that is stored without it.
+        marked: Whether the marks of a document's tokens follow them in the file; no EOS is appended to such a document.
 
     Attributes:
         index: The index; it also gives the lengths of the documents, for packing.
@@ -45,9 +46,15 @@ class StoredDocuments:
     identity: dict[str, str]
 
     def __init__(
-        self, index: DocumentIndex, paths: Sequence[Path], counts: Sequence[int], dtype: np.dtype, eos_token_id: int
+        self,
+        index: DocumentIndex,
+        paths: Sequence[Path],
+        counts: Sequence[int],
+        dtype: np.dtype,
+        eos_token_id: int,
+        marked: bool = False,
     ) -> None:
-        self.index, self._paths, self._dtype, self._eos = index, paths, dtype, eos_token_id
+        self.index, self._paths, self._dtype, self._eos, self.marked = index, paths, dtype, eos_token_id, marked
         self._ends = list(accumulate(counts))
         assert self._ends[-1] == len(index)
         self._open = lru_cache(maxsize=_OPEN_FILES)(OpenFile)
@@ -73,14 +80,25 @@ class StoredDocuments:
         Raises:
             UserError: The file was truncated, or holds ids that the tokenizer does not use.
         """
+        return self._read(number, offset, count, self.tokenizer.vocab_size)
+
+    def read_marks(self, number: int, offset: int, count: int) -> NDArray[np.bool_]:
+        """Return ``count`` marks from the file of document ``number``, starting at byte ``offset``.
+
+        Raises:
+            UserError: The file was truncated, or holds other numbers than 0 and 1 there.
+        """
+        return self._read(number, offset, count, 2).astype(np.bool_)
+
+    def _read(self, number: int, offset: int, count: int, limit: int) -> NDArray[Any]:
         path = self._paths[bisect_right(self._ends, number)]
-        tokens = np.frombuffer(self._open(path).read(count * self._dtype.itemsize, offset), self._dtype)
-        if count and not 0 <= tokens.min() <= tokens.max() < self.tokenizer.vocab_size:
+        found = np.frombuffer(self._open(path).read(count * self._dtype.itemsize, offset), self._dtype)
+        if count and not 0 <= found.min() <= found.max() < limit:
             raise UserError(
                 f"{path}: holds ids from byte {offset} on that the tokenizer does not use, so it was changed since "
                 "its index was built; copy it again, and check all of it with --verify-data"
             )
-        return tokens
+        return found
 
     def eos(self, count: int) -> NDArray[Any]:
         """Return ``count`` EOS tokens, in the dtype of the files if it holds the EOS id, otherwise int64."""
@@ -89,7 +107,7 @@ class StoredDocuments:
 
 
 class StoredDocument:
-    """One document; slicing it reads the tokens from disk."""
+    """One document; slicing it reads the tokens from disk, and ``supervised`` reads which of them are supervised."""
 
     def __init__(self, documents: StoredDocuments, number: int, offset: int, length: int, stored: int) -> None:
         self._documents, self._number, self._offset = documents, number, offset
@@ -108,3 +126,11 @@ class StoredDocument:
         if stop - start > count:
             return np.concatenate([tokens, self._documents.eos(stop - start - count)])
         return tokens
+
+    def supervised(self, start: int, stop: int) -> NDArray[np.bool_]:
+        """Return which of the tokens ``start .. stop - 1`` are supervised, up to the document's end; unmarked: all."""
+        stop = max(start, min(stop, self._length))
+        if not self._documents.marked:
+            return np.ones(stop - start, dtype=np.bool_)
+        first = self._offset + (self._length + start) * self._documents._dtype.itemsize
+        return self._documents.read_marks(self._number, first, stop - start)

@@ -40,6 +40,7 @@ class Batch:
             supervised, otherwise 1. With chosen blocks it is the number of blocks in a mask's stratum; with random
             masks it is 1 / t (``random_masks.py``).
         padding: bool ``[b, L]``, True for fill (megatron-core's ``padding_mask``).
+        draftable: bool ``[b, S]``, the clean places whose token a mask may have as its label.
         position_ids: int64 ``[b, L]``, below S + B. If all rows are equal and no blocks are chosen, it is one row
             expanded (stride 0 over b), also after :meth:`to`.
         visibility: int32 ``[b, K, 4]``, the visibility metadata of the keys (``attention_mask.py``); K = L on one rank.
@@ -63,6 +64,7 @@ class Batch:
     supervised: Tensor
     stands_for: Tensor
     padding: Tensor
+    draftable: Tensor
     position_ids: Tensor
     visibility: Tensor
     visibility_on_host: Tensor
@@ -100,14 +102,15 @@ class Batch:
         supervised, padding = self.supervised[:, own], self.padding[:, own]
         clean = self.seq_length // size
         visibility = self.visibility[:, keys]
-        # of aligned blocks, every token that is not fill has a supervised mask
-        averaged = supervised[:, clean:] if self.starts_anywhere else ~padding[:, :clean]
+        draftable = self.draftable[:, own[:clean]]
+        averaged = supervised[:, clean:] if self.starts_anywhere else draftable
         return Batch(
             tokens=self.tokens[:, own],
             labels=self.labels[:, own],
             supervised=supervised,
             stands_for=self.stands_for[:, own],
             padding=padding,
+            draftable=draftable,
             position_ids=_each_row(self.position_ids, lambda positions: positions[:, own]),
             visibility=visibility,
             visibility_on_host=visibility,
@@ -186,7 +189,8 @@ def make_batch(
     clean, document, index = stack("tokens"), stack("document"), stack("index")
     ar_supervised, diffusion_supervised = stack("ar_supervised"), stack("diffusion_supervised")
     S = clean.shape[1]
-    labels, supervised, padding = stack("labels"), ar_supervised, ~diffusion_supervised
+    labels, supervised, is_token = stack("labels"), ar_supervised, stack("is_token")
+    padding = ~is_token
     stands_for = supervised.float()
     place = torch.arange(S).expand(clean.shape)
     teachers = torch.where((index > 0) & (place > 0), place - 1, -1)
@@ -195,12 +199,13 @@ def make_batch(
         document, index = torch.zeros_like(document), torch.arange(S).expand(clean.shape)
     if doubled and starts is not None:
         places = torch.from_numpy(starts)
-        masks = _masks_anywhere(places, clean, diffusion_supervised, labelled, document, index, positions, block_size)
-        teachers = torch.where(masks.supervised, teachers.gather(1, masks.places), -1)
+        masks = _masks_anywhere(places, clean, is_token, labelled, document, index, positions, block_size)
+        predicted = masks.real & diffusion_supervised.gather(1, masks.places)
+        teachers = torch.where(predicted, teachers.gather(1, masks.places), -1)
         tokens = torch.cat([clean, torch.full_like(masks.labels, mask_token_id)], dim=1)
-        labels = torch.cat([labels, masks.labels], dim=1)
-        supervised = torch.cat([supervised, masks.supervised], dim=1)
-        padding = torch.cat([padding, ~masks.supervised], dim=1)
+        labels = torch.cat([labels, masks.labels * predicted], dim=1)
+        supervised = torch.cat([supervised, predicted], dim=1)
+        padding = torch.cat([padding, ~masks.real], dim=1)
         stands_for = supervised.float()
         visibility = torch.cat([clean_tokens(document, index), masks.visibility], dim=1)
         positions = torch.cat([positions, masks.positions], dim=1)
@@ -242,6 +247,7 @@ def make_batch(
         supervised=supervised,
         stands_for=stands_for,
         padding=padding,
+        draftable=diffusion_supervised,
         position_ids=positions,
         visibility=visibility,
         visibility_on_host=visibility,
@@ -259,7 +265,7 @@ class _Masks(NamedTuple):
     """The masks of blocks that start anywhere; each field is ``[b, M]``, ``visibility`` int32 ``[b, M, 4]``."""
 
     labels: Tensor
-    supervised: Tensor
+    real: Tensor
     visibility: Tensor
     positions: Tensor
     places: Tensor
@@ -268,7 +274,7 @@ class _Masks(NamedTuple):
 def _masks_anywhere(
     starts: Tensor,
     clean: Tensor,
-    has_label: Tensor,
+    is_token: Tensor,
     labelled: Tensor,
     document: Tensor,
     index: Tensor,
@@ -279,18 +285,16 @@ def _masks_anywhere(
 
     A block sees the clean tokens of its ``document`` before its start, and has labels in its document as ``labelled``
     tells it; the two differ where attention crosses documents. Masks beyond the end of the document, or of the row,
-    are there as in decoding, but have no label.
+    are there as in decoding, but they are not ``real`` and have no label.
     """
     offset = torch.arange(block_size)
     places = (starts.unsqueeze(-1) + offset).flatten(1)
     first, offset = starts.repeat_interleave(block_size, dim=1), offset.repeat(starts.shape[1])
     inside = places.clamp(max=clean.shape[1] - 1)
-    supervised = (
-        (places == inside) & (labelled.gather(1, inside) == labelled.gather(1, first)) & has_label.gather(1, inside)
-    )
+    real = (places == inside) & (labelled.gather(1, inside) == labelled.gather(1, first)) & is_token.gather(1, inside)
     visibility = anywhere_layout(document, index, starts, block_size)
     positions = positions.gather(1, first) + offset
-    return _Masks(clean.gather(1, inside) * supervised, supervised, visibility, positions, inside)
+    return _Masks(clean.gather(1, inside) * real, real, visibility, positions, inside)
 
 
 def _positions(document: Tensor, seq_length: int, reset: bool) -> Tensor:

@@ -243,18 +243,19 @@ class TrainingData:
 
     def _training_batch(self, numbers: Sequence[int], doubled: bool) -> Batch:
         settings, chosen, masked, starts = self.settings, None, None, None
+        ids = [self.locate(n) for n in numbers]
+        sequences = [self._pack(self.sequences, *place) for place in ids]
         blocks = settings.seq_length // settings.block_size
         if doubled and settings.starts_anywhere:
-            places = settings.seq_length, settings.chosen_blocks or blocks
-            starts = np.stack([choose_starts(*places, settings.seed, n) for n in numbers])
+            count = settings.chosen_blocks or blocks
+            rows = zip(sequences, numbers, strict=True)
+            starts = np.stack([choose_starts(row.diffusion_supervised, count, settings.seed, n) for row, n in rows])
         elif doubled and settings.chosen_blocks not in (None, blocks):
             chosen = np.stack([choose_blocks(blocks, settings.chosen_blocks, settings.seed, n) for n in numbers])
         if doubled and settings.random_masks:
             masked = np.stack(
                 [random_masks(settings.seq_length, settings.block_size, settings.seed, n) for n in numbers]
             )
-        ids = [self.locate(n) for n in numbers]
-        sequences = [self._pack(self.sequences, *place) for place in ids]
         batch = self._make_batch(sequences, doubled=doubled, chosen=chosen, masked=masked, starts=starts)
         batch.sample_ids = ids
         return batch

@@ -46,10 +46,14 @@ class TokenizerEntry(_Strict):
 
 
 class Manifest(_Strict):
-    """The contents of a folder of shards; ``source`` says where the text came from and is only informative."""
+    """The contents of a folder of shards; ``source`` says where the text came from and is only informative.
+
+    If ``marked``, a document is ``[2, n]``: its tokens, and 1 for each token that is supervised, otherwise 0.
+    """
 
     format: Literal["tidar-shards-1"]
     dtype: Literal["uint16", "uint32"]
+    marked: bool = False
     documents: Count
     tokens: Count
     tokenizer: TokenizerEntry

@@ -10,6 +10,9 @@ Documents are shuffled in two levels: the order of the groups, and the order of 
 computed when it is needed. The order of the windows is computed pointwise. All orders are drawn from (seed, epoch)
 (``order.py``).
 
+Data may be marked: only some tokens of a document are supervised, for example what a model answered, not what it was
+asked (``shard_writer.py``). A token that is not supervised is the label of no token and no mask.
+
 ===========  =====================================  ============================  ==============================
 position     next-token label (``ar_supervised``)   ``diffusion_supervised``      visible to
 ===========  =====================================  ============================  ==============================
@@ -28,6 +31,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from tidar_megatron.data.documents import StoredDocument
 from tidar_megatron.data.index import GROUP, filled_lengths
 from tidar_megatron.data.order import GROUPS, IN_GROUP, WINDOWS, PointwisePermutation, permutation
 from tidar_megatron.errors import UserError
@@ -36,7 +40,7 @@ _GROUPS_KEPT = 64
 
 
 class Documents(Protocol):
-    """A collection of documents by number; a document is an array of token ids, or an object that reads slices."""
+    """A collection of documents by number; a document is an array of token ids, or a :class:`StoredDocument`."""
 
     def __getitem__(self, number: int, /) -> Any: ...
 
@@ -55,9 +59,10 @@ class PackedSequence:
     """One packed sequence, a row of a batch; each field is an array of length S."""
 
     tokens: NDArray[np.int64]
-    labels: NDArray[np.int64]  # the document's next token, 0 if there is none
+    labels: NDArray[np.int64]  # the document's next token, 0 if it is not supervised or there is none
     ar_supervised: NDArray[np.bool_]
     diffusion_supervised: NDArray[np.bool_]
+    is_token: NDArray[np.bool_]  # otherwise it is fill
     document: NDArray[np.int64]  # ordinal of the document within the row
     index: NDArray[np.int64]  # place within the document, counted from its beginning
 
@@ -193,8 +198,7 @@ def pack(pieces: list[Piece], documents: Documents, fill_token: int) -> PackedSe
     length = sum(piece.stop - piece.start for piece in pieces)
     tokens = np.full(length, fill_token, dtype=np.int64)
     labels = np.zeros(length, dtype=np.int64)
-    has_label = np.zeros(length, dtype=np.bool_)
-    is_token = np.zeros(length, dtype=np.bool_)
+    has_label, supervised, is_token = np.zeros((3, length), dtype=np.bool_)
     ordinal, index = np.empty(length, dtype=np.int64), np.empty(length, dtype=np.int64)
     at = 0
     for number, piece in enumerate(pieces):
@@ -203,14 +207,19 @@ def pack(pieces: list[Piece], documents: Documents, fill_token: int) -> PackedSe
         index[places] = np.arange(piece.start, piece.stop)
         if piece.document >= 0:
             # one token more than the piece has places: it is the label of the piece's last token
-            part = documents[piece.document][piece.start : piece.stop + 1]
+            document = documents[piece.document]
+            part = document[piece.start : piece.stop + 1]
+            marks = np.ones(len(part), dtype=np.bool_)
+            if isinstance(document, StoredDocument):
+                marks = document.supervised(piece.start, piece.stop + 1)
             real, following = part[: piece.stop - piece.start], part[1:]
             tokens[at : at + len(real)] = real
             is_token[at : at + len(real)] = True
-            labels[at : at + len(following)] = following
-            has_label[at : at + len(following)] = True
+            supervised[at : at + len(real)] = marks[: len(real)]
+            labels[at : at + len(following)] = following * marks[1:]
+            has_label[at : at + len(following)] = marks[1:]
         at = places.stop
-    return PackedSequence(tokens, labels, has_label, is_token, ordinal, index)
+    return PackedSequence(tokens, labels, has_label, supervised, is_token, ordinal, index)
 
 
 def fill_sequence(seq_length: int, fill_token: int) -> PackedSequence:

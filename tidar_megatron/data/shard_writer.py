@@ -1,12 +1,14 @@
 """Writing of webdataset shards: tars with one ``<key>.npy`` of token ids per document, and a manifest.
 
+Documents may be marked: which of their tokens are supervised travels beside the ids.
+
 A folder is written under a temporary name, and its manifest last, so a folder that has a manifest is complete.
 """
 
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -28,6 +30,13 @@ from tidar_megatron.files import sha256_of
 from tidar_megatron.new_folder import check_free, new_folder
 
 
+class MarkedDocument(NamedTuple):
+    """The token ids of a document, ending with EOS, and which of them are supervised."""
+
+    tokens: Sequence[int]
+    supervised: Sequence[bool]
+
+
 def check_output(folder: str | Path, overwrite: bool) -> None:
     """Refuse an output folder that must not be written to.
 
@@ -42,23 +51,25 @@ def check_output(folder: str | Path, overwrite: bool) -> None:
 
 def write_shards(
     folder: str | Path,
-    documents: Iterable[Sequence[int]],
+    documents: Iterable[Sequence[int]] | Iterable[MarkedDocument],
     tokenizer: PreTrainedTokenizerFast,
     tokenizer_spec: str,
     source: dict[str, Any],
     shard_bytes: int = 64 << 20,
     overwrite: bool = False,
+    marked: bool = False,
 ) -> Manifest:
     """Write a folder of shards atomically and return its manifest.
 
     Args:
         folder: The output folder.
-        documents: The token ids of each document, ending with EOS.
+        documents: The token ids of each document, ending with EOS; or documents with marks.
         tokenizer: The tokenizer of the ids; it is saved with the shards.
         tokenizer_spec: The tokenizer's name in the manifest.
         source: What the manifest says about the origin of the text.
         shard_bytes: The approximate size of a shard.
         overwrite: Whether to replace shards that are already in the folder.
+        marked: Whether the documents have marks.
 
     Raises:
         UserError: The folder must not be written to (:func:`check_output`), or writing fails.
@@ -72,6 +83,7 @@ def write_shards(
         manifest = Manifest(
             format=FORMAT,
             dtype="uint16" if dtype == np.uint16 else "uint32",
+            marked=marked,
             documents=sum(shard.documents for shard in shards),
             tokens=sum(shard.tokens for shard in shards),
             tokenizer=TokenizerEntry(
@@ -88,7 +100,7 @@ def write_shards(
 
 
 def _write_tars(
-    folder: Path, documents: Iterable[Sequence[int]], dtype: np.dtype, shard_bytes: int
+    folder: Path, documents: Iterable[Sequence[int]] | Iterable[MarkedDocument], dtype: np.dtype, shard_bytes: int
 ) -> Iterator[ShardEntry]:
     numbered = enumerate(documents)
     pending = next(numbered, None)
@@ -105,7 +117,7 @@ def _write_tars(
                 payload = io.BytesIO()
                 np.lib.format.write_array(payload, array, version=(1, 0), allow_pickle=False)
                 tar.write({"__key__": f"{number:012d}", "npy": payload.getvalue()})
-                count, tokens = count + 1, tokens + len(array)
+                count, tokens = count + 1, tokens + array.shape[-1]
                 pending = next(numbered, None)
         yield ShardEntry(
             name=path.name, bytes=path.stat().st_size, sha256=sha256_of(path), documents=count, tokens=tokens

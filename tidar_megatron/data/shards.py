@@ -70,6 +70,7 @@ class ShardedDocuments(StoredDocuments):
             [shard.documents for shard in self.manifest.shards],
             dtype,
             self.manifest.tokenizer.eos_token_id,
+            self.manifest.marked,
         )
         self.name, self.identity = str(self.folder), {"manifest": of["manifest"]}
         self.tokenizer, self.tokenizer_folder = self.manifest.tokenizer, self.folder / TOKENIZER_FOLDER
@@ -144,7 +145,7 @@ def _scan(shard: ShardEntry, path: Path, dtype: np.dtype, manifest: Manifest) ->
     """Return the records of a shard's documents, after checking that ids are in the vocabulary and EOS is last."""
     records = np.empty(shard.documents, RECORD)
     documents = tokens = 0
-    for offset, array in _read_tar(path, dtype):
+    for offset, array in _read_tar(path, dtype, manifest.marked):
         documents, tokens = documents + 1, tokens + len(array)
         if documents > shard.documents or tokens > shard.tokens:
             raise _damaged(path, "holds more than the manifest says")
@@ -157,7 +158,7 @@ def _scan(shard: ShardEntry, path: Path, dtype: np.dtype, manifest: Manifest) ->
     return records
 
 
-def _read_tar(path: Path, dtype: np.dtype) -> Iterator[tuple[int, NDArray]]:
+def _read_tar(path: Path, dtype: np.dtype, marked: bool) -> Iterator[tuple[int, NDArray]]:
     """Yield for each member the offset in bytes where its tokens begin, and the tokens."""
     try:
         with tarfile.open(path, "r:") as tar:
@@ -168,9 +169,14 @@ def _read_tar(path: Path, dtype: np.dtype) -> Iterator[tuple[int, NDArray]]:
                 assert payload is not None
                 stream = io.BytesIO(payload.read())
                 array = np.lib.format.read_array(stream, allow_pickle=False)
+                offset = member.offset_data + stream.tell() - array.nbytes
+                if marked and array.ndim == 2 and len(array) == 2 and array.flags.c_contiguous and array[1].max() <= 1:
+                    array = array[0]
+                elif marked:
+                    raise _damaged(path, f"member {member.name!r} is not a row of tokens and a row of marks")
                 if array.ndim != 1 or array.dtype != dtype or len(array) == 0:
                     raise _damaged(path, f"member {member.name!r} is not a row of {dtype} tokens")
-                yield member.offset_data + stream.tell() - array.nbytes, array
+                yield offset, array
     except UserError:
         raise
     except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError) as error:

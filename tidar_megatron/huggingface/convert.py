@@ -378,7 +378,5 @@ def verify(hf: str | Path, run: str | Path, iteration: int | None = None, length
 
 
 def _one_document(tokens: NDArray[np.int64]) -> PackedSequence:
-    nothing = np.zeros_like(tokens, dtype=bool)
-    return PackedSequence(
-        tokens, np.zeros_like(tokens), nothing, ~nothing, np.zeros_like(tokens), np.arange(len(tokens))
-    )
+    nothing, zeros = np.zeros_like(tokens, dtype=bool), np.zeros_like(tokens)
+    return PackedSequence(tokens, zeros, nothing, ~nothing, ~nothing, zeros, np.arange(len(tokens)))
