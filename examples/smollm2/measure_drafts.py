@@ -6,14 +6,18 @@ python examples/smollm2/measure_drafts.py --model FOLDER --adapter FOLDER --prom
 import json
 import statistics
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tidar_megatron.program import OneLineParser, keep_threads_awake, run_tool
 
-PLANS = ("ar", "lookup:8", "linear:8", "1:8", "2:8", "all:8", "auto")
-VARIED = 0.7  # the share of distinct 4-grams from which a text counts: looping text is easy to draft
+PLANS = ("ar", "lookup:8", "linear:8", "1:4", "1:8", "2:8", "all:8", "auto")
+FREE = "auto, free slots"  # what auto chooses where further tokens of a forward cost nothing: most tokens per forward
+BATCH, OF_BATCHES = 4, ("ar", "lookup:8", "1:4", "1:8", "auto")
+# the share of distinct 4-grams, and the number of tokens, from which a text counts: looping text is easy to draft
+VARIED, LEAST = 0.7, 16
 OTHER = (  # prompts of kinds that no draft was trained on
     "Once upon a time, in a village by the sea, there lived a girl who",
     "To make a simple vegetable soup, first",
@@ -35,7 +39,7 @@ OTHER = (  # prompts of kinds that no draft was trained on
 
 
 def main() -> None:
-    """Decode every prompt with every plan, in turns, write the JSON file and print the table."""
+    """Decode every prompt with every plan, in turns, then batches of them; write the JSON file and print the table."""
     parser = OneLineParser(description=(__doc__ or "").split("\n")[0])
     for name in ("model", "adapter", "prompts", "output"):
         parser.add_argument(f"--{name}", required=True)
@@ -43,20 +47,24 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="prompts [all]")
     parser.add_argument("--max-new-tokens", type=int, default=96, help="tokens to generate for each prompt [96]")
     parser.add_argument("--dtype", default="auto", help="[auto]")
+    parser.add_argument("--quantize", help="int8 or int4 [the weights as they are]")
     args = parser.parse_args()
     keep_threads_awake()
     from tidar_megatron.benchmark.measuring import machine
+    from tidar_megatron.inference.costs import Costs
     from tidar_megatron.inference.dtype import dtype_name
     from tidar_megatron.inference.engine import generate
     from tidar_megatron.inference.loading import load_model
+    from tidar_megatron.inference.planner import Planner, longest_draft
     from tidar_megatron.inference.request import parse_plan
     from tidar_megatron.inference.text import encode_prompt
 
     lines = [json.loads(line) for line in Path(args.prompts).read_text(encoding="utf-8").splitlines()][: args.limit]
     asked = [(line["prompt"], line["kind"]) for line in lines] + [(text, "other") for text in OTHER]
-    model = load_model(args.model, dtype=args.dtype, adapter=args.adapter)
-    more = {"max_new_tokens": args.max_new_tokens, "ignore_eos": True}
-    plans = {name: replace(parse_plan(name), **more) for name in PLANS}
+    model = load_model(args.model, dtype=args.dtype, adapter=args.adapter, quantize=args.quantize)
+    plans = {name: replace(parse_plan(name), max_new_tokens=args.max_new_tokens) for name in PLANS}
+    free = Planner(Costs([1, 2], [1], [[1.0], [1.0]]), longest_draft(model))
+    free.clock.observe = lambda step: None  # type: ignore[method-assign]
     rows = []
     for number, (text, kind) in enumerate(asked):
         prompt = encode_prompt(model, text)[-128:]
@@ -66,7 +74,10 @@ def main() -> None:
             row["plans"][name] = [done.tokens_per_forward, done.tokens_per_second]
             if name == "ar":
                 row["distinct_4grams"], expected = done.distinct_4grams, done.token_ids
+                row["tokens"] = len(expected)
             row.setdefault("outputs", {})[name] = done.token_ids
+        done = generate_following(free, model, prompt, plans["auto"])
+        row["plans"][FREE], row["outputs"][FREE] = [done.tokens_per_forward, done.tokens_per_second], done.token_ids
         row["identical"] = sum(output == expected for output in row.pop("outputs").values())
         rows.append(row)
         print(f"{number + 1} of {len(asked)} prompts", file=sys.stderr, flush=True)
@@ -77,14 +88,46 @@ def main() -> None:
         "machine": machine(),
         "new_tokens": args.max_new_tokens,
         "dtype": dtype_name(model.dtype),
+        "quantize": args.quantize,
         "draft_rank": model.drafts.rank,
         "training": training(Path(args.run)) if args.run else None,
         "rows": rows,
+        "batches": in_batches(model, [encode_prompt(model, line["prompt"])[-128:] for line in lines], plans),
     }
     result["summary"] = summary(result)
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     Path(args.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(table(result))
+
+
+def generate_following(planner: Any, model: Any, prompt: list[int], options: Any) -> Any:
+    """Generate in mode ``auto`` with a planner of one's own."""
+    from tidar_megatron.inference.engine import Engine
+    from tidar_megatron.inference.request import Generation
+    from tidar_megatron.inference.sequence import Sequence
+
+    sequence, done = Sequence(model, prompt, options), Generation.of(model, options)
+    engine = Engine(model, 1, sequence.room, planner=planner)
+    engine.enqueue(sequence)
+    while not engine.is_idle:
+        for _, step in engine.step():
+            done.add(step)
+    return done
+
+
+def in_batches(model: Any, prompts: list[list[int]], plans: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the tokens/s of batches of prompts, plans in turns."""
+    from tidar_megatron.inference.engine import generate_batch
+
+    rows = []
+    for first in range(0, len(prompts) - BATCH + 1, BATCH):
+        row = {}
+        for name in OF_BATCHES[:: -1 if first // BATCH % 2 else 1]:
+            begin = time.perf_counter()
+            done = generate_batch(model, prompts[first : first + BATCH], plans[name], BATCH)
+            row[name] = sum(len(one.token_ids) for one in done) / (time.perf_counter() - begin)
+        rows.append(row)
+    return rows
 
 
 def training(run: Path) -> dict[str, Any]:
@@ -109,15 +152,21 @@ def of(rows: list[dict[str, Any]], plan: str) -> tuple[float, float]:
     return forward, statistics.median(row["plans"][plan][1] / row["plans"]["ar"][1] for row in rows)
 
 
+def is_varied(row: dict[str, Any]) -> bool:
+    """Return whether the AR output of a prompt is long and varied enough to count."""
+    return row["distinct_4grams"] >= VARIED and row["tokens"] >= LEAST
+
+
 def summary(found: dict[str, Any]) -> dict[str, Any]:
     """Return the figures in short, over the prompts whose AR output is varied."""
-    counted = [row for row in found["rows"] if row["distinct_4grams"] >= VARIED]
+    counted = [row for row in found["rows"] if is_varied(row)]
     trained = [row for row in counted if row["kind"] != "other"]
     other = [row for row in counted if row["kind"] == "other"]
     losses = [one["ar_loss"] for one in (found["training"] or {}).get("evaluations", [])]
     return {
-        "tokens_per_forward": round(of(trained, "auto")[0], 3),
+        "tokens_per_forward": round(of(trained, FREE)[0], 3),
         "drafts_alone": round(of(trained, "all:8")[0], 3),
+        "auto_tokens_per_forward": round(of(trained, "auto")[0], 3),
         "auto_over_ar": round(of(trained, "auto")[1], 3),
         "lookup_over_ar": round(of(trained, "lookup:8")[1], 3),
         "other_tokens_per_forward": round(of(other, "all:8")[0], 3) if other else None,
@@ -134,15 +183,19 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> str:
     """Return a table with a row for each kind of text."""
-    lines = ["| prompts | of these varied | " + " | ".join(PLANS) + " |", "|---|---|" + "---|" * len(PLANS)]
+    plans = [*PLANS, FREE]
+    lines = ["| prompts | of these varied | " + " | ".join(plans) + " |", "|---|---|" + "---|" * len(plans)]
     kinds = dict.fromkeys(row["kind"] for row in found["rows"])
     for kind in kinds:
         rows = [row for row in found["rows"] if row["kind"] == kind]
-        varied = [row for row in rows if row["distinct_4grams"] >= VARIED]
+        varied = [row for row in rows if is_varied(row)]
         if not varied:
             continue
-        cells = [f"{forward:.2f} ({over:.2f} x)" for forward, over in (of(varied, plan) for plan in PLANS)]
+        cells = [f"{forward:.2f} ({over:.2f} x)" for forward, over in (of(varied, plan) for plan in plans)]
         lines.append(f"| {kind} | {len(varied)} of {len(rows)} | {' | '.join(cells)} |")
+    for name in OF_BATCHES:
+        if over := [row[name] / row["ar"] for row in found["batches"]]:
+            lines.append(f"batches of {BATCH}: {name} {statistics.median(over):.2f} x AR")
     return "\n".join(lines)
 
 

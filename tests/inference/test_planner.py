@@ -340,18 +340,49 @@ def test_copies_are_taken_where_they_are_accepted_more():
     assert planner._seen == [] and planner.acceptance.counts == before
     assert policy.look_up([4]).match == 4  # longer matches are others
     assert policy.look_up([0, 1, 2, 3]).tokens == []
-    waited = next(n for n in range(2000) if planner.copies.is_worth(3))
+    waited = next(n for n in range(2000) if planner.copied(3))
     assert waited > 50
-    assert Planned(8, [1, 1])._copier.copy(3).match == 1 and not planner.copies.is_worth(1)
+    assert Planned(8, [1, 1])._copier.copy(3).match == 1 and not planner.copied(1)
 
 
-def test_nothing_is_copied_where_nothing_drafts():
-    planner = Planner(DEAR, 8)
+def text_of(planner, match, accepted, steps, own=1):
+    """Take steps with a match of this length, of whose copies ``accepted`` tokens stand; return what was copied."""
+    taken = []
+    for _ in range(steps):
+        planner.begin(1, 100)
+        count = planner.copied(match)
+        taken.append(count)
+        drafts = Drafts([0] * (1 + count), copied=match if count else 0)
+        planner.observe(drafts, ForwardLayout(1 + count), min(accepted, 1 + count))
+        planner.end(1 + count, planner.clock.costs.of(1 + count, 100, 1))
+    return taken
+
+
+@pytest.mark.parametrize("costs", [MIDDLING, DEAR])
+def test_plain_steps_copy_where_it_pays(costs):
+    """Copies must give more tokens than their verification takes time, whatever the model's own drafts are worth."""
+    planner = Planner(costs, 8)
     planner.acceptance = believing(0.01)
     planner.begin(1, 100)
-    policy = Planned(8, [1, 2, 3, 4, 1, 2])
-    policy.planner = planner
-    assert planner.choice.name == "ar" and policy.look_up([3]).tokens == []
+    assert planner.choice.name == "ar"
+    useless = text_of(planner, 4, 1, 300)
+    assert sum(map(bool, useless[100:])) < 20  # tried now and then
+    useful = text_of(planner, 3, 8, 300)
+    price = costs.of(8, 100, 1) / costs.of(1, 100, 1)
+    assert (useful[-1] == 7) == (price < 8) and planner.choice.name == "ar"
+
+
+def test_plans_that_draft_must_beat_plain_steps_with_copies():
+    planner = Planner(MIDDLING, 8)
+    planner.acceptance = believing(0.6)
+    planner.begin(1, 100)
+    assert planner.choice.draft_length > 1
+    plain = next(plan for plan in planner.candidates() if plan.draft_length == 1)
+    assert plain.tokens_per_forward == 1 and plain.forward_tokens == 1  # nothing has matched
+    text_of(planner, 4, 8, 200)
+    found = {plan.draft_length: plan for plan in planner.candidates()}
+    assert found[1].tokens_per_forward > 4 and found[1].forward_tokens > 4
+    assert found[8].tokens_per_forward > 4  # they copy too
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -363,7 +394,7 @@ def test_copying_changes_no_token(trained, temperature):
     sampling = SamplingOptions(temperature=temperature, seed=3)
     taken = []
     watched = planner.copies.observe
-    planner.copies.observe = lambda match, accepted: taken.append(match)
+    planner.copies.observe = lambda match, accepted, num_drafts: taken.append(match)
     greedy = generate(trained, prompt, DecodeOptions("ar", max_new_tokens=40, sampling=sampling)).token_ids
     found = generate(trained, prompt, DecodeOptions(max_new_tokens=40, sampling=sampling)).token_ids
     planner.copies.observe = watched

@@ -89,36 +89,86 @@ _NATS = [
 
 
 class Copies:
-    """The tokens that a forward accepts of copied drafts, by the length of the match, and of the model's own drafts.
+    """Statistics of copying: how often the text matches, by the length of the match, and which copies are accepted.
 
-    Averages decay exponentially. Those of copies that are not taken return to :attr:`PRIOR`, so that copying is tried
+    Averages decay exponentially. Those of matches that are not used return to :attr:`PRIOR`, so that copying is tried
     again now and then.
     """
 
-    PRIOR = (0.0, 0.0, 0.0, 3.0, 4.0)  # by the length of the match; shorter matches are never taken
-    DRAFTED = 2.0  # of the model's own drafts, before any was seen
-    FADE, RETURN = 0.1, 0.003  # the weight of the latest observation; of the prior, each time that a copy is not taken
+    PRIOR = (0.0, 0.1, 0.3, 0.7, 0.75)  # by the length of the match: the chance of a copied draft after accepted ones
+    WEIGHT = 4.0  # of the prior, in drafts
+    DRAFTED = 2.0  # tokens that a forward accepts of the model's own drafts, before any was seen
+    FADE, RETURN = 0.1, 0.003  # the weight of the latest observation; of the prior, each time that a match is not used
 
     def __init__(self) -> None:
-        self._copied, self._drafted = list(self.PRIOR), self.DRAFTED
+        self._accepted = [chance * self.WEIGHT for chance in self.PRIOR]
+        self._tried = [self.WEIGHT for _ in self.PRIOR]
+        self._drafted = self.DRAFTED
+        self._steps = [0.0 for _ in self.PRIOR]  # the share of steps with a match of this length
+        self._steps[0] = 1.0
 
-    def observe(self, match: int, accepted: int) -> None:
-        """Record how many tokens a forward accepted, the certain token included; ``match`` is 0 for own drafts."""
-        if match:
-            self._copied[match] += self.FADE * (accepted - self._copied[match])
-        else:
+    def saw(self, match: int) -> None:
+        """Record the match of a step, 0 for none."""
+        for length in range(len(self._steps)):
+            self._steps[length] += self.FADE / 4 * ((length == match) - self._steps[length])
+
+    def observe(self, match: int, accepted: int, num_drafts: int) -> None:
+        """Record how many tokens of ``num_drafts`` a forward accepted, the certain token included.
+
+        ``match`` is the length of the match that the drafts were copied after, 0 for the model's own.
+        """
+        if not match:
             self._drafted += self.FADE * (accepted - self._drafted)
-
-    def is_worth(self, match: int) -> bool:
-        """Return whether copies after a match of this length are accepted more than the model's own drafts."""
-        if self._copied[match] > self._drafted:
-            return True
-        self._copied[match] += self.RETURN * (self.PRIOR[match] - self._copied[match])
-        return False
+            return
+        for sums, new in ((self._accepted, accepted - 1), (self._tried, min(accepted, num_drafts - 1))):
+            sums[match] = (1 - self.FADE) * sums[match] + new
 
     def chance(self, match: int) -> float:
-        """Return the probability that a copied draft is accepted after those before it, as if all had the same."""
-        return 1 - 1 / max(self._copied[match], 1.0)
+        """Return the probability that a copied draft is accepted after those before it."""
+        return self._accepted[match] / max(self._tried[match], 1e-9)
+
+    def tokens(self, match: int, count: int) -> float:
+        """Return the expected tokens of a forward that verifies the certain token and ``count - 1`` copied ones."""
+        chance = self.chance(match)
+        return (1 - chance**count) / (1 - chance) if chance < 1 else count
+
+    def beside_drafts(self, match: int, count: int) -> bool:
+        """Return whether copies after a match of this length are accepted more than the model's own drafts."""
+        return self._used(match, self.tokens(match, count) > self._drafted)
+
+    def beside_plain(self, match: int, prices: dict[int, float]) -> int:
+        """Return the number of tokens to verify where the model itself drafts nothing, 1 for no copies.
+
+        Args:
+            match: The length of the match.
+            prices: By the number of tokens, the seconds of a step that verifies them over those of a plain step.
+        """
+        best = max(prices, key=lambda count: self.tokens(match, count) / prices[count], default=1)
+        return best if self._used(match, best > 1) else 1
+
+    def _used(self, match: int, is_used: bool) -> bool:
+        if not is_used:
+            for sums, prior in ((self._accepted, self.PRIOR[match]), (self._tried, 1.0)):
+                sums[match] += self.RETURN * (prior * self.WEIGHT - sums[match])
+        return is_used
+
+    def gain(self, own: float, count: int) -> float:
+        """Return the tokens that copying adds to each forward of a plan, whose own drafts give ``own`` tokens."""
+        tokens = [self.tokens(match, count) for match in range(len(self.PRIOR))]
+        return sum(share * max(one - own, 0.0) for share, one in zip(self._steps, tokens, strict=True))
+
+    def plain(self, prices: dict[int, float]) -> tuple[float, dict[int, float]]:
+        """Return the expected tokens per forward of plain steps with copies, and the share of forwards by their size.
+
+        Args:
+            prices: As in :meth:`beside_plain`.
+        """
+        expected, shares = 0.0, dict.fromkeys(prices, 0.0)
+        for match, share in enumerate(self._steps):
+            best = max(prices, key=lambda count: self.tokens(match, count) / prices[count])
+            expected += share * self.tokens(match, best)
+            shares[best] += share
+        return expected, shares
 
 
 class Outcomes:

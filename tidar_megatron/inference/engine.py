@@ -39,6 +39,7 @@ class Engine:
         static: Whether decode steps use few static shapes; see :class:`~tidar_megatron.inference.static.Forwards`. The
             model keeps those of an engine that is gone for the next one.
         prompt_chunk: The most tokens of a prompt in a forward.
+        planner: The planner of sequences in mode ``auto``; by default the one that all engines of the model share.
 
     Raises:
         UserError: the batch size is below 1.
@@ -52,6 +53,7 @@ class Engine:
         queue_size: int = 1024,
         static: bool | None = None,
         prompt_chunk: int = PROMPT_CHUNK,
+        planner: Planner | None = None,
     ) -> None:
         if batch_size < 1:
             raise UserError(f"batch size {batch_size}: must be at least 1")
@@ -63,7 +65,7 @@ class Engine:
         self._queue_size = queue_size
         self._prompt_chunk = prompt_chunk
         self._active: list[Sequence] = []
-        self._planner: Planner | None = None
+        self._planner = planner
 
     @property
     def planner(self) -> Planner:

@@ -1,7 +1,11 @@
 // The layers of lean.py from C++: the same calls on the same tensors, so the same bits, without Python between them.
 // native.py compiles this file. Shapes are those of lean.py.
 
+#include <ATen/TensorIterator.h>
 #include <torch/extension.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include <optional>
 #include <string>
@@ -99,11 +103,102 @@ struct Masks {
   Optional numbers;
 };
 
-// The two weights beside a linear layer, as Pair in draft_weights.py describes them.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define BF16_PRODUCTS __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+
+bool has_bf16_products() { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw"); }
+
+// Multiplies kRows rows of bfloat16, `pairs` times two inputs, with 16 * kWide columns of a weight; the sums are float32.
+// `weight` has two inputs of a column beside each other: [pairs, 16 * kWide, 2].
+template <int kRows, int kWide>
+BF16_PRODUCTS inline void multiply(
+    const uint16_t* const* rows, int64_t pairs, const uint16_t* weight, __m512 (&sums)[kRows][kWide]) {
+  for (auto& row : sums)
+    for (auto& sum : row) sum = _mm512_setzero_ps();
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    __m512bh wide[kWide];
+    for (int i = 0; i < kWide; ++i) wide[i] = (__m512bh)_mm512_loadu_si512(weight + 32 * (pair * kWide + i));
+    for (int row = 0; row < kRows; ++row) {
+      __m512bh both = (__m512bh)_mm512_set1_epi32(reinterpret_cast<const int32_t*>(rows[row])[pair]);
+      for (int i = 0; i < kWide; ++i) sums[row][i] = _mm512_dpbf16_ps(sums[row][i], both, wide[i]);
+    }
+  }
+}
+
+// Computes 16 * kWide columns of the product of kRows rows; adds them to what `out` holds, or replaces it.
+template <int kRows, int kWide>
+BF16_PRODUCTS void columns_of(
+    const uint16_t* const* rows, int64_t pairs, const uint16_t* weight, uint16_t* const* out, int64_t first, bool adds) {
+  __m512 sums[kRows][kWide];
+  multiply<kRows, kWide>(rows, pairs, weight, sums);
+  for (int row = 0; row < kRows; ++row) {
+    for (int i = 0; i < kWide; ++i) {
+      auto* place = reinterpret_cast<__m256i*>(out[row] + first + 16 * i);
+      if (adds) {
+        __m512i held = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(place)), 16);
+        sums[row][i] = _mm512_add_ps(sums[row][i], _mm512_castsi512_ps(held));
+      }
+      _mm256_storeu_si256(place, (__m256i)_mm512_cvtneps_pbh(sums[row][i]));
+    }
+  }
+}
+
+template <int kWide>
+void columns_of(
+    const std::vector<const uint16_t*>& rows, int64_t pairs, const uint16_t* weight, const std::vector<uint16_t*>& out,
+    int64_t first, bool adds) {
+  size_t row = 0;
+  for (; row + 4 <= rows.size(); row += 4)
+    columns_of<4, kWide>(&rows[row], pairs, weight, &out[row], first, adds);
+  for (; row < rows.size(); ++row)
+    columns_of<1, kWide>(&rows[row], pairs, weight, &out[row], first, adds);
+}
+
+// Calls `work` with 0, 1, ..., count - 1 from torch's threads. at::parallel_for would need an OpenMP runtime of this
+// library's own; a loop over a tensor runs in torch's.
+template <class Work>
+void in_parallel(int64_t count, const Work& work) {
+  static const Tensor numbers = at::arange(1 << 16);
+  Tensor some = numbers.narrow(0, 0, count);
+  at::TensorIterator all = at::TensorIterator::nullary_op(some);
+  all.for_each(
+      [&](char** data, const int64_t* strides, int64_t n) {
+        for (int64_t i = 0; i < n; ++i) work(*reinterpret_cast<int64_t*>(data[0] + i * strides[0]));
+      },
+      1);
+}
+
+// The product of bfloat16 rows with a weight that two_by_two has laid out. Its sums are float32, rounded once.
+void product_of(
+    const std::vector<const uint16_t*>& rows, const Tensor& weight, const std::vector<uint16_t*>& out, bool adds) {
+  auto* data = static_cast<const uint16_t*>(weight.const_data_ptr());
+  int64_t pairs = weight.size(1), chunk = weight.size(2);
+  in_parallel(weight.size(0), [&](int64_t number) {
+    const uint16_t* part = data + number * pairs * chunk * 2;
+    if (chunk == 64) columns_of<4>(rows, pairs, part, out, number * chunk, adds);
+    if (chunk == 16) columns_of<1>(rows, pairs, part, out, number * chunk, adds);
+  });
+}
+#else
+bool has_bf16_products() { return false; }
+void product_of(const std::vector<const uint16_t*>&, const Tensor&, const std::vector<uint16_t*>&, bool) {}
+#endif
+
+// The two weights beside a linear layer, as Pair in draft_weights.py describes them. A library's product of so few rows
+// and columns mostly waits for its own call, eight times in a layer; so there is one for bfloat16 here.
 struct Pair {
+  static constexpr int64_t kMost = 96;  // rows; of more, a library's product is faster
   Tensor a, b;
+  Optional a_pairs, b_pairs;  // their inputs two by two, [chunks of outputs, inputs / 2, outputs in a chunk, 2]
+
+  Pair(Tensor a, Tensor b) : a(a), b(b) {
+    bool fits = a.size(0) % 16 == 0 && b.size(0) % 16 == 0 && a.size(1) % 2 == 0 && a.scalar_type() == at::kBFloat16;
+    if (fits && has_bf16_products()) a_pairs = two_by_two(a), b_pairs = two_by_two(b);
+  }
 
   void add(Tensor& out, const Tensor& x, const Masks& masks) const {
+    int64_t count = masks.numbers ? masks.numbers->size(0) : masks.count;
+    if (a_pairs && count <= kMost && out.stride(1) == 1 && x.stride(1) == 1) return add_few(out, x, masks, count);
     if (masks.numbers) {
       Tensor inner = at::linear(x.index({*masks.numbers}), a);
       out.index_add_(0, *masks.numbers, at::linear(inner, b));
@@ -111,6 +206,27 @@ struct Pair {
     }
     Tensor rows = out.narrow(0, masks.first, masks.count);
     at::addmm_out(rows, rows, at::linear(x.narrow(0, masks.first, masks.count), a), b.t());
+  }
+
+ private:
+  static Tensor two_by_two(const Tensor& weight) {
+    int64_t chunk = weight.size(0) % 64 || weight.size(0) < 256 ? 16 : 64;
+    return weight.view({-1, chunk, weight.size(1) / 2, 2}).transpose(1, 2).contiguous();
+  }
+
+  void add_few(Tensor& out, const Tensor& x, const Masks& masks, int64_t count) const {
+    Tensor inner = at::empty({count, a.size(0)}, x.options());
+    std::vector<const uint16_t*> from, through;
+    std::vector<uint16_t*> within, to;
+    for (int64_t n = 0; n < count; ++n) {
+      int64_t row = masks.numbers ? masks.numbers->const_data_ptr<int64_t>()[n] : masks.first + n;
+      from.push_back(static_cast<const uint16_t*>(x.const_data_ptr()) + row * x.stride(0));
+      to.push_back(static_cast<uint16_t*>(out.data_ptr()) + row * out.stride(0));
+      within.push_back(static_cast<uint16_t*>(inner.data_ptr()) + n * a.size(0));
+      through.push_back(within.back());
+    }
+    product_of(from, *a_pairs, within, false);
+    product_of(through, *b_pairs, to, true);
   }
 };
 

@@ -3,8 +3,8 @@
 Two estimates determine the throughput: the latency of a forward with T tokens after P committed ones (``costs.py``),
 and the acceptance rate of drafts, learned during generation (``acceptance.py``). From both, the :class:`Planner`
 computes the throughput of every plan - K drafts, branches for the m likeliest outcomes or for all, two alternating
-forwards, or plain autoregression -, corrects it by the tokens per step observed under the plan, and chooses the best. A
-plan affects the speed of generation, never the output.
+forwards, or plain autoregression, all with drafts copied from the text where those are better -, corrects it by the
+tokens per step observed under the plan, and chooses the best. A plan affects the speed of generation, never the output.
 """
 
 import math
@@ -14,11 +14,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from tidar_megatron.inference.acceptance import Acceptance, Copies, Outcomes
-from tidar_megatron.inference.candidates import BRANCHING, Candidate, Cost, expect
+from tidar_megatron.inference.candidates import BRANCHING, PLAIN, Candidate, Cost, expect
 from tidar_megatron.inference.costs import Clock, Costs, TimedStep, batches_for, load_costs, octaves
 from tidar_megatron.inference.drafting import NOTHING, Copied, Copier, Drafts, Policy
 from tidar_megatron.inference.forward import ForwardLayout
@@ -37,6 +38,7 @@ class _Place:
     total: int = 0  # steps in this place
     again: dict[tuple[int, int | None], int] = field(default_factory=dict)  # by plan tried: when it may be tried again
     kinds: set[int] = field(default_factory=set)  # the kinds of the plans that were tried
+    prices: dict[int, float] = field(default_factory=lambda: {1: 1.0})  # of plain steps that verify copies, by size
 
 
 class Planner:
@@ -81,6 +83,7 @@ class Planner:
         self._next_trial, self._trials = self.SELDOM, 0
         self._followed: tuple[int, int | None] | None = None  # the plan of the last step
         self._turn = 0  # counts sequences that report
+        self._probes = False  # whether a sequence of the step is a probe
         # the latest steps that the clock has not yet seen, and the outcomes of drafts that _learn has not yet processed
         self._timed: deque[TimedStep] = deque(maxlen=self.TIMED)
         self._seen: list[tuple[tuple[int, int | None], int, list[float], int, int]] = []
@@ -96,16 +99,22 @@ class Planner:
             self._looked, self._news = self._steps, False
             self._gave = {key: [0.9 * tokens, 0.9 * steps] for key, (tokens, steps) in self._gave.items()}
             plans = [(K, m) for K in self.lengths for m in self.BRANCHES if K > 1 and (m is None or m < K)]
-            found = [self._corrected(expect(*plan, self.acceptance, self.outcomes)) for plan in plans]
-            self._expected = [Candidate(1, None), *found]
+            self._expected = [expect(*plan, self.acceptance, self.outcomes) for plan in plans]
         cost = Cost(self.clock, self._context, self._batch, self._most_tokens)
-        return sorted((plan.at(cost) for plan in self._expected), key=lambda candidate: -candidate.rate)
+        sizes = np.array([1, *self.lengths])
+        seconds = cost(PLAIN, sizes)
+        self._here.prices = dict(zip(sizes.tolist(), (seconds / seconds[0]).tolist(), strict=True))
+        tokens, shares = self.copies.plain(self._here.prices)
+        plain = Candidate(1, None, tokens, np.array(list(shares)), np.array(list(shares.values())))
+        found = [plain, *map(self._corrected, self._expected)]
+        return sorted((plan.at(cost) for plan in found), key=lambda candidate: -candidate.rate)
 
     def _corrected(self, plan: Candidate) -> Candidate:
-        """Return the plan with its tokens per forward averaged with those observed while it was in use."""
+        """Return the plan with what copies add, and its tokens per forward averaged with those observed in its use."""
         tokens, steps = self._gave.get(plan.key, (0.0, 0.0))
         weight = 200  # the model's weight in steps: few observed steps say little, because text varies so much
-        return replace(plan, tokens_per_forward=(tokens + weight * plan.tokens_per_forward) / (steps + weight))
+        expected = plan.tokens_per_forward + self.copies.gain(plan.tokens_per_forward, plan.draft_length)
+        return replace(plan, tokens_per_forward=(tokens + weight * expected) / (steps + weight))
 
     def begin(self, batch: int, context: float) -> None:
         """Prepare for a forward: decide again after enough steps, or if batch size or context length have changed.
@@ -156,7 +165,9 @@ class Planner:
         self._plain += 1
         is_sure = self.acceptance.better < self.SUSPICION and not self.acceptance.knows_little
         steps = self.PROBE if is_sure else self.CHECK
-        return self._plain % (steps * self._batch) == 0
+        probes = self._plain % (steps * self._batch) == 0
+        self._probes |= probes
+        return probes
 
     def end(self, tokens: int, seconds: float | None) -> None:
         """Record a step.
@@ -168,13 +179,14 @@ class Planner:
         self._steps += 1
         self._here.steps += 1
         self._here.total += 1
+        probes, self._probes = self._probes, False
         # a step after a change of the plan is not typical
         is_settled, self._followed = self._followed == self.choice.key, self.choice.key
         if seconds is None:
             return
-        kind, is_probe = self.choice.kind, self.choice.draft_length == 1 and tokens > self._batch
-        step = TimedStep(BRANCHING if is_probe else kind, self._batch, self._context, tokens, seconds)
-        if is_probe:
+        kind, is_plain = self.choice.kind, self.choice.draft_length == 1
+        step = TimedStep(BRANCHING if probes else kind, self._batch, self._context, tokens, seconds)
+        if is_plain and tokens > self._batch:  # a probe, or it verified copies
             self.clock.observe(step)
         elif is_settled:
             self._timed.append(step)
@@ -187,13 +199,13 @@ class Planner:
             layout: The layout of the forward that verified them.
             accepted: How many tokens were accepted, the certain token included.
         """
+        if layout.num_drafts > 1 and (drafts.copied or self.choice.draft_length > 1):
+            self.copies.observe(drafts.copied, accepted, layout.num_drafts)
         if self.choice.draft_length > 1:
             if self._followed == self.choice.key:  # else these are the drafts of the plan before
                 gave = self._gave.setdefault(self.choice.key, [0.0, 0.0])
                 gave[0] += accepted
                 gave[1] += 1
-            if layout.num_drafts > 1:
-                self.copies.observe(drafts.copied, accepted)
             # learning takes time: of a batch, from two sequences a step in turn
             self._turn = (self._turn + 1) % (self._batch // 2 | 1)
             is_recorded = self._turn == 0
@@ -201,6 +213,16 @@ class Planner:
             is_recorded = layout.num_drafts > 1  # a probe
         if is_recorded and not drafts.copied:
             self._seen.append((self.choice.key, drafts.lag, drafts.confidences, layout.num_drafts, accepted))
+
+    def copied(self, match: int) -> int:
+        """Return how many tokens to copy after a match of this length; 0 if the model's own drafts are better."""
+        self.copies.saw(match)
+        length = self.choice.draft_length
+        if not match:
+            return 0
+        if length == 1:
+            return self.copies.beside_plain(match, self._here.prices) - 1
+        return length - 1 if self.copies.beside_drafts(match, length) else 0
 
     def _learn(self) -> None:
         """Process the recorded steps in one batch: work between forwards runs with cold caches and delays the step."""
@@ -280,15 +302,14 @@ class Planned(Policy):
         return ForwardLayout(len(drafts.tokens))
 
     def look_up(self, emitted: Sequence[int]) -> Copied:
-        """Return drafts copied from the text, where a plan that drafts is chosen and copies are accepted more."""
+        """Return drafts copied from the text, where these promise more than the plan without them."""
         self._copier.append(emitted)
-        count, copies = self.planner.choice.draft_length - 1, self.planner.copies
+        found = self._copier.copy(self.planner.lengths[-1] - 1)
+        count = self.planner.copied(found.match)
         if not count:
             return NOTHING
-        found = self._copier.copy(count)
-        if not found.tokens or not copies.is_worth(found.match):
-            return NOTHING
-        return found._replace(confidences=[copies.chance(found.match)] * len(found.tokens))
+        tokens, chance = found.tokens[:count], self.planner.copies.chance(found.match)
+        return Copied(tokens, found.match, [chance] * len(tokens))
 
     def observe(self, drafts: Drafts, layout: ForwardLayout, accepted: int) -> None:
         """Report the outcome to the planner."""
