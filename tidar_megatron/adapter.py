@@ -1,4 +1,4 @@
-"""The files of an adapter: the draft weights of a frozen model, apart from the model's own folder.
+"""The files of an adapter: the draft weights of a frozen model, in a folder of their own or in the model's.
 
 - ``draft_config.json``: sizes, and the hash of the base model's tensors;
 - ``draft_weights.safetensors``: ``mask_embedding [h]``; ``layers.N.{qkv,o,gate_up,down}.{a,b}``, where a is
@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tidar_megatron.errors import UserError
-from tidar_megatron.hf_folder.weights import open_safetensors, stored_tensors
+from tidar_megatron.hf_folder.weights import DRAFT_WEIGHTS, open_safetensors, stored_tensors
 from tidar_megatron.json_files import not_a_file, read_object
 
-CONFIG, WEIGHTS = "draft_config.json", "draft_weights.safetensors"
+CONFIG, WEIGHTS = "draft_config.json", DRAFT_WEIGHTS
 FORMAT = 1
 CANDIDATES = 16  # the likeliest tokens of a mask that the selector scores
 SELECTOR_SCALE = 4.0  # what a candidate gains is multiplied by this over the root of the selector's rank

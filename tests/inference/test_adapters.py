@@ -10,12 +10,14 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from tests.conftest import THOROUGH
 from tests.random_models import write_random_model
 from tidar_megatron.adapter import MODULES, Adapter, AdapterConfig, weights_hash
 from tidar_megatron.errors import UserError
 from tidar_megatron.evaluation.certificate import certify, plans
+from tidar_megatron.inference import custom_generate
 from tidar_megatron.inference.adapters import without_selector
 from tidar_megatron.inference.cache import KVPool
 from tidar_megatron.inference.draft_weights import Pair
@@ -81,6 +83,43 @@ def test_the_output_is_the_base_models_in_every_plan(folders, drafting):
     """The certificate compares with transformers' own output of the base folder; drafts are accepted, if by chance."""
     found = certify(drafting, folders[0], prompts(), 20, plans([2, K], drafts=True), samples=0, say=lambda text: None)
     assert found.holds and found.identical == len(prompts())
+
+
+@pytest.fixture(scope="module")
+def both(folders, tmp_path_factory):
+    """One folder that holds the base model and the adapter."""
+    base, drafts = folders
+    folder = shutil.copytree(base, tmp_path_factory.mktemp("both") / "model")
+    return shutil.copytree(drafts, folder, dirs_exist_ok=True)
+
+
+def test_a_folder_may_hold_both(both, drafting):
+    model = load_model(both, "cpu", "float32")
+    assert model.drafts is not None and model.block_size == K
+    for prompt in prompts():
+        ours, theirs = (generate(one, prompt, parse_plan("2:6")) for one in (model, drafting))
+        assert (ours.token_ids, ours.forwards) == (theirs.token_ids, theirs.forwards)
+
+
+def test_transformers_decodes_it_with_the_drafts(both, monkeypatch):
+    """``custom_generate`` finds the adapter beside the model's weights, once, and gives the model's own output."""
+    model = AutoModelForCausalLM.from_pretrained(both)
+    rows, loaded = [], []
+    forward, load = custom_generate.DecodeModel.forward, custom_generate.load_adapter
+    monkeypatch.setattr(
+        custom_generate.DecodeModel,
+        "forward",
+        lambda self, packed: rows.append(packed.num_masks) or forward(self, packed),
+    )
+    monkeypatch.setattr(custom_generate, "load_adapter", lambda *given: loaded.append(given) or load(*given))
+    for prompt in prompts()[:3]:
+        given = {"input_ids": torch.tensor([prompt]), "max_new_tokens": 20, "do_sample": False}
+        stock = model.generate(**given)
+        for plan in ("auto", "2:6", "all:4"):
+            assert torch.equal(custom_generate.generate(**given, model=model, plan=plan), stock)
+    assert any(rows) and len(loaded) == 1
+    weights = load_file(both / "draft_weights.safetensors")
+    assert sorted(weights) and not set(weights) & set(model.state_dict())
 
 
 def test_clean_rows_have_the_bits_that_they_have_without(folders, drafting):

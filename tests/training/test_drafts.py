@@ -205,6 +205,8 @@ def test_a_checkpoint_belongs_to_its_base(run_variant, tmp_path):
     weights = load_file(tmp_path / "other" / "model.safetensors")
     weights["model.norm.weight"] += 1e-3
     save_file(weights, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="other: is not the model that .* trained draft weights for"):
+        export_run(folder / "one", tmp_path / "both", base=tmp_path / "other")
     training = {**setup["training"], "init_from": str(tmp_path / "other")}
     with pytest.raises(UserError, match="was started with another base_sha256"):
         Trainer.build(build_config({**setup, "training": training, "checkpoint": {"load": str(folder / "one")}}))
@@ -214,6 +216,9 @@ def test_the_engine_drafts_what_was_trained(run_variant):
     """The logits of masks in training, and those of the exported adapter behind the same tokens."""
     setup, _, folder = run_variant("learned")
     export_run(folder / "one", folder / "adapter")
+    export_run(folder / "one", folder / "both", base=folder / "hf")
+    for name in ("config.json", "model.safetensors", "draft_config.json", "custom_generate"):
+        assert (folder / "both" / name).exists()
     trainer = Trainer.build(build_config({**setup, "checkpoint": {"load": str(folder / "one")}}))
     batch = trainer.valid_data.evaluation_batches(1, 1, 0, 1)[0]
     with torch.no_grad():

@@ -10,6 +10,7 @@ from tidar_megatron.errors import UserError
 from tidar_megatron.json_files import not_a_file, one_line, read_object, shown
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+DRAFT_WEIGHTS = "draft_weights.safetensors"  # those of an adapter in the same folder, which are not the model's
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ def weight_files(folder: str | Path, other_names: bool = False) -> list[Path]:
 
     Args:
         folder: A local folder.
-        other_names: Whether to return all ``*.safetensors`` if there is neither.
+        other_names: Whether to return all ``*.safetensors`` of the model if there is neither.
 
     Raises:
         UserError: There are no safetensors, or the index names a file that is missing.
@@ -39,6 +40,7 @@ def weight_files(folder: str | Path, other_names: bool = False) -> list[Path]:
         files = _files_of_index(index)
     else:
         files = sorted(folder.glob("*.safetensors")) if other_names else []
+        files = [file for file in files if file.name != DRAFT_WEIGHTS]
     if not files:
         pickles = sorted(path.name for path in folder.glob("*.bin"))
         why = f"; {pickles[0]} is a pickle, which is not opened" if pickles else ""

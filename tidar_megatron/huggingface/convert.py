@@ -5,6 +5,7 @@ folder whose checkpoint has only weights; ``tidar pretrain --init-from`` starts 
 """
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tidar_megatron.adapter import CONFIG as ADAPTER_CONFIG
-from tidar_megatron.adapter import MODULES, Adapter, AdapterConfig
+from tidar_megatron.adapter import MODULES, Adapter, AdapterConfig, weights_hash
 from tidar_megatron.checkpoint import folder
 from tidar_megatron.checkpoint.contents import STATE_FILE, State, load_weights, read_state
 from tidar_megatron.checkpoint.fingerprint import check_shapes
@@ -43,6 +44,7 @@ from tidar_megatron.data.tokenizer import (
 from tidar_megatron.distributed.groups import initialize, shut_down
 from tidar_megatron.errors import UserError
 from tidar_megatron.hf_folder.model import check_folder, load_causal_lm
+from tidar_megatron.huggingface.exported_engine import write_custom_generate
 from tidar_megatron.huggingface.families import model_from_huggingface, settled, tidar_section
 from tidar_megatron.huggingface.folders import (
     CONFIG,
@@ -64,6 +66,7 @@ from tidar_megatron.new_folder import check_free, new_folder
 from tidar_megatron.precision import full_float32
 
 TOLERANCE = 1e-4  # largest difference of logits in float32
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")  # files that are not copied from a folder: opening one could run code
 # None: the dtype of the tensors; float16 becomes float32, which represents all of its values
 DTYPES = (None, torch.bfloat16, torch.float32, torch.float16)
 
@@ -220,7 +223,11 @@ def _intact_checkpoint(run: Path, iteration: int | None) -> tuple[ResolvedConfig
 
 
 def export_run(
-    run: str | Path, target: str | Path, iteration: int | None = None, shard_bytes: int = SHARD_BYTES
+    run: str | Path,
+    target: str | Path,
+    iteration: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    base: str | Path | None = None,
 ) -> int:
     """Write a checkpoint of a run as a Hugging Face folder; of a run that trained draft weights, as an adapter's.
 
@@ -229,19 +236,24 @@ def export_run(
         target: The folder to write; it must not exist, or must be empty.
         iteration: The iteration of the checkpoint; by default the newest.
         shard_bytes: The approximate size of a file of weights.
+        base: The folder of the model that draft weights were trained for, to copy beside them: the folder then holds
+            both, and transformers loads the model from it.
 
     Returns:
         The iteration that was exported.
 
     Raises:
-        UserError: ``run`` is not a run's folder, its checkpoint is missing or damaged, or ``target`` is not empty.
+        UserError: ``run`` is not a run's folder, its checkpoint is missing or damaged, ``target`` is not empty, or
+            ``base`` is not the model of the draft weights.
     """
     run = Path(run)
     config, iteration, checkpoint = _intact_checkpoint(run, iteration)
     unsharded = unsharded_model(config)
     if config.trains_drafts:
-        _export_adapter(run, config, checkpoint, unsharded, Path(target))
+        _export_adapter(run, config, checkpoint, unsharded, Path(target), base)
         return iteration
+    if base is not None:
+        raise UserError(f"--base {base}: is for draft weights, and {run} trained the whole model; leave it out")
     try:
         # an imported model may have no tokenizer; a trained run always has one
         has_none = read_state(checkpoint).weights_only and not (run / TOKENIZER_FOLDER).exists()
@@ -257,7 +269,12 @@ def export_run(
 
 
 def _export_adapter(
-    run: Path, config: ResolvedConfig, checkpoint: Path, unsharded: UnshardedModel, target: Path
+    run: Path,
+    config: ResolvedConfig,
+    checkpoint: Path,
+    unsharded: UnshardedModel,
+    target: Path,
+    base: str | Path | None,
 ) -> None:
     try:
         read, fingerprint = WeightReader(checkpoint, unsharded).read, read_state(checkpoint).fingerprint
@@ -283,7 +300,14 @@ def _export_adapter(
         hidden_size=model.hidden_size,
         vocab_size=config.vocab_size,
     )
+    if base is not None and weights_hash(base) != about.base_sha256:
+        raise UserError(f"--base {base}: is not the model that {run} trained draft weights for; name that folder")
     with new_folder("--hf", target, ADAPTER_CONFIG) as folder:
+        if base is not None:
+            copied = [file for file in Path(base).iterdir() if file.is_file() and file.suffix not in PICKLES]
+            for file in copied:
+                shutil.copyfile(file, folder / file.name)
+            write_custom_generate(folder)
         Adapter(about, tensors).save(folder)
 
 

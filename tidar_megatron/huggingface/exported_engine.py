@@ -13,6 +13,9 @@ MODULES = {  # file in the folder -> module of this package; transformers calls 
     **{name: f"inference/{name}" for name in ("model", "request", "sampling", "logits", "text", "prepared")},
     **{name: f"inference/{name}" for name in ("wrapping", "compatibility", "upcast", "lean", "products")},
     "draft_weights": "inference/draft_weights",
+    "adapters": "inference/adapters",
+    "adapter": "adapter",
+    "weights": "hf_folder/weights",
     **{name: name for name in ("attention_mask", "attention_kernels", "text_stream", "mask_token", "tidar_section")},
     **{name: name for name in ("errors", "files", "json_files", "precision")},
 }

@@ -64,8 +64,6 @@ def _check_shapes(adapter: Adapter, model: DecodeModel, folder: Path) -> None:
 def use_adapter(model: DecodeModel, adapter: Adapter, table: Tensor | None) -> None:
     """Let a model draft with an adapter that fits it.
 
-    The masks have no token id of their own: :attr:`DecodeModel.mask_token_id` is the id after the last one.
-
     Args:
         model: The model.
         adapter: The adapter.
@@ -90,10 +88,18 @@ def use_adapter(model: DecodeModel, adapter: Adapter, table: Tensor | None) -> N
             SELECTOR_SCALE / math.sqrt(config.selector_rank),
         )
         selector = Selector(previous, candidate, *gate, scale, CANDIDATES)
-    model.drafts = DraftWeights(config.rank, get("mask_embedding"), layers, selector)
+    draft_with(model, DraftWeights(config.rank, get("mask_embedding"), layers, selector), config.block_size)
+
+
+def draft_with(model: DecodeModel, drafts: DraftWeights, block_size: int) -> None:
+    """Let a model draft with weights that fit it.
+
+    The masks have no token id of their own: :attr:`DecodeModel.mask_token_id` is the id after the last one.
+    """
     assert model.lean is not None
-    model.lean.use_drafts(model.drafts)
-    model.mask_token_id, model.block_size, model.is_tidar = model.vocab_size, config.block_size, True
+    model.drafts = drafts
+    model.lean.use_drafts(drafts)
+    model.mask_token_id, model.block_size, model.is_tidar = model.vocab_size, block_size, True
 
 
 def without_selector(drafts: DraftWeights) -> DraftWeights:

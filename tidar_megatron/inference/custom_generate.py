@@ -8,7 +8,9 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -22,8 +24,11 @@ from transformers.generation import (
     StopStringCriteria,
     SuppressTokensLogitsProcessor,
 )
+from transformers.utils import cached_file
 
+from tidar_megatron.adapter import CONFIG, WEIGHTS
 from tidar_megatron.errors import UserError
+from tidar_megatron.inference.adapters import draft_with, load_adapter
 from tidar_megatron.inference.engine import Engine
 from tidar_megatron.inference.model import DecodeModel, restore_norms
 from tidar_megatron.inference.prepared import (
@@ -209,6 +214,36 @@ def _decode(
     return torch.cat([ids, torch.tensor(made, device=ids.device)], dim=1)
 
 
+def _use_adapter(model: DecodeModel) -> None:
+    """Let a model that does not draft by itself use the adapter in its folder, if there is one.
+
+    Raises:
+        UserError: the adapter is broken, or belongs to other weights.
+    """
+    causal_lm = model.causal_lm
+    if model.mask_token_id is not None or not causal_lm.name_or_path:
+        return
+    if causal_lm not in _DRAFTS:
+        _DRAFTS[causal_lm] = None
+        if (file := _file_of(causal_lm, CONFIG)) and _file_of(causal_lm, WEIGHTS):
+            load_adapter(model, Path(file).parent, Path(file).parent)
+            _DRAFTS[causal_lm] = model.drafts, model.block_size
+    elif (kept := _DRAFTS[causal_lm]) is not None:
+        draft_with(model, *kept)
+
+
+def _file_of(causal_lm: PreTrainedModel, name: str) -> str | None:
+    """Return the path of a file in the local or hub folder that the model was loaded from, or None."""
+    silent = ("gated_repo", "missing_entries", "connection_errors")
+    found: str | None = cached_file(
+        causal_lm.name_or_path, name, **{f"_raise_exceptions_for_{what}": False for what in silent}
+    )
+    return found
+
+
+_DRAFTS: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()  # (draft weights, block size), or None
+
+
 class _Stop:
     """An adapter that applies transformers' stop-string rule token by token, with the interface of ``StopStrings``."""
 
@@ -226,7 +261,9 @@ def _wrapped(model: PreTrainedModel) -> Iterator[DecodeModel]:
     """Wrap the model with the engine's attention and norms, and restore its own afterwards."""
     attention, training = model.config._attn_implementation, [module.training for module in model.modules()]
     try:
-        yield wrap_model(model)
+        wrapped = wrap_model(model)
+        _use_adapter(wrapped)
+        yield wrapped
     finally:
         restore_norms(model)
         model.set_attn_implementation(attention)

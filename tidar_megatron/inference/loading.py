@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
+from tidar_megatron.adapter import CONFIG as ADAPTER_CONFIG
 from tidar_megatron.errors import UserError
 from tidar_megatron.hf_folder.model import check_folder, load_causal_lm
 from tidar_megatron.hf_folder.tokenizer import read_tokenizer
+from tidar_megatron.inference.adapters import load_adapter
 from tidar_megatron.inference.attention import ATTENTION_NAME
 from tidar_megatron.inference.dtype import choose_dtype
 from tidar_megatron.inference.embedding import stored_embedding
@@ -46,7 +48,8 @@ def load_model(
             out for decoding, and ``causal_lm`` cannot run itself.
         quantize: ``int8`` or ``int4`` to decode with quantized weights, on a CPU, without ``keep_weights``; the
             embedding keeps its dtype (:mod:`~tidar_megatron.inference.quantizing`).
-        adapter: A folder of draft weights for this model (:mod:`tidar_megatron.adapter`).
+        adapter: A folder of draft weights for this model (:mod:`tidar_megatron.adapter`); by default ``path`` itself if
+            it holds both.
 
     Raises:
         UserError: a file of the folder is missing or broken, the model's class computes more than the engine does, or
@@ -76,9 +79,9 @@ def load_model(
     elif not keep_weights:
         compiled = library() if torch_device.type == "cpu" else None
         use_lean_forward(model, take=True, embedding=embedding, library=compiled)
+    if adapter is None and (path / ADAPTER_CONFIG).exists():
+        adapter = path
     if adapter is not None:
-        from tidar_megatron.inference.adapters import load_adapter  # not among the modules of an exported folder
-
         load_adapter(model, adapter, path)
     _return_freed_memory()
     return model
