@@ -205,7 +205,7 @@ def test_a_checkpoint_belongs_to_its_base(run_variant, tmp_path):
     weights = load_file(tmp_path / "other" / "model.safetensors")
     weights["model.norm.weight"] += 1e-3
     save_file(weights, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="other: is not the model that .* trained draft weights for"):
+    with pytest.raises(UserError, match=r"other: is not the model that .* trained draft weights for"):
         export_run(folder / "one", tmp_path / "both", base=tmp_path / "other")
     training = {**setup["training"], "init_from": str(tmp_path / "other")}
     with pytest.raises(UserError, match="was started with another base_sha256"):
