@@ -7,7 +7,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -76,6 +76,25 @@ class Adapter:
         """
         save_file({name: tensor.contiguous() for name, tensor in self.tensors.items()}, str(folder / WEIGHTS))
         (folder / CONFIG).write_text(json.dumps(asdict(self.config), indent=2) + "\n", encoding="utf-8")
+
+    def truncated(self, rank: int) -> "Adapter":
+        """Return an adapter whose pairs have a smaller rank: each product's best approximation, from its SVD.
+
+        Raises:
+            UserError: The rank is not smaller than the adapter's.
+        """
+        config = self.config
+        if not 1 <= rank < config.rank:
+            raise UserError(f"--draft-rank {rank}: must be at least 1 and below {config.rank}, the rank in training")
+        tensors = dict(self.tensors)
+        for name in [name.removesuffix(".a") for name in tensors if name.endswith(".a")]:
+            a, b = (tensors[f"{name}.{part}"].double() for part in "ab")
+            (right, of_a), (left, of_b) = torch.linalg.qr(a.t()), torch.linalg.qr(b)
+            u, sizes, v = torch.linalg.svd(of_b @ of_a.t())
+            root = sizes[:rank].sqrt()
+            for part, full in (("a", root[:, None] * (v[:rank] @ right.t())), ("b", left @ u[:, :rank] * root)):
+                tensors[f"{name}.{part}"] = full.to(self.tensors[f"{name}.{part}"].dtype)
+        return Adapter(replace(config, rank=rank, alpha=config.scale * rank), tensors)
 
     def shapes(self, inputs: dict[str, int], outputs: dict[str, int]) -> dict[str, tuple[int, ...]]:
         """Return the shape of each tensor, given the widths of the base model's linear layers by name."""

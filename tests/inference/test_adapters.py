@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import THOROUGH
 from tests.random_models import write_random_model
-from tidar_megatron.adapter import MODULES, Adapter, AdapterConfig, weights_hash
+from tidar_megatron.adapter import MODULES, Adapter, AdapterConfig, read_adapter, weights_hash
 from tidar_megatron.errors import UserError
 from tidar_megatron.evaluation.certificate import certify, plans
 from tidar_megatron.inference import custom_generate
@@ -260,6 +260,25 @@ def test_experts_are_refused(tmp_path):
     base = write_random_model(tmp_path / "base", kind="qwen3_moe", tie=False)
     with pytest.raises(UserError, match="Qwen3MoeForCausalLM is not supported"):
         load_model(base, "cpu", "float32", adapter=write_adapter(tmp_path / "drafts", base))
+
+
+def test_a_smaller_rank_keeps_the_most_of_each_product(folders):
+    """Of a product of rank 3: rank 2 leaves out its smallest singular value, and nothing else changes."""
+    adapter = read_adapter(folders[1])
+    smaller = adapter.truncated(2)
+    assert smaller.config.rank == 2 and smaller.config.scale == adapter.config.scale
+    for name, tensor in adapter.tensors.items():
+        if not name.startswith("layers."):
+            assert torch.equal(smaller.tensors[name], tensor)
+        elif name.endswith(".a"):
+            whole, part = (
+                each.tensors[name[:-1] + "b"].double() @ each.tensors[name].double() for each in (adapter, smaller)
+            )
+            left_out = torch.linalg.matrix_norm(whole - part).item()
+            assert left_out == pytest.approx(torch.linalg.svdvals(whole)[2].item(), rel=1e-4)
+    for rank in (0, 3):
+        with pytest.raises(UserError, match=f"--draft-rank {rank}: must be at least 1 and below 3"):
+            adapter.truncated(rank)
 
 
 def test_the_hash_knows_tensors_and_not_files(tmp_path):

@@ -17,6 +17,7 @@ from tests.layouts import run_layout
 from tests.random_models import write_random_model
 from tests.ranks import run_ranks
 from tests.training.test_parity import close, gather
+from tidar_megatron.adapter import read_adapter
 from tidar_megatron.attention_mask import DOCUMENT, INDEX
 from tidar_megatron.checkpoint.pickles import read_metadata
 from tidar_megatron.config import build_config
@@ -217,6 +218,8 @@ def test_the_engine_drafts_what_was_trained(run_variant):
     setup, _, folder = run_variant("learned")
     export_run(folder / "one", folder / "adapter")
     export_run(folder / "one", folder / "both", base=folder / "hf")
+    export_run(folder / "one", folder / "smaller", draft_rank=1)
+    assert read_adapter(folder / "smaller").config.rank == 1
     for name in ("config.json", "model.safetensors", "draft_config.json", "custom_generate"):
         assert (folder / "both" / name).exists()
     trainer = Trainer.build(build_config({**setup, "checkpoint": {"load": str(folder / "one")}}))

@@ -35,6 +35,7 @@ def main() -> None:
     export.add_argument("--checkpoint", required=True, metavar="RUN", help="folder that was --save in training")
     export.add_argument("--hf", required=True, metavar="DIR", help="folder to write")
     export.add_argument("--base", metavar="DIR", help="copy the model of draft weights beside them, into one folder")
+    export.add_argument("--draft-rank", type=int, metavar="N", help="of exported draft weights [that in training]")
     export.add_argument("--max-shard-size-gb", type=float, default=5.0, metavar="GB", help="of one file [5]")
     verify = verbs.add_parser("verify", help="compare the logits of both in float32")
     verify.add_argument("--hf", required=True, metavar="DIR", help="Hugging Face folder")
@@ -87,7 +88,7 @@ def _export(args: argparse.Namespace) -> None:
     shard_bytes = args.max_shard_size_gb * 10**9
     if not 1 <= shard_bytes < float("inf"):
         raise UserError(f"--max-shard-size-gb {args.max_shard_size_gb}: must be a number above 0")
-    iteration = export_run(args.checkpoint, args.hf, args.iteration, int(shard_bytes), args.base)
+    iteration = export_run(args.checkpoint, args.hf, args.iteration, int(shard_bytes), args.base, args.draft_rank)
     if args.base is not None:
         print(f"{args.hf}: {args.base} and draft weights of iteration {iteration}; any Hugging Face program loads it")
         return

@@ -228,6 +228,7 @@ def export_run(
     iteration: int | None = None,
     shard_bytes: int = SHARD_BYTES,
     base: str | Path | None = None,
+    draft_rank: int | None = None,
 ) -> int:
     """Write a checkpoint of a run as a Hugging Face folder; of a run that trained draft weights, as an adapter's.
 
@@ -238,22 +239,24 @@ def export_run(
         shard_bytes: The approximate size of a file of weights.
         base: The folder of the model that draft weights were trained for, to copy beside them: the folder then holds
             both, and transformers loads the model from it.
+        draft_rank: The rank of the exported pairs, below that in training: a smaller adapter with worse drafts.
 
     Returns:
         The iteration that was exported.
 
     Raises:
-        UserError: ``run`` is not a run's folder, its checkpoint is missing or damaged, ``target`` is not empty, or
-            ``base`` is not the model of the draft weights.
+        UserError: ``run`` is not a run's folder, its checkpoint is missing or damaged, ``target`` is not empty,
+            ``base`` is not the model of the draft weights, or ``draft_rank`` does not fit.
     """
     run = Path(run)
     config, iteration, checkpoint = _intact_checkpoint(run, iteration)
     unsharded = unsharded_model(config)
     if config.trains_drafts:
-        _export_adapter(run, config, checkpoint, unsharded, Path(target), base)
+        _export_adapter(run, config, checkpoint, unsharded, Path(target), base, draft_rank)
         return iteration
-    if base is not None:
-        raise UserError(f"--base {base}: is for draft weights, and {run} trained the whole model; leave it out")
+    for option, given in (("--base", base), ("--draft-rank", draft_rank)):
+        if given is not None:
+            raise UserError(f"{option} {given}: is for draft weights, and {run} trained the whole model; leave it out")
     try:
         # an imported model may have no tokenizer; a trained run always has one
         has_none = read_state(checkpoint).weights_only and not (run / TOKENIZER_FOLDER).exists()
@@ -275,6 +278,7 @@ def _export_adapter(
     unsharded: UnshardedModel,
     target: Path,
     base: str | Path | None,
+    draft_rank: int | None,
 ) -> None:
     try:
         read, fingerprint = WeightReader(checkpoint, unsharded).read, read_state(checkpoint).fingerprint
@@ -300,6 +304,7 @@ def _export_adapter(
         hidden_size=model.hidden_size,
         vocab_size=config.vocab_size,
     )
+    adapter = Adapter(about, tensors) if draft_rank is None else Adapter(about, tensors).truncated(draft_rank)
     if base is not None and weights_hash(base) != about.base_sha256:
         raise UserError(f"--base {base}: is not the model that {run} trained draft weights for; name that folder")
     with new_folder("--hf", target, ADAPTER_CONFIG) as folder:
@@ -308,7 +313,7 @@ def _export_adapter(
             for file in copied:
                 shutil.copyfile(file, folder / file.name)
             write_custom_generate(folder)
-        Adapter(about, tensors).save(folder)
+        adapter.save(folder)
 
 
 def _adapter_name(name: str, numbers: list[str]) -> str:

@@ -12,13 +12,14 @@ distribution p decides in decoding whether the draft is accepted. With q the dra
              hardly overlap, so it begins as KL (LK losses, arXiv 2602.23881)
 ===========  =========================================================================================================
 
-A draft is used only if all drafts before it in its block are accepted. So offsets are weighted (``offset_weights``):
+A draft is used only if all drafts before it in its block are accepted, and the mask at offset 0 drafts nothing: its
+place is that of the certain token. So offsets are weighted (``offset_weights``):
 
 ===========  =========================================================================================================
-``none``     all alike
+``none``     all alike, offset 0 too
 ``reach``    by how far a draft gets: ``sum over m >= j of product over 1 <= i <= m of r_i`` with ``r = (1 + a) / 2``, a
-             the draft's estimated acceptance, detached (D-PACE, arXiv 2605.18810)
-``decay``    ``exp(-j / 4)`` (as DFlash, arXiv 2602.06036)
+             the draft's estimated acceptance, detached (D-PACE, arXiv 2605.18810); 0 for offset 0
+``decay``    ``exp(-j / 4)`` (as DFlash, arXiv 2602.06036); 0 for offset 0
 ===========  =========================================================================================================
 
 As in ``cross_entropy.py``, a chunk's gradient is computed right after its losses; the logits of the teacher and of the
@@ -30,6 +31,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -124,18 +126,18 @@ def offset_weights(accepted: Tensor, weighting: Weighting) -> Tensor:
     """Return the weights of the masks of blocks, ``[blocks, B]``; those of a block that is accepted have the mean 1.
 
     Args:
-        accepted: The estimated acceptance of each draft, ``[blocks, B]``. Offset 0 is the certain token in decoding.
+        accepted: The estimated acceptance of each draft, ``[blocks, B]``.
         weighting: How to weight.
     """
     B = accepted.shape[1]
-    if weighting == "none":
+    if weighting == "none" or B == 1:
         return torch.ones_like(accepted)
     if weighting == "decay":
         weights = torch.exp(-torch.arange(B, device=accepted.device, dtype=accepted.dtype) / DECAY)
+        weights[0] = 0.0
         return (weights / weights.mean()).expand_as(accepted)
-    reached = (1 + accepted) / 2
-    reached[:, 0] = 1.0
-    return reached.cumprod(1).flip(1).cumsum(1).flip(1) / ((B + 1) / 2)
+    weights = ((1 + accepted[:, 1:]) / 2).cumprod(1).flip(1).cumsum(1).flip(1) / ((B - 1) / 2)
+    return F.pad(weights, (1, 0))
 
 
 class _LinearDraftLoss(torch.autograd.Function):
