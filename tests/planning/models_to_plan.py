@@ -37,14 +37,21 @@ MOE = {"num_experts": 4, "moe_ffn_hidden_size": 48, "moe_aux_loss_coeff": 0.01}
 SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
 
 
-def sizes_of(world_size, model=None, training=None, fraction=1.0, **parallel):
+DRAFTS = {"train": "drafts", "draft_rank": 4, "draft_selector": 3, "draft_loss": "ce"}
+
+
+def sizes_of(world_size, model=None, training=None, fraction=1.0, anywhere=0, drafts=None, **parallel):
+    """Return the sizes of a tiny model; ``anywhere`` is the number of blocks that start anywhere."""
+    starts = {"block_starts": "anywhere", "blocks_per_sequence": anywhere} if anywhere else {}
     tree = {
         "tidar": {
             "block_size": 8,
             "attention_backend": "chunked",
             "attention_chunk_size": 32,
             "diffusion_block_fraction": fraction,
+            **starts,
         },
+        "drafts": drafts or {},
         "model": {**MODEL, **(model or {})},
         "data": {"seq_length": 128},
         "training": {"global_batch_size": 8, **(training or {})},

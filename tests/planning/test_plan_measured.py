@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from tests.planning.models_to_plan import CP2, MOE, PP2, SELECTIVE, TP2, sizes_of
+from tests.planning.models_to_plan import CP2, DRAFTS, MOE, PP2, SELECTIVE, TP2, sizes_of
 from tidar_megatron.attention_mask import may_attend, training_area, training_layout
 from tidar_megatron.context_parallel import key_tokens, query_slices
 from tidar_megatron.data.blocks import strata
@@ -25,7 +25,7 @@ from tidar_megatron.distributed.fake import play_rank
 from tidar_megatron.distributed.groups import shut_down
 from tidar_megatron.models.attention.tiles import Squares, make_tilings
 from tidar_megatron.models.gpt import build_model, run_model
-from tidar_megatron.models.loss import joint_loss
+from tidar_megatron.models.loss import draft_loss, joint_loss
 from tidar_megatron.planning.attention_work import tiles
 from tidar_megatron.planning.built_ranks import build_shard
 from tidar_megatron.planning.flops import stage_flops
@@ -53,6 +53,23 @@ LAYOUTS = {
     "experts recomputed": lambda: sizes_of(1, MOE, recompute_granularity="selective", recompute_modules=["moe"]),
     "half of the blocks": lambda: sizes_of(2, training={"micro_batch_size": 2}, fraction=0.5, **CP2),
     "DP4, bf16, dist-opt": lambda: sizes_of(4, training={"bf16": True}, use_distributed_optimizer=True),
+    "24 blocks anywhere": lambda: sizes_of(2, training={"micro_batch_size": 2}, anywhere=24, **CP2),
+    "drafts, float32": lambda: sizes_of(1, drafts=DRAFTS),
+    "drafts, 24 blocks anywhere, kl, bf16": lambda: sizes_of(
+        1, training={"bf16": True, "micro_batch_size": 2}, anywhere=24, drafts={**DRAFTS, "draft_loss": "kl"}
+    ),
+    "drafts, TP2xPP2+SP, bf16, no qk norm": lambda: sizes_of(
+        4, {"qk_layernorm": False}, {"bf16": True}, drafts=DRAFTS, **TP2, **PP2
+    ),
+    "drafts, tied, two modules, full": lambda: sizes_of(
+        1,
+        {"untie_embeddings_and_output_weights": False},
+        drafts={**DRAFTS, "draft_modules": ["linear_qkv", "linear_fc2"], "draft_selector": 0},
+        recompute_granularity="full",
+    ),
+    "drafts, CP2xDP2, dist-opt, selective": lambda: sizes_of(
+        4, drafts=DRAFTS, use_distributed_optimizer=True, **CP2, **SELECTIVE
+    ),
 }
 
 
@@ -80,16 +97,21 @@ def a_batch(sizes, ranks):
     if config.chosen_blocks < config.blocks:  # those in the middle of their strata, as the planner takes them
         edges = strata(config.blocks, config.chosen_blocks)
         chosen = np.stack([(edges[:-1] + edges[1:] - 1) // 2] * sizes.b)
-    whole = make_batch([row] * sizes.b, config.tidar.block_size, 249, chosen=chosen)
+    starts = None
+    if sizes.anywhere:
+        edges = strata(length, config.chosen_blocks)
+        chosen, starts = None, np.stack([(edges[:-1] + edges[1:] - 1) // 2] * sizes.b)
+    whole = make_batch([row] * sizes.b, config.tidar.block_size, 249, chosen=chosen, starts=starts)
     return whole.shard(ranks.groups.cp.rank(), ranks.groups.cp.size())
 
 
 def forward(sizes, chunk, batch):
     if not chunk.pre_process:
-        shape = sizes.residual_tokens // sizes.b, sizes.b, sizes.h
+        shape = sizes.residual_tokens * sizes.rows // sizes.graph_tokens, sizes.b, sizes.h
         chunk.set_input_tensor(torch.randn(shape, dtype=chunk.config.params_dtype).requires_grad_())
     hidden = run_model(chunk, batch)
-    return joint_loss(chunk, batch, hidden)[0] if chunk.post_process else hidden
+    loss = draft_loss if sizes.drafts else joint_loss
+    return loss(chunk, batch, hidden)[0] if chunk.post_process else hidden
 
 
 def saved_bytes(chunk, run):
@@ -192,6 +214,7 @@ VPP2 = {"virtual_pipeline_model_parallel_size": 2}
         (2, {**PP2, **VPP2}),
         (4, {"pipeline_model_parallel_size": 4, **VPP2}),
         (2, {**PP2, **VPP2, "recompute_granularity": "full"}),
+        (2, {**PP2, "drafts": DRAFTS}),
     ],
 )
 def test_the_peak_of_a_whole_step(world_size, parallel):
@@ -311,6 +334,10 @@ def is_group(script_object):
         (4, {**TP2, "use_distributed_optimizer": True}, {}),
         (2, {**PP2, **VPP2}, {}),
         (2, PP2, {"untie_embeddings_and_output_weights": False}),
+        (4, {**TP2, **PP2, "drafts": DRAFTS}, {}),
+        (2, {"tensor_model_parallel_size": 2, "drafts": {**DRAFTS, "draft_loss": "kl"}}, {}),
+        (4, {**CP2, "drafts": DRAFTS, "use_distributed_optimizer": True}, {}),
+        (2, {**PP2, "drafts": DRAFTS}, {"untie_embeddings_and_output_weights": False}),
     ],
 )
 def test_traffic_is_what_a_step_sends(world_size, parallel, model):

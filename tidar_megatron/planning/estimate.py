@@ -103,10 +103,12 @@ class Estimate:
         peak = hardware.bf16_flops if sizes.w == 2 else hardware.fp32_flops
         flops = stage_flops(sizes, stage)
         touched = layer_bytes(sizes, "gpu") * sizes.layers * efficiency("touches") * (1 + passes(sizes)) / 2
+        if sizes.drafts:  # the clean pass, a forward alone
+            touched *= 1 + (sizes.tokens - sizes.graph_tokens) / sizes.graph_tokens / 3
         if stage == sizes.pp - 1:
             chunks = math.ceil(sizes.tokens / chunk_tokens(sizes.h))  # each chunk adds to the weight's gradient
-            adding = 4 * sizes.vocabulary * sizes.h * chunks * (3 if sizes.w == 2 else 2)
-            touched += 4 * sizes.tokens * sizes.vocabulary * efficiency("loss_touches") + adding
+            adding = 0 if sizes.drafts else 4 * sizes.vocabulary * sizes.h * chunks * (3 if sizes.w == 2 else 2)
+            touched += 4 * sizes.graph_tokens * sizes.vocabulary * efficiency("loss_touches") + adding
         links = sum(t.seconds for t in self.traffic(stage) if t.group != "DP") / sizes.micro_batches
         return (
             flops.matmul / (peak * efficiency("matmul")),
@@ -122,11 +124,11 @@ class Estimate:
         """
         sizes = self.sizes
         parameters = parameters_of(sizes, stage)
-        owned = float(parameters.total)
+        owned = float(parameters.trained)
         if sizes.config.parallel.use_distributed_optimizer:
             owned = parameters.dense / (sizes.dp * sizes.cp) + parameters.expert / sizes.edp
         state = 12 if sizes.w == 2 else 8
-        return owned * (2 * state + 8 + sizes.w) / self._memory_rate + 4 * parameters.total / self._memory_rate
+        return owned * (2 * state + 8 + sizes.w) / self._memory_rate + 4 * parameters.trained / self._memory_rate
 
     @property
     def _memory_rate(self) -> float:

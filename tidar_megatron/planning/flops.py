@@ -7,6 +7,7 @@ in torch's FlopCounterMode.
 
 from dataclasses import dataclass
 
+from tidar_megatron.adapter import CANDIDATES
 from tidar_megatron.attention_mask import training_area
 from tidar_megatron.planning.sizes import Sizes
 
@@ -31,11 +32,17 @@ class Flops:
         return Flops(self.matmul * matmul, self.attention * (matmul if attention is None else attention))
 
 
-def layer_forward(sizes: Sizes) -> tuple[Flops, Flops]:
-    """Return the FLOPs of one layer's forward over one micro-batch: attention with projections, and feed-forward."""
-    t, h, d = sizes.tokens, sizes.h, sizes.d
+def layer_forward(sizes: Sizes, clean_pass: bool = False) -> tuple[Flops, Flops]:
+    """Return the FLOPs of one layer's forward over one micro-batch: attention with projections, and feed-forward.
+
+    They are those of the tokens that have a backward; or, with ``--train drafts``, of the pass of the clean tokens.
+    """
+    t, area = sizes.graph_tokens, sizes.tiles.area
+    if clean_pass:
+        t, area = sizes.tokens - sizes.graph_tokens, sizes.clean_tiles.area
+    h, d = sizes.h, sizes.d
     projections = 2 * t * h * d * (2 * sizes.heads + 2 * sizes.groups)
-    tiles = 4 * sizes.b * sizes.tiles.area * sizes.heads * d
+    tiles = 4 * sizes.b * area * sizes.heads * d
     if sizes.experts is None:
         feed_forward = 2 * t * 3 * h * sizes.f
     else:
@@ -51,21 +58,50 @@ def chunk_flops(sizes: Sizes, last: bool) -> Flops:
     """
     attention, feed_forward = layer_forward(sizes)
     parallel, n = sizes.config.parallel, sizes.chunk_layers
-    layer = attention + feed_forward
-    total = layer.times(3 * n, 3.5 * n)
+    layer, pairs = attention + feed_forward, Flops(pair_flops(sizes), 0)
+    if sizes.drafts:  # frozen weights have no gradient, and clean tokens no backward
+        clean_attention, clean_feed_forward = layer_forward(sizes, clean_pass=True)
+        total = layer.times(2 * n, 3.5 * n) + pairs.times(3 * n) + (clean_attention + clean_feed_forward).times(n)
+    else:
+        total = layer.times(3 * n, 3.5 * n)
     if parallel.recompute_granularity == "full":
         uniform = parallel.recompute_method == "uniform"
-        again = n if uniform else min(parallel.recompute_num_layers, n)
-        total += layer.times(again)
+        layers = n if uniform else min(parallel.recompute_num_layers, n)
+        total += (layer + pairs).times(layers)
     elif parallel.recompute_granularity == "selective":
         modules = parallel.recompute_modules
         if "core_attn" in modules:
             total += Flops(0, attention.attention * n)
         if sizes.feed_forward in modules:
-            total += feed_forward.times(n)
-    if last:
+            total += feed_forward.times(n) + Flops(pair_flops(sizes, "linear_fc1", "linear_fc2") * n, 0)
+    if last and sizes.drafts:
+        total += Flops(draft_loss_flops(sizes), 0)
+    elif last:
         total += Flops(3 * 2 * sizes.tokens * sizes.h * sizes.vocabulary, 0)
     return total
+
+
+def pair_flops(sizes: Sizes, *modules: str) -> float:
+    """Return the FLOPs of the forward of one layer's pairs over one micro-batch, of all or of some modules.
+
+    Of a pair's two weights the one that is not sharded sees this rank's part of the sequence.
+    """
+    t, s = sizes.graph_tokens, sizes.residual_tokens
+    chosen = [sizes.pairs[name] for name in modules or sizes.pairs if name in sizes.pairs]
+    sums = [t * i + s * o if by_rows else s * i + t * o for i, o, by_rows in chosen]
+    return 2.0 * sizes.config.drafts.draft_rank * sum(sums)
+
+
+def draft_loss_flops(sizes: Sizes) -> float:
+    """Return the FLOPs of a micro-batch's draft loss: logits of masks and of their teachers, and the selector.
+
+    The selector is computed again in its backward; its products have no gradients of states and embeddings.
+    """
+    drafts, t, h = sizes.config.drafts, sizes.graph_tokens, sizes.h
+    logits = 2 * t * h * sizes.vocabulary * (2 + (drafts.draft_loss != "ce"))
+    projections = 2 * t * h * drafts.draft_selector * (2 + CANDIDATES)
+    scores = 2 * t * CANDIDATES * drafts.draft_selector
+    return logits + 3 * projections + 4 * scores
 
 
 def stage_flops(sizes: Sizes, stage: int) -> Flops:
@@ -101,13 +137,23 @@ def model_flops(sizes: Sizes) -> tuple[float, float]:
 
     Returns:
         The FLOPs of the doubled sequence, 2S tokens (fewer if only some blocks have masks) with the visible pairs of
-        its mask; and those of plain AR training on the same S clean tokens with causal attention, the baseline.
+        its mask, or of both passes of ``--train drafts``; and those of plain AR training on the same S clean tokens
+        with causal attention, the baseline.
     """
-    model, S = sizes.config.model, sizes.config.data.seq_length
-    doubled, causal = training_area(S, sizes.config.tidar.block_size)
+    model, S, B = sizes.config.model, sizes.config.data.seq_length, sizes.config.tidar.block_size
+    doubled, causal = training_area(S, B)
     each = 6 * active_parameters(sizes)
     pair = 12 * model.num_layers * model.num_attention_heads * sizes.d
     sequences = sizes.config.training.global_batch_size
     share = sizes.config.chosen_blocks / sizes.config.blocks
-    trained = each * (1.0 + share) * S + pair * (causal + share * (doubled - causal))
-    return sequences * trained, sequences * (each * 1.0 * S + pair * causal)
+    seen_by_masks = share * (doubled - causal)
+    if sizes.anywhere:
+        seen_by_masks = sizes.config.chosen_blocks * B * ((S - 1) / 2 + B)
+    plain = each * 1.0 * S + pair * causal
+    if not sizes.drafts:
+        return sequences * (each * (1.0 + share) * S + pair * (causal + seen_by_masks)), sequences * plain
+    # forward alone for clean tokens, without their logits; no gradients of frozen weights for masks
+    logits = sizes.h * (model.vocab_size or 0)
+    rank, pairs = sizes.config.drafts.draft_rank, sum(i + o for i, o, _ in sizes.pairs.values()) * sizes.tp
+    of_masks = (4 * active_parameters(sizes) + 6 * model.num_layers * rank * pairs) * share * S + pair * seen_by_masks
+    return sequences * (plain / 3 - 2 * logits * S + of_masks), sequences * plain

@@ -11,6 +11,10 @@ parameters. They depend on the kernels; the hooks test the first set:
 
 In both, attention saves q, k, v, the output and its log-sum-exp, as the chunked backend does on a kernel that does not
 save scores. The other backends are counted the same way.
+
+With ``--train drafts`` only masks have a backward. Their layers save the same, but for what frozen weights need: a
+frozen linear layer without a pair saves nothing, a frozen norm not its output. Attention saves the keys and values of
+clean tokens too.
 """
 
 from dataclasses import dataclass
@@ -25,14 +29,20 @@ Kernels = Literal["cpu", "gpu"]
 
 @dataclass(frozen=True)
 class Parameters:
-    """The number of parameters that one rank holds."""
+    """The number of parameters that one rank holds; only frozen ones have no gradient."""
 
     dense: int  # replicated over DP and CP
     expert: int  # replicated over the ranks that hold the same experts
+    frozen: int = 0
 
     @property
     def total(self) -> int:
         """The number of all parameters."""
+        return self.trained + self.frozen
+
+    @property
+    def trained(self) -> int:
+        """The number of parameters that are not frozen."""
         return self.dense + self.expert
 
 
@@ -73,7 +83,13 @@ def parameters_of(sizes: Sizes, stage: int) -> Parameters:
     ends = h if last else 0
     ends += sizes.vocabulary * h if first else 0
     ends += sizes.vocabulary * h if last and not (sizes.tied and first) else 0
-    return Parameters(sizes.layers * layer + ends, sizes.layers * expert)
+    if not sizes.drafts:
+        return Parameters(sizes.layers * layer + ends, sizes.layers * expert)
+    drafts = sizes.config.drafts
+    trained = sizes.layers * drafts.draft_rank * sum(inputs + outputs for inputs, outputs, _ in sizes.pairs.values())
+    trained += h if first else 0  # the masks' input
+    trained += (3 * h + 1) * drafts.draft_selector if last else 0
+    return Parameters(trained, 0, sizes.layers * layer + ends)
 
 
 def optimizer_bytes(sizes: Sizes, parameters: Parameters) -> int:
@@ -83,31 +99,39 @@ def optimizer_bytes(sizes: Sizes, parameters: Parameters) -> int:
     """
     each = 12 if sizes.w == 2 else 8
     if not sizes.config.parallel.use_distributed_optimizer:
-        return each * parameters.total
+        return each * parameters.trained
     return each * (-(-parameters.dense // (sizes.dp * sizes.cp)) - (-parameters.expert // sizes.edp))
 
 
 def norm_bytes(sizes: Sizes, rows: int, width: int, kernels: Kernels) -> int:
     """Return the bytes that an RMSNorm saves over ``rows`` of ``width`` channels."""
-    kept = rows * width * (sizes.w if kernels == "gpu" else 8)
+    kept = rows * width * (sizes.w if kernels == "gpu" else 4 if sizes.drafts else 8)
     return kept + 4 * rows
 
 
 def core_attention_bytes(sizes: Sizes) -> int:
     """Return the bytes that recomputing ``core_attn`` frees: those of a layer's attention without its inputs."""
     w, d = sizes.w, sizes.d
-    log_sum_exp = 4 * sizes.tokens * sizes.heads
+    log_sum_exp = 4 * sizes.graph_tokens * sizes.heads
+    copies = joins_keys(sizes)
     # folded heads are unfolded into a copy; otherwise the output projection saves the same tensor
-    outputs = sizes.tokens * sizes.heads * d * w if sizes.heads != sizes.groups or sizes.cp > 1 else 0
-    gathered = 2 * sizes.b * sizes.tiles.keys * sizes.groups * d * w if sizes.cp > 1 else 0
-    return outputs + log_sum_exp + gathered
+    outputs = sizes.graph_tokens * sizes.heads * d * w if sizes.heads != sizes.groups or copies else 0
+    joined = 2 * sizes.b * sizes.tiles.keys * sizes.groups * d * w if copies else 0
+    return outputs + log_sum_exp + joined
+
+
+def joins_keys(sizes: Sizes) -> bool:
+    """Return whether attention copies keys and values: behind those of other ranks, or of the clean pass."""
+    return sizes.cp > 1 or sizes.drafts
 
 
 def feed_forward_bytes(sizes: Sizes, kernels: Kernels) -> int:
     """Return the bytes that recomputing ``mlp`` (``moe``) frees: those of a layer's feed-forward without its input."""
-    w, t = sizes.w, sizes.tokens
+    w, t = sizes.w, sizes.graph_tokens
     if sizes.experts is None:
-        return t * sizes.f * w * (3 if kernels == "gpu" else 5)
+        saves_product = not sizes.drafts or "linear_fc2" in sizes.pairs
+        own = t * sizes.f * w * ((2 if kernels == "gpu" else 4) + saves_product)
+        return own + pair_bytes(sizes, "linear_fc1", "linear_fc2")
     rows, s, topk = sizes.expert_rows, sizes.residual_tokens, sizes.config.model.moe_router_topk
     experts = rows * w * (sizes.h + sizes.f * (3 if kernels == "gpu" else 6))
     seen = s * sizes.ep * sizes.etp  # tokens of the expert-parallel group
@@ -115,30 +139,40 @@ def feed_forward_bytes(sizes: Sizes, kernels: Kernels) -> int:
     return experts + routing
 
 
+def pair_bytes(sizes: Sizes, *modules: str) -> int:
+    """Return the bytes that the pairs of linear layers save between their two products."""
+    rows = [sizes.residual_tokens if sizes.pairs[m][2] else sizes.graph_tokens for m in modules if m in sizes.pairs]
+    return sum(rows) * sizes.config.drafts.draft_rank * sizes.w
+
+
 def layer_bytes(sizes: Sizes, kernels: Kernels, recompute: tuple[str, ...] = ()) -> int:
     """Return the bytes of activations that one layer saves per micro-batch if the modules ``recompute`` save none."""
-    t, s, h, d, w = sizes.tokens, sizes.residual_tokens, sizes.h, sizes.d, sizes.w
+    t, s, h, d, w = sizes.graph_tokens, sizes.residual_tokens, sizes.h, sizes.d, sizes.w
     heads, groups, model = sizes.heads, sizes.groups, sizes.config.model
     norms = 2 * norm_bytes(sizes, s, h, kernels)
-    inputs = 2 * s * h * w  # inputs of the projection to q, k, v and of the feed-forward
+    # inputs of the projection to q, k, v and of the feed-forward
+    inputs = s * h * w * (len({"linear_qkv", "linear_fc1"} & {*sizes.pairs}) if sizes.drafts else 2)
+    within = pair_bytes(sizes, "linear_qkv", "linear_proj")
     rotary = 4 * sizes.angle_rows * d * w
     attention_recomputed = "core_attn" in recompute
     fused_qkv, qk_norm = t * (heads + 2 * groups) * d * w, 0
-    keeps_qkv = sizes.cp == 1 or attention_recomputed  # v is a view of the fused q, k, v; gathered v is not
+    keeps_qkv = not joins_keys(sizes) or attention_recomputed  # v is a view of the fused q, k, v; a joined v is not
     if model.qk_layernorm:
         qk_norm = norm_bytes(sizes, t * heads, d, kernels) + 4 * t * groups
         if kernels == "gpu" or w == 4:  # k's norm saves its input, also a view of the fused q, k, v
             keeps_qkv = True
         else:
             qk_norm += 4 * t * groups * d
-        qk_norm += 4 * t * groups * d if kernels == "cpu" else 0
+        qk_norm += 4 * t * groups * d if kernels == "cpu" and not sizes.drafts else 0
     turned = t * heads * d * w
-    if sizes.cp == 1 or attention_recomputed:
+    if not joins_keys(sizes) or attention_recomputed:
         turned += t * groups * d * w
-    attention = t * heads * d * w  # the input of the output projection
+    # the input of the output projection
+    attention = t * heads * d * w if not sizes.drafts or "linear_proj" in sizes.pairs else 0
     attention += 0 if attention_recomputed else core_attention_bytes(sizes)
     feed_forward = 0 if sizes.feed_forward in recompute else feed_forward_bytes(sizes, kernels)
-    return norms + inputs + rotary + (fused_qkv if keeps_qkv else 0) + qk_norm + turned + attention + feed_forward
+    fused_qkv = fused_qkv if keeps_qkv else 0
+    return norms + inputs + within + rotary + fused_qkv + qk_norm + turned + attention + feed_forward
 
 
 @dataclass(frozen=True)
@@ -159,7 +193,7 @@ class Activations:
 
 def activations_of(sizes: Sizes, first: bool, last: bool, kernels: Kernels) -> Activations:
     """Return the activations of a chunk that is the ``first`` or the ``last`` of the model, both, or neither."""
-    parallel, t, s, h, w = sizes.config.parallel, sizes.tokens, sizes.residual_tokens, sizes.h, sizes.w
+    parallel, t, s, h, w = sizes.config.parallel, sizes.graph_tokens, sizes.residual_tokens, sizes.h, sizes.w
     n, every = sizes.chunk_layers, layer_bytes(sizes, kernels)
     metadata, angles = 16 * sizes.b * sizes.tiles.keys, 4 * sizes.angle_rows * sizes.d
     # gradients of the feed-forward's first projection and of the residuals; tokens dispatched to experts
@@ -180,11 +214,13 @@ def activations_of(sizes: Sizes, first: bool, last: bool, kernels: Kernels) -> A
         one = layer_bytes(sizes, kernels, tuple(modules))
         layers, working = n * one, working + every - one
         shared = metadata if "core_attn" in modules else 0
-    ends = t * (8 + (1 if sizes.tp > 1 else 0)) if first else 0
+    ends = t * (8 + (1 if sizes.tp > 1 else 0)) if first and not sizes.drafts else 0
+    if first and sizes.drafts and (w == 4 or kernels == "gpu" or parallel.recompute_granularity == "full"):
+        layers -= s * h * w  # the first layer's input is a view of one row
     loss = 0
     if last:
         ends += norm_bytes(sizes, s, h, kernels)
-        loss = w * h * (t + sizes.vocabulary)
+        loss = w * h * (t + (0 if sizes.drafts else sizes.vocabulary))
     return Activations(layers, shared, ends, loss, working)
 
 
@@ -194,8 +230,10 @@ def loss_bytes(sizes: Sizes) -> int:
     These are the hidden states and their gradient, the weight's gradient in float32, and a chunk of logits; under
     bfloat16 also the larger of the logits' float32 softmax and the chunk's part of the weight's gradient.
     """
-    t, h, v, w = sizes.tokens, sizes.h, sizes.vocabulary, sizes.w
+    t, h, v, w = sizes.graph_tokens, sizes.h, sizes.vocabulary, sizes.w
     chunk = min(chunk_tokens(h), t)
+    if sizes.drafts:  # no gradient of the weight; the logits twice in float32, where the teacher's count too
+        return 2 * t * h * w + (w + 8) * chunk * v
     logits = 4 * chunk * v if w == 4 else 2 * chunk * v + max(4 * chunk * v, 2 * v * h)
     return 2 * t * h * w + 4 * v * h + logits
 
@@ -222,7 +260,7 @@ def memory_of(sizes: Sizes, stage: int, kernels: Kernels = "gpu") -> Memory:
     return Memory(
         parameters=parameters.total,
         weights=sizes.w * parameters.total,
-        gradients=4 * parameters.total,
+        gradients=4 * parameters.trained,
         optimizer=optimizer_bytes(sizes, parameters),
         activations=in_flight(sizes, stage) * (one.layers + one.shared) + at_ends * ends.ends,
         loss=loss_bytes(sizes) if last else 0,

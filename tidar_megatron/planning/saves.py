@@ -26,10 +26,10 @@ def written_by(sizes: Sizes, stage: int) -> Written:
     its own part of the distributed optimizer's state.
     """
     parameters = parameters_of(sizes, stage)
-    owned = float(parameters.total)
+    owned = float(parameters.trained)
     if sizes.config.parallel.use_distributed_optimizer:
         owned = parameters.dense / (sizes.dp * sizes.cp) + parameters.expert / sizes.edp
-    return Written(sizes.w * parameters.total, round(state_bytes(sizes) * owned))
+    return Written(sizes.w * parameters.trained, round(state_bytes(sizes) * owned))
 
 
 def gathered_otherwise(sizes: Sizes, stage: int) -> int:

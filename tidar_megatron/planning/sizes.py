@@ -11,7 +11,7 @@ from tidar_megatron.config import Config, ResolvedConfig, check_config, check_wo
 from tidar_megatron.errors import UserError
 from tidar_megatron.models.attention.flex import BLOCK as FLEX_BLOCK
 from tidar_megatron.models.gpt import padded_vocab_size
-from tidar_megatron.planning.attention_work import Tiles, largest_tiles
+from tidar_megatron.planning.attention_work import Queries, Tiles, largest_tiles
 
 
 @dataclass(frozen=True)
@@ -84,18 +84,39 @@ class Sizes:
         return self.config.training.micro_batch_size
 
     @cached_property
+    def drafts(self) -> bool:
+        """Return whether draft weights alone are trained: only masks have a backward then."""
+        return self.config.trains_drafts
+
+    @cached_property
+    def mask_rows(self) -> int:
+        """The mask tokens of one sequence on this rank."""
+        return self.config.chosen_blocks * self.config.tidar.block_size // self.cp
+
+    @cached_property
     def rows(self) -> int:
         """The clean and mask tokens of one sequence on this rank: 2S / CP, fewer if only some blocks have masks."""
-        return (self.config.data.seq_length + self.config.chosen_blocks * self.config.tidar.block_size) // self.cp
+        return self.config.data.seq_length // self.cp + self.mask_rows
+
+    @cached_property
+    def graph_rows(self) -> int:
+        """The tokens of one sequence on this rank that have a backward."""
+        return self.mask_rows if self.drafts else self.rows
 
     @cached_property
     def angle_rows(self) -> int:
-        """The rows of rotary angles: those of one sequence, or of b if their masks are at different positions.
+        """The rows of rotary angles in the graph: of one sequence, or of b if their masks are at different positions.
 
         As everywhere in the planner, a sequence is one document. Packed documents, whose positions restart, have b
         times as many rows.
         """
-        return self.rows * (self.b if self.config.chosen_blocks < self.config.blocks else 1)
+        differ = self.anywhere or self.config.chosen_blocks < self.config.blocks
+        return self.graph_rows * (self.b if differ else 1)
+
+    @cached_property
+    def anywhere(self) -> bool:
+        """Return whether blocks start anywhere."""
+        return self.config.tidar.block_starts == "anywhere"
 
     @cached_property
     def tokens(self) -> int:
@@ -103,9 +124,14 @@ class Sizes:
         return self.b * self.rows
 
     @cached_property
+    def graph_tokens(self) -> int:
+        """The tokens of a micro-batch on this rank that have a backward."""
+        return self.b * self.graph_rows
+
+    @cached_property
     def residual_tokens(self) -> int:
-        """The tokens whose residual stream this rank holds: sequence parallelism shards it over TP."""
-        return self.tokens // self.tp if self.config.parallel.sequence_parallel else self.tokens
+        """The tokens with a backward whose residual stream this rank holds: sequence parallelism shards it over TP."""
+        return self.graph_tokens // self.tp if self.config.parallel.sequence_parallel else self.graph_tokens
 
     @cached_property
     def h(self) -> int:
@@ -180,11 +206,34 @@ class Sizes:
 
     @cached_property
     def tiles(self) -> Tiles:
-        """The work of attention for one sequence, on the context-parallel rank with the most work."""
-        tidar = self.config.tidar
+        """The work of the attention that has a backward, for one sequence on the rank with the most work."""
+        return self._tiles("masks" if self.drafts else "all")
+
+    @cached_property
+    def clean_tiles(self) -> Tiles:
+        """The work of attention in the clean pass of ``--train drafts``."""
+        return self._tiles("clean")
+
+    def _tiles(self, which: Queries) -> Tiles:
+        tidar, length = self.config.tidar, self.config.data.seq_length
         chunks = {"dense": self.rows, "chunked": tidar.attention_chunk_size}
         chunk = chunks.get(tidar.attention_backend, FLEX_BLOCK)
-        return largest_tiles(self.config.data.seq_length, tidar.block_size, chunk, self.cp, self.config.chosen_blocks)
+        return largest_tiles(length, tidar.block_size, chunk, self.cp, self.config.chosen_blocks, self.anywhere, which)
+
+    @cached_property
+    def pairs(self) -> dict[str, tuple[int, int, bool]]:
+        """The widths on this rank of the linear layers that have a pair, in and out, and whether they are row-parallel.
+
+        They are named as in ``--draft-modules``.
+        """
+        h, heads = self.h, self.heads * self.d
+        every = {
+            "linear_qkv": (h, heads + 2 * self.groups * self.d, False),
+            "linear_proj": (heads, h, True),
+            "linear_fc1": (h, 2 * self.f, False),
+            "linear_fc2": (self.f, h, True),
+        }
+        return {name: every[name] for name in self.config.drafts.draft_modules} if self.drafts else {}
 
 
 def require_vocabulary(config: Config) -> ResolvedConfig:
@@ -194,12 +243,8 @@ def require_vocabulary(config: Config) -> ResolvedConfig:
         UserError: the config has no vocabulary size, which training would take from the tokenizer or ``--init-from``;
             or it is of a run that is not planned yet.
     """
-    for name, given in (
-        ("--train drafts", config.trains_drafts),
-        ("--block-starts anywhere", config.tidar.block_starts == "anywhere"),
-    ):
-        if given:
-            raise UserError(f"{name}: its memory and time are not planned yet; leave it out to plan joint training")
+    if config.trains_drafts and config.model.num_experts is not None:
+        raise UserError("--train drafts: is not planned for a model with experts yet; plan a dense model of its size")
     return ResolvedConfig.of(
         config,
         "model.vocab_size is not in the config (training takes it from the tokenizer or --init-from), but this tool "

@@ -7,6 +7,7 @@ NVLink's bandwidth.
 
 from dataclasses import dataclass
 
+from tidar_megatron.adapter import CANDIDATES
 from tidar_megatron.planning.hardware import Hardware, efficiency
 from tidar_megatron.planning.memory import parameters_of
 from tidar_megatron.planning.sizes import Sizes
@@ -68,10 +69,11 @@ def tensor_bytes(sizes: Sizes, stage: int) -> float:
     """
     if sizes.tp == 1:
         return 0.0
-    one = sizes.tokens * sizes.h * sizes.w * (sizes.tp - 1) / sizes.tp  # one all-gather, or one reduce-scatter
+    share = sizes.w * (sizes.tp - 1) / sizes.tp
+    one = sizes.graph_tokens * sizes.h * share  # one all-gather, or one reduce-scatter
     blocks = 2 if sizes.experts is None else 1  # attention and feed-forward
     per_layer = blocks * (2 * passes(sizes) + 2)
-    again = 1 if sizes.config.parallel.sequence_parallel else 0
+    again = 1 if sizes.config.parallel.sequence_parallel and not sizes.drafts else 0
     per_layer += blocks * again
     parallel = sizes.config.parallel
     if sizes.experts is None and parallel.recompute_granularity == "selective" and "mlp" in parallel.recompute_modules:
@@ -79,7 +81,27 @@ def tensor_bytes(sizes: Sizes, stage: int) -> float:
     total = per_layer * one * sizes.layers
     total += 2 * one if stage == 0 else 0  # the embedding
     total += 2 * one if stage == sizes.pp - 1 else 0  # the output layer, whose gradients are computed in forward
+    if sizes.drafts:
+        total += draft_bytes(sizes, stage, one, share)
     return total * sizes.micro_batches
+
+
+def draft_bytes(sizes: Sizes, stage: int, one: float, share: float) -> float:
+    """Return the bytes that a micro-batch sends besides what its masks send in joint training.
+
+    Clean tokens have a forward alone. Pairs send what is between their two products, and the selector needs the
+    embeddings of all candidates.
+    """
+    drafts, clean = sizes.config.drafts, (sizes.tokens - sizes.graph_tokens) * sizes.h * share
+    within = sizes.graph_tokens * drafts.draft_rank * share
+    total = 2 * 2 * clean * sizes.layers + len(sizes.pairs) * (passes(sizes) + 1) * within * sizes.layers
+    if stage == 0:
+        total += 2 * clean - 2 * one
+    if stage == sizes.pp - 1 and drafts.draft_loss != "ce":
+        total += clean
+    if stage == sizes.pp - 1 and drafts.draft_selector:  # all-reduced embeddings, again in its backward
+        total += 2 * 2 * (1 + CANDIDATES) * one
+    return total
 
 
 def context_bytes(sizes: Sizes) -> float:
@@ -94,6 +116,7 @@ def context_bytes(sizes: Sizes) -> float:
     forwards = passes(sizes)
     if parallel.recompute_granularity == "selective" and "core_attn" in parallel.recompute_modules:
         forwards += 1
+    # with --train drafts both passes gather them, and nothing is reduced
     return (forwards + 1) * clean * (sizes.cp - 1) / sizes.cp * sizes.layers * sizes.micro_batches
 
 
@@ -130,8 +153,9 @@ def pipeline_bytes(sizes: Sizes, stage: int) -> float:
         return 0.0
     forward = sizes.vpp - (1 if stage == sizes.pp - 1 else 0)
     backward = sizes.vpp - (1 if stage == 0 else 0)
-    shared = 4 * sizes.vocabulary * sizes.h if sizes.tied and stage in (0, sizes.pp - 1) else 0
-    return float(sizes.residual_tokens * sizes.h * sizes.w * (forward + backward) * sizes.micro_batches + shared)
+    shared = 4 * sizes.vocabulary * sizes.h if sizes.tied and stage in (0, sizes.pp - 1) and not sizes.drafts else 0
+    residuals = sizes.residual_tokens * sizes.rows // sizes.graph_rows  # clean tokens have gradients too: zeros
+    return float(residuals * sizes.h * sizes.w * (forward + backward) * sizes.micro_batches + shared)
 
 
 def data_bytes(sizes: Sizes, stage: int) -> float:
