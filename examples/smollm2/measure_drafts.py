@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from tidar_megatron.program import OneLineParser, keep_threads_awake, run_tool
 
 PLANS = ("ar", "lookup:8", "linear:8", "1:4", "1:8", "2:8", "all:8", "auto")
@@ -44,6 +46,7 @@ def main() -> None:
     for name in ("model", "adapter", "prompts", "output"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--run", help="the run that trained the adapter, for its minutes and its AR loss")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the figure; needs --run")
     parser.add_argument("--limit", type=int, help="prompts [all]")
     parser.add_argument("--max-new-tokens", type=int, default=96, help="tokens to generate for each prompt [96]")
     parser.add_argument("--dtype", default="auto", help="[auto]")
@@ -98,6 +101,8 @@ def main() -> None:
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     Path(args.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(table(result))
+    if args.plot:
+        plot(result, args.plot)
 
 
 def generate_following(planner: Any, model: Any, prompt: list[int], options: Any) -> Any:
@@ -131,18 +136,30 @@ def in_batches(model: Any, prompts: list[list[int]], plans: dict[str, Any]) -> l
 
 
 def training(run: Path) -> dict[str, Any]:
-    """Return the minutes of a run, its masks, and the AR losses of its first and last evaluation."""
+    """Return the minutes of a run, its masks, and its evaluations.
+
+    A step's time is the median of the run's, because a run may have been stopped, or other programs have run beside it.
+    """
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in metrics if "loss" in line]
-    evaluations = [{"iteration": line["iteration"], **line["eval"]} for line in metrics if "eval" in line]
-    seconds, before = 0.0, 0
-    for line in steps:
-        seconds, before = seconds + line["step_seconds"] * (line["iteration"] - before), line["iteration"]
+    config = yaml.safe_load((run / "resolved_config.yaml").read_text())
+    minutes = statistics.median(line["step_seconds"] for line in steps) / 60
+    sequences = steps[-1]["consumed_sequences"] // steps[-1]["iteration"]
+    masks = sequences * config["tidar"]["blocks_per_sequence"] * config["tidar"]["block_size"]
     return {
-        "minutes": round(seconds / 60, 1),
+        "minutes": round(minutes * steps[-1]["iteration"], 1),
         "iterations": steps[-1]["iteration"],
-        "consumed_sequences": steps[-1]["consumed_sequences"],
-        "evaluations": evaluations,
+        "mask_tokens": masks * steps[-1]["iteration"],
+        "evaluations": [
+            {
+                "iteration": line["iteration"],
+                "minutes": round(minutes * line["iteration"], 1),
+                "mask_tokens": masks * line["iteration"],
+                **line["eval"],
+            }
+            for line in metrics
+            if "eval" in line
+        ],
     }
 
 
@@ -182,21 +199,62 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Return a table with a row for each kind of text."""
-    plans = [*PLANS, FREE]
-    lines = ["| prompts | of these varied | " + " | ".join(plans) + " |", "|---|---|" + "---|" * len(plans)]
+    """Return the tables: plans by kind of text, batches, and evaluations in training."""
+    plans = [*PLANS[1:], FREE]
+    lines = ["| prompts | varied | AR tokens/s | " + " | ".join(plans) + " |", "|---|---|---|" + "---|" * len(plans)]
     kinds = dict.fromkeys(row["kind"] for row in found["rows"])
-    for kind in kinds:
-        rows = [row for row in found["rows"] if row["kind"] == kind]
+    groups = {kind: [row for row in found["rows"] if row["kind"] == kind] for kind in kinds}
+    groups = {"all but other": [row for row in found["rows"] if row["kind"] != "other"], **groups}
+    for kind, rows in groups.items():
         varied = [row for row in rows if is_varied(row)]
         if not varied:
             continue
-        cells = [f"{forward:.2f} ({over:.2f} x)" for forward, over in (of(varied, plan) for plan in plans)]
-        lines.append(f"| {kind} | {len(varied)} of {len(rows)} | {' | '.join(cells)} |")
-    for name in OF_BATCHES:
-        if over := [row[name] / row["ar"] for row in found["batches"]]:
-            lines.append(f"batches of {BATCH}: {name} {statistics.median(over):.2f} x AR")
+        cells = [f"{forward:.2f} ({over:.2f})" for forward, over in (of(varied, plan) for plan in plans)]
+        cells[-1] = cells[-1].split()[0]
+        ar = statistics.median(row["plans"]["ar"][1] for row in varied)
+        lines.append(f"| {kind} | {len(varied)} of {len(rows)} | {ar:.0f} | {' | '.join(cells)} |")
+    names = [name for name in OF_BATCHES if name != "ar"]
+    over = [f"{name} {statistics.median(row[name] / row['ar'] for row in found['batches']):.2f}" for name in names]
+    identical, outputs = found["summary"]["identical_to_ar"], found["summary"]["outputs"]
+    lines += ["", f"Batches of {BATCH}, all prompts, tokens/s over AR's: {', '.join(over)}."]
+    lines += [f"{identical:,} of {outputs:,} outputs are AR's own; {found['dtype']}.", ""]
+    if found["training"] is not None:
+        lines += ["| step | minutes | mask tokens | AR loss | greedy tokens per forward |", "|---|---|---|---|---|"]
+        for one in found["training"]["evaluations"]:
+            shown = f"{one['ar_loss']:.4f} | {one['greedy_tokens_per_forward']:.2f}"
+            lines.append(f"| {one['iteration']} | {one['minutes']:.0f} | {one['mask_tokens']:,} | {shown} |")
+    machine = found["machine"]
+    lines += ["", f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}."]
     return "\n".join(lines)
+
+
+def plot(found: dict[str, Any], path: str) -> None:
+    """Draw tokens per forward over training, and tokens/s over AR's by plan, for prompts of trained and other kinds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5))
+    evaluations = found["training"]["evaluations"]
+    masks = [one["mask_tokens"] / 1e6 for one in evaluations]
+    left.plot(masks, [one["greedy_tokens_per_forward"] for one in evaluations], "o-")
+    left.set(xlabel="mask tokens, millions", ylabel="greedy tokens per forward, held out", ylim=(1, None))
+    minutes = left.twiny()
+    minutes.set(xlabel="minutes", xlim=[edge * evaluations[-1]["minutes"] / masks[-1] for edge in left.get_xlim()])
+    counted = [row for row in found["rows"] if is_varied(row)]
+    for shift, name, rows in (
+        (-0.2, "trained kinds", [row for row in counted if row["kind"] != "other"]),
+        (0.2, "other", [row for row in counted if row["kind"] == "other"]),
+    ):
+        heights = [of(rows, plan)[1] for plan in PLANS]
+        right.bar([place + shift for place in range(len(PLANS))], heights, 0.4, label=name)
+    right.set_xticks(range(len(PLANS)), PLANS, rotation=45)
+    right.set(ylabel="tokens/s over AR's")
+    right.axhline(1, color="grey", linewidth=0.8)
+    right.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
