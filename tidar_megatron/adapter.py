@@ -80,12 +80,16 @@ class Adapter:
     def truncated(self, rank: int) -> "Adapter":
         """Return an adapter whose pairs have a smaller rank: each product's best approximation, from its SVD.
 
+        A multiple of 16 decodes faster (``lean.cpp``).
+
         Raises:
-            UserError: The rank is not smaller than the adapter's.
+            UserError: The rank is not smaller than the adapter's, or than the layers'.
         """
         config = self.config
-        if not 1 <= rank < config.rank:
-            raise UserError(f"--draft-rank {rank}: must be at least 1 and below {config.rank}, the rank in training")
+        widths = [tensor.numel() // config.rank for name, tensor in self.tensors.items() if name.endswith((".a", ".b"))]
+        limit = min(config.rank, *widths)
+        if not 1 <= rank < limit:
+            raise UserError(f"--draft-rank {rank}: must be at least 1 and below {limit}, the rank in training")
         tensors = dict(self.tensors)
         for name in [name.removesuffix(".a") for name in tensors if name.endswith(".a")]:
             a, b = (tensors[f"{name}.{part}"].double() for part in "ab")

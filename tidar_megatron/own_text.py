@@ -5,7 +5,8 @@ it was; the shards are written from the record, so they do not depend on when it
 
 The shards are marked: only the model's own tokens are supervised. The prompt is not, nor is the end-of-sequence token
 of a text that was cut, which it gets because every document of shards ends with one. A small model's greedy text often
-falls into a loop, which teaches a draft little; it may be cut where it begins to repeat itself (:func:`varied_part`).
+falls into a loop, which teaches a draft little; it may be cut so that most of its 4-grams are distinct
+(:func:`varied_part`).
 """
 
 import hashlib
@@ -183,6 +184,8 @@ def write_own_shards(
         documents = [_document(text, ids, end, least_distinct) for text in part]
         spec = Path(base).resolve().name
         own = sum(sum(document.supervised) for document in documents)
+        if not own:
+            raise UserError(f"{folder}: none of the {name} texts has a token of the model's own; give other prompts")
         source = {"part": name, "own_text_of": spec, "own_tokens": own, "least_distinct": least_distinct}
         manifests.append(
             write_shards(folder, documents, model.tokenizer, spec, source, overwrite=overwrite, marked=True)

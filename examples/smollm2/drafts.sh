@@ -7,7 +7,8 @@ cd "$(dirname "$0")/../.."
 export CUDA_VISIBLE_DEVICES=
 HF=runs/smollm2/hf RUN=${DRAFTS_RUN:-runs/smollm2/drafts} DATA=${DRAFTS_DATA:-data/drafts} HELD_OUT=96
 
-python examples/smollm2/own_prompts.py $DATA/prompts.jsonl "${PROMPTS:-4096}"
+# what was made once stays, for the last prompts are held out
+[ -f $DATA/prompts.jsonl ] || python examples/smollm2/own_prompts.py $DATA/prompts.jsonl "${PROMPTS:-4096}"
 [ -f $DATA/valid/manifest.json ] ||
   python tools/generate_data.py --model $HF --prompts $DATA/prompts.jsonl --overwrite \
     --output $DATA/train --held-out $HELD_OUT --held-out-output $DATA/valid \

@@ -52,6 +52,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", help="[auto]")
     parser.add_argument("--quantize", help="int8 or int4 [the weights as they are]")
     args = parser.parse_args()
+    if args.plot and not args.run:
+        parser.error("--plot: needs --run, the run that trained the adapter")
     keep_threads_awake()
     from tidar_megatron.benchmark.measuring import machine
     from tidar_megatron.inference.costs import Costs
@@ -214,7 +216,8 @@ def table(found: dict[str, Any]) -> str:
         ar = statistics.median(row["plans"]["ar"][1] for row in varied)
         lines.append(f"| {kind} | {len(varied)} of {len(rows)} | {ar:.0f} | {' | '.join(cells)} |")
     names = [name for name in OF_BATCHES if name != "ar"]
-    over = [f"{name} {statistics.median(row[name] / row['ar'] for row in found['batches']):.2f}" for name in names]
+    batches = found["batches"]
+    over = [f"{name} {statistics.median(row[name] / row['ar'] for row in batches):.2f}" for name in names if batches]
     identical, outputs = found["summary"]["identical_to_ar"], found["summary"]["outputs"]
     lines += ["", f"Batches of {BATCH}, all prompts, tokens/s over AR's: {', '.join(over)}."]
     lines += [f"{identical:,} of {outputs:,} outputs are AR's own; {found['dtype']}.", ""]

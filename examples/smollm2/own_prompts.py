@@ -118,10 +118,12 @@ def main(path: str, count: int) -> None:
     """Write ``count`` prompts: JSON lines with ``prompt`` and ``kind``."""
     sources = {kind: make(random.Random(0)) for kind, make in KINDS.items()}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
+    partial = Path(f"{path}.partial")  # a killed process leaves no part of the file under its name
+    with partial.open("w", encoding="utf-8") as file:
         for number in range(count):
             kind = list(KINDS)[number % len(KINDS)]
             file.write(json.dumps({"prompt": next(sources[kind]), "kind": kind}, ensure_ascii=False) + "\n")
+    partial.replace(path)
     print(f"{path}: {count:,} prompts of {len(KINDS)} kinds")
 
 

@@ -253,7 +253,8 @@ def test_masks_of_tokens_that_are_not_supervised_have_no_label() -> None:
     rows = marked(some_rows(2, seq_length=32)[:2], 0)
     plain, batch = make_batch(some_rows(2, seq_length=32)[:2], 4, MASK), make_batch(rows, 4, MASK)
     supervised = torch.from_numpy(np.stack([row.diffusion_supervised for row in rows]))
-    assert (batch.supervised[:, 32:] == supervised).all() and not batch.labels[:, 32:][~supervised].any()
+    assert (batch.supervised[:, 32:] == supervised).all() and (batch.labels == plain.labels).all()
+    assert not batch.stands_for[:, 32:][~supervised].any() and (batch.teachers == plain.teachers).all()
     assert (batch.visibility == plain.visibility).all() and (batch.padding == plain.padding).all()
     assert batch.diffusion_tokens == supervised.sum() < plain.diffusion_tokens
     assert batch.num_tokens == plain.num_tokens
@@ -278,12 +279,13 @@ def test_blocks_that_start_anywhere(across: bool, seed: int, count: int, some: b
             known = real and bool(row.diffusion_supervised[place])
             assert batch.padding[number, 16 + n] == (not real)
             assert batch.supervised[number, 16 + n] == known
-            assert batch.labels[number, 16 + n] == (row.tokens[place] if known else 0)
+            assert batch.labels[number, 16 + n] == (row.tokens[place] if real else 0)
+            assert batch.stands_for[number, 16 + n] == known
             first = next(p for p in range(16) if row.document[p] == document)
             assert batch.position_ids[number, 16 + n] == place - first
             before = [p < start and (across or row.document[p] == document) for p in range(16)]
             assert seen[number, n].tolist() == before
-            has_teacher = known and row.index[place] > 0 and place > 0
+            has_teacher = real and row.index[place] > 0 and place > 0
             assert batch.teachers[number, n] == (place - 1 if has_teacher else -1)
     assert batch.diffusion_tokens == batch.supervised[:, 16:].sum()
 

@@ -118,8 +118,31 @@ def test_transformers_decodes_it_with_the_drafts(both, monkeypatch):
         for plan in ("auto", "2:6", "all:4"):
             assert torch.equal(custom_generate.generate(**given, model=model, plan=plan), stock)
     assert any(rows) and len(loaded) == 1
+    model.to(torch.bfloat16)  # another dtype needs its own draft weights
+    given = {"input_ids": torch.tensor([prompts()[0]]), "max_new_tokens": 5, "do_sample": False}
+    assert custom_generate.generate(**given, model=model, plan="2:6").shape == (1, len(prompts()[0]) + 5)
+    assert len(loaded) == 2
     weights = load_file(both / "draft_weights.safetensors")
     assert sorted(weights) and not set(weights) & set(model.state_dict())
+
+
+@pytest.mark.parametrize("name", ["/gone/model", "./gone/hf", "gone/model"])
+def test_a_folder_that_is_gone_needs_no_adapter(folders, name, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model = AutoModelForCausalLM.from_pretrained(folders[0])
+    model.name_or_path = name
+    given = {"input_ids": torch.tensor([prompts()[0]]), "max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(custom_generate.generate(**given, model=model), model.generate(**given))
+
+
+def test_a_broken_adapter_is_named_each_time(both, tmp_path):
+    folder = shutil.copytree(both, tmp_path / "broken")
+    (folder / "draft_config.json").write_text("{}")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    given = {"input_ids": torch.tensor([prompts()[0]]), "max_new_tokens": 5, "do_sample": False}
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"draft_config\.json: format None"):
+            custom_generate.generate(**given, model=model)
 
 
 def test_clean_rows_have_the_bits_that_they_have_without(folders, drafting):

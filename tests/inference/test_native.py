@@ -89,7 +89,7 @@ def test_bits_are_those_of_python(library, family, dtype, form, monkeypatch):
         assert found.isfinite().all() and torch.equal(found, hidden(theirs, layout))
 
 
-def draft_weights(model):
+def draft_weights(model, rank=3):
     """Random pairs on three of the four linears of a layer."""
     draw = torch.Generator().manual_seed(0)
     about, ffn = model.causal_lm.config, SIZES["intermediate_size"]
@@ -98,10 +98,10 @@ def draft_weights(model):
     widths = {"qkv": (h, (heads + 2 * groups) * d), "o": (heads * d, h), "down": (ffn, h)}
 
     def pair(inputs, outputs):
-        return Pair(*(torch.randn(size, generator=draw).to(model.dtype) for size in ((3, inputs), (outputs, 3))))
+        return Pair(*(torch.randn(size, generator=draw).to(model.dtype) for size in ((rank, inputs), (outputs, rank))))
 
     layers = [{name: pair(*sizes) for name, sizes in widths.items()} for _ in range(about.num_hidden_layers)]
-    return DraftWeights(3, torch.randn(h, generator=draw).to(model.dtype), layers, None)
+    return DraftWeights(rank, torch.randn(h, generator=draw).to(model.dtype), layers, None)
 
 
 @compiles
@@ -122,6 +122,32 @@ def test_draft_weights_have_the_bits_of_python(library, form, dtype, monkeypatch
             found.append([model.forward(PackedForward(pool, some)) for some in (parts[:1], parts)])
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
     assert not torch.equal(found[0][0][:5], found[0][0][5:10])
+
+
+@compiles
+@pytest.mark.process
+@pytest.mark.parametrize("rank", [16, 64, 24])  # the last one has no product of its own
+@pytest.mark.parametrize("form", ["laid out", "int8", "int4"])
+def test_the_own_product_of_draft_weights(library, form, rank, monkeypatch):
+    """Few rows of masks, adjacent or not, and more than its limit: clean rows keep their bits."""
+    causal_lm = make_causal_lm("qwen3", torch.bfloat16, **SIZES)
+    layouts = [ForwardLayout(5, (1, 3), 4), ForwardLayout(2, (1,), 1), ForwardLayout(8, tuple(range(1, 9)), 13)]
+    for layout in layouts:
+        found = []
+        for calls in (library, None):
+            model = model_of(causal_lm, form, calls, monkeypatch)
+            model.drafts = draft_weights(model, rank)
+            model.lean.use_drafts(model.drafts)
+            parts = [Part(slot, 0, range(layout.num_drafts), layout) for slot in (0, 1)]
+            with torch.inference_mode():
+                packed = [PackedForward(KVPool(2, 200), some) for some in (parts[:1], parts)]
+                found.append([model.forward(one) for one in packed])
+        for ours, theirs, one in zip(*found, packed, strict=True):
+            masks = torch.zeros(len(ours), dtype=torch.bool)
+            masks[one.mask_rows] = True
+            assert torch.equal(ours[~masks], theirs[~masks])
+            scale = theirs[masks].float().abs().max()
+            assert (ours[masks].float() - theirs[masks].float()).abs().max() < 0.05 * scale
 
 
 @compiles

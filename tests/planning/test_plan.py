@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from tests.conftest import ROOT
-from tests.planning.models_to_plan import CP2, MODEL, MOE, PP2, QWEN3_8B, QWEN3_30B_A3B, TP2, sizes_of
+from tests.planning.models_to_plan import CP2, DRAFTS, MODEL, MOE, PP2, QWEN3_8B, QWEN3_30B_A3B, TP2, sizes_of
 from tests.programs import call, own_lines
 from tidar_megatron.config import build_config
 from tidar_megatron.planning.built_ranks import count_distinct_parameters
@@ -141,6 +141,14 @@ def test_a_plan_for_draft_weights(tmp_path):
     ours, theirs = drafts["layouts"][0], joint["layouts"][0]
     assert ours["tokens_per_second_per_gpu"] > 1.3 * theirs["tokens_per_second_per_gpu"]
     assert sum(ours["bytes_per_save"].values()) < 0.1 * sum(theirs["bytes_per_save"].values())
+
+
+def test_useful_flops_do_not_depend_on_the_layout():
+    for more in ({}, {"drafts": DRAFTS}, {"anywhere": 24}):
+        found = {
+            model_flops(sizes_of(size, **layout, **more)) for size, layout in ((1, {}), (2, TP2), (2, PP2), (2, CP2))
+        }
+        assert len(found) == 1
 
 
 def refusal(tmp_path, *arguments, model=QWEN3_8B, **sections):

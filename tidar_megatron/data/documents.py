@@ -80,7 +80,7 @@ class StoredDocuments:
         Raises:
             UserError: The file was truncated, or holds ids that the tokenizer does not use.
         """
-        return self._read(number, offset, count, self.tokenizer.vocab_size)
+        return self._read(number, offset, count, self.tokenizer.vocab_size, "ids that the tokenizer does not use")
 
     def read_marks(self, number: int, offset: int, count: int) -> NDArray[np.bool_]:
         """Return ``count`` marks from the file of document ``number``, starting at byte ``offset``.
@@ -88,15 +88,15 @@ class StoredDocuments:
         Raises:
             UserError: The file was truncated, or holds other numbers than 0 and 1 there.
         """
-        return self._read(number, offset, count, 2).astype(np.bool_)
+        return self._read(number, offset, count, 2, "marks that are neither 0 nor 1").astype(np.bool_)
 
-    def _read(self, number: int, offset: int, count: int, limit: int) -> NDArray[Any]:
+    def _read(self, number: int, offset: int, count: int, limit: int, wrong: str) -> NDArray[Any]:
         path = self._paths[bisect_right(self._ends, number)]
         found = np.frombuffer(self._open(path).read(count * self._dtype.itemsize, offset), self._dtype)
         if count and not 0 <= found.min() <= found.max() < limit:
             raise UserError(
-                f"{path}: holds ids from byte {offset} on that the tokenizer does not use, so it was changed since "
-                "its index was built; copy it again, and check all of it with --verify-data"
+                f"{path}: holds {wrong} from byte {offset} on, so it was changed since its index was built; copy it "
+                "again, and check all of it with --verify-data"
             )
         return found
 

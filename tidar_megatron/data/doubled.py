@@ -34,7 +34,8 @@ class Batch:
 
     Attributes:
         tokens: int64 ``[b, L]``.
-        labels: int64 ``[b, L]``, 0 where not supervised.
+        labels: int64 ``[b, L]``. Those of clean tokens are 0 where not supervised; those of masks, the tokens of their
+            places, are also there where they are not, for they tell what stands before the next mask.
         supervised: bool ``[b, L]``.
         stands_for: float32 ``[b, L]``, the number of tokens that this token's loss represents: 0 if it is not
             supervised, otherwise 1. With chosen blocks it is the number of blocks in a mask's stratum; with random
@@ -201,9 +202,9 @@ def make_batch(
         places = torch.from_numpy(starts)
         masks = _masks_anywhere(places, clean, is_token, labelled, document, index, positions, block_size)
         predicted = masks.real & diffusion_supervised.gather(1, masks.places)
-        teachers = torch.where(predicted, teachers.gather(1, masks.places), -1)
+        teachers = torch.where(masks.real, teachers.gather(1, masks.places), -1)
         tokens = torch.cat([clean, torch.full_like(masks.labels, mask_token_id)], dim=1)
-        labels = torch.cat([labels, masks.labels * predicted], dim=1)
+        labels = torch.cat([labels, masks.labels], dim=1)
         supervised = torch.cat([supervised, predicted], dim=1)
         padding = torch.cat([padding, ~masks.real], dim=1)
         stands_for = supervised.float()
@@ -227,7 +228,7 @@ def make_batch(
         counts = torch.ones(clean.shape) if masked is None else torch.from_numpy(masked)
         predicted = diffusion_supervised & (counts > 0)
         tokens = join(clean, torch.where(counts > 0, mask_token_id, clean))
-        labels = join(labels, clean * predicted)
+        labels = join(labels, clean * (is_token & (counts > 0)))
         supervised = join(supervised, predicted)
         padding = join(padding, padding)
         stands_for = join(stands_for, predicted * counts)

@@ -66,7 +66,15 @@ from tidar_megatron.new_folder import check_free, new_folder
 from tidar_megatron.precision import full_float32
 
 TOLERANCE = 1e-4  # largest difference of logits in float32
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")  # files that are not copied from a folder: opening one could run code
+PICKLES = (
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".pkl",
+    ".pickle",
+    ".joblib",
+)  # files that are not copied from a folder: opening one could run code
 # None: the dtype of the tensors; float16 becomes float32, which represents all of its values
 DTYPES = (None, torch.bfloat16, torch.float32, torch.float16)
 

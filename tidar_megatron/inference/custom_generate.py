@@ -217,31 +217,37 @@ def _decode(
 def _use_adapter(model: DecodeModel) -> None:
     """Let a model that does not draft by itself use the adapter in its folder, if there is one.
 
+    A model whose layers compute more than the engine's do decodes without.
+
     Raises:
         UserError: the adapter is broken, or belongs to other weights.
     """
     causal_lm = model.causal_lm
-    if model.mask_token_id is not None or not causal_lm.name_or_path:
+    if model.mask_token_id is not None or model.lean is None or not causal_lm.name_or_path:
         return
-    if causal_lm not in _DRAFTS:
-        _DRAFTS[causal_lm] = None
-        if (file := _file_of(causal_lm, CONFIG)) and _file_of(causal_lm, WEIGHTS):
+    kept = _DRAFTS.setdefault(causal_lm, {})
+    if (key := (model.device, model.dtype)) not in kept:
+        file = _file_of(causal_lm, CONFIG)
+        if file is not None and _file_of(causal_lm, WEIGHTS) is not None:
             load_adapter(model, Path(file).parent, Path(file).parent)
-            _DRAFTS[causal_lm] = model.drafts, model.block_size
-    elif (kept := _DRAFTS[causal_lm]) is not None:
-        draft_with(model, *kept)
+        kept[key] = (model.drafts, model.block_size) if model.drafts is not None else None
+    elif (found := kept[key]) is not None:
+        draft_with(model, *found)
 
 
 def _file_of(causal_lm: PreTrainedModel, name: str) -> str | None:
     """Return the path of a file in the local or hub folder that the model was loaded from, or None."""
-    silent = ("gated_repo", "missing_entries", "connection_errors")
-    found: str | None = cached_file(
-        causal_lm.name_or_path, name, **{f"_raise_exceptions_for_{what}": False for what in silent}
-    )
+    silent = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
+    revision = getattr(causal_lm.config, "_commit_hash", None)
+    try:
+        found: str | None = cached_file(causal_lm.name_or_path, name, revision=revision, **silent)
+    except OSError:  # the folder is gone, or no such repository is known
+        return None
     return found
 
 
-_DRAFTS: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()  # (draft weights, block size), or None
+# draft weights and block size, or None, by device and dtype
+_DRAFTS: WeakKeyDictionary[PreTrainedModel, dict[Any, Any]] = WeakKeyDictionary()
 
 
 class _Stop:

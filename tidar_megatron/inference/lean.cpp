@@ -1,5 +1,5 @@
-// The layers of lean.py from C++: the same calls on the same tensors, so the same bits, without Python between them.
-// native.py compiles this file. Shapes are those of lean.py.
+// The layers of lean.py from C++: the same calls on the same tensors, so the same bits, without Python between them. Only
+// the product of few mask rows with draft pairs is its own. native.py compiles this file. Shapes are those of lean.py.
 
 #include <ATen/TensorIterator.h>
 #include <torch/extension.h>
@@ -103,7 +103,7 @@ struct Masks {
   Optional numbers;
 };
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 11)
 #define BF16_PRODUCTS __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
 
 bool has_bf16_products() { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw"); }
@@ -113,14 +113,19 @@ bool has_bf16_products() { return __builtin_cpu_supports("avx512bf16") && __buil
 template <int kRows, int kWide>
 BF16_PRODUCTS inline void multiply(
     const uint16_t* const* rows, int64_t pairs, const uint16_t* weight, __m512 (&sums)[kRows][kWide]) {
-  for (auto& row : sums)
-    for (auto& sum : row) sum = _mm512_setzero_ps();
-  for (int64_t pair = 0; pair < pairs; ++pair) {
-    __m512bh wide[kWide];
-    for (int i = 0; i < kWide; ++i) wide[i] = (__m512bh)_mm512_loadu_si512(weight + 32 * (pair * kWide + i));
+#pragma GCC unroll 4
+  for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 4
+    for (int i = 0; i < kWide; ++i) sums[row][i] = _mm512_setzero_ps();
+  for (int64_t pair = 0; pair < pairs; ++pair) {  // unrolled within, so that the sums stay in registers
+    __m512i wide[kWide];
+#pragma GCC unroll 4
+    for (int i = 0; i < kWide; ++i) wide[i] = _mm512_loadu_si512(weight + 32 * (pair * kWide + i));
+#pragma GCC unroll 4
     for (int row = 0; row < kRows; ++row) {
       __m512bh both = (__m512bh)_mm512_set1_epi32(reinterpret_cast<const int32_t*>(rows[row])[pair]);
-      for (int i = 0; i < kWide; ++i) sums[row][i] = _mm512_dpbf16_ps(sums[row][i], both, wide[i]);
+#pragma GCC unroll 4
+      for (int i = 0; i < kWide; ++i) sums[row][i] = _mm512_dpbf16_ps(sums[row][i], both, (__m512bh)wide[i]);
     }
   }
 }
@@ -131,7 +136,9 @@ BF16_PRODUCTS void columns_of(
     const uint16_t* const* rows, int64_t pairs, const uint16_t* weight, uint16_t* const* out, int64_t first, bool adds) {
   __m512 sums[kRows][kWide];
   multiply<kRows, kWide>(rows, pairs, weight, sums);
+#pragma GCC unroll 4
   for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 4
     for (int i = 0; i < kWide; ++i) {
       auto* place = reinterpret_cast<__m256i*>(out[row] + first + 16 * i);
       if (adds) {

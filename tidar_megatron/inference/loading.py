@@ -79,7 +79,7 @@ def load_model(
     elif not keep_weights:
         compiled = library() if torch_device.type == "cpu" else None
         use_lean_forward(model, take=True, embedding=embedding, library=compiled)
-    if adapter is None and (path / ADAPTER_CONFIG).exists():
+    if adapter is None and mask_token_id is None and (path / ADAPTER_CONFIG).exists():
         adapter = path
     if adapter is not None:
         load_adapter(model, adapter, path)

@@ -1,7 +1,8 @@
 """The layers of :mod:`~tidar_megatron.inference.lean` from C++, compiled once per machine by ``tidar compile``.
 
 A layer makes about thirty short calls between its products. From Python they take a third of a small model's forward.
-``lean.cpp`` makes the same calls, so no bit changes, and a machine without a C++ compiler only decodes more slowly.
+``lean.cpp`` makes the same calls, so no bit of an output changes, and a machine without a C++ compiler only decodes
+more slowly. Draft pairs have a product of their own there, whose sums are rounded otherwise: a draft may differ.
 """
 
 import hashlib

@@ -185,8 +185,9 @@ class Planner:
         if seconds is None:
             return
         kind, is_plain = self.choice.kind, self.choice.draft_length == 1
-        step = TimedStep(BRANCHING if probes else kind, self._batch, self._context, tokens, seconds)
-        if is_plain and tokens > self._batch:  # a probe, or it verified copies
+        is_larger = is_plain and tokens > self._batch  # with a probe, unless it was cut, or with copies
+        step = TimedStep(BRANCHING if probes and is_larger else kind, self._batch, self._context, tokens, seconds)
+        if is_larger and (probes or is_settled):
             self.clock.observe(step)
         elif is_settled:
             self._timed.append(step)
@@ -276,6 +277,7 @@ class Planned(Policy):
     def __init__(self, longest: int, prompt: Sequence[int] = ()) -> None:
         self.most_tokens = longest * (1 + longest)
         self._copier = Copier(prompt)
+        self._probes = False  # whether the last layout was a probe, whose drafts are to be verified
 
     @property
     def draft_length(self) -> int:  # type: ignore[override]
@@ -295,9 +297,10 @@ class Planned(Policy):
     def layout(self, drafts: Drafts) -> ForwardLayout:
         """Return the layout of the planner's current choice; plain steps occasionally draft as a probe."""
         choice = self.planner.choice
+        self._probes = choice.draft_length == 1 and len(drafts.tokens) == 1 and self.planner.wants_a_probe()
         if choice.draft_length > 1:
             return choice.policy.layout(drafts)
-        if len(drafts.tokens) == 1 and self.planner.wants_a_probe():
+        if self._probes:
             return ForwardLayout(1, (1,), self.planner.lengths[-1])
         return ForwardLayout(len(drafts.tokens))
 
@@ -306,7 +309,7 @@ class Planned(Policy):
         self._copier.append(emitted)
         found = self._copier.copy(self.planner.lengths[-1] - 1)
         count = self.planner.copied(found.match)
-        if not count:
+        if not count or self._probes:
             return NOTHING
         tokens, chance = found.tokens[:count], self.planner.copies.chance(found.match)
         return Copied(tokens, found.match, [chance] * len(tokens))

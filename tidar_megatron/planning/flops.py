@@ -154,6 +154,7 @@ def model_flops(sizes: Sizes) -> tuple[float, float]:
         return sequences * (each * (1.0 + share) * S + pair * (causal + seen_by_masks)), sequences * plain
     # forward alone for clean tokens, without their logits; no gradients of frozen weights for masks
     logits = sizes.h * (model.vocab_size or 0)
-    rank, pairs = sizes.config.drafts.draft_rank, sum(i + o for i, o, _ in sizes.pairs.values()) * sizes.tp
+    rank = sizes.config.drafts.draft_rank
+    pairs = sum(i * sizes.tp + o if by_rows else i + o * sizes.tp for i, o, by_rows in sizes.pairs.values())
     of_masks = (4 * active_parameters(sizes) + 6 * model.num_layers * rank * pairs) * share * S + pair * seen_by_masks
     return sequences * (plain / 3 - 2 * logits * S + of_masks), sequences * plain

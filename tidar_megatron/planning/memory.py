@@ -232,8 +232,10 @@ def loss_bytes(sizes: Sizes) -> int:
     """
     t, h, v, w = sizes.graph_tokens, sizes.h, sizes.vocabulary, sizes.w
     chunk = min(chunk_tokens(h), t)
-    if sizes.drafts:  # no gradient of the weight; the logits twice in float32, where the teacher's count too
-        return 2 * t * h * w + (w + 8) * chunk * v
+    if sizes.drafts:  # no gradient of the weight; of both distributions, log-probabilities, probabilities and slopes
+        kind = sizes.config.drafts.draft_loss
+        each = {"ce": w + 4, "argmax": 2 * w + 4}.get(kind, 2 * w + 20)
+        return 2 * t * h * w + each * (chunk if kind == "ce" else chunk // 2) * v
     logits = 4 * chunk * v if w == 4 else 2 * chunk * v + max(4 * chunk * v, 2 * v * h)
     return 2 * t * h * w + 4 * v * h + logits
 
