@@ -1,5 +1,6 @@
 # make help         this list
 # make quickstart   set everything up, train on real data, draft and verify: minutes on two CPU cores
+# make demo         SmolLM2-135M with draft weights writes in colours: a minute after the setup
 # make test-fast    the tests that start no program and take no seconds: under two minutes
 # make test         set everything up and run the tests: minutes; what the tiers below do is left out
 # make test-all     every tier, in turn: test-slow, test-faults, test-kill, test-slurm, test
@@ -31,7 +32,7 @@ TEST_ARGS ?=
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
-.PHONY: help setup eval quickstart smollm2 study study-smollm2 smollm2-drafts test test-fast test-all test-faults test-kill test-slow test-gpu gpu-check test-slurm test-lowest check masks clean
+.PHONY: help setup eval quickstart smollm2 study study-smollm2 smollm2-drafts demo test test-fast test-all test-faults test-kill test-slow test-gpu gpu-check test-slurm test-lowest check masks clean
 
 setup: $(STAMP)
 
@@ -90,6 +91,9 @@ study-smollm2: smollm2
 # drafts for SmolLM2-135M, which itself stays as it is: under an hour of two cores; goes on where it stopped
 smollm2-drafts: smollm2
 	$(RUN) examples/smollm2/drafts.sh $(TRAIN_ARGS)
+
+demo: smollm2
+	@$(RUN) examples/smollm2/demo.sh
 
 # hundreds of random cases of every property instead of dozens, every layout and family, and so many samples of every
 # way to draft, which take about an hour of a core; SAMPLES=20000 is much quicker

@@ -194,6 +194,16 @@ def test_what_smollm2_learned_is_what_was_measured():
     assert all(one["identical_to_ar"] for one in found["plans"].values())
 
 
+def test_the_drafts_of_smollm2_are_what_was_measured():
+    found = json.loads((ROOT / "benchmarks/smollm2_drafts.json").read_text())
+    program = runpy.run_path(str(ROOT / "examples/smollm2/measure_drafts.py"))
+    shown = MEASURED.split("<!-- table: smollm2_drafts -->\n")[1].split("\n<!-- end of table -->")[0]
+    assert shown == program["table"](found)
+    assert found["summary"] == program["summary"](found)
+    assert found["summary"]["ar_loss_difference"] == 0
+    assert found["summary"]["identical_to_ar"] == found["summary"]["outputs"]
+
+
 def test_what_a_save_blocks_is_what_was_measured():
     (row,) = json.loads((ROOT / "benchmarks/checkpoint.json").read_text())["rows"]
     assert row["parameters"] == pytest.approx(100e6, rel=0.01)

@@ -11,11 +11,13 @@ from tests.checkpoint.test_convert import same_folder
 from tests.conftest import ROOT
 from tests.ranks import run_ranks
 from tidar_megatron.data.prepare import prepare
+from tidar_megatron.evaluation.certificate import certify, plans
 from tidar_megatron.evaluation.tasks import run_tasks
 from tidar_megatron.huggingface.convert import export_run, import_run, verify
 from tidar_megatron.inference.engine import generate
 from tidar_megatron.inference.loading import load_model
 from tidar_megatron.inference.request import parse_plan
+from tidar_megatron.inference.text import encode_prompt
 
 pytestmark = pytest.mark.process
 
@@ -34,6 +36,21 @@ def imported(original, tmp_path_factory):
     import_run(original, folder / "masked" / "run", None, "mean")
     export_run(folder / "masked" / "run", folder / "masked" / "hf")
     return folder
+
+
+ADAPTER = ROOT / "examples" / "smollm2" / "adapter"
+
+
+def test_the_drafts_of_the_demo(original):
+    """The committed adapter is for these weights and small; each plan writes transformers' text, in fewer forwards."""
+    assert sum(file.stat().st_size for file in ADAPTER.iterdir()) < 12e6
+    prompts = [json.loads(line) for line in (ROOT / "examples/smollm2/prompts.jsonl").read_text().splitlines()[:3]]
+    model = load_model(original, "cpu", "float32", adapter=ADAPTER)
+    ids = [encode_prompt(model, prompt) for prompt in prompts]
+    found = certify(model, original, ids, 24, plans([8], drafts=True), samples=0, say=lambda text: None)
+    assert found.holds and found.identical == len(ids)
+    forwards = [generate(model, one, parse_plan("all:8")).tokens_per_forward for one in ids]
+    assert sum(forwards) / len(forwards) > 1.5
 
 
 def test_there_and_back_through_six_ranks(original, imported, tmp_path):
