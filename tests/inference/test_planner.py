@@ -11,7 +11,7 @@ from numpy.testing import assert_allclose  # numpy 1 starts a program as this is
 
 from tidar_megatron.inference import costs as timing
 from tidar_megatron.inference import engine
-from tidar_megatron.inference.acceptance import Acceptance, Outcomes
+from tidar_megatron.inference.acceptance import Acceptance, Copies, Outcomes
 from tidar_megatron.inference.candidates import Cost, expect
 from tidar_megatron.inference.costs import Clock, Costs, TimedStep, load_costs
 from tidar_megatron.inference.drafting import Branches, Drafts, Linear, likeliest_outcomes
@@ -372,6 +372,18 @@ def test_plain_steps_copy_where_it_pays(costs):
     assert (useful[-1] == 7) == (price < 8) and planner.choice.name == "ar"
 
 
+def test_copies_are_compared_with_drafts_after_as_long_a_match():
+    copies = Copies()
+    for _ in range(60):
+        copies.observe(3, 4, 8)  # three of seven copies stand
+        copies.drafted(3, 6)  # where text matches, own drafts are better
+        copies.drafted(0, 2)
+    assert copies.tokens(3, 8) == pytest.approx(3.6, abs=0.01)  # as if each had the same chance, 3 of 4
+    assert not copies.beside_drafts(3, 8, alternates=False)
+    assert copies.beside_drafts(3, 8, alternates=True)  # (1 + 6) / 2 tokens per forward
+    assert copies.gain(3.0, 8) == 0 and copies.chance(1) == pytest.approx(Copies.PRIOR[1])
+
+
 def test_plans_that_draft_must_beat_plain_steps_with_copies():
     planner = Planner(MIDDLING, 8)
     planner.acceptance = believing(0.6)
@@ -389,7 +401,7 @@ def test_plans_that_draft_must_beat_plain_steps_with_copies():
 def test_copying_changes_no_token(trained, temperature):
     """Text that repeats itself, with a planner that copies whenever it can."""
     planner = planner_of(trained)
-    planner.copies._drafted = 0.0
+    planner.copies._drafted = [0.0] * 5
     prompt = [1, 2, 3, 4, 5, 6, 7] * 3
     sampling = SamplingOptions(temperature=temperature, seed=3)
     taken = []

@@ -91,6 +91,9 @@ _NATS = [
 class Copies:
     """Statistics of copying: how often the text matches, by the length of the match, and which copies are accepted.
 
+    Where text matches, the model's own drafts are better than elsewhere. So copies are compared with the drafts that
+    were made instead of copies after as long a match.
+
     Averages decay exponentially. Those of matches that are not used return to :attr:`PRIOR`, so that copying is tried
     again now and then.
     """
@@ -103,7 +106,7 @@ class Copies:
     def __init__(self) -> None:
         self._accepted = [chance * self.WEIGHT for chance in self.PRIOR]
         self._tried = [self.WEIGHT for _ in self.PRIOR]
-        self._drafted = self.DRAFTED
+        self._drafted = [self.DRAFTED for _ in self.PRIOR]
         self._steps = [0.0 for _ in self.PRIOR]  # the share of steps with a match of this length
         self._steps[0] = 1.0
 
@@ -112,14 +115,18 @@ class Copies:
         for length in range(len(self._steps)):
             self._steps[length] += self.FADE / 4 * ((length == match) - self._steps[length])
 
+    def drafted(self, match: int, accepted: int) -> None:
+        """Record how many tokens a forward accepted of the model's own drafts, the certain token included.
+
+        ``match`` is the length of the match that could have been copied instead, 0 for none.
+        """
+        self._drafted[match] += self.FADE * (accepted - self._drafted[match])
+
     def observe(self, match: int, accepted: int, num_drafts: int) -> None:
         """Record how many tokens of ``num_drafts`` a forward accepted, the certain token included.
 
-        ``match`` is the length of the match that the drafts were copied after, 0 for the model's own.
+        ``match`` is the length of the match that the drafts were copied after.
         """
-        if not match:
-            self._drafted += self.FADE * (accepted - self._drafted)
-            return
         for sums, new in ((self._accepted, accepted - 1), (self._tried, min(accepted, num_drafts - 1))):
             sums[match] = (1 - self.FADE) * sums[match] + new
 
@@ -132,9 +139,13 @@ class Copies:
         chance = self.chance(match)
         return (1 - chance**count) / (1 - chance) if chance < 1 else count
 
-    def beside_drafts(self, match: int, count: int) -> bool:
-        """Return whether copies after a match of this length are accepted more than the model's own drafts."""
-        return self._used(match, self.tokens(match, count) > self._drafted)
+    def beside_drafts(self, match: int, count: int, alternates: bool) -> bool:
+        """Return whether a forward accepts more of copies after a match of this length than of the model's own drafts.
+
+        If the plan ``alternates``, own drafts take a forward of their own, which gives one token.
+        """
+        own = (1 + self._drafted[match]) / 2 if alternates else self._drafted[match]
+        return self._used(match, self.tokens(match, count) > own)
 
     def beside_plain(self, match: int, prices: dict[int, float]) -> int:
         """Return the number of tokens to verify where the model itself drafts nothing, 1 for no copies.
@@ -154,8 +165,11 @@ class Copies:
 
     def gain(self, own: float, count: int) -> float:
         """Return the tokens that copying adds to each forward of a plan, whose own drafts give ``own`` tokens."""
-        tokens = [self.tokens(match, count) for match in range(len(self.PRIOR))]
-        return sum(share * max(one - own, 0.0) for share, one in zip(self._steps, tokens, strict=True))
+        mean = sum(share * one for share, one in zip(self._steps, self._drafted, strict=True))
+        more = 0.0
+        for match, share in enumerate(self._steps):
+            more += share * max(self.tokens(match, count) - own * self._drafted[match] / max(mean, 1.0), 0.0)
+        return more
 
     def plain(self, prices: dict[int, float]) -> tuple[float, dict[int, float]]:
         """Return the expected tokens per forward of plain steps with copies, and the share of forwards by their size.

@@ -192,16 +192,19 @@ class Planner:
         elif is_settled:
             self._timed.append(step)
 
-    def observe(self, drafts: Drafts, layout: ForwardLayout, accepted: int) -> None:
+    def observe(self, drafts: Drafts, layout: ForwardLayout, accepted: int, match: int = 0) -> None:
         """Record the outcome of a sequence's drafts, for :meth:`_learn` to process later.
 
         Args:
             drafts: The verified drafts.
             layout: The layout of the forward that verified them.
             accepted: How many tokens were accepted, the certain token included.
+            match: The length of the match that could be copied when they were drafted.
         """
-        if layout.num_drafts > 1 and (drafts.copied or self.choice.draft_length > 1):
+        if layout.num_drafts > 1 and drafts.copied:
             self.copies.observe(drafts.copied, accepted, layout.num_drafts)
+        elif layout.num_drafts > 1:
+            self.copies.drafted(match, accepted)
         if self.choice.draft_length > 1:
             if self._followed == self.choice.key:  # else these are the drafts of the plan before
                 gave = self._gave.setdefault(self.choice.key, [0.0, 0.0])
@@ -223,7 +226,7 @@ class Planner:
             return 0
         if length == 1:
             return self.copies.beside_plain(match, self._here.prices) - 1
-        return length - 1 if self.copies.beside_drafts(match, length) else 0
+        return length - 1 if self.copies.beside_drafts(match, length, self.choice.branches == 0) else 0
 
     def _learn(self) -> None:
         """Process the recorded steps in one batch: work between forwards runs with cold caches and delays the step."""
@@ -278,6 +281,7 @@ class Planned(Policy):
         self.most_tokens = longest * (1 + longest)
         self._copier = Copier(prompt)
         self._probes = False  # whether the last layout was a probe, whose drafts are to be verified
+        self._match = 0  # the length of the latest match
 
     @property
     def draft_length(self) -> int:  # type: ignore[override]
@@ -308,6 +312,7 @@ class Planned(Policy):
         """Return drafts copied from the text, where these promise more than the plan without them."""
         self._copier.append(emitted)
         found = self._copier.copy(self.planner.lengths[-1] - 1)
+        self._match = found.match
         count = self.planner.copied(found.match)
         if not count or self._probes:
             return NOTHING
@@ -316,7 +321,7 @@ class Planned(Policy):
 
     def observe(self, drafts: Drafts, layout: ForwardLayout, accepted: int) -> None:
         """Report the outcome to the planner."""
-        self.planner.observe(drafts, layout, accepted)
+        self.planner.observe(drafts, layout, accepted, self._match)
 
 
 def longest_draft(model: DecodeModel) -> int:
