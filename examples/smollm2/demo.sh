@@ -19,6 +19,6 @@ The same description as a list of points:
 
 '; do
   printf '%s' "$prompt"
-  tidar generate --model runs/smollm2/hf --adapter examples/smollm2/adapter --max-new-tokens 100 --prompt "$prompt"
+  tidar generate --model runs/smollm2/hf --adapter examples/smollm2/adapter --plan 1:8 --max-new-tokens 100 --prompt "$prompt"
   echo
 done
