@@ -248,8 +248,8 @@ def test_blocks_start_at_supervised_places(seed: int, count: int) -> None:
     assert sum(supervised[start] for start in starts) == min(count, supervised.sum())
 
 
-def test_masks_of_tokens_that_are_not_supervised_have_no_label() -> None:
-    """With aligned blocks: they are there and see what they see, are no fill, and do not count; also on shards."""
+def test_masks_of_tokens_that_are_not_supervised_do_not_count() -> None:
+    """Aligned blocks keep all masks and what these see; a mask without supervision has no weight, also on shards."""
     rows = marked(some_rows(2, seq_length=32)[:2], 0)
     plain, batch = make_batch(some_rows(2, seq_length=32)[:2], 4, MASK), make_batch(rows, 4, MASK)
     supervised = torch.from_numpy(np.stack([row.diffusion_supervised for row in rows]))

@@ -286,7 +286,7 @@ def test_experts_are_refused(tmp_path):
 
 
 def test_a_smaller_rank_keeps_the_most_of_each_product(folders):
-    """Of a product of rank 3: rank 2 leaves out its smallest singular value, and nothing else changes."""
+    """Rank 2 leaves out the smallest singular value of a product of rank 3, and nothing else changes."""
     adapter = read_adapter(folders[1])
     smaller = adapter.truncated(2)
     assert smaller.config.rank == 2 and smaller.config.scale == adapter.config.scale

@@ -110,7 +110,7 @@ def forward(sizes, chunk, batch):
         shape = sizes.residual_tokens * sizes.rows // sizes.graph_tokens, sizes.b, sizes.h
         chunk.set_input_tensor(torch.randn(shape, dtype=chunk.config.params_dtype).requires_grad_())
     hidden = run_model(chunk, batch)
-    loss = draft_loss if sizes.drafts else joint_loss
+    loss = draft_loss if sizes.trains_drafts else joint_loss
     return loss(chunk, batch, hidden)[0] if chunk.post_process else hidden
 
 

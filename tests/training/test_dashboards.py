@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -110,7 +111,9 @@ def test_wandb_goes_on_as_the_same_run_and_shows_what_was_asked_for(shards, tmp_
     assert (run / "wandb_run_id").read_text() == identity
     folders = list(run.glob("wandb/offline-run-*"))
     assert len(folders) == 2
-    assert all(identity in folder.name for folder in folders)  # W&B adds to the name of a second start in one second
+    # W&B appends a number to the name of a folder that is there already: its names have whole seconds
+    assert all(re.fullmatch(rf"offline-run-\d+_\d+-{identity}(-\d+)?", folder.name) for folder in folders)
+    assert all((folder / f"run-{identity}.wandb").is_file() for folder in folders)
     files = [file for folder in folders for file in folder.rglob("*.wandb")]
     assert all(history(file) for file in files)
     record = b"".join(file.read_bytes() for file in files)

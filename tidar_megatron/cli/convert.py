@@ -88,7 +88,8 @@ def _export(args: argparse.Namespace) -> None:
     shard_bytes = args.max_shard_size_gb * 10**9
     if not 1 <= shard_bytes < float("inf"):
         raise UserError(f"--max-shard-size-gb {args.max_shard_size_gb}: must be a number above 0")
-    iteration = export_run(args.checkpoint, args.hf, args.iteration, int(shard_bytes), args.base, args.draft_rank)
+    more = {"base": args.base, "draft_rank": args.draft_rank}
+    iteration = export_run(args.checkpoint, args.hf, args.iteration, int(shard_bytes), **more)
     if args.base is not None:
         print(f"{args.hf}: {args.base} and draft weights of iteration {iteration}; any Hugging Face program loads it")
         return

@@ -66,15 +66,8 @@ from tidar_megatron.new_folder import check_free, new_folder
 from tidar_megatron.precision import full_float32
 
 TOLERANCE = 1e-4  # largest difference of logits in float32
-PICKLES = (
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".pkl",
-    ".pickle",
-    ".joblib",
-)  # files that are not copied from a folder: opening one could run code
+# files that are not copied from a folder: opening one could run code
+PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib"}
 # None: the dtype of the tensors; float16 becomes float32, which represents all of its values
 DTYPES = (None, torch.bfloat16, torch.float32, torch.float16)
 
@@ -317,9 +310,9 @@ def _export_adapter(
         raise UserError(f"--base {base}: is not the model that {run} trained draft weights for; name that folder")
     with new_folder("--hf", target, ADAPTER_CONFIG) as folder:
         if base is not None:
-            copied = [file for file in Path(base).iterdir() if file.is_file() and file.suffix not in PICKLES]
-            for file in copied:
-                shutil.copyfile(file, folder / file.name)
+            for file in Path(base).iterdir():
+                if file.is_file() and file.suffix not in PICKLES:
+                    shutil.copyfile(file, folder / file.name)
             write_custom_generate(folder)
         adapter.save(folder)
 

@@ -102,6 +102,7 @@ class Copies:
     WEIGHT = 4.0  # of the prior, in drafts
     DRAFTED = 2.0  # tokens that a forward accepts of the model's own drafts, before any was seen
     FADE, RETURN = 0.1, 0.003  # the weight of the latest observation; of the prior, each time that a match is not used
+    SEEN = 0.025  # the weight of the latest step in the shares of steps
 
     def __init__(self) -> None:
         self._accepted = [chance * self.WEIGHT for chance in self.PRIOR]
@@ -113,7 +114,7 @@ class Copies:
     def saw(self, match: int) -> None:
         """Record the match of a step, 0 for none."""
         for length in range(len(self._steps)):
-            self._steps[length] += self.FADE / 4 * ((length == match) - self._steps[length])
+            self._steps[length] += self.SEEN * ((length == match) - self._steps[length])
 
     def drafted(self, match: int, accepted: int) -> None:
         """Record how many tokens a forward accepted of the model's own drafts, the certain token included.
@@ -145,7 +146,10 @@ class Copies:
         If the plan ``alternates``, own drafts take a forward of their own, which gives one token.
         """
         own = (1 + self._drafted[match]) / 2 if alternates else self._drafted[match]
-        return self._used(match, self.tokens(match, count) > own)
+        if self.tokens(match, count) > own:
+            return True
+        self._pass_over(match)
+        return False
 
     def beside_plain(self, match: int, prices: dict[int, float]) -> int:
         """Return the number of tokens to verify where the model itself drafts nothing, 1 for no copies.
@@ -154,17 +158,26 @@ class Copies:
             match: The length of the match.
             prices: By the number of tokens, the seconds of a step that verifies them over those of a plain step.
         """
-        best = max(prices, key=lambda count: self.tokens(match, count) / prices[count], default=1)
-        return best if self._used(match, best > 1) else 1
+        best = self._fastest(match, prices)
+        if best == 1:
+            self._pass_over(match)
+        return best
 
-    def _used(self, match: int, is_used: bool) -> bool:
-        if not is_used:
-            for sums, prior in ((self._accepted, self.PRIOR[match]), (self._tried, 1.0)):
-                sums[match] += self.RETURN * (prior * self.WEIGHT - sums[match])
-        return is_used
+    def _fastest(self, match: int, prices: dict[int, float]) -> int:
+        return max(prices, key=lambda count: self.tokens(match, count) / prices[count])
+
+    def _pass_over(self, match: int) -> None:
+        """Move the statistics of a match that is not used a little towards the prior."""
+        for sums, prior in ((self._accepted, self.PRIOR[match]), (self._tried, 1.0)):
+            sums[match] += self.RETURN * (prior * self.WEIGHT - sums[match])
 
     def gain(self, own: float, count: int) -> float:
-        """Return the tokens that copying adds to each forward of a plan, whose own drafts give ``own`` tokens."""
+        """Return the tokens that copying adds to a forward of a plan.
+
+        Args:
+            own: The tokens per forward that the plan's own drafts give.
+            count: K of the plan.
+        """
         mean = sum(share * one for share, one in zip(self._steps, self._drafted, strict=True))
         more = 0.0
         for match, share in enumerate(self._steps):
@@ -179,7 +192,7 @@ class Copies:
         """
         expected, shares = 0.0, dict.fromkeys(prices, 0.0)
         for match, share in enumerate(self._steps):
-            best = max(prices, key=lambda count: self.tokens(match, count) / prices[count])
+            best = self._fastest(match, prices)
             expected += share * self.tokens(match, best)
             shares[best] += share
         return expected, shares

@@ -227,14 +227,15 @@ def _of(kind: Kind, log_q: Tensor, log_p: Tensor, group: dist.ProcessGroup) -> _
         ),
         group,
     )
+    one = torch.ones_like(kl)
     if kind == "kl":
-        return kl, q - p, torch.ones_like(kl), accepted
+        return kl, q - p, one, accepted
     of_tv = q * (surplus - over.unsqueeze(-1))
     if kind == "tv":
-        return 1 - accepted, of_tv, torch.ones_like(kl), accepted
+        return 1 - accepted, of_tv, one, accepted
     share = torch.exp(-3 * accepted)
     slope = torch.lerp(of_tv, q - p, share.unsqueeze(-1))
-    return torch.lerp(1 - accepted, kl, share), slope, torch.ones_like(kl), accepted
+    return torch.lerp(1 - accepted, kl, share), slope, one, accepted
 
 
 def _log_softmax(logits: Tensor, group: dist.ProcessGroup) -> Tensor:

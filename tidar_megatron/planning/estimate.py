@@ -103,11 +103,11 @@ class Estimate:
         peak = hardware.bf16_flops if sizes.w == 2 else hardware.fp32_flops
         flops = stage_flops(sizes, stage)
         touched = layer_bytes(sizes, "gpu") * sizes.layers * efficiency("touches") * (1 + passes(sizes)) / 2
-        if sizes.drafts:  # the clean pass, a forward alone
+        if sizes.trains_drafts:  # the clean pass, a forward alone
             touched *= 1 + (sizes.tokens - sizes.graph_tokens) / sizes.graph_tokens / 3
         if stage == sizes.pp - 1:
             chunks = math.ceil(sizes.tokens / chunk_tokens(sizes.h))  # each chunk adds to the weight's gradient
-            adding = 0 if sizes.drafts else 4 * sizes.vocabulary * sizes.h * chunks * (3 if sizes.w == 2 else 2)
+            adding = 0 if sizes.trains_drafts else 4 * sizes.vocabulary * sizes.h * chunks * (3 if sizes.w == 2 else 2)
             touched += 4 * sizes.graph_tokens * sizes.vocabulary * efficiency("loss_touches") + adding
         links = sum(t.seconds for t in self.traffic(stage) if t.group != "DP") / sizes.micro_batches
         return (

@@ -59,7 +59,7 @@ def chunk_flops(sizes: Sizes, last: bool) -> Flops:
     attention, feed_forward = layer_forward(sizes)
     parallel, n = sizes.config.parallel, sizes.chunk_layers
     layer, pairs = attention + feed_forward, Flops(pair_flops(sizes), 0)
-    if sizes.drafts:  # frozen weights have no gradient, and clean tokens no backward
+    if sizes.trains_drafts:  # frozen weights have no gradient, and clean tokens no backward
         clean_attention, clean_feed_forward = layer_forward(sizes, clean_pass=True)
         total = layer.times(2 * n, 3.5 * n) + pairs.times(3 * n) + (clean_attention + clean_feed_forward).times(n)
     else:
@@ -74,7 +74,7 @@ def chunk_flops(sizes: Sizes, last: bool) -> Flops:
             total += Flops(0, attention.attention * n)
         if sizes.feed_forward in modules:
             total += feed_forward.times(n) + Flops(pair_flops(sizes, "linear_fc1", "linear_fc2") * n, 0)
-    if last and sizes.drafts:
+    if last and sizes.trains_drafts:
         total += Flops(draft_loss_flops(sizes), 0)
     elif last:
         total += Flops(3 * 2 * sizes.tokens * sizes.h * sizes.vocabulary, 0)
@@ -150,7 +150,7 @@ def model_flops(sizes: Sizes) -> tuple[float, float]:
     if sizes.anywhere:
         seen_by_masks = sizes.config.chosen_blocks * B * ((S - 1) / 2 + B)
     plain = each * 1.0 * S + pair * causal
-    if not sizes.drafts:
+    if not sizes.trains_drafts:
         return sequences * (each * (1.0 + share) * S + pair * (causal + seen_by_masks)), sequences * plain
     # forward alone for clean tokens, without their logits; no gradients of frozen weights for masks
     logits = sizes.h * (model.vocab_size or 0)

@@ -83,7 +83,7 @@ def parameters_of(sizes: Sizes, stage: int) -> Parameters:
     ends = h if last else 0
     ends += sizes.vocabulary * h if first else 0
     ends += sizes.vocabulary * h if last and not (sizes.tied and first) else 0
-    if not sizes.drafts:
+    if not sizes.trains_drafts:
         return Parameters(sizes.layers * layer + ends, sizes.layers * expert)
     drafts = sizes.config.drafts
     trained = sizes.layers * drafts.draft_rank * sum(inputs + outputs for inputs, outputs, _ in sizes.pairs.values())
@@ -105,7 +105,7 @@ def optimizer_bytes(sizes: Sizes, parameters: Parameters) -> int:
 
 def norm_bytes(sizes: Sizes, rows: int, width: int, kernels: Kernels) -> int:
     """Return the bytes that an RMSNorm saves over ``rows`` of ``width`` channels."""
-    kept = rows * width * (sizes.w if kernels == "gpu" else 4 if sizes.drafts else 8)
+    kept = rows * width * (sizes.w if kernels == "gpu" else 4 if sizes.trains_drafts else 8)
     return kept + 4 * rows
 
 
@@ -122,14 +122,14 @@ def core_attention_bytes(sizes: Sizes) -> int:
 
 def joins_keys(sizes: Sizes) -> bool:
     """Return whether attention copies keys and values: behind those of other ranks, or of the clean pass."""
-    return sizes.cp > 1 or sizes.drafts
+    return sizes.cp > 1 or sizes.trains_drafts
 
 
 def feed_forward_bytes(sizes: Sizes, kernels: Kernels) -> int:
     """Return the bytes that recomputing ``mlp`` (``moe``) frees: those of a layer's feed-forward without its input."""
     w, t = sizes.w, sizes.graph_tokens
     if sizes.experts is None:
-        saves_product = not sizes.drafts or "linear_fc2" in sizes.pairs
+        saves_product = not sizes.trains_drafts or "linear_fc2" in sizes.pairs
         own = t * sizes.f * w * ((2 if kernels == "gpu" else 4) + saves_product)
         return own + pair_bytes(sizes, "linear_fc1", "linear_fc2")
     rows, s, topk = sizes.expert_rows, sizes.residual_tokens, sizes.config.model.moe_router_topk
@@ -151,7 +151,7 @@ def layer_bytes(sizes: Sizes, kernels: Kernels, recompute: tuple[str, ...] = ())
     heads, groups, model = sizes.heads, sizes.groups, sizes.config.model
     norms = 2 * norm_bytes(sizes, s, h, kernels)
     # inputs of the projection to q, k, v and of the feed-forward
-    inputs = s * h * w * (len({"linear_qkv", "linear_fc1"} & {*sizes.pairs}) if sizes.drafts else 2)
+    inputs = s * h * w * (len({"linear_qkv", "linear_fc1"} & {*sizes.pairs}) if sizes.trains_drafts else 2)
     within = pair_bytes(sizes, "linear_qkv", "linear_proj")
     rotary = 4 * sizes.angle_rows * d * w
     attention_recomputed = "core_attn" in recompute
@@ -163,12 +163,12 @@ def layer_bytes(sizes: Sizes, kernels: Kernels, recompute: tuple[str, ...] = ())
             keeps_qkv = True
         else:
             qk_norm += 4 * t * groups * d
-        qk_norm += 4 * t * groups * d if kernels == "cpu" and not sizes.drafts else 0
+        qk_norm += 4 * t * groups * d if kernels == "cpu" and not sizes.trains_drafts else 0
     turned = t * heads * d * w
     if not joins_keys(sizes) or attention_recomputed:
         turned += t * groups * d * w
     # the input of the output projection
-    attention = t * heads * d * w if not sizes.drafts or "linear_proj" in sizes.pairs else 0
+    attention = t * heads * d * w if not sizes.trains_drafts or "linear_proj" in sizes.pairs else 0
     attention += 0 if attention_recomputed else core_attention_bytes(sizes)
     feed_forward = 0 if sizes.feed_forward in recompute else feed_forward_bytes(sizes, kernels)
     fused_qkv = fused_qkv if keeps_qkv else 0
@@ -214,13 +214,13 @@ def activations_of(sizes: Sizes, first: bool, last: bool, kernels: Kernels) -> A
         one = layer_bytes(sizes, kernels, tuple(modules))
         layers, working = n * one, working + every - one
         shared = metadata if "core_attn" in modules else 0
-    ends = t * (8 + (1 if sizes.tp > 1 else 0)) if first and not sizes.drafts else 0
-    if first and sizes.drafts and (w == 4 or kernels == "gpu" or parallel.recompute_granularity == "full"):
+    ends = t * (8 + (1 if sizes.tp > 1 else 0)) if first and not sizes.trains_drafts else 0
+    if first and sizes.trains_drafts and (w == 4 or kernels == "gpu" or parallel.recompute_granularity == "full"):
         layers -= s * h * w  # the first layer's input is a view of one row
     loss = 0
     if last:
         ends += norm_bytes(sizes, s, h, kernels)
-        loss = w * h * (t + (0 if sizes.drafts else sizes.vocabulary))
+        loss = w * h * (t + (0 if sizes.trains_drafts else sizes.vocabulary))
     return Activations(layers, shared, ends, loss, working)
 
 
@@ -232,7 +232,9 @@ def loss_bytes(sizes: Sizes) -> int:
     """
     t, h, v, w = sizes.graph_tokens, sizes.h, sizes.vocabulary, sizes.w
     chunk = min(chunk_tokens(h), t)
-    if sizes.drafts:  # no gradient of the weight; of both distributions, log-probabilities, probabilities and slopes
+    if (
+        sizes.trains_drafts
+    ):  # no gradient of the weight; of both distributions, log-probabilities, probabilities and slopes
         kind = sizes.config.drafts.draft_loss
         each = {"ce": w + 4, "argmax": 2 * w + 4}.get(kind, 2 * w + 20)
         return 2 * t * h * w + each * (chunk if kind == "ce" else chunk // 2) * v

@@ -84,7 +84,7 @@ class Sizes:
         return self.config.training.micro_batch_size
 
     @cached_property
-    def drafts(self) -> bool:
+    def trains_drafts(self) -> bool:
         """Return whether draft weights alone are trained: only masks have a backward then."""
         return self.config.trains_drafts
 
@@ -101,7 +101,7 @@ class Sizes:
     @cached_property
     def graph_rows(self) -> int:
         """The tokens of one sequence on this rank that have a backward."""
-        return self.mask_rows if self.drafts else self.rows
+        return self.mask_rows if self.trains_drafts else self.rows
 
     @cached_property
     def angle_rows(self) -> int:
@@ -207,7 +207,7 @@ class Sizes:
     @cached_property
     def tiles(self) -> Tiles:
         """The work of the attention that has a backward, for one sequence on the rank with the most work."""
-        return self._tiles("masks" if self.drafts else "all")
+        return self._tiles("masks" if self.trains_drafts else "all")
 
     @cached_property
     def clean_tiles(self) -> Tiles:
@@ -233,7 +233,7 @@ class Sizes:
             "linear_fc1": (h, 2 * self.f, False),
             "linear_fc2": (self.f, h, True),
         }
-        return {name: every[name] for name in self.config.drafts.draft_modules} if self.drafts else {}
+        return {name: every[name] for name in self.config.drafts.draft_modules} if self.trains_drafts else {}
 
 
 def require_vocabulary(config: Config) -> ResolvedConfig:

@@ -73,7 +73,7 @@ def tensor_bytes(sizes: Sizes, stage: int) -> float:
     one = sizes.graph_tokens * sizes.h * share  # one all-gather, or one reduce-scatter
     blocks = 2 if sizes.experts is None else 1  # attention and feed-forward
     per_layer = blocks * (2 * passes(sizes) + 2)
-    again = 1 if sizes.config.parallel.sequence_parallel and not sizes.drafts else 0
+    again = 1 if sizes.config.parallel.sequence_parallel and not sizes.trains_drafts else 0
     per_layer += blocks * again
     parallel = sizes.config.parallel
     if sizes.experts is None and parallel.recompute_granularity == "selective" and "mlp" in parallel.recompute_modules:
@@ -81,7 +81,7 @@ def tensor_bytes(sizes: Sizes, stage: int) -> float:
     total = per_layer * one * sizes.layers
     total += 2 * one if stage == 0 else 0  # the embedding
     total += 2 * one if stage == sizes.pp - 1 else 0  # the output layer, whose gradients are computed in forward
-    if sizes.drafts:
+    if sizes.trains_drafts:
         total += draft_bytes(sizes, stage, one, share)
     return total * sizes.micro_batches
 
@@ -153,7 +153,9 @@ def pipeline_bytes(sizes: Sizes, stage: int) -> float:
         return 0.0
     forward = sizes.vpp - (1 if stage == sizes.pp - 1 else 0)
     backward = sizes.vpp - (1 if stage == 0 else 0)
-    shared = 4 * sizes.vocabulary * sizes.h if sizes.tied and stage in (0, sizes.pp - 1) and not sizes.drafts else 0
+    shared = (
+        4 * sizes.vocabulary * sizes.h if sizes.tied and stage in (0, sizes.pp - 1) and not sizes.trains_drafts else 0
+    )
     residuals = sizes.residual_tokens * sizes.rows // sizes.graph_rows  # clean tokens have gradients too: zeros
     return float(residuals * sizes.h * sizes.w * (forward + backward) * sizes.micro_batches + shared)
 
