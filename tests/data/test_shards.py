@@ -167,10 +167,8 @@ def test_ids_that_nobody_uses_are_noticed_when_they_are_read(shards: Path) -> No
         stream.seek(begin)
         stream.write(b"\xff\xff")
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    with pytest.raises(
-        UserError,
-        match=r"shard-000000\.tar: holds ids that the tokenizer does not use from byte \d+ on, .*--verify-data",
-    ):
+    wrong = r"shard-000000\.tar: holds ids that the tokenizer does not use from byte \d+ on, .*--verify-data"
+    with pytest.raises(UserError, match=wrong):
         ShardedDocuments(shards)[0][:]
 
 

@@ -232,9 +232,7 @@ def loss_bytes(sizes: Sizes) -> int:
     """
     t, h, v, w = sizes.graph_tokens, sizes.h, sizes.vocabulary, sizes.w
     chunk = min(chunk_tokens(h), t)
-    if (
-        sizes.trains_drafts
-    ):  # no gradient of the weight; of both distributions, log-probabilities, probabilities and slopes
+    if sizes.trains_drafts:  # no gradient of the weight; log-probabilities, probabilities and slopes of distributions
         kind = sizes.config.drafts.draft_loss
         each = {"ce": w + 4, "argmax": 2 * w + 4}.get(kind, 2 * w + 20)
         return 2 * t * h * w + each * (chunk if kind == "ce" else chunk // 2) * v

@@ -153,9 +153,8 @@ def pipeline_bytes(sizes: Sizes, stage: int) -> float:
         return 0.0
     forward = sizes.vpp - (1 if stage == sizes.pp - 1 else 0)
     backward = sizes.vpp - (1 if stage == 0 else 0)
-    shared = (
-        4 * sizes.vocabulary * sizes.h if sizes.tied and stage in (0, sizes.pp - 1) and not sizes.trains_drafts else 0
-    )
+    sums_rows = sizes.tied and stage in (0, sizes.pp - 1) and not sizes.trains_drafts
+    shared = 4 * sizes.vocabulary * sizes.h if sums_rows else 0
     residuals = sizes.residual_tokens * sizes.rows // sizes.graph_rows  # clean tokens have gradients too: zeros
     return float(residuals * sizes.h * sizes.w * (forward + backward) * sizes.micro_batches + shared)
 
