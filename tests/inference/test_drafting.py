@@ -2,7 +2,7 @@
 
 import random
 
-from tidar_megatron.inference.drafting import Lookup, likeliest_outcomes
+from tidar_megatron.inference.drafting import Drafts, Lookup, likeliest_outcomes
 
 
 def test_likeliest_outcomes():
@@ -31,4 +31,5 @@ def test_lookup_finds_the_latest_longest_match():
         for _ in range(6):
             emitted = [rng.randrange(3) for _ in range(rng.randrange(1, 4))]
             text += emitted
-            assert drafts.look_up(emitted).tokens == brute_force_lookup(text, 5)
+            drafts.observe(emitted, 0)
+            assert drafts.plan(Drafts([text[-1]]), 9)[0].tokens[1:] == brute_force_lookup(text, 5)

@@ -1,22 +1,21 @@
-"""The planner: costs, what it believes of drafts, what it expects of a plan; and the text never depends on it."""
+"""The planner: costs, what it learns of drafts, what it chooses; and the text never depends on it."""
 
 import json
 import random
 from dataclasses import asdict, replace
-from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from numpy.testing import assert_allclose  # numpy 1 starts a program as this is imported
 
+from tidar_megatron.inference import choosing, engine
 from tidar_megatron.inference import costs as timing
-from tidar_megatron.inference import engine
-from tidar_megatron.inference.acceptance import Acceptance, Copies, Outcomes
-from tidar_megatron.inference.candidates import Cost, expect
+from tidar_megatron.inference.acceptance import AGREE, DIFFER, Acceptance, Shares, agreement
+from tidar_megatron.inference.choosing import Contents, Prices, choose
 from tidar_megatron.inference.costs import Clock, Costs, TimedStep, load_costs
-from tidar_megatron.inference.drafting import Branches, Drafts, Linear, likeliest_outcomes
+from tidar_megatron.inference.drafting import NOTHING, Branches, Copied, Copier, Drafts, Linear, Policy
 from tidar_megatron.inference.engine import generate, generate_batch
-from tidar_megatron.inference.forward import ForwardLayout
 from tidar_megatron.inference.planner import Planned, Planner, forget_planner, longest_draft, planner_of
 from tidar_megatron.inference.request import DecodeOptions
 from tidar_megatron.inference.sampling import SamplingOptions
@@ -26,63 +25,320 @@ DEAR = Costs([1, 272], [64], [[0.001], [0.272]])  # one where every token of a f
 MIDDLING = Costs([1, 8, 32, 272], [64, 512], [[0.001, 0.002], [0.002, 0.003], [0.004, 0.006], [0.03, 0.05]])
 
 
-def following(planner):
-    policy = Planned(planner.lengths[-1])
+def following(planner, prompt=()):
+    policy = Planned(planner.lengths[-1], prompt)
     policy.planner = planner
     return policy
 
 
-def believing(probability, length=16):
-    """Acceptance that has seen much of one kind."""
-    acceptance = Acceptance()
-    for own in (True, False):
-        for offset in range(1, length):
-            acceptance.counts[own, offset] = [probability * 1e6, 1e6]
-    return acceptance
+def prices(costs, rate, fresh=0.0, late=0.0, lengths=(4, 8)):
+    seconds = [rate * second for second in costs.of(np.arange(300), 100)]
+    most = lengths[-1]
+    return Prices(seconds, seconds, lengths, [fresh * n for n in range(most)], [late * n for n in range(most)])
 
 
-def simulate(draft_length, branches, probability, cost, steps=20_000, seed=0):
-    """The same plan played out, with the policies that decode: tokens and seconds a forward."""
+def value(contents, chances, prices):
+    """What a forward is worth, outcome by outcome."""
+    whole = 0.0
+    for accepted in range(1, contents.num_drafts + 1):
+        chance = np.prod(chances[: accepted - 1])
+        if accepted < contents.num_drafts:
+            chance *= 1 - chances[accepted - 1]
+        whole += chance * accepted
+        fitting = [branch for branch in contents.branches if branch <= accepted]
+        if fitting:
+            lag = accepted - max(fitting)
+            left = contents.draft_length - 1 - lag
+            whole += chance * (0 if left <= 0 else prices.late[left] if lag else prices.fresh[left])
+    if contents.branches:
+        return whole - prices.drafting[contents.num_tokens] - choosing.WORTH
+    return whole - prices.plain[contents.num_drafts]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_choice_is_the_one_of_the_highest_value(seed):
+    """Drafts are counted without masks; of the sets of branches, none is better."""
     draw = random.Random(seed)
-    policy = Linear(draft_length) if branches == 0 else Branches(draft_length, branches)
+    own, copied = ([draw.random() ** draw.choice((0.2, 1, 3)) for _ in range(draw.randrange(8))] for _ in range(2))
+    market = prices(draw.choice((FREE, DEAR, MIDDLING)), draw.choice((100, 300, 1000)), draw.random(), draw.random())
+    found = choose(own, copied, market)
+    best = []
+    for copies, chances in ((False, []), (False, own), (True, copied)):
+        counts = range(1, len(chances) + 2)
+        count = max(counts, key=lambda n: value(Contents(copies, n, (), 0), chances, market))
+        ranked = sorted(range(count, 0, -1), key=lambda n: -outcome_chance(chances[: count - 1], n))
+        sets = [tuple(sorted(ranked[:most])) for most in (0, 1, 2, 3, count)]
+        best += [
+            value(Contents(copies, count, branches, length), chances, market) for branches in sets for length in (4, 8)
+        ]
+    assert value(found, copied if found.copies else own, market) == pytest.approx(max(best))
+    without = value(choose([], copied, market), copied, market)
+    assert len(found.gains) == len(own)
+    if own:
+        assert found.gains[-1] == pytest.approx(max(0.0, max(best) - without))
+        assert list(found.gains) == sorted(found.gains)
+        for count in range(1, len(own)):
+            assert found.gains[count - 1] <= found.gains[-1]
+
+
+def outcome_chance(chances, accepted):
+    reached = float(np.prod(chances[: accepted - 1]))
+    return reached * (1 - chances[accepted - 1]) if accepted <= len(chances) else reached
+
+
+def come(draw, probability, num_drafts):
+    """Return the tokens of a forward: 0 is what each draft says, and it is right with this probability."""
+    tokens = []
+    while len(tokens) < num_drafts:
+        tokens.append(int(draw.random() >= probability))
+        if tokens[-1]:
+            break
+    return tokens
+
+
+def play(planner, probability, steps, draw, costs=MIDDLING, batch=1):
+    """Take steps of sequences whose drafts are right with this probability; return tokens per second of each."""
+    policies, drafts = [following(planner) for _ in range(batch)], [Drafts([0]) for _ in range(batch)]
+    for policy in policies:
+        policy._copier.copy = lambda count: NOTHING
+    tokens = seconds = 0.0
+    for _ in range(steps):
+        planner.begin(batch, 100)
+        total = 0
+        for n, policy in enumerate(policies):
+            _, layout = policy.plan(drafts[n], 1000)
+            final = come(draw, probability, layout.num_drafts)
+            policy.observe(final, layout.num_drafts)
+            accepted = len(final)
+            count = len(layout.rows_after(accepted))
+            lag = accepted - (layout.branch_after(accepted) or accepted)
+            drafts[n] = Drafts([0] * (1 + count), None, [probability] * count, lag)
+            total += layout.num_tokens
+            tokens += accepted
+        took = float(costs.of(total / batch, 100, batch))
+        planner.end(total, took)
+        seconds += took
+    return tokens / seconds / batch
+
+
+def fixed(policy, probability, steps, costs, draw):
+    """A fixed plan, played out: tokens per second."""
     drafts, tokens, seconds = Drafts([0]), 0, 0.0
     for _ in range(steps):
-        drafts.confidences = [probability] * (len(drafts.tokens) - 1)
-        layout = policy.layout(drafts)
-        accepted = 1
-        while accepted < layout.num_drafts and draw.random() < probability:
-            accepted += 1
+        drafts, layout = policy.plan(drafts, 1000)
+        accepted = len(come(draw, probability, layout.num_drafts))
         tokens += accepted
-        seconds += cost(layout.num_tokens)
-        drafts = Drafts([0] * (1 + len(layout.rows_after(accepted))))
-    return tokens / steps, seconds / steps
+        seconds += float(costs.of(layout.num_tokens, 100))
+        count = len(layout.rows_after(accepted))
+        drafts = Drafts([0] * (1 + count), None, [probability] * count)
+    return tokens / seconds
 
 
-@pytest.mark.parametrize("probability", [0.3, 0.7, 0.95])
-@pytest.mark.parametrize(("draft_length", "branches"), [(4, None), (8, None), (8, 0), (8, 1), (8, 2), (16, 1), (2, 1)])
-def test_what_is_expected_of_a_plan_is_what_it_does(draft_length, branches, probability):
-    cost = Cost(Clock(MIDDLING), 100, 1, 272)
-    expected = expect(draft_length, branches, believing(probability)).at(cost)
-    tokens, seconds = simulate(draft_length, branches, probability, partial(cost, expected.kind))
-    assert expected.tokens_per_forward == pytest.approx(tokens, rel=0.03)
-    assert expected.seconds == pytest.approx(seconds, rel=0.03)
+@pytest.mark.parametrize("probability", [0.02, 0.3, 0.6, 0.8, 0.95])
+@pytest.mark.parametrize("costs", [FREE, DEAR, MIDDLING], ids=["free", "dear", "middling"])
+def test_no_fixed_plan_is_faster(costs, probability):
+    """Chances are the same at each offset here, so a fixed plan is as good as any; the planner must find it."""
+    plans = [Policy(), *[Linear(K) for K in (4, 8)], *[Branches(K, m) for K in (4, 8) for m in (1, 2, 3, None)]]
+    best = max(fixed(plan, probability, 3000, costs, random.Random(1)) for plan in plans)
+    planner = Planner(costs, 8)
+    play(planner, probability, 500, random.Random(2), costs)
+    assert play(planner, probability, 3000, random.Random(3), costs) > 0.96 * best
 
 
-def choice(costs, probability, batch=1):
-    planner = Planner(costs, 16)
-    planner.acceptance = believing(probability)
-    planner.begin(batch, 100)
-    return planner.choice
+def held(planner):
+    """What forwards held most often of late."""
+    return planner.usual
 
 
 def test_the_machine_and_the_text_decide():
-    assert choice(FREE, 0.9).branches is None and choice(FREE, 0.9).draft_length == 16
-    assert choice(DEAR, 0.2).name == choice(MIDDLING, 0.02).name == "ar"
-    # 1.5% more tokens a forward are not worth it, for estimates are off by as much
-    assert choice(FREE, 0.015).name == "ar" != choice(FREE, 0.05).name
-    assert choice(MIDDLING, 0.9).branches in (0, 1, 2) and choice(MIDDLING, 0.9).draft_length > 4
-    sizes = [choice(MIDDLING, 0.8, batch).forward_tokens for batch in (1, 4, 32)]
-    assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1]  # a batch fills the machine by itself
+    found = {}
+    for name, costs in (("free", FREE), ("dear", DEAR), ("middling", MIDDLING)):
+        for probability in (0.02, 0.9):
+            planner = Planner(costs, 16)
+            play(planner, probability, 400, random.Random(0), costs)
+            found[name, probability] = planner.usual
+    assert found["free", 0.9].startswith("all:16") and found["middling", 0.9] != "ar"
+    assert {found["dear", 0.02], found["middling", 0.02], found["dear", 0.9]} == {"ar"}
+
+
+def test_a_batch_fills_the_machine_by_itself():
+    sizes = []
+    for batch in (1, 4, 32):
+        planner, sizes_of = Planner(MIDDLING, 16), []
+        planner.end = lambda tokens, seconds, kept=sizes_of, batch=batch: kept.append(tokens / batch)
+        play(planner, 0.8, 200, random.Random(0), MIDDLING, batch)
+        sizes.append(np.mean(sizes_of[50:]))
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > 2 * sizes[-1]
+
+
+def test_shares_are_learned_and_forgotten():
+    shares, draw = Shares([0.5, 0.5]), random.Random(0)
+    for _ in range(500):
+        shares.observe(0, draw.random() < 0.9)
+    assert shares[0] == pytest.approx(0.9, abs=0.05) and shares[1] == 0.5
+    for _ in range(1500):
+        shares.observe(0, False)
+    assert shares[0] < 0.03
+
+
+def test_drafts_are_told_apart_by_what_is_known_of_them():
+    acceptance = Acceptance()
+    seen = set()
+    for lag in (0, 1):
+        for kind in (0, AGREE, DIFFER):
+            for confidence in (0.0, 0.3, 1.0):
+                seen |= set(acceptance.own_classes([confidence] * 4, lag, [kind] * 4))
+    assert len(seen) == 2 * 3 * 3 * 3 - 1 * 3 * 3 and max(seen) < 8 * 3 * 2 * 3  # a late draft is never at offset 0
+    copied = [acceptance.copied_classes(match, [0] * 5) for match in (1, 2, 7, 8)]
+    assert copied[0][1:] == copied[1][:-1] and len(set(copied[2])) == 2 and len(set(copied[3])) == 1
+
+
+def test_agreement_of_two_proposals():
+    assert agreement([1, 2, 3], [1, 2, 4, 5]) == ([AGREE, AGREE, DIFFER], [AGREE, AGREE, DIFFER, 0])
+    assert agreement([1], []) == ([0], []) and agreement([], []) == ([], [])
+    assert agreement([1, 2], [3, 2]) == ([DIFFER, 0], [DIFFER, 0])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_text_that_becomes_another_is_noticed(seed):
+    planner, draw = Planner(MIDDLING, 8), random.Random(seed)
+    fast = play(planner, 0.9, 2000, draw)
+    plain = fixed(Policy(), 0.0, 10, MIDDLING, draw)
+    assert play(planner, 0.0, 100, draw) > 0.6 * plain
+    assert play(planner, 0.0, 500, draw) > 0.98 * plain and planner.usual == "ar"
+    play(planner, 0.9, 2 * Planner.PROBE, draw)
+    assert play(planner, 0.9, 500, draw) > 0.9 * fast
+
+
+def test_a_size_that_is_slow_is_left():
+    """Steps of more than 12 tokens take three times as long here as they were timed."""
+    planner = Planner(MIDDLING, 8)
+    play(planner, 0.9, 300, random.Random(0))
+    assert planner.usual != "ar"
+    cliff = Costs([1, 8, 12, 13, 272], [64], [[0.001], [0.002], [0.0023], [0.03], [0.1]])
+    sizes = []
+    play(planner, 0.9, 500, random.Random(0), cliff)
+    end = planner.end
+    planner.end = lambda tokens, seconds: (sizes.append(tokens), end(tokens, seconds))
+    play(planner, 0.9, 500, random.Random(0), cliff)
+    assert np.mean(np.array(sizes) <= 12) > 0.95
+
+
+def test_costs_that_were_timed_on_a_busy_machine_are_found_out():
+    """Drafting was believed to cost a hundred times what it does, so nothing would ever draft but for the probes."""
+    poisoned = Costs([1, 8, 32, 272], [64, 512], [[0.001, 0.001], *[[0.2, 0.2]] * 3])
+    planner = Planner(poisoned, 8)
+    play(planner, 0.9, 4000, random.Random(0))
+    assert planner.usual != "ar"
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_drafts_are_tried_again_after_plain_steps(batch):
+    """Seldom, once they are known to be worthless, and whatever the number of texts."""
+    planner, drafted = Planner(DEAR, 8), []
+    end = planner.end
+    planner.end = lambda tokens, seconds: (drafted.append(tokens > batch), end(tokens, seconds))
+    play(planner, 0.0, 6 * Planner.PROBE, random.Random(0), DEAR, batch)
+    rest = sum(drafted[2 * Planner.PROBE :])
+    assert 2 <= rest <= 5
+
+
+def repeated(planner, share, steps, draw):
+    """Text that copies itself with this chance at each token, whose own drafts are wrong; return what was verified."""
+    period = list(range(50))
+    policy, taken, here, last = following(planner, period * 3), [], 0, 49
+    drafts = Drafts([last])
+    for _ in range(steps):
+        planner.begin(1, 100)
+        _, layout = policy.plan(drafts, 1000)
+        taken.append(layout.num_drafts - 1)
+        tokens = []
+        while len(tokens) < layout.num_drafts:
+            right = draw.random() < share
+            tokens.append(period[here % 50] if right else 1000 + draw.randrange(10**6))
+            here += 1
+            if not right:
+                break
+        policy.observe(tokens, layout.num_drafts)
+        count = len(layout.rows_after(len(tokens)))
+        drafts = Drafts([tokens[-1], *[-1] * count], None, [0.1] * count)
+        planner.end(layout.num_tokens, float(planner.clock.costs.of(layout.num_tokens, 100)))
+    return taken
+
+
+@pytest.mark.parametrize(("costs", "pays"), [(MIDDLING, True), (DEAR, False)])
+def test_copies_are_taken_where_they_pay(costs, pays):
+    """Each must give more tokens than its verification takes time, whatever the model's own drafts are worth."""
+    taken = repeated(Planner(costs, 8), 0.85, 400, random.Random(0))
+    assert np.mean(taken[200:]) > 2 if pays else np.mean(taken[200:]) < 0.1
+
+
+def test_copies_are_learned_of_without_being_taken():
+    planner = Planner(MIDDLING, 8)
+    classes = planner.acceptance.copied_classes(8, [0])
+    policy = following(planner)
+    planner.begin(1, 100)
+    for _ in range(30):
+        policy._copied, policy._classes = Copied([9], 8), ([], classes)
+        policy.observe([8], 1)
+    assert planner.acceptance.copied[classes[0]] < 0.3
+
+
+def test_drafts_that_were_drawn_tell_only_where_they_were_verified():
+    """A drawn draft that was not verified may be another token than the one that came, and yet acceptable."""
+    for q, learned in ((None, 3), (torch.ones(3, 5) / 5, 1)):
+        planner = Planner(FREE, 8)
+        policy, seen = following(planner), []
+        planner.acceptance.own.observe = lambda one, accepted, seen=seen: seen.append(accepted)
+        planner.begin(1, 100)
+        policy.plan(Drafts([0, 1, 2, 3], q, [0.5] * 3), 100)
+        policy.observe([1, 2, 3], 2)
+        assert len(seen) == learned
+
+
+def test_a_match_counts_up_to_eight():
+    copier = Copier([*range(20), *range(12)])
+    assert copier.copy(3) == Copied([12, 13, 14], 8)
+    assert Copier([*range(20), 90, *range(5, 10)]).copy(2) == Copied([10, 11], 5)
+    assert Copier([1, 1]).copy(3).match == 1 and Copier([1, 2]).copy(3) == NOTHING
+    assert Copier([4, 5, 6, 4, 5]).copy(0) == Copied([], 2)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_copying_changes_no_token(trained, temperature, monkeypatch):
+    """Text that repeats itself, with a planner that copies whenever it can."""
+    planner = Planner(FREE, longest_draft(trained))
+    monkeypatch.setattr(engine, "planner_of", lambda model, batch_size: planner)
+    monkeypatch.setattr(Acceptance, "MATCHED", (0.99,) * 9)
+    planner.acceptance = Acceptance()
+    prompt = [1, 2, 3, 4, 5, 6, 7] * 3
+    sampling = SamplingOptions(temperature=temperature, seed=3)
+    ar = generate(trained, prompt, DecodeOptions("ar", max_new_tokens=40, sampling=sampling)).token_ids
+    found = generate(trained, prompt, DecodeOptions(max_new_tokens=40, sampling=sampling)).token_ids
+    assert any("copies" in name for name in planner.used) and (temperature or found == ar)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("costs", [FREE, DEAR, MIDDLING])
+def test_the_text_does_not_depend_on_the_plan(trained, prompts, costs, monkeypatch):
+    """Also while the plan changes: alone, in a batch, and on a planner that has learned from other text."""
+    planner = Planner(costs, longest_draft(trained))
+    monkeypatch.setattr(engine, "planner_of", lambda model, batch_size: planner)
+    expected = [generate(trained, prompt, DecodeOptions("ar", max_new_tokens=50)).token_ids for prompt in prompts]
+    for _ in range(2):
+        assert [generate(trained, p, DecodeOptions(max_new_tokens=50)).token_ids for p in prompts] == expected
+        batch = generate_batch(trained, prompts, DecodeOptions(max_new_tokens=50), 3)
+        assert [generation.token_ids for generation in batch] == expected
+    explained = planner.explain()
+    assert "tokens/forward" in explained and "gain from 1, 2, ... drafts" in explained
+
+
+def test_steps_that_read_prompts_are_not_timed():
+    planner = Planner(MIDDLING, 8)
+    for _ in range(50):
+        planner.begin(2, 100)
+        planner.end(20, None)
+    assert planner.clock.curve(False, 2, 100, 1)[1] == MIDDLING.of(1, 100, 2)
 
 
 def test_costs_between_and_beyond_what_was_timed():
@@ -139,160 +395,6 @@ def test_batches_are_timed_when_they_are_needed(trained, monkeypatch, tmp_path):
     forget_planner(trained)
 
 
-def test_a_block_says_of_each_offset_what_became_of_it():
-    acceptance = Acceptance()
-    acceptance.observe(2, False, 3, True)
-    assert {key: value[0] for key, value in acceptance.counts.items()} == {
-        **{(False, offset): 1 for offset in (2, 3, 4)},
-        (False, 5): 0,
-    }
-    acceptance.observe(1, True, 0, False)
-    assert len(acceptance.counts) == 4
-
-
-def test_acceptance_is_learned_and_forgotten():
-    acceptance, draw = Acceptance(), random.Random(0)
-    assert acceptance.of(5, True) == pytest.approx(Acceptance.PRIOR)
-    for _ in range(500):
-        for offset, probability in ((1, 0.9), (2, 0.4)):
-            stays = draw.random() < probability
-            acceptance.observe(offset, True, int(stays), not stays)
-    assert acceptance.of(1, True) == pytest.approx(0.9, abs=0.06)
-    assert acceptance.of(2, True) == pytest.approx(0.4, abs=0.1)
-    assert acceptance.of(3, True) == pytest.approx(acceptance.of(2, True))  # unseen: as its neighbour
-    for _ in range(4000):
-        acceptance.observe(1, True, 0, True)
-    assert acceptance.of(1, True) < 0.01
-
-
-@pytest.mark.parametrize("claims", [(0.2, 0.5, 0.9), (0.0, 0.5, 1.0), (1.0,), (0.0,)], ids=str)
-def test_lags_are_those_of_the_branches_that_a_plan_would_have_had(claims):
-    rng = random.Random(0)
-    blocks = [([rng.choice(claims) for _ in range(5)], rng.randint(1, 6)) for _ in range(100)]
-    outcomes = Outcomes()
-    for confidences, accepted in blocks:
-        outcomes.observe(confidences, accepted)
-    for count in (2, 4, 6):
-        for branches in range(1, count + 1):
-            wanted = np.zeros(count + 1)
-            for confidences, accepted in blocks:
-                there = likeliest_outcomes(confidences[: count - 1], branches)
-                stood = min(accepted, count)
-                longest = max((r for r in there if r <= stood), default=None)
-                wanted[count if longest is None else stood - longest] += 1 / len(blocks)
-            assert_allclose(outcomes.lags(count, branches), wanted, atol=1e-12)
-
-
-def play(planner, probability, steps, draw):
-    """So many forwards of one sequence, whose drafts stand with this probability each."""
-    policy, drafts = following(planner), Drafts([0])
-    for _ in range(steps):
-        planner.begin(1, 100)
-        layout = policy.layout(drafts)
-        accepted = 1
-        while accepted < layout.num_drafts and draw.random() < probability:
-            accepted += 1
-        policy.observe(drafts, layout, accepted)
-        planner.end(layout.num_tokens, MIDDLING.of(layout.num_tokens, 100))
-        count = len(layout.rows_after(accepted))
-        lag = accepted - (layout.branch_after(accepted) or accepted)
-        drafts = Drafts([0] * (1 + count), None, [probability] * count, lag)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_a_text_that_becomes_another_is_noticed(seed):
-    planner, draw = Planner(MIDDLING, 8), random.Random(seed)
-    play(planner, 0.9, 3000, draw)
-    assert planner._start == 0 and planner.choice.draft_length > 2  # nothing surprising
-    play(planner, 0.0, 60, draw)
-    assert planner.choice.draft_length < 4
-    play(planner, 0.0, 300, draw)
-    assert planner.choice.name == "ar"
-    play(planner, 0.95, 4 * Planner.PROBE, draw)
-    assert planner.choice.draft_length > 2
-
-
-def follow(planner, gives, takes, steps):
-    """On a machine where a step of so many tokens takes other than timed; how often each plan was followed."""
-    followed, draw = {}, random.Random(0)
-    for _ in range(steps):
-        planner.begin(1, 100)
-        plan = planner.choice
-        followed[plan.key] = followed.get(plan.key, 0) + 1
-        planner.observe(Drafts([0]), ForwardLayout(1), int(gives(plan.key) + draw.random()))
-        tokens = round(plan.forward_tokens * draw.choice((0.5, 0.8, 1.0, 1.15)))
-        planner.end(tokens, takes(tokens) * MIDDLING.of(tokens, 100))
-    return followed
-
-
-def test_a_plan_that_gives_less_than_believed_is_left():
-    planner = Planner(MIDDLING, 8)
-    planner.acceptance = believing(0.9)
-    planner.begin(1, 100)
-    first = planner.choice.key
-    followed = follow(planner, lambda plan: 1 if plan == first else 5, lambda tokens: 1.0, 2000)
-    assert planner.choice.key != first and followed[first] < 400
-
-
-def test_a_slower_machine_costs_no_plan_and_a_size_that_is_slow_is_left():
-    planner = Planner(MIDDLING, 8)
-    planner.acceptance = believing(0.9)
-    planner.begin(1, 100)
-    first = planner.choice
-    believed = {plan.key: plan for plan in planner.candidates()}
-
-    def gives(plan):
-        return believed[plan].tokens_per_forward
-
-    followed = follow(planner, gives, lambda tokens: 2.0, 1000)
-    assert sum(believed[plan].rate * steps for plan, steps in followed.items()) > 0.95 * first.rate * 1000
-    now = {plan.key: plan for plan in planner.candidates()}
-    for plan in (first.key, (1, None), (8, None)):  # sizes that were never met, too
-        assert now[plan].seconds == pytest.approx(2 * believed[plan].seconds, rel=0.1)
-    follow(planner, gives, lambda tokens: 6.0 if tokens > 12 else 2.0, 2 * Planner.SELDOM)
-    assert planner.choice.forward_tokens < 12
-
-
-def test_costs_that_were_timed_on_a_busy_machine_are_found_out():
-    """Drafting was believed to cost a hundred times what it does, so nothing would ever draft but for the probes."""
-    poisoned = Costs([1, 8, 32, 272], [64, 512], [[0.001, 0.001], *[[0.2, 0.2]] * 3])
-    planner = Planner(poisoned, 8)
-    planner.acceptance = believing(0.9)
-    planner.begin(1, 100)
-    assert planner.choice.name == "ar"
-    policy = following(planner)
-    for _ in range(4000):
-        planner.begin(1, 100)
-        layout = policy.layout(Drafts([0]))
-        planner.end(layout.num_tokens, 0.001 + 0.0001 * layout.num_tokens)
-    assert planner.choice.draft_length > 2
-
-
-def test_drafts_are_tried_again_after_plain_steps():
-    planner = Planner(DEAR, 8)
-    planner.acceptance = believing(0.0, 8)
-    planner.begin(1, 100)
-    policy = following(planner)
-    plans = [policy.layout(Drafts([0])) for _ in range(Planner.PROBE + 10)]
-    assert plans.count(ForwardLayout(1, (1,), 8)) == 1 and plans.count(ForwardLayout(1)) == len(plans) - 1
-    plans += [following(planner).layout(Drafts([0])) for _ in range(Planner.PROBE)]  # short texts, one after the other
-    assert plans.count(ForwardLayout(1, (1,), 8)) == 2
-    assert policy.layout(Drafts([0, 1, 2])) == ForwardLayout(3)
-
-
-@pytest.mark.parametrize(("failed", "every"), [(4, Planner.CHECK), (40, Planner.PROBE)])
-def test_drafts_are_tried_again_soon_where_few_have_failed(failed, every):
-    """A warm-up on no text, say, and then a text where nearly all would stand."""
-    planner = Planner(DEAR, 8)
-    for _ in range(failed):
-        planner.acceptance.observe(1, True, 0, True)
-    planner.begin(1, 100)
-    assert planner.choice.name == "ar"
-    policy = following(planner)
-    plans = [policy.layout(Drafts([0])) for _ in range(Planner.PROBE)]
-    assert plans.count(ForwardLayout(1, (1,), 8)) == Planner.PROBE // every
-
-
 def test_costs_are_timed_once_and_kept(trained, tmp_path, monkeypatch):
     monkeypatch.setenv("TIDAR_CACHE", str(tmp_path))
     first = load_costs(trained)
@@ -309,144 +411,18 @@ def test_costs_are_timed_once_and_kept(trained, tmp_path, monkeypatch):
         load_costs(trained)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("costs", [FREE, DEAR, MIDDLING])
-def test_the_text_does_not_depend_on_the_plan(trained, prompts, costs, monkeypatch):
-    """Also while the plan changes: alone, in a batch, and on a planner that has learned from other text."""
-    planner = Planner(costs, longest_draft(trained))
-    monkeypatch.setattr(engine, "planner_of", lambda model, batch_size: planner)
-    expected = [generate(trained, prompt, DecodeOptions("ar", max_new_tokens=50)).token_ids for prompt in prompts]
-    for _ in range(2):
-        assert [generate(trained, p, DecodeOptions(max_new_tokens=50)).token_ids for p in prompts] == expected
-        batch = generate_batch(trained, prompts, DecodeOptions(max_new_tokens=50), 3)
-        assert [generation.token_ids for generation in batch] == expected
-    explained = planner.explain()
-    assert "tokens/forward" in explained and "accepted by offset" in explained
-
-
-def test_copies_are_taken_where_they_are_accepted_more():
-    """Each length of match counts apart; copies say nothing about the model's own drafts, and are tried again."""
-    planner = Planner(FREE, 8)
-    planner.acceptance = believing(0.6)
-    planner.begin(1, 100)
-    assert planner.choice.draft_length > 1
-    policy = Planned(8, [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2])
-    policy.planner = planner
-    found = policy.look_up([3])  # 1 2 3 was there before
-    assert (found.tokens[:3], found.match) == ([4, 5, 6], 3) and len(found.confidences) == len(found.tokens)
-    before = dict(planner.acceptance.counts)
-    for _ in range(40):
-        policy.observe(Drafts([3, *found.tokens], copied=3), ForwardLayout(8), 1)
-    assert planner._seen == [] and planner.acceptance.counts == before
-    assert policy.look_up([4]).match == 4  # longer matches are others
-    assert policy.look_up([0, 1, 2, 3]).tokens == []
-    waited = next(n for n in range(2000) if planner.copied(3))
-    assert waited > 50
-    assert Planned(8, [1, 1])._copier.copy(3).match == 1 and not planner.copied(1)
-
-
-def text_of(planner, match, accepted, steps, own=1):
-    """Take steps with a match of this length, of whose copies ``accepted`` tokens stand; return what was copied."""
-    taken = []
-    for _ in range(steps):
-        planner.begin(1, 100)
-        count = planner.copied(match)
-        taken.append(count)
-        drafts = Drafts([0] * (1 + count), copied=match if count else 0)
-        planner.observe(drafts, ForwardLayout(1 + count), min(accepted, 1 + count))
-        planner.end(1 + count, planner.clock.costs.of(1 + count, 100, 1))
-    return taken
-
-
-@pytest.mark.parametrize("costs", [MIDDLING, DEAR])
-def test_plain_steps_copy_where_it_pays(costs):
-    """Copies must give more tokens than their verification takes time, whatever the model's own drafts are worth."""
-    planner = Planner(costs, 8)
-    planner.acceptance = believing(0.01)
-    planner.begin(1, 100)
-    assert planner.choice.name == "ar"
-    useless = text_of(planner, 4, 1, 300)
-    assert sum(map(bool, useless[100:])) < 20  # tried now and then
-    useful = text_of(planner, 3, 8, 300)
-    price = costs.of(8, 100, 1) / costs.of(1, 100, 1)
-    assert (useful[-1] == 7) == (price < 8) and planner.choice.name == "ar"
-
-
-def test_copies_are_compared_with_drafts_after_as_long_a_match():
-    copies = Copies()
-    for _ in range(60):
-        copies.observe(3, 4, 8)  # three of seven copies stand
-        copies.drafted(3, 6)  # where text matches, own drafts are better
-        copies.drafted(0, 2)
-    assert copies.tokens(3, 8) == pytest.approx(3.6, abs=0.01)  # as if each had the same chance, 3 of 4
-    assert not copies.beside_drafts(3, 8, alternates=False)
-    assert copies.beside_drafts(3, 8, alternates=True)  # (1 + 6) / 2 tokens per forward
-    assert copies.gain(3.0, 8) == 0 and copies.chance(1) == pytest.approx(Copies.PRIOR[1])
-
-
-def test_plans_that_draft_must_beat_plain_steps_with_copies():
-    planner = Planner(MIDDLING, 8)
-    planner.acceptance = believing(0.6)
-    planner.begin(1, 100)
-    assert planner.choice.draft_length > 1
-    plain = next(plan for plan in planner.candidates() if plan.draft_length == 1)
-    assert plain.tokens_per_forward == 1 and plain.forward_tokens == 1  # nothing has matched
-    text_of(planner, 4, 8, 200)
-    found = {plan.draft_length: plan for plan in planner.candidates()}
-    assert found[1].tokens_per_forward > 4 and found[1].forward_tokens > 4
-    assert found[8].tokens_per_forward > 4  # they copy too
-
-
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_copying_changes_no_token(trained, temperature):
-    """Text that repeats itself, with a planner that copies whenever it can."""
-    planner = planner_of(trained)
-    planner.copies._drafted = [0.0] * 5
-    prompt = [1, 2, 3, 4, 5, 6, 7] * 3
-    sampling = SamplingOptions(temperature=temperature, seed=3)
-    taken = []
-    watched = planner.copies.observe
-    planner.copies.observe = lambda match, accepted, num_drafts: taken.append(match)
-    greedy = generate(trained, prompt, DecodeOptions("ar", max_new_tokens=40, sampling=sampling)).token_ids
-    found = generate(trained, prompt, DecodeOptions(max_new_tokens=40, sampling=sampling)).token_ids
-    planner.copies.observe = watched
-    forget_planner(trained)
-    assert any(taken) and (temperature or found == greedy)
-
-
 def test_without_a_tidar_section_it_is_autoregression(tiny):
     model = tiny("llama", tidar=False)
     plain = generate(model, [1, 2], DecodeOptions("ar", max_new_tokens=20))
     assert generate(model, [1, 2], DecodeOptions(max_new_tokens=20)).token_ids == plain.token_ids
 
 
-def test_steps_that_read_prompts_are_counted_but_not_timed():
-    planner = Planner(MIDDLING, 8)
-    for _ in range(50):
-        planner.begin(2, 100)
-        planner.observe(Drafts([0, 0]), ForwardLayout(2), 1)
-        planner.end(20, None)
-    assert planner.choice.name == "ar" and planner.clock.curve(0, 2, 100, 1)[1] == MIDDLING.of(1, 100, 2)
-
-
 def test_sizes_that_were_not_seen_of_late_are_not_believed():
     clock = Clock(MIDDLING)
     for _ in range(40):
-        clock.observe(TimedStep(0, 1, 64, 8, 0.2))
+        clock.observe(TimedStep(False, 1, 64, 8, 0.2))
     for _ in range(Clock.OLD):
-        clock.observe(TimedStep(0, 1, 64, 1, 0.001))
-    assert clock.curve(0, 1, 64, 8)[8] == pytest.approx(0.002, rel=0.01)
-    clock.observe(TimedStep(0, 1, 64, 8, 0.003))
-    assert clock.curve(0, 1, 64, 8)[8] == pytest.approx(0.003, rel=0.1)
-
-
-def test_plain_steps_of_a_batch_are_tried_where_only_larger_ones_are_known():
-    """Those may be far slower than their size tells."""
-    planner, draw = Planner(Costs([1, 272], [64], [[0.001], [0.0015]]), 8), random.Random(0)
-    planner.acceptance = believing(0.3)
-    for _ in range(200):
-        planner.begin(3, 100)
-        planner.observe(Drafts([0, 0]), ForwardLayout(2), 1 + (draw.random() < 0.3))
-        tokens = round(3 * planner.choice.forward_tokens)
-        planner.end(tokens, 0.001 if tokens == 3 else 0.004)
-    assert planner.choice.name == "ar"
+        clock.observe(TimedStep(False, 1, 64, 1, 0.001))
+    assert clock.curve(False, 1, 64, 8)[8] == pytest.approx(0.002, rel=0.01)
+    clock.observe(TimedStep(False, 1, 64, 8, 0.003))
+    assert clock.curve(False, 1, 64, 8)[8] == pytest.approx(0.003, rel=0.1)

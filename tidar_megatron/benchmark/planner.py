@@ -105,7 +105,7 @@ def _setting(
 
     row = {
         "best": best,
-        "auto_chose": learned.choice.name,
+        "auto_chose": learned.usual,
         "auto_over_best": ratio("auto", best),
         "auto_over_ar": ratio("auto", "ar"),
         "best_over_ar": ratio(best, "ar"),

@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--plan", metavar="NAME", help="auto (default), ar, linear:K, lookup:K, all:K, or 2:K, 2 branches"
     )
-    parser.add_argument("--explain-plan", action="store_true", help="end with what plan auto expects of each plan")
+    parser.add_argument("--explain-plan", action="store_true", help="end with what plan auto chose")
     parser.add_argument("--mode", choices=["auto", "tidar", "linear", "ar", "lookup"], help="instead of --plan")
     parser.add_argument("--draft-length", type=int, metavar="K", help="for --mode; default: the model's block size")
     parser.add_argument(

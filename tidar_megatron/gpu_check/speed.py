@@ -85,7 +85,7 @@ def scripted(rate: float, seed: int) -> Iterator[None]:
     The verifier computes what it would compute. Branches are chosen as by a model that knows the rate.
     """
     random = np.random.Generator(np.random.Philox(seed))
-    choose, layout = Sampler.choose, Branches.layout
+    choose, plan = Sampler.choose, Branches.plan
 
     def scripted_choose(self: Sampler, logits: Tensor, drafts: Sequence[int], *more: Any) -> list[int]:
         chosen = choose(self, logits, drafts, *more)
@@ -93,9 +93,9 @@ def scripted(rate: float, seed: int) -> Iterator[None]:
         accepted = int(refused.argmax())
         return [*drafts[1 : accepted + 1], chosen[-1]]
 
-    def scripted_layout(self: Branches, drafts: Drafts) -> ForwardLayout:
+    def scripted_plan(self: Branches, drafts: Drafts, most: int) -> tuple[Drafts, ForwardLayout]:
         drafts.confidences = [rate] * (len(drafts.tokens) - 1)
-        return layout(self, drafts)
+        return plan(self, drafts, most)
 
-    with patch.object(Sampler, "choose", scripted_choose), patch.object(Branches, "layout", scripted_layout):
+    with patch.object(Sampler, "choose", scripted_choose), patch.object(Branches, "plan", scripted_plan):
         yield

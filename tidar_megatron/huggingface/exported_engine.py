@@ -8,7 +8,7 @@ from tidar_megatron import __version__
 
 MODULES = {  # file in the folder -> module of this package; transformers calls the first
     "generate": "inference/custom_generate",
-    **{name: f"inference/{name}" for name in ("engine", "sequence", "drafting", "plans", "planner", "candidates")},
+    **{name: f"inference/{name}" for name in ("engine", "sequence", "drafting", "plans", "planner", "choosing")},
     **{name: f"inference/{name}" for name in ("acceptance", "costs", "static", "forward", "attention", "cache")},
     **{name: f"inference/{name}" for name in ("model", "request", "sampling", "logits", "text", "prepared")},
     **{name: f"inference/{name}" for name in ("wrapping", "compatibility", "upcast", "lean", "products")},

@@ -112,14 +112,14 @@ class TimedStep:
     """A step that was timed.
 
     Attributes:
-        kind: The kind of its plan, :attr:`Candidate.kind`.
+        has_masks: Whether any sequence had masks.
         batch: The number of sequences.
         context: Committed tokens per sequence, on average.
         tokens: The tokens of the forward, all sequences together.
         seconds: The duration of the step.
     """
 
-    kind: int
+    has_masks: bool
     batch: int
     context: float
     tokens: int
@@ -128,7 +128,7 @@ class TimedStep:
 
 @dataclass
 class _Bin:
-    """The latest steps of a kind and about one size: the ratios of observed to timed seconds, and the last's number."""
+    """The latest steps of about one size: the ratios of observed to timed seconds, and the number of the last step."""
 
     ratios: deque[float]
     last: int = 0
@@ -138,18 +138,18 @@ class _Bin:
 class Clock:
     """A correction of :class:`Costs` by observed steps: a step does more than a forward, and the machine's load varies.
 
-    The ratio of observed to timed seconds is tracked by batch size, kind of plan and step size, the sizes in bins of
+    The ratio of observed to timed seconds is tracked by batch size, with and without masks, and by step size in bins of
     half an octave. The median of the latest steps is used, because single steps are disturbed. Sizes without recent
-    steps take the ratios of nearby sizes, weighted by distance, and of other kinds.
+    steps take the ratios of nearby sizes, weighted by distance, and of steps of the other kind.
     """
 
     KEPT = 31  # steps kept per size
     OLD = 512  # steps at the same batch size after which a size's steps are stale
-    OTHER_KIND = 1  # another kind of plan weighs as little as a size that is so many half octaves away
+    OTHER_KIND = 1  # steps of the other kind weigh as little as a size that is so many half octaves away
 
     def __init__(self, costs: Costs) -> None:
         self.costs = costs
-        self._bins: defaultdict[int, dict[tuple[int, int], _Bin]] = defaultdict(dict)  # by batch, then (kind, size)
+        self._bins: defaultdict[int, dict[tuple[bool, int], _Bin]] = defaultdict(dict)  # by batch; (has masks, size)
         self._count: defaultdict[int, int] = defaultdict(int)  # number of steps, by batch
 
     def observe(self, step: TimedStep) -> None:
@@ -157,17 +157,17 @@ class Clock:
         expected = float(self.costs.of(step.tokens / step.batch, step.context, step.batch))
         octave = octaves(step.batch)
         count = self._count[octave] = self._count[octave] + 1
-        seen = self._bins[octave].setdefault((step.kind, octaves(step.tokens)), _Bin(deque(maxlen=self.KEPT)))
+        seen = self._bins[octave].setdefault((step.has_masks, octaves(step.tokens)), _Bin(deque(maxlen=self.KEPT)))
         if seen.last <= count - self.OLD:
             seen.ratios.clear()
         seen.ratios.append(step.seconds / expected)
         seen.last, seen.median = count, None
 
-    def curve(self, kind: int, batch: int, context: float, most: int) -> np.ndarray:
+    def curve(self, has_masks: bool, batch: int, context: float, most: int) -> np.ndarray:
         """Return the seconds of a step with 0, 1, ..., ``most`` tokens of each sequence, float64 ``[most + 1]``.
 
         Args:
-            kind: The kind of plan.
+            has_masks: Whether the step has masks.
             batch: The number of sequences.
             context: Committed tokens per sequence, on average.
             most: The largest number of tokens of a sequence.
@@ -183,7 +183,7 @@ class Clock:
                 one.median = median(one.ratios)
         medians, counts = np.array([(one.median, len(one.ratios)) for one in seen.values()]).T
         kinds, sizes = np.array(list(seen)).T
-        away = abs(np.arange(octaves(most * batch) + 1)[:, None] - sizes) + self.OTHER_KIND * (kinds != kind)
+        away = abs(np.arange(octaves(most * batch) + 1)[:, None] - sizes) + self.OTHER_KIND * (kinds != has_masks)
         near = np.maximum(8.0**-away, 1e-4)
         near *= np.minimum(counts / 8, 1.0) ** 2  # a size with few steps weighs less
         ratios = (near @ medians + 1e-5) / (near.sum(axis=1) + 1e-5)

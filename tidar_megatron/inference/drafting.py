@@ -1,14 +1,14 @@
 """Policies: the layout of a sequence's next forward, and the source of its drafts.
 
 All modes share one loop: a forward verifies the current drafts, and its masks, if it has any, draft the next tokens.
-A :class:`Policy` only chooses how many drafts and which branches of masks the forward contains:
+A :class:`Policy` only chooses which drafts and which branches of masks the forward contains:
 
 =============  ====================================================================================================
 `ar`           the certain token alone
 `tidar`        all drafts, and a branch of K masks for each outcome, or for the likeliest few (TiDAR section 3.3)
 `linear`       two alternating forwards: the certain token and K masks; then the drafts alone
 `lookup`       drafts copied from an earlier occurrence of the same tokens: the baseline without a draft model
-`auto`         what a planner chooses (``planner.py``), and copies where copies are accepted more than drafts
+`auto`         what a planner chooses before each forward (``planner.py``), from own drafts and copied ones
 =============  ====================================================================================================
 """
 
@@ -20,6 +20,8 @@ from torch import Tensor
 
 from tidar_megatron.inference.forward import ForwardLayout
 
+LONGEST_MATCH = 8  # the longest match that is told from longer ones
+
 
 @dataclass
 class Drafts:
@@ -28,14 +30,20 @@ class Drafts:
     ``tokens[0]`` is the certain token: it is final, and only its K/V is missing. ``q [n - 1, V]`` holds the
     distributions that the other tokens were drawn from, or None if nothing was drawn. ``confidences`` are the model's
     probabilities of the other tokens, if the policy wants them. ``lag`` is how many tokens shorter than the number of
-    accepted drafts their branch was. If the tokens were copied, ``copied`` is the length of the match, else 0.
+    accepted drafts their branch was.
     """
 
     tokens: list[int] = field(default_factory=list)
     q: Tensor | None = None
     confidences: list[float] = field(default_factory=list)
     lag: int = 0
-    copied: int = 0
+
+    def first(self, count: int) -> "Drafts":
+        """Return the first ``count`` tokens, the certain one included."""
+        if count >= len(self.tokens):
+            return self
+        q = None if self.q is None else self.q[: count - 1]
+        return Drafts(self.tokens[:count], q, self.confidences[: count - 1], self.lag)
 
 
 class Copied(NamedTuple):
@@ -43,7 +51,6 @@ class Copied(NamedTuple):
 
     tokens: list[int]
     match: int
-    confidences: Sequence[float] = ()
 
 
 NOTHING = Copied([], 0)
@@ -62,16 +69,17 @@ class Policy:
     wants_confidences = False
     most_tokens = 1
 
-    def layout(self, drafts: Drafts) -> ForwardLayout:
-        """Return the layout of the next forward, with at most ``len(drafts.tokens)`` drafts."""
-        return ForwardLayout(1)
+    def plan(self, drafts: Drafts, most: int) -> tuple[Drafts, ForwardLayout]:
+        """Return the drafts that the next forward verifies, and its layout, which holds as many.
 
-    def look_up(self, emitted: Sequence[int]) -> Copied:
-        """Return drafts that need no model, to follow the last of the tokens that just became final."""
-        return NOTHING
+        Args:
+            drafts: The certain token and the model's own drafts, at most ``most`` together.
+            most: The number of tokens that the text may still have.
+        """
+        return drafts.first(1), ForwardLayout(1)
 
-    def observe(self, drafts: Drafts, layout: ForwardLayout, accepted: int) -> None:
-        """Record how many tokens a forward with this layout accepted, the certain token included."""
+    def observe(self, tokens: Sequence[int], verified: int) -> None:
+        """Record tokens that became final, and how many drafts their forward verified; 0 for the prompt's forward."""
 
 
 class Branches(Policy):
@@ -90,14 +98,13 @@ class Branches(Policy):
         self.wants_confidences = 0 < self.most_branches < draft_length
         self.most_tokens = draft_length * (1 + self.most_branches)
 
-    def layout(self, drafts: Drafts) -> ForwardLayout:
-        """Return a layout of all drafts and the branches."""
+    def plan(self, drafts: Drafts, most: int) -> tuple[Drafts, ForwardLayout]:
+        """Return all drafts, and a layout of them and the branches."""
         count = len(drafts.tokens)
         if self.most_branches >= count:
-            return ForwardLayout(count, tuple(range(1, count + 1)), self.draft_length)
-        # drafts made under another policy may have no confidences
-        confidences = drafts.confidences or [0.5] * (count - 1)
-        return ForwardLayout(count, likeliest_outcomes(confidences, self.most_branches), self.draft_length)
+            return drafts, ForwardLayout(count, tuple(range(1, count + 1)), self.draft_length)
+        branches = likeliest_outcomes(drafts.confidences, self.most_branches)
+        return drafts, ForwardLayout(count, branches, self.draft_length)
 
 
 class Linear(Policy):
@@ -112,12 +119,11 @@ class Linear(Policy):
         self.drafts_at_once = draft_length > 1
         self.most_tokens = 1 + draft_length
 
-    def layout(self, drafts: Drafts) -> ForwardLayout:
-        """Return a layout of the drafts alone, or, if there are none, of the certain token and K masks."""
-        count = len(drafts.tokens)
-        return (
-            ForwardLayout(count) if count > 1 or not self.drafts_at_once else ForwardLayout(1, (1,), self.draft_length)
-        )
+    def plan(self, drafts: Drafts, most: int) -> tuple[Drafts, ForwardLayout]:
+        """Return all drafts and a layout of them alone, or, if there are none, of the certain token and K masks."""
+        if len(drafts.tokens) > 1 or not self.drafts_at_once:
+            return drafts, ForwardLayout(len(drafts.tokens))
+        return drafts, ForwardLayout(1, (1,), self.draft_length)
 
 
 class Copier:
@@ -142,11 +148,15 @@ class Copier:
             self._text.append(token)
 
     def copy(self, count: int) -> Copied:
-        """Return up to ``count`` tokens of the text, to go on with."""
+        """Return up to ``count`` tokens of the text, to go on with; a match counts up to :data:`LONGEST_MATCH`."""
+        text = self._text
         for length in range(self.LONGEST_SUFFIX, 0, -1):
-            place = self._followed_at.get(tuple(self._text[-length:]))
+            place = self._followed_at.get(tuple(text[-length:]))
             if place is not None:
-                return Copied(self._text[place : place + count], length)
+                if length == self.LONGEST_SUFFIX:
+                    while length < min(place, LONGEST_MATCH) and text[place - length - 1] == text[-length - 1]:
+                        length += 1
+                return Copied(text[place : place + count], length)
         return NOTHING
 
 
@@ -162,14 +172,14 @@ class Lookup(Policy):
         self.draft_length = self.most_tokens = draft_length
         self._copier = Copier(prompt)
 
-    def layout(self, drafts: Drafts) -> ForwardLayout:
-        """Return a layout of all drafts, without masks."""
-        return ForwardLayout(len(drafts.tokens))
+    def plan(self, drafts: Drafts, most: int) -> tuple[Drafts, ForwardLayout]:
+        """Return up to K - 1 drafts, copied from the text, and a layout of them without masks."""
+        tokens = [*drafts.tokens[:1], *self._copier.copy(min(self.draft_length, most) - 1).tokens]
+        return Drafts(tokens), ForwardLayout(len(tokens))
 
-    def look_up(self, emitted: Sequence[int]) -> Copied:
-        """Return up to K - 1 drafts, copied from the text."""
-        self._copier.append(emitted)
-        return self._copier.copy(self.draft_length - 1)
+    def observe(self, tokens: Sequence[int], verified: int) -> None:
+        """Add the tokens to the text that is copied from."""
+        self._copier.append(tokens)
 
 
 def likeliest_outcomes(confidences: Sequence[float], count: int) -> tuple[int, ...]:

@@ -1,327 +1,306 @@
-"""The planner: choose the plan with the highest throughput on this machine, for this model and text.
+"""The planner: choose what each forward holds, for the highest throughput on this machine, with this model and text.
 
-Two estimates determine the throughput: the latency of a forward with T tokens after P committed ones (``costs.py``),
-and the acceptance rate of drafts, learned during generation (``acceptance.py``). From both, the :class:`Planner`
-computes the throughput of every plan - K drafts, branches for the m likeliest outcomes or for all, two alternating
-forwards, or plain autoregression, all with drafts copied from the text where those are better -, corrects it by the
-tokens per step observed under the plan, and chooses the best. A plan affects the speed of generation, never the output.
+Before each forward the :class:`Planner` decides for each sequence how many drafts to verify, the model's own or copied
+ones, and which branches of masks to add (``choosing.py``). It knows the latency of forwards on this machine
+(``costs.py``), and learns during generation how likely drafts are to be accepted (``acceptance.py``), what it gains
+from having drafts, and the rate at which tokens come. A choice affects the speed of generation, never the output.
 """
 
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from tidar_megatron.inference.acceptance import Acceptance, Copies, Outcomes
-from tidar_megatron.inference.candidates import BRANCHING, PLAIN, Candidate, Cost, expect
-from tidar_megatron.inference.costs import Clock, Costs, TimedStep, batches_for, load_costs, octaves
-from tidar_megatron.inference.drafting import NOTHING, Copied, Copier, Drafts, Policy
+from tidar_megatron.inference.acceptance import Acceptance, Shares, agreement
+from tidar_megatron.inference.choosing import WORTH, Contents, Prices, choose
+from tidar_megatron.inference.costs import Clock, Costs, TimedStep, batches_for, load_costs
+from tidar_megatron.inference.drafting import NOTHING, Copier, Drafts, Policy
 from tidar_megatron.inference.forward import ForwardLayout
 from tidar_megatron.inference.model import DecodeModel
 
 LONGEST = 255  # the largest K that is tried: with a branch per outcome, a forward has almost 2**16 tokens
 
 
+class Gains:
+    """The gain of a forward from drafts, in tokens: decayed means of :attr:`Contents.gains` by the number of drafts."""
+
+    FADE, PROBED = 0.05, 0.2  # the weight of the latest observation, and of one after steps without drafts
+    PRIOR = 0.6  # assumed of three drafts or more
+
+    def __init__(self, most: int) -> None:
+        self.means = [min(count / 3, 1.0) * self.PRIOR for count in range(most + 1)]
+        self._seen = 0
+
+    def observe(self, gains: Sequence[float], is_probe: bool) -> None:
+        """Record what 1, 2, ... drafts gained in a forward; no shorter block gains more than a longer one."""
+        self._seen += 1
+        weight = max(self.PROBED if is_probe else self.FADE, 1 / (3 + self._seen))
+        means = self.means
+        for count, gain in enumerate(gains, start=1):
+            means[count] += weight * (gain - means[count])
+        for count in range(len(gains) + 1, len(means)):
+            means[count] = max(means[count], means[count - 1])
+
+
 @dataclass
 class _Place:
-    """The choice for a batch size and context length, and when to reconsider it."""
+    """What was learned for a batch size and a context length.
 
-    choice: Candidate
-    steps: int = 0  # steps since the last decision
-    look_after: int = 0  # steps after which to decide again
-    total: int = 0  # steps in this place
-    again: dict[tuple[int, int | None], int] = field(default_factory=dict)  # by plan tried: when it may be tried again
-    kinds: set[int] = field(default_factory=set)  # the kinds of the plans that were tried
-    prices: dict[int, float] = field(default_factory=lambda: {1: 1.0})  # of plain steps that verify copies, by size
+    ``prices`` are those that the choices in ``chosen`` were made with, by the classes of the drafts at hand.
+    """
+
+    batch: int
+    prices: Prices
+    plain: list[float]  # seconds of a step by the tokens of each sequence, divided by the number of sequences
+    drafting: list[float]  # the same of steps with masks
+    tokens: float  # decayed sums, whose ratio is the rate
+    seconds: float
+    chosen: dict[tuple[tuple[int, ...], tuple[int, ...]], Contents] = field(default_factory=dict)
+    steps: int = 0  # steps since the prices were updated
+    wait: int = 4  # steps until they are updated again
+    without: int = 0  # choices in a row without masks
+    patience: int = 4  # after as many for each sequence of a batch, the next one is a probe
 
 
 class Planner:
-    """The chooser of plans for all sequences of an engine.
+    """The chooser of what forwards hold, for all sequences of an engine.
 
     Args:
         costs: The latencies on this machine for this model.
         block_size: The block size that the model was trained with, which is the largest K that is tried.
     """
 
-    BRANCHES = (None, 0, 1, 2, 3)
-    PROBE = 256  # plain steps after which drafts that were not worth it are tried again
-    SELDOM = 1024  # steps between two decisions in the steady state
-    SURPRISE = 12.0  # CUSUM threshold in nats per recorded sequence at which most of the statistics are discarded
-    SUSPICION, CHECK = 0.5, 16  # CUSUM level in nats at which, as with little data, drafts are tried again sooner
-    AGAIN, TIMES = 128, 2  # a plan tried at step n of a place may be tried again at step 128 + 2 n: steps are disturbed
-    TIMED = 12  # steps before a decision that its estimates of latency are corrected by
-    AT_ONCE = 32  # records to learn from in one batch; a sequence adds two per step
-    TRIAL = 12  # steps of a trial, fewer for a batch: of offsets beyond the chosen block, or of the latency of a plan
-    WORTH = 1.03  # drafts are worth it from this ratio to the throughput of plain steps: estimates are off by as much
-    # plans with this share of the best one's throughput are tried once, for estimates are off by as much; the best of a
-    # kind that was never tried needs less, because the steps of other kinds say little about it
-    CLOSE, CLOSE_KIND = 0.92, 0.5
-    SPENT, HEADSTART = 0.1, 300  # trials may take a tenth of the steps, counted from 300 steps before the first
+    RATE = 0.99  # decay of the rate per choice
+    SELDOM = 64  # steps between two updates of the prices in the steady state
+    SOON, PROBE = 4, 256  # choices without masks before drafts are tried again: at first, and at most
+    LONGER = 64  # each such choice with masks has the longest branches
+    TIMED = 12  # steps before an update that latencies are corrected by
+    KEPT = 4096  # choices that are kept for reuse
 
     def __init__(self, costs: Costs, block_size: int) -> None:
-        self.lengths = sorted({k for k in (2, 3, 4, 6, 8, 12, 16, 24, 32) if k <= block_size} | {block_size})
+        shortest = min(4, max(2, block_size // 2))  # a block of one mask drafts nothing
+        self.lengths = [block_size >> n for n in range(8, -1, -1) if block_size >> n >= shortest]
         self.acceptance = Acceptance()
-        self.outcomes = Outcomes()
-        self.copies = Copies()
         self.clock = Clock(costs)
-        self.choice = Candidate(block_size, 1)
-        self._most_tokens = self.lengths[-1] * (1 + self.lengths[-1])
-        self._gave: dict[tuple[int, int | None], list[float]] = {}  # observed tokens and steps, by plan
-        self._expected: list[Candidate] = []  # the estimates of all plans, as of the last update
-        self._news = True  # whether drafts were observed since that update
+        self.fresh, self.late = Gains(block_size - 1), Gains(block_size - 1)
+        self.used: dict[str, list[float]] = {}  # decayed choices and tokens, by what forwards held
+        self._most_tokens = block_size * (1 + block_size)
         self._places: dict[tuple[int, int], _Place] = {}  # by bins of the batch size and the context length
-        self._here = _Place(self.choice)
+        self._here: _Place | None = None
+        self._timed: deque[TimedStep] = deque(maxlen=self.TIMED)  # the latest steps, which the clock has not yet seen
         self._batch, self._context = 1, 0.0
-        # total steps; their number at the last reset and at the last update of the estimates; calls of wants_a_probe
-        self._steps, self._start, self._looked, self._plain = 0, 0, 0, 0
-        self._next_trial, self._trials = self.SELDOM, 0
-        self._followed: tuple[int, int | None] | None = None  # the plan of the last step
-        self._turn = 0  # counts sequences that report
-        self._probes = False  # whether a sequence of the step is a probe
-        # the latest steps that the clock has not yet seen, and the outcomes of drafts that _learn has not yet processed
-        self._timed: deque[TimedStep] = deque(maxlen=self.TIMED)
-        self._seen: list[tuple[tuple[int, int | None], int, list[float], int, int]] = []
-
-    def candidates(self) -> list[Candidate]:
-        """Return every plan with its current estimates, highest throughput first."""
-        self._learn()
-        for step in self._timed:
-            self.clock.observe(step)
-        self._timed.clear()
-        rest = min(max(8, (self._steps - self._start) // 2), self.SELDOM)
-        if not self._expected or (self._news and self._steps - self._looked >= rest):
-            self._looked, self._news = self._steps, False
-            self._gave = {key: [0.9 * tokens, 0.9 * steps] for key, (tokens, steps) in self._gave.items()}
-            plans = [(K, m) for K in self.lengths for m in self.BRANCHES if K > 1 and (m is None or m < K)]
-            self._expected = [expect(*plan, self.acceptance, self.outcomes) for plan in plans]
-        cost = Cost(self.clock, self._context, self._batch, self._most_tokens)
-        sizes = np.array([1, *self.lengths])
-        seconds = cost(PLAIN, sizes)
-        self._here.prices = dict(zip(sizes.tolist(), (seconds / seconds[0]).tolist(), strict=True))
-        tokens, shares = self.copies.plain(self._here.prices)
-        plain = Candidate(1, None, tokens, np.array(list(shares)), np.array(list(shares.values())))
-        found = [plain, *map(self._corrected, self._expected)]
-        return sorted((plan.at(cost) for plan in found), key=lambda candidate: -candidate.rate)
-
-    def _corrected(self, plan: Candidate) -> Candidate:
-        """Return the plan with what copies add, and its tokens per forward averaged with those observed in its use."""
-        tokens, steps = self._gave.get(plan.key, (0.0, 0.0))
-        weight = 200  # the model's weight in steps: few observed steps say little, because text varies so much
-        expected = plan.tokens_per_forward + self.copies.gain(plan.tokens_per_forward, plan.draft_length)
-        return replace(plan, tokens_per_forward=(tokens + weight * expected) / (steps + weight))
+        self._has_masks = False  # whether any sequence of the step has masks
+        self._drafted = 0  # choices with masks
 
     def begin(self, batch: int, context: float) -> None:
-        """Prepare for a forward: decide again after enough steps, or if batch size or context length have changed.
+        """Prepare for a forward.
 
         Args:
             batch: The number of sequences.
             context: Committed tokens per sequence, on average.
         """
-        self._batch, self._context = batch, context
-        if len(self._seen) >= (self.AT_ONCE if self.choice.draft_length > 1 else 1):  # probes are rare
-            self._learn()
-        place = batch.bit_length(), int(2 * math.log2(1 + context / 512))
-        if place not in self._places:
-            self._places[place] = _Place(self.choice)
-        self._here = here = self._places[place]
-        if here.steps >= here.look_after:
-            chosen, here.steps = self._choose(here), 0
-            is_new = chosen.key != here.choice.key
-            trial = max(4, self.TRIAL - octaves(batch))
-            here.look_after = trial if is_new else min(2 * here.look_after + 4, self.SELDOM)
-            here.choice = chosen
-            here.again[chosen.key] = self.AGAIN + self.TIMES * here.total
-            here.kinds.add(chosen.kind)
-        self.choice = here.choice
+        self._batch, self._context, self._has_masks = batch, context, False
+        key = batch.bit_length(), int(2 * math.log2(1 + context / 512))
+        here = self._places.get(key)
+        if here is None:
+            before, self._here = self._here, self._update(key)
+            if before is not None:  # as many tokens per forward as before
+                per_step = before.tokens / before.seconds * before.plain[1]
+                self._here.tokens = self._here.seconds / self._here.plain[1] * per_step
+        elif here.steps >= here.wait or here.batch != batch:
+            self._here = self._update(key)
+        else:
+            self._here = here
+        self._here.steps += 1
 
-    def _choose(self, here: _Place) -> Candidate:
-        """Return the best plan, or the current one if it is about as good; occasionally explore another."""
-        found = self.candidates()
-        best, plain = found[0], next(plan for plan in found if plan.draft_length == 1)
-        if best.rate < self.WORTH * plain.rate:
-            return plain
-        # shorter blocks provide no data on the offsets beyond them
-        if best.draft_length < self.lengths[-1] and self._steps >= self._next_trial:
-            self._next_trial = self._steps + self.TRIAL + self.SELDOM
-            return next(plan for plan in found if plan.draft_length == self.lengths[-1] and plan.branches)
-        if self._trials * self.TRIAL <= self.SPENT * (self._steps + self.HEADSTART):
-            due = [plan for plan in found if here.total >= here.again.get(plan.key, 0)]
-            unknown = (plan for plan in due if plan.kind not in here.kinds and plan.rate > self.CLOSE_KIND * best.rate)
-            plan = next(unknown, due[0] if due else best)
-            if plan is not best and (plan.kind not in here.kinds or plan.rate > self.CLOSE * best.rate):
-                self._trials += 1
-                return plan
-        present = next(plan for plan in found if plan.key == here.choice.key)
-        return present if present.rate > 0.98 * best.rate else best
+    def _update(self, key: tuple[int, int]) -> _Place:
+        """Return the place of this key with prices of this moment; make it if there is none."""
+        for step in self._timed:
+            self.clock.observe(step)
+        self._timed.clear()
+        plain, drafting = (
+            (self.clock.curve(has_masks, self._batch, self._context, self._most_tokens) / self._batch).tolist()
+            for has_masks in (False, True)
+        )
+        place = self._places.get(key)
+        if place is None:
+            empty = Prices([], [], self.lengths, [], [])
+            place = self._places[key] = _Place(self._batch, empty, plain, drafting, 2.0, 2 * plain[1])
+        place.batch, place.plain, place.drafting = self._batch, plain, drafting
+        rate = place.tokens / place.seconds
+        place.prices = Prices(
+            [rate * seconds for seconds in plain],
+            [rate * seconds for seconds in drafting],
+            self.lengths,
+            list(self.fresh.means),
+            list(self.late.means),
+        )
+        place.chosen.clear()
+        place.steps, place.wait = 0, min(2 * place.wait, self.SELDOM)
+        for used in self.used.values():
+            used[0] *= 0.9
+            used[1] *= 0.9
+        return place
 
-    def wants_a_probe(self) -> bool:
-        """Return whether a plain step should draft, to check whether drafting has become worthwhile."""
-        self._plain += 1
-        is_sure = self.acceptance.better < self.SUSPICION and not self.acceptance.knows_little
-        steps = self.PROBE if is_sure else self.CHECK
-        probes = self._plain % (steps * self._batch) == 0
-        self._probes |= probes
-        return probes
+    @property
+    def drafts_at_once(self) -> bool:
+        """Return whether the last forward of a prompt should have masks: whether forwards have had them of late."""
+        return bool(self.lengths) and (self._here is None or self._here.patience == self.SOON)
+
+    def choose(self, own: Sequence[int], copied: Sequence[int], lag: int = 0) -> Contents:
+        """Return what the next forward of a sequence should hold.
+
+        Args:
+            own: The classes of the model's own drafts (:class:`Acceptance`).
+            copied: The classes of the copied drafts.
+            lag: How many tokens shorter than the outcome the branch of the own drafts was.
+        """
+        here = self._here
+        assert here is not None  # begin() was called
+        key = tuple(own), tuple(copied)
+        found = here.chosen.get(key)
+        if found is None:
+            of_own, of_copied = self.acceptance.own, self.acceptance.copied
+            found = choose([of_own[c] for c in own], [of_copied[c] for c in copied], here.prices)
+            if len(here.chosen) < self.KEPT:
+                here.chosen[key] = found
+        if own:
+            is_probe = here.patience > self.SOON and not found.branches
+            (self.late if lag else self.fresh).observe(found.gains, is_probe)
+            if is_probe:
+                lengths = [length for length in self.lengths if length - 2 < len(own)]
+                pays = any(
+                    found.gains[length - 2] > here.prices.drafting[1 + length] - here.prices.plain[1] + WORTH
+                    for length in lengths
+                )
+                here.patience = self.SOON if pays else min(2 * here.patience, self.PROBE)
+        if found.branches:
+            here.without, here.patience = 0, self.SOON
+            self._drafted += 1
+            if self._drafted % self.LONGER == 0:
+                found = found._replace(draft_length=self.lengths[-1])
+        else:
+            here.without += 1
+            if here.without >= here.patience * self._batch and self.lengths:
+                here.without, here.patience = 0, max(here.patience, self.SOON + 1)
+                found = found._replace(branches=(found.num_drafts,), draft_length=self.lengths[-1])
+        self._has_masks |= bool(found.branches)
+        return found
+
+    def observe(self, contents: Contents, accepted: int) -> None:
+        """Record how many tokens a forward of a sequence accepted, the certain token included."""
+        here = self._here
+        assert here is not None
+        seconds = (here.drafting if contents.branches else here.plain)[contents.num_tokens]
+        here.tokens = here.tokens * self.RATE + accepted
+        here.seconds = here.seconds * self.RATE + seconds
+        used = self.used.setdefault(name_of(contents), [0.0, 0.0])
+        used[0] += 1
+        used[1] += accepted
 
     def end(self, tokens: int, seconds: float | None) -> None:
         """Record a step.
 
         Args:
             tokens: The tokens of the forward, all sequences together.
-            seconds: The duration of the step; None unless all sequences followed the choice and none read a prompt.
+            seconds: The duration of the step; None unless the planner chose for all sequences and none read a prompt.
         """
-        self._steps += 1
-        self._here.steps += 1
-        self._here.total += 1
-        probes, self._probes = self._probes, False
-        # a step after a change of the plan is not typical
-        is_settled, self._followed = self._followed == self.choice.key, self.choice.key
-        if seconds is None:
-            return
-        kind, is_plain = self.choice.kind, self.choice.draft_length == 1
-        is_larger = is_plain and tokens > self._batch  # with a probe, unless it was cut, or with copies
-        step = TimedStep(BRANCHING if probes and is_larger else kind, self._batch, self._context, tokens, seconds)
-        if is_larger and (probes or is_settled):
-            self.clock.observe(step)
-        elif is_settled:
-            self._timed.append(step)
+        if seconds is not None:
+            self._timed.append(TimedStep(self._has_masks, self._batch, self._context, tokens, seconds))
 
-    def observe(self, drafts: Drafts, layout: ForwardLayout, accepted: int, match: int = 0) -> None:
-        """Record the outcome of a sequence's drafts, for :meth:`_learn` to process later.
+    @property
+    def usual(self) -> str:
+        """The name of what forwards held most often of late."""
+        return max(self.used, key=lambda name: self.used[name][0], default="ar")
 
-        Args:
-            drafts: The verified drafts.
-            layout: The layout of the forward that verified them.
-            accepted: How many tokens were accepted, the certain token included.
-            match: The length of the match that could be copied when they were drafted.
-        """
-        if layout.num_drafts > 1 and drafts.copied:
-            self.copies.observe(drafts.copied, accepted, layout.num_drafts)
-        elif layout.num_drafts > 1:
-            self.copies.drafted(match, accepted)
-        if self.choice.draft_length > 1:
-            if self._followed == self.choice.key:  # else these are the drafts of the plan before
-                gave = self._gave.setdefault(self.choice.key, [0.0, 0.0])
-                gave[0] += accepted
-                gave[1] += 1
-            # learning takes time: of a batch, from two sequences a step in turn
-            self._turn = (self._turn + 1) % (self._batch // 2 | 1)
-            is_recorded = self._turn == 0
-        else:
-            is_recorded = layout.num_drafts > 1  # a probe
-        if is_recorded and not drafts.copied:
-            self._seen.append((self.choice.key, drafts.lag, drafts.confidences, layout.num_drafts, accepted))
+    def explain(self, count: int = 12) -> str:
+        """Return a table of what forwards held of late, the ``count`` most frequent."""
+        total = sum(steps for steps, _ in self.used.values()) or 1.0
+        lines = [f"{'drafts and branches':30} {'share':>6} {'tokens/forward':>15}"]
+        for name, (steps, tokens) in sorted(self.used.items(), key=lambda item: -item[1][0])[:count]:
+            lines.append(f"{name:30} {steps / total:6.1%} {tokens / max(steps, 1e-9):15.2f}")
+        drafts = ", ".join(f"{gain:.2f}" for gain in self.fresh.means[1:])
+        return "\n".join([*lines, f"gain from 1, 2, ... drafts, in tokens: {drafts}"])
 
-    def copied(self, match: int) -> int:
-        """Return how many tokens to copy after a match of this length; 0 if the model's own drafts are better."""
-        self.copies.saw(match)
-        length = self.choice.draft_length
-        if not match:
-            return 0
-        if length == 1:
-            return self.copies.beside_plain(match, self._here.prices) - 1
-        return length - 1 if self.copies.beside_drafts(match, length, self.choice.branches == 0) else 0
 
-    def _learn(self) -> None:
-        """Process the recorded steps in one batch: work between forwards runs with cold caches and delays the step."""
-        seen, self._seen = self._seen, []
-        self._news |= bool(seen)
-        for key, lag, confidences, num_drafts, accepted in seen:
-            if num_drafts == 1:
-                continue
-            self.acceptance.observe(lag + 1, lag == 0, accepted - 1, accepted < num_drafts)
-            if lag == 0 and num_drafts == len(confidences) + 1:
-                self.outcomes.observe(confidences, accepted)
-            # at the largest K, better acceptance cannot change the choice of K
-            good_news = self.acceptance.better if key[0] < self.lengths[-1] else 0.0
-            if max(good_news, self.acceptance.worse) > self.SURPRISE * min(self._batch, 2):
-                self._forget()
-
-    def _forget(self) -> None:
-        """Discard the statistics, because the text has changed."""
-        self.acceptance.forget()
-        self.outcomes = Outcomes()
-        self._gave.clear()
-        self._expected.clear()
-        for place in self._places.values():
-            place.look_after = 0  # decide anew; what was tried there told about latencies, which are the same
-        self._start = self._steps
-        self._next_trial = self._steps + self.SELDOM
-
-    def explain(self, count: int = 8) -> str:
-        """Return a table of the ``count`` best plans and of plain autoregression, with their estimates."""
-        lines = [f"{'plan':22} {'tokens/forward':>14} {'tokens in it':>12} {'ms':>7} {'tokens/s':>9}"]
-        found = self.candidates()
-        for c in [c for n, c in enumerate(found) if n < count or c.draft_length == 1]:
-            milliseconds = c.seconds * self._batch * 1e3
-            lines.append(
-                f"{c.name:22} {c.tokens_per_forward:14.2f} {c.forward_tokens:12.1f} {milliseconds:7.2f} {c.rate:9.0f}"
-            )
-        seen = ", ".join(f"{self.acceptance.of(k, True):.2f}" for k in range(1, self.lengths[-1]))
-        return "\n".join([*lines, f"accepted by offset: {seen}"])
+def name_of(contents: Contents) -> str:
+    """Return a name for what a forward holds, such as ``2:8 after own drafts``."""
+    drafts = "" if contents.num_drafts == 1 else " copies" if contents.copies else " own drafts"
+    if not contents.branches:
+        return f"verify{drafts}" if drafts else "ar"
+    every = len(contents.branches) == contents.num_drafts > 1
+    how = f"{'all' if every else len(contents.branches)}:{contents.draft_length}"
+    return f"{how} after{drafts}" if drafts else how
 
 
 class Planned(Policy):
     """The policy of a sequence in mode ``auto``, which follows a planner.
 
     Args:
-        longest: The largest K of any plan (:func:`longest_draft`).
+        longest: The largest K of any branch (:func:`longest_draft`).
         prompt: Token ids of the prompt, which drafts may be copied from.
     """
 
     planner: Planner  # the engine's, set when the sequence is queued
+    wants_confidences = True
 
     def __init__(self, longest: int, prompt: Sequence[int] = ()) -> None:
+        self.draft_length = longest
         self.most_tokens = longest * (1 + longest)
         self._copier = Copier(prompt)
-        self._probes = False  # whether the last layout was a probe, whose drafts are to be verified
-        self._match = 0  # the length of the latest match
-
-    @property
-    def draft_length(self) -> int:  # type: ignore[override]
-        """The draft length K of the plan that is currently chosen."""
-        return self.planner.choice.draft_length
+        self._own, self._copied = Drafts(), NOTHING  # what the latest choice was made from, and its classes
+        self._classes: tuple[list[int], list[int]] = [], []
+        self._contents = Contents(False, 1, (), 0)
 
     @property
     def drafts_at_once(self) -> bool:  # type: ignore[override]
-        """Return whether the plan that is currently chosen drafts."""
-        return self.planner.choice.draft_length > 1
+        """Return whether the last forward of the prompt should have masks."""
+        return self.planner.drafts_at_once
 
-    @property
-    def wants_confidences(self) -> bool:  # type: ignore[override]
-        """Return True: the planner uses confidences to evaluate plans other than the chosen one."""
-        return True
+    def plan(self, drafts: Drafts, most: int) -> tuple[Drafts, ForwardLayout]:
+        """Return the drafts that the planner chooses from the model's own and copied ones, and the layout."""
+        copied = self._copier.copy(min(self.draft_length, most) - 1)
+        certain, *own = drafts.tokens
+        of_own, of_copied = agreement(own, copied.tokens)
+        acceptance = self.planner.acceptance
+        self._own, self._copied = drafts, copied
+        self._classes = (
+            acceptance.own_classes(drafts.confidences, drafts.lag, of_own),
+            acceptance.copied_classes(copied.match, of_copied),
+        )
+        self._contents = contents = self.planner.choose(*self._classes, drafts.lag)
+        layout = ForwardLayout(contents.num_drafts, contents.branches, contents.draft_length)
+        if contents.copies:
+            return Drafts([certain, *copied.tokens[: contents.num_drafts - 1]]), layout
+        return drafts.first(contents.num_drafts), layout
 
-    def layout(self, drafts: Drafts) -> ForwardLayout:
-        """Return the layout of the planner's current choice; plain steps occasionally draft as a probe."""
-        choice = self.planner.choice
-        self._probes = choice.draft_length == 1 and len(drafts.tokens) == 1 and self.planner.wants_a_probe()
-        if choice.draft_length > 1:
-            return choice.policy.layout(drafts)
-        if self._probes:
-            return ForwardLayout(1, (1,), self.planner.lengths[-1])
-        return ForwardLayout(len(drafts.tokens))
+    def observe(self, tokens: Sequence[int], verified: int) -> None:
+        """Learn from the tokens which drafts were right, also of those that were not verified."""
+        self._copier.append(tokens)
+        if not verified:
+            return
+        self.planner.observe(self._contents, len(tokens))
+        own, copied = self._classes
+        acceptance = self.planner.acceptance
+        # a draft that was drawn is accepted by chance, so only a verified one tells
+        is_drawn = self._own.q is not None
+        known = verified - 1 if is_drawn else len(tokens)
+        if not (is_drawn and self._contents.copies):
+            _compare(self._own.tokens[1:], tokens[:known], own, acceptance.own)
+        _compare(self._copied.tokens, tokens, copied, acceptance.copied)
 
-    def look_up(self, emitted: Sequence[int]) -> Copied:
-        """Return drafts copied from the text, where these promise more than the plan without them."""
-        self._copier.append(emitted)
-        found = self._copier.copy(self.planner.lengths[-1] - 1)
-        self._match = found.match
-        count = self.planner.copied(found.match)
-        if not count or self._probes:
-            return NOTHING
-        tokens, chance = found.tokens[:count], self.planner.copies.chance(found.match)
-        return Copied(tokens, found.match, [chance] * len(tokens))
 
-    def observe(self, drafts: Drafts, layout: ForwardLayout, accepted: int) -> None:
-        """Report the outcome to the planner."""
-        self.planner.observe(drafts, layout, accepted, self._match)
+def _compare(drafts: Sequence[int], tokens: Sequence[int], classes: Sequence[int], shares: Shares) -> None:
+    """Record the drafts up to the first that is not the token that came."""
+    for draft, token, one in zip(drafts, tokens, classes, strict=False):
+        shares.observe(one, draft == token)
+        if draft != token:
+            return
 
 
 def longest_draft(model: DecodeModel) -> int:

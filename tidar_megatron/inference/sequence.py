@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tidar_megatron.errors import UserError
 from tidar_megatron.inference.draft_weights import Drafted
-from tidar_megatron.inference.drafting import NOTHING, Branches, Drafts, Linear, Lookup, Policy
+from tidar_megatron.inference.drafting import Branches, Drafts, Linear, Lookup, Policy
 from tidar_megatron.inference.forward import ForwardLayout, Part
 from tidar_megatron.inference.logits import Best
 from tidar_megatron.inference.model import DecodeModel
@@ -105,9 +105,8 @@ class Sequence:
             layout = ForwardLayout(len(tokens), branches, self._policy.draft_length)
         else:
             # The last token that fits needs no K/V, so drafts from there on are useless.
-            self._cut_drafts(self._end - 1 - self.length)
-            layout = self._policy.layout(self._drafts)
-            self._cut_drafts(layout.num_drafts)
+            last = self._end - 1 - self.length
+            self._drafts, layout = self._policy.plan(self._drafts.first(last), last)
             tokens = self._drafts.tokens
         self._part = Part(self.slot, self.length, tokens, self._useful(layout))
         return self._part
@@ -145,7 +144,7 @@ class Sequence:
     @property
     def draft_rows(self) -> range:
         """The rows of its part whose logits give the next drafts."""
-        if self.stop is not None or self._unread or self._drafts.copied:
+        if self.stop is not None or self._unread:
             return range(0)
         return self._part.layout.rows_after(self._accepted)
 
@@ -171,10 +170,11 @@ class Sequence:
             logits, best = drafting if beta == 0 else beta * verifying + (1 - beta) * drafting, None
         if self._unread:
             tokens = self._sampler.choose(logits, drafts[-1:], None, best)
+            self._policy.observe(tokens, 0)
             self._commit(layout.num_drafts)
         else:
             tokens = self._sampler.choose(logits, drafts, self._drafts.q, best)
-            self._policy.observe(self._drafts, layout, len(tokens))
+            self._policy.observe(tokens, layout.num_drafts)
             self._commit(len(tokens))
         tokens = self._cut(tokens)
         if self.options.logprobs:
@@ -182,9 +182,7 @@ class Sequence:
             self.logprobs += rows.gather(-1, torch.tensor(tokens, device=rows.device)[:, None]).flatten().tolist()
         self.tokens += tokens
         self._sampler.emit(tokens)
-        copied = self._policy.look_up(tokens) if self.stop is None else NOTHING
-        certain = tokens[-1:] if self.stop is None else []
-        self._drafts = Drafts([*certain, *copied.tokens], None, list(copied.confidences), copied=copied.match)
+        self._drafts = Drafts(tokens[-1:] if self.stop is None else [])
         return tokens
 
     def draft(self, logits: Tensor, best: Best | None = None, offered: Drafted | None = None) -> None:
@@ -217,13 +215,6 @@ class Sequence:
         self.length += count
         self._accepted = count
         self._unread = self._unread[count:]
-
-    def _cut_drafts(self, count: int) -> None:
-        drafts = self._drafts
-        if count < len(drafts.tokens):
-            q = None if drafts.q is None else drafts.q[: count - 1]
-            kept, confidences = drafts.tokens[:count], drafts.confidences[: count - 1]
-            self._drafts = Drafts(kept, q, confidences, drafts.lag, drafts.copied)
 
     def _useful(self, layout: ForwardLayout) -> ForwardLayout:
         """Return the layout without branches that cannot draft a useful token, and with masks within the context."""
