@@ -7,8 +7,15 @@ cd "$(dirname "$0")/../.."
 export CUDA_VISIBLE_DEVICES=
 HF=runs/smollm2/hf RUN=${DRAFTS_RUN:-runs/smollm2/drafts} DATA=${DRAFTS_DATA:-data/drafts} HELD_OUT=96
 
-# what was made once stays, for the last prompts are held out
-[ -f $DATA/prompts.jsonl ] || python examples/smollm2/own_prompts.py $DATA/prompts.jsonl "${PROMPTS:-4096}"
+# What was made once stays, for the last prompts are held out. Four of nine prompts are beginnings that the model draws.
+COUNT=${PROMPTS:-4704}
+if [ ! -f $DATA/prompts.jsonl ]; then
+  mkdir -p $DATA
+  printf '"\\n\\n"\n%.0s' $(seq $((COUNT * 51 / 100 + 8))) > $DATA/nothing.jsonl
+  python tools/generate_data.py --model $HF --prompts $DATA/nothing.jsonl --overwrite --output $DATA/beginnings \
+    --batch-size 240 --max-new-tokens 20 --temperature 1 --top-p 0.9 --seed 1
+  python examples/smollm2/own_prompts.py $DATA/prompts.jsonl $COUNT $HF $DATA/beginnings.jsonl
+fi
 [ -f $DATA/valid/manifest.json ] ||
   python tools/generate_data.py --model $HF --prompts $DATA/prompts.jsonl --overwrite \
     --output $DATA/train --held-out $HELD_OUT --held-out-output $DATA/valid \

@@ -293,3 +293,21 @@ def test_penalty_and_minimum_length_in_greedy_decoding(tiny):
 def test_bad_options(small, options, message):
     with pytest.raises(UserError, match=message):
         generate(small, PROMPT, DecodeOptions(sampling=options))
+
+
+@pytest.mark.parametrize("few", [1, 3, 1000])
+def test_top_p_sorts_few_tokens_and_keeps_the_same(few, monkeypatch):
+    """Against all tokens sorted; many scores are equal here, and of these the lower id comes first."""
+    monkeypatch.setattr(sampling, "FEW", few)
+    draw = torch.Generator().manual_seed(few)
+    for _ in range(50):
+        scores = torch.randint(-6, 3, (3, 60), generator=draw) / 2
+        top_p = float(torch.rand(1, generator=draw))
+        p = sampling.probabilities(scores, SamplingOptions(1.0, top_p=top_p))
+        for row, found in zip(scores.double().softmax(-1).tolist(), p.tolist(), strict=True):
+            ordered, before, kept = sorted(range(60), key=lambda token: (-row[token], token)), 0.0, []
+            for token in ordered:
+                assert abs(before - top_p) > 1e-6
+                kept += [token] if before < top_p else []
+                before += row[token]
+            assert [token for token in range(60) if found[token] > 0] == sorted(kept)

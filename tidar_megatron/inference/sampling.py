@@ -23,6 +23,7 @@ from tidar_megatron.errors import UserError
 from tidar_megatron.inference.logits import Best
 
 COLDEST = 1e-4  # the lowest temperature above 0 that logits can be divided by
+FEW = 256  # tokens that top-p sorts first; it sorts more if they do not make up its share
 NO_NUMBERS, EXPORT = "the model's logits are NaN or infinite", "copy or export the model again"
 
 
@@ -86,15 +87,32 @@ def probabilities(logits: Tensor, options: SamplingOptions) -> Tensor:
         least = scores.topk(options.top_k, dim=-1).values[:, -1:]
         scores = scores.masked_fill(scores < least, -torch.inf)
     if options.top_p < 1:
-        ordered, places = scores.sort(dim=-1, descending=True, stable=True)
-        shares = ordered.softmax(-1)
-        beyond = shares.cumsum(-1) - shares >= options.top_p  # always keeps the likeliest
-        scores = scores.masked_fill(beyond.gather(-1, places.argsort(-1)), -torch.inf)
+        scores = _nucleus(scores, options.top_p)
     p = scores.softmax(-1)
     if options.min_p > 0:
         p = p.masked_fill(p < options.min_p * p.max(-1, keepdim=True).values, 0)
         p = p / p.sum(-1, keepdim=True)
     return p
+
+
+def _nucleus(scores: Tensor, top_p: float) -> Tensor:
+    """Return ``scores [n, V]`` with minus infinity outside the likeliest tokens that make up ``top_p``.
+
+    A token is kept if those before it have less than ``top_p``; of equal scores the lower token id comes first.
+    """
+    few, vocabulary = FEW, scores.shape[-1]
+    while True:  # sorting a whole vocabulary takes as long as a small model's forward
+        few = min(few, vocabulary)
+        values, places = scores.topk(few, dim=-1) if few < vocabulary else (scores, torch.arange(vocabulary))
+        places, order = places.to(scores.device).expand_as(values).sort(dim=-1)
+        values, order = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)
+        shares = (values.double() - scores.double().logsumexp(-1, keepdim=True)).exp()
+        is_kept = shares.cumsum(-1) - shares < top_p  # always keeps the likeliest
+        # the last of few may have equals that were left out
+        if few == vocabulary or not bool((is_kept & (values == values[:, -1:])).any()):
+            kept = values.masked_fill(~is_kept, -torch.inf)
+            return torch.full_like(scores, -torch.inf).scatter(-1, places.gather(-1, order), kept)
+        few *= 16
 
 
 def penalized(logits: Tensor, penalty: float, seen: Tensor) -> Tensor:
