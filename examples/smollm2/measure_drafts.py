@@ -37,6 +37,22 @@ OTHER = (  # prompts of kinds that no draft was trained on
     "The three laws of motion are:\n1.",
     "Shopping list:\n- milk\n-",
     "Photosynthesis is the process by which",
+    "Roses are red,\nviolets are blue,\n",
+    "From: anna@example.com\nSubject: Meeting on Friday\n\nHi Tom,",
+    "Der Hund lief durch den Wald und",
+    "Today's weather: in the morning",
+    "\\begin{theorem}\nLet $n$ be a prime number. Then",
+    "date,product,price\n2021-03-01,apple,1.20\n",
+    "I bought these headphones two months ago, and",
+    "Dr. Watson: What do you make of it, Holmes?\nHolmes:",
+    "A train leaves the station at 8 am at 60 km/h. A second train",
+    "The heart is a muscular organ that",
+    "In the year 2150, humans",
+    "Abstract. We present a new method for",
+    "El sol sale por la mañana y",
+    "My grandmother always told me that",
+    "Instructions for the parents:\n\n1. Before you",
+    "The company reported on Tuesday that",
 )
 
 
@@ -51,6 +67,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=96, help="tokens to generate for each prompt [96]")
     parser.add_argument("--dtype", default="auto", help="[auto]")
     parser.add_argument("--quantize", help="int8 or int4 [the weights as they are]")
+    parser.add_argument("--llama", action="store_true", help="llama.cpp's plain decoding beside; needs the extra llama")
     args = parser.parse_args()
     if args.plot and not args.run:
         parser.error("--plot: needs --run, the run that trained the adapter")
@@ -70,6 +87,7 @@ def main() -> None:
     plans = {name: replace(parse_plan(name), max_new_tokens=args.max_new_tokens) for name in PLANS}
     free = Planner(Costs([1, 2], [1], [[1.0], [1.0]]), longest_draft(model))
     free.clock.observe = lambda step: None  # type: ignore[method-assign]
+    llama = LlamaWays(model, args.model, args.max_new_tokens) if args.llama else None
     rows = []
     for number, (text, kind) in enumerate(asked):
         prompt = encode_prompt(model, text)[-128:]
@@ -83,6 +101,8 @@ def main() -> None:
             row.setdefault("outputs", {})[name] = done.token_ids
         done = generate_following(free, model, prompt, plans["auto"])
         row["plans"][FREE], row["outputs"][FREE] = [done.tokens_per_forward, done.tokens_per_second], done.token_ids
+        if llama is not None:
+            row["llama"] = llama.speeds(prompt)
         row["identical"] = sum(output == expected for output in row.pop("outputs").values())
         rows.append(row)
         print(f"{number + 1} of {len(asked)} prompts", file=sys.stderr, flush=True)
@@ -95,6 +115,7 @@ def main() -> None:
         "dtype": dtype_name(model.dtype),
         "quantize": args.quantize,
         "draft_rank": model.drafts.rank,
+        "llama_bits": llama.bits if llama else None,
         "training": training(Path(args.run)) if args.run else None,
         "rows": rows,
         "batches": in_batches(model, [encode_prompt(model, line["prompt"])[-128:] for line in lines], plans),
@@ -105,6 +126,33 @@ def main() -> None:
     print(table(result))
     if args.plot:
         plot(result, args.plot)
+
+
+class LlamaWays:
+    """llama.cpp with the weights of a folder, as they are and quantized: its plain greedy decoding."""
+
+    def __init__(self, model: Any, folder: str, max_new_tokens: int) -> None:
+        from tidar_megatron.benchmark.energy import Sizes
+        from tidar_megatron.benchmark.llama import LlamaCpp, missing
+        from tidar_megatron.errors import UserError
+        from tidar_megatron.evaluation.stock import load_stock
+
+        stock = load_stock(folder, model)
+        if (reason := missing(stock)) is not None:
+            raise UserError(f"--llama: {reason}")
+        self._files = LlamaCpp(stock, Sizes.of(model))
+        ways = self._files.ways(128 + max_new_tokens, max_new_tokens, 1)
+        self._ways = {name: way for name, way in ways.items() if not name.endswith("lookup")}
+        self.bits = self._files.bits_per_weight
+
+    def speeds(self, prompt: list[int]) -> dict[str, float]:
+        """Return the tokens/s of each file, without the prompt's time."""
+        found = {}
+        for name, way in self._ways.items():
+            start = time.perf_counter()
+            run = way([prompt])
+            found[name] = (len(run.tokens[0]) - 1) / (time.perf_counter() - start - run.first_token_seconds)
+        return found
 
 
 def generate_following(planner: Any, model: Any, prompt: list[int], options: Any) -> Any:
@@ -171,6 +219,17 @@ def of(rows: list[dict[str, Any]], plan: str) -> tuple[float, float]:
     return forward, statistics.median(row["plans"][plan][1] / row["plans"]["ar"][1] for row in rows)
 
 
+def in_all(rows: list[dict[str, Any]], plan: str) -> float:
+    """Return the tokens/s of all prompts together."""
+    return sum(row["tokens"] for row in rows) / sum(row["tokens"] / row["plans"][plan][1] for row in rows)
+
+
+def llama_speeds(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the median tokens/s of llama.cpp, by its file."""
+    names = rows[0].get("llama", {})
+    return {name: round(statistics.median(row["llama"][name] for row in rows), 1) for name in names}
+
+
 def is_varied(row: dict[str, Any]) -> bool:
     """Return whether the AR output of a prompt is long and varied enough to count."""
     return row["distinct_4grams"] >= VARIED and row["tokens"] >= LEAST
@@ -187,7 +246,10 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
         "drafts_alone": round(of(trained, "all:8")[0], 3),
         "auto_tokens_per_forward": round(of(trained, "auto")[0], 3),
         "auto_over_ar": round(of(trained, "auto")[1], 3),
+        "auto_over_ar_in_all": round(in_all(trained, "auto") / in_all(trained, "ar"), 3),
         "lookup_over_ar": round(of(trained, "lookup:8")[1], 3),
+        "auto_tokens_per_second": round(in_all(trained, "auto"), 1),
+        "llama_tokens_per_second": llama_speeds(trained),
         "other_tokens_per_forward": round(of(other, "all:8")[0], 3) if other else None,
         "ar_loss_difference": max(losses) - min(losses) if losses else None,
         "distinct_4grams": round(statistics.mean(row["distinct_4grams"] for row in trained), 3),
@@ -220,7 +282,15 @@ def table(found: dict[str, Any]) -> str:
     over = [f"{name} {statistics.median(row[name] / row['ar'] for row in batches):.2f}" for name in names if batches]
     identical, outputs = found["summary"]["identical_to_ar"], found["summary"]["outputs"]
     lines += ["", f"Batches of {BATCH}, all prompts, tokens/s over AR's: {', '.join(over)}."]
+    short = found["summary"]
     lines += [f"{identical:,} of {outputs:,} outputs are AR's own; {found['dtype']}.", ""]
+    lines += [f"All varied prompts but other together: auto {short['auto_over_ar_in_all']:.2f} times AR."]
+    if short["llama_tokens_per_second"]:
+        theirs = [
+            f"{name} ({found['llama_bits'][name.split()[-1]]:g} bits) {speed:.0f}"
+            for name, speed in short["llama_tokens_per_second"].items()
+        ]
+        lines += [f"Tokens/s: auto {short['auto_tokens_per_second']:.0f}; {', '.join(theirs)}.", ""]
     if found["training"] is not None:
         lines += ["| step | minutes | mask tokens | AR loss | greedy tokens per forward |", "|---|---|---|---|---|"]
         for one in found["training"]["evaluations"]:
