@@ -18,7 +18,7 @@ from tidar_megatron.inference.draft_weights import DraftWeights, Pair
 from tidar_megatron.inference.forward import ForwardLayout, PackedForward, Part
 from tidar_megatron.inference.lean import use_lean_forward
 from tidar_megatron.inference.loading import load_model
-from tidar_megatron.inference.products import laid_out, plain
+from tidar_megatron.inference.products import laid_out, of_library, packed, plain
 from tidar_megatron.inference.quantized import int8_product, to_int8
 from tidar_megatron.inference.quantizing import quantize_model
 from tidar_megatron.inference.wrapping import wrap_model
@@ -68,7 +68,8 @@ def model_of(causal_lm, form, library, monkeypatch):
         quantize_model(model, form)
     else:
         monkeypatch.setattr("tidar_megatron.inference.lean.SMALL", 0)
-        use_lean_forward(model, take=True, product_of=plain if form == "plain" else laid_out, library=library)
+        product_of = {"plain": plain, "laid out": packed, "own": laid_out}[form]
+        use_lean_forward(model, take=True, product_of=product_of, library=library)
     return model
 
 
@@ -87,6 +88,53 @@ def test_bits_are_those_of_python(library, family, dtype, form, monkeypatch):
     for layout in LAYOUTS:
         found = hidden(ours, layout)
         assert found.isfinite().all() and torch.equal(found, hidden(theirs, layout))
+
+
+@compiles
+@pytest.mark.process
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("outputs", "inputs"), [(16, 2), (48, 64), (96, 576), (640, 1536), (64, 4096)], ids=str)
+def test_own_products_of_bfloat16(library, outputs, inputs, bias):
+    """Against float64, rounded once; a row has the same bits however many rows there are, adjacent or not."""
+    if not library.has_bf16_products():
+        pytest.skip("this processor has no AVX512-BF16")
+    draw = torch.Generator().manual_seed(outputs)
+    weight, rows, more, residual = (
+        torch.randn(size, generator=draw).bfloat16()
+        for size in ((outputs, inputs), (37, inputs), (outputs,), (37, outputs))
+    )
+    product = of_library(library)(weight, more if bias else None)
+    assert product.kernel.name == "own"
+    exact = rows.double() @ weight.double().t() + (more.double() if bias else 0)
+    found, added = product.of(rows), product.added(residual, rows)
+    scale = exact.abs().max()
+    assert (found.double() - exact).abs().max() < 2**-8 * scale
+    assert (added.double() - exact - residual.double()).abs().max() < 2**-7 * scale
+    assert (found.double() - exact).abs().mean() < 1.01 * (
+        exact.bfloat16().double() - exact
+    ).abs().mean() + 1e-6 * scale
+    apart = torch.cat([rows, rows], -1)[:, :inputs]  # rows with a gap between them
+    for count in (1, 2, 3, 4, 5, 8, 36):
+        assert torch.equal(product.of(rows[:count]), found[:count])
+        assert torch.equal(product.of(apart[:count]), found[:count])
+        assert torch.equal(product.added(residual[:count], rows[:count]), added[:count])
+
+
+@compiles
+@pytest.mark.process
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forwards_with_own_products_are_those_of_others(library, family, monkeypatch):
+    """Up to rounding; what the product does not fit is laid out for oneDNN."""
+    causal_lm = make_causal_lm(family, torch.bfloat16, **SIZES)
+    ours, theirs = (model_of(causal_lm, "own", calls, monkeypatch) for calls in (library, None))
+    names = {product.kernel.name for layer in ours.lean._layers for product in layer.products}
+    assert names == ({"own"} if library.has_bf16_products() else {"packed"})
+    for layout in LAYOUTS:
+        found, wanted = hidden(ours, layout).float(), hidden(theirs, layout).float()
+        assert (found - wanted).abs().max() < 0.05 * wanted.abs().max()
+    for weight in (torch.zeros(17, 64), torch.zeros(64, 63), torch.zeros(16, 4098)):
+        assert of_library(library)(weight.bfloat16(), None).kernel.name == "packed"
+    assert of_library(library)(torch.zeros(64, 64), None).kernel.name == "packed"
 
 
 def draft_weights(model, rank=3):

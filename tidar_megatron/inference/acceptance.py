@@ -23,6 +23,11 @@ class Shares:
     def __getitem__(self, index: int) -> float:
         return (self._accepted[index] + self.WEIGHT * self._prior[index]) / (self._count[index] + self.WEIGHT)
 
+    def age(self, share: float) -> None:
+        """Reduce the weight of all observations to ``share``: a class that is no longer observed tends to its prior."""
+        self._accepted = [share * accepted for accepted in self._accepted]
+        self._count = [share * count for count in self._count]
+
     def observe(self, index: int, accepted: bool) -> None:
         """Record the outcome of a draft of this class."""
         self._accepted[index] = self._accepted[index] * self.FADE + accepted
@@ -62,10 +67,11 @@ class Acceptance:
             agreement: For each draft, 0, :data:`AGREE` or :data:`DIFFER`.
         """
         bins, offsets, is_late = self.BINS, self.OFFSETS, 1 if lag else 0
-        return [
-            ((min(int(chance * bins), bins - 1) * offsets + min(offset, offsets - 1)) * 2 + is_late) * KINDS + kind
-            for offset, (chance, kind) in enumerate(zip(confidences, agreement, strict=True), lag)
-        ]
+        found = []
+        for offset, (chance, kind) in enumerate(zip(confidences, agreement, strict=True), lag):
+            place = int(min(chance, 0.999) * bins) if chance > 0 else 0  # NaN is not above 0
+            found.append(((place * offsets + min(offset, offsets - 1)) * 2 + is_late) * KINDS + kind)
+        return found
 
     def copied_classes(self, match: int, agreement: Sequence[int]) -> list[int]:
         """Return the class of each copied draft after a match of this length."""

@@ -1,5 +1,5 @@
 // The layers of lean.py from C++: the same calls on the same tensors, so the same bits, without Python between them. Only
-// the product of few mask rows with draft pairs is its own. native.py compiles this file. Shapes are those of lean.py.
+// products of bfloat16 on processors with AVX512-BF16 are its own. native.py compiles this file. Shapes are lean.py's.
 
 #include <ATen/TensorIterator.h>
 #include <torch/extension.h>
@@ -7,6 +7,7 @@
 #include <immintrin.h>
 #endif
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -23,85 +24,6 @@ auto find(const char* name, const char* overload) {
 }
 
 using Scalars = c10::List<std::optional<at::Scalar>>;
-
-// A product with fixed weights, as Product.kernel describes it (products.py, quantized.py).
-struct Product {
-  enum Kind { kPlain, kPacked, kInt8, kInt4 } kind;
-  std::vector<Tensor> weights;
-  Optional bias;
-  std::vector<int64_t> sizes;
-
-  Product(const std::string& name, std::vector<Tensor> tensors, Optional bias, std::vector<int64_t> sizes)
-      : weights(tensors), bias(bias), sizes(sizes) {
-    TORCH_CHECK(name == "plain" || name == "packed" || name == "int8" || name == "int4", "no kernel ", name);
-    kind = name == "plain" ? kPlain : name == "packed" ? kPacked : name == "int8" ? kInt8 : kInt4;
-  }
-
-  Tensor of(const Tensor& rows) const {
-    switch (kind) {
-      case kPlain:
-        return at::linear(rows, weights[0], bias);
-      case kPacked: {
-        static auto product = find<Tensor(
-            const Tensor&, const Tensor&, const Optional&, std::string_view, Scalars, std::optional<std::string_view>)>(
-            "mkldnn::_linear_pointwise", "");
-        return product.call(rows, weights[0], bias, "none", Scalars(), "");
-      }
-      case kInt8:
-        return with_bias(int8(rows, weights[0], weights[1], weights[2], weights[3]));
-      default:
-        return with_bias(int4(rows, weights[0], weights[1], sizes[0], sizes[1]));
-    }
-  }
-
-  Tensor added(const Tensor& residual, const Tensor& rows) const {
-    if (kind != kPacked) return residual + of(rows);
-    static auto product =
-        find<Tensor(const Tensor&, const Tensor&, const Tensor&, const Optional&, std::string_view)>(
-            "mkldnn::_linear_pointwise", "binary");
-    return product.call(rows, residual, weights[0], bias, "add");
-  }
-
- private:
-  Tensor with_bias(Tensor product) const { return bias ? product + *bias : product; }
-
-  static Tensor int8(
-      const Tensor& rows, const Tensor& blocks, const Tensor& scales, const Tensor& zeros, const Tensor& factors) {
-    static auto product = find<Tensor(
-        Tensor, double, int64_t, Tensor, Tensor, Tensor, Optional, double, int64_t, std::optional<at::ScalarType>,
-        std::string_view, Scalars, std::string_view)>("onednn::qlinear_pointwise", "");
-    Tensor wide = rows * factors;
-    Tensor largest = wide.abs().amax(-1, true).clamp_(1e-30);
-    Tensor steps = wide.mul(largest.reciprocal().mul_(127)).round_();  // Python divides 127 by a tensor in this way
-    Tensor bytes = steps.to(at::kChar).view(at::kByte).bitwise_xor_(128);
-    Tensor out = product.call(
-        bytes, 1.0, 128, blocks, scales, zeros, std::nullopt, 1.0, 0, at::kFloat, "none", Scalars(), "");
-    return out.mul_(largest).to(rows.scalar_type());
-  }
-
-  static Tensor int4(
-      const Tensor& rows, const Tensor& blocks, const Tensor& scales, int64_t outputs, int64_t group) {
-    return at::_weight_int4pack_mm_for_cpu(rows.contiguous(), blocks, group, scales).narrow(1, 0, outputs);
-  }
-};
-
-// An RMSNorm; of half precision the LayerNorm of [x, -x], with the weight twice.
-struct Norm {
-  Tensor weight;
-  double eps;
-
-  Tensor of(const Tensor& x) const {
-    if (!at::isReducedFloatingType(x.scalar_type())) return at::rms_norm(x, weight.sizes(), weight, eps);
-    Tensor both = at::cat({x, x.neg()}, -1);
-    return at::layer_norm(both, weight.sizes(), weight, {}, eps).narrow(-1, 0, x.size(-1));
-  }
-};
-
-// The rows of masks in a forward: adjacent ones, or their numbers.
-struct Masks {
-  int64_t first, count;
-  Optional numbers;
-};
 
 #if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 11)
 #define BF16_PRODUCTS __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
@@ -183,6 +105,7 @@ void product_of(
   in_parallel(weight.size(0), [&](int64_t number) {
     const uint16_t* part = data + number * pairs * chunk * 2;
     if (chunk == 64) columns_of<4>(rows, pairs, part, out, number * chunk, adds);
+    if (chunk == 32) columns_of<2>(rows, pairs, part, out, number * chunk, adds);
     if (chunk == 16) columns_of<1>(rows, pairs, part, out, number * chunk, adds);
   });
 }
@@ -190,6 +113,120 @@ void product_of(
 bool has_bf16_products() { return false; }
 void product_of(const std::vector<const uint16_t*>&, const Tensor&, const std::vector<uint16_t*>&, bool) {}
 #endif
+
+// Lays out a weight [outputs, inputs] for product_of: inputs two by two, [outputs / chunk, inputs / 2, chunk, 2].
+Tensor two_by_two(const Tensor& weight, int64_t chunk) {
+  return weight.view({-1, chunk, weight.size(1) / 2, 2}).transpose(1, 2).contiguous();
+}
+
+// The same for the weight of a linear layer.
+Tensor laid_out(const Tensor& weight) {
+  int64_t outputs = weight.size(0);
+  return two_by_two(weight.contiguous(), outputs % 64 == 0 ? 64 : outputs % 32 == 0 ? 32 : 16);
+}
+
+// Adds the product of `rows` with a weight that was laid out to `out` [rows, outputs], or replaces it.
+void multiply_rows(const Tensor& rows, const Tensor& weight, Tensor& out, bool adds) {
+  std::vector<const uint16_t*> from;
+  std::vector<uint16_t*> to;
+  for (int64_t n = 0; n < rows.size(0); ++n) {
+    from.push_back(static_cast<const uint16_t*>(rows.const_data_ptr()) + n * rows.stride(0));
+    to.push_back(static_cast<uint16_t*>(out.data_ptr()) + n * out.stride(0));
+  }
+  product_of(from, weight, to, adds);
+}
+
+// A product with fixed weights, as Product.kernel describes it (products.py, quantized.py).
+struct Product {
+  enum Kind { kPlain, kPacked, kOwn, kInt8, kInt4 } kind;
+  std::vector<Tensor> weights;
+  Optional bias;
+  std::vector<int64_t> sizes;
+
+  Product(const std::string& name, std::vector<Tensor> tensors, Optional bias, std::vector<int64_t> sizes)
+      : weights(tensors), bias(bias), sizes(sizes) {
+    static const std::vector<std::string> names{"plain", "packed", "own", "int8", "int4"};  // in the order of Kind
+    auto found = std::find(names.begin(), names.end(), name);
+    TORCH_CHECK(found != names.end(), "no kernel ", name);
+    kind = static_cast<Kind>(found - names.begin());
+  }
+
+  Tensor of(const Tensor& rows) const {
+    switch (kind) {
+      case kPlain:
+        return at::linear(rows, weights[0], bias);
+      case kPacked: {
+        static auto product = find<Tensor(
+            const Tensor&, const Tensor&, const Optional&, std::string_view, Scalars, std::optional<std::string_view>)>(
+            "mkldnn::_linear_pointwise", "");
+        return product.call(rows, weights[0], bias, "none", Scalars(), "");
+      }
+      case kOwn: {
+        Tensor out = at::empty({rows.size(0), weights[0].size(0) * weights[0].size(2)}, rows.options());
+        if (bias) out.copy_(*bias);
+        multiply_rows(rows.contiguous(), weights[0], out, bias.has_value());
+        return out;
+      }
+      case kInt8:
+        return with_bias(int8(rows, weights[0], weights[1], weights[2], weights[3]));
+      default:
+        return with_bias(int4(rows, weights[0], weights[1], sizes[0], sizes[1]));
+    }
+  }
+
+  Tensor added(const Tensor& residual, const Tensor& rows) const {
+    if (kind == kOwn && !bias) {
+      Tensor out = residual.clone(at::MemoryFormat::Contiguous);
+      multiply_rows(rows.contiguous(), weights[0], out, true);
+      return out;
+    }
+    if (kind != kPacked) return residual + of(rows);
+    static auto product =
+        find<Tensor(const Tensor&, const Tensor&, const Tensor&, const Optional&, std::string_view)>(
+            "mkldnn::_linear_pointwise", "binary");
+    return product.call(rows, residual, weights[0], bias, "add");
+  }
+
+ private:
+  Tensor with_bias(Tensor product) const { return bias ? product + *bias : product; }
+
+  static Tensor int8(
+      const Tensor& rows, const Tensor& blocks, const Tensor& scales, const Tensor& zeros, const Tensor& factors) {
+    static auto product = find<Tensor(
+        Tensor, double, int64_t, Tensor, Tensor, Tensor, Optional, double, int64_t, std::optional<at::ScalarType>,
+        std::string_view, Scalars, std::string_view)>("onednn::qlinear_pointwise", "");
+    Tensor wide = rows * factors;
+    Tensor largest = wide.abs().amax(-1, true).clamp_(1e-30);
+    Tensor steps = wide.mul(largest.reciprocal().mul_(127)).round_();  // Python divides 127 by a tensor in this way
+    Tensor bytes = steps.to(at::kChar).view(at::kByte).bitwise_xor_(128);
+    Tensor out = product.call(
+        bytes, 1.0, 128, blocks, scales, zeros, std::nullopt, 1.0, 0, at::kFloat, "none", Scalars(), "");
+    return out.mul_(largest).to(rows.scalar_type());
+  }
+
+  static Tensor int4(
+      const Tensor& rows, const Tensor& blocks, const Tensor& scales, int64_t outputs, int64_t group) {
+    return at::_weight_int4pack_mm_for_cpu(rows.contiguous(), blocks, group, scales).narrow(1, 0, outputs);
+  }
+};
+
+// An RMSNorm; of half precision the LayerNorm of [x, -x], with the weight twice.
+struct Norm {
+  Tensor weight;
+  double eps;
+
+  Tensor of(const Tensor& x) const {
+    if (!at::isReducedFloatingType(x.scalar_type())) return at::rms_norm(x, weight.sizes(), weight, eps);
+    Tensor both = at::cat({x, x.neg()}, -1);
+    return at::layer_norm(both, weight.sizes(), weight, {}, eps).narrow(-1, 0, x.size(-1));
+  }
+};
+
+// The rows of masks in a forward: adjacent ones, or their numbers.
+struct Masks {
+  int64_t first, count;
+  Optional numbers;
+};
 
 // The two weights beside a linear layer, as Pair in draft_weights.py describes them. A library's product of so few rows
 // and columns mostly waits for its own call, eight times in a layer; so there is one for bfloat16 here.
@@ -200,7 +237,7 @@ struct Pair {
 
   Pair(Tensor a, Tensor b) : a(a), b(b) {
     bool fits = a.size(0) % 16 == 0 && b.size(0) % 16 == 0 && a.size(1) % 2 == 0 && a.scalar_type() == at::kBFloat16;
-    if (fits && has_bf16_products()) a_pairs = two_by_two(a), b_pairs = two_by_two(b);
+    if (fits && has_bf16_products()) a_pairs = in_chunks(a), b_pairs = in_chunks(b);
   }
 
   void add(Tensor& out, const Tensor& x, const Masks& masks) const {
@@ -216,9 +253,8 @@ struct Pair {
   }
 
  private:
-  static Tensor two_by_two(const Tensor& weight) {
-    int64_t chunk = weight.size(0) % 64 || weight.size(0) < 256 ? 16 : 64;
-    return weight.view({-1, chunk, weight.size(1) / 2, 2}).transpose(1, 2).contiguous();
+  static Tensor in_chunks(const Tensor& weight) {
+    return two_by_two(weight, weight.size(0) % 64 || weight.size(0) < 256 ? 16 : 64);
   }
 
   void add_few(Tensor& out, const Tensor& x, const Masks& masks, int64_t count) const {
@@ -299,7 +335,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   const py::module_local local;  // other libraries may have classes of these names
   py::class_<Product>(module, "Product", local)
       .def(py::init<std::string, std::vector<Tensor>, Optional, std::vector<int64_t>>())
-      .def("of", &Product::of, release());
+      .def("of", &Product::of, release())
+      .def("added", &Product::added, release());
+  module.def("has_bf16_products", &has_bf16_products);
+  module.def("laid_out", &laid_out);
   py::class_<Norm>(module, "Norm", local).def(py::init<Tensor, double>());
   py::class_<Masks>(module, "Masks", local).def(py::init<int64_t, int64_t, Optional>());
   py::class_<Pair>(module, "Pair", local).def(py::init<Tensor, Tensor>());

@@ -35,7 +35,9 @@ from tidar_megatron.inference.products import (
     ProductOf,
     can_pack,
     laid_out,
+    least_rows,
     leave_no_weights,
+    of_library,
     plain,
     rounds_once,
     side_by_side,
@@ -111,6 +113,8 @@ def use_lean_forward(
         return
     if product_of is laid_out and max(weight.nbytes for weight in causal_lm.base_model.parameters()) < SMALL:
         product_of = plain
+    elif product_of is laid_out and library is not None:
+        product_of = of_library(library)
     lean = LeanForward(causal_lm, take, product_of, library)
     inputs, outputs = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
     if outputs.weight is not inputs.weight:
@@ -124,7 +128,7 @@ def use_lean_forward(
         if not weight.is_meta:
             weight.data = weight.data.clone()  # what is left may keep a whole file in memory
     causal_lm.base_model.register_forward_pre_hook(_weights_are_taken)
-    model.lean, model.head = lean, lean.with_padding(head.of)
+    model.lean, model.head = lean, lean.with_padding(head)
 
 
 def _weights_are_taken(*_: object) -> None:
@@ -237,9 +241,14 @@ class _Layer:
             self.pairs[name].add(out, x, masks)
         return out
 
+    @property
+    def products(self) -> tuple[Product, ...]:
+        """The products of the layer, in the order in which it computes them."""
+        return self.qkv, self.output, self.gate_up, self.down
+
     def in_cpp(self, library: ModuleType) -> Calls | None:
         """Return the same calls from C++, or None where C++ lacks one of them."""
-        kernels = [product.kernel for product in (self.qkv, self.output, self.gate_up, self.down)]
+        kernels = [product.kernel for product in self.products]
         changed = "forward" in vars(self.activation)
         if type(self.activation) not in (nn.SiLU, SiLUActivation) or changed or None in kernels:
             return None
@@ -276,13 +285,13 @@ class LeanForward:
         self.embed: Callable[[Tensor], Tensor] = base.embed_tokens  # of token ids, [tokens]
         self._rotary = base.rotary_emb
         self._norm = Norm(base.norm, take)
-        on_cpu = take and can_pack(weight)
-        self._least = ROWS if on_cpu and product_of is laid_out else 1  # rows of a product
-        self._multiple = ROWS if on_cpu and product_of is plain else 1
+        self._multiple = ROWS if take and can_pack(weight) and product_of is plain else 1
         activation = base.layers[0].mlp.act_fn
         gated = one_kernel(lambda gate, up: activation(gate) * up, weight.device)
         rotated = one_kernel(_rotated, weight.device)
         self._layers = [_layer(layer, product, take, gated, rotated) for layer in base.layers]
+        products = (product for layer in self._layers for product in layer.products)
+        self._least = max(map(least_rows, products))
         self._like = base.norm.weight  # of the hidden states' size, dtype and device
         self._causal_lm = None if take else causal_lm
         self._modules = list(base.modules())
@@ -346,12 +355,13 @@ class LeanForward:
         causal_lm = self._causal_lm
         return causal_lm is None or (list(causal_lm.base_model.modules()) == self._modules and is_lean(causal_lm))
 
-    def with_padding(self, product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """Return ``product``, called with rows of padding where :meth:`_fill` asks for them."""
+    def with_padding(self, product: Product) -> Callable[[Tensor], Tensor]:
+        """Return the product of rows, to which rows of padding are added where :meth:`_fill` asks for them."""
+        of, least = product.of, least_rows(product)
 
         def padded(rows: Tensor) -> Tensor:
-            fill = self._fill(len(rows))
-            return product(F.pad(rows, (0, 0, 0, fill)))[: len(rows)] if fill else product(rows)
+            fill = max(least - len(rows), -len(rows) % self._multiple)
+            return of(F.pad(rows, (0, 0, 0, fill)))[: len(rows)] if fill else of(rows)
 
         return padded
 

@@ -77,6 +77,9 @@ class Planner:
 
     RATE = 0.99  # decay of the rate per choice
     SELDOM = 64  # steps between two updates of the prices in the steady state
+    BATCH = 8  # the same, if the number of sequences has changed
+    SLOW = 1.5  # a step that takes longer than expected by this factor brings the next update closer
+    AGE = 0.9  # decay of what is known of drafts, per update
     SOON, PROBE = 4, 256  # choices without masks before drafts are tried again: at first, and at most
     LONGER = 64  # each such choice with masks has the longest branches
     TIMED = 12  # steps before an update that latencies are corrected by
@@ -107,16 +110,11 @@ class Planner:
         self._batch, self._context, self._has_masks = batch, context, False
         key = batch.bit_length(), int(2 * math.log2(1 + context / 512))
         here = self._places.get(key)
-        if here is None:
-            before, self._here = self._here, self._update(key)
-            if before is not None:  # as many tokens per forward as before
-                per_step = before.tokens / before.seconds * before.plain[1]
-                self._here.tokens = self._here.seconds / self._here.plain[1] * per_step
-        elif here.steps >= here.wait or here.batch != batch:
-            self._here = self._update(key)
-        else:
-            self._here = here
-        self._here.steps += 1
+        # of another number of sequences each has another share of a step
+        if here is None or here.steps >= (here.wait if here.batch == batch else min(here.wait, self.BATCH)):
+            here = self._update(key)
+        self._here = here
+        here.steps += 1
 
     def _update(self, key: tuple[int, int]) -> _Place:
         """Return the place of this key with prices of this moment; make it if there is none."""
@@ -127,10 +125,13 @@ class Planner:
             (self.clock.curve(has_masks, self._batch, self._context, self._most_tokens) / self._batch).tolist()
             for has_masks in (False, True)
         )
-        place = self._places.get(key)
-        if place is None:
+        place, before = self._places.get(key), self._here
+        if place is None:  # as many tokens per plain step as where it was before
+            tokens = 1.0 if before is None else before.tokens / before.seconds * before.plain[1]
             empty = Prices([], [], self.lengths, [], [])
-            place = self._places[key] = _Place(self._batch, empty, plain, drafting, 2.0, 2 * plain[1])
+            place = self._places[key] = _Place(self._batch, empty, plain, drafting, 2 * tokens, 2 * plain[1])
+        else:
+            place.wait = min(2 * place.wait, self.SELDOM)
         place.batch, place.plain, place.drafting = self._batch, plain, drafting
         rate = place.tokens / place.seconds
         place.prices = Prices(
@@ -141,7 +142,9 @@ class Planner:
             list(self.late.means),
         )
         place.chosen.clear()
-        place.steps, place.wait = 0, min(2 * place.wait, self.SELDOM)
+        place.steps = 0
+        for shares in (self.acceptance.own, self.acceptance.copied):
+            shares.age(self.AGE)
         for used in self.used.values():
             used[0] *= 0.9
             used[1] *= 0.9
@@ -149,8 +152,8 @@ class Planner:
 
     @property
     def drafts_at_once(self) -> bool:
-        """Return whether the last forward of a prompt should have masks: whether forwards have had them of late."""
-        return bool(self.lengths) and (self._here is None or self._here.patience == self.SOON)
+        """Return whether the last forward of a prompt should have masks: always, to see what drafts are worth there."""
+        return bool(self.lengths)
 
     def choose(self, own: Sequence[int], copied: Sequence[int], lag: int = 0) -> Contents:
         """Return what the next forward of a sequence should hold.
@@ -178,7 +181,10 @@ class Planner:
                     found.gains[length - 2] > here.prices.drafting[1 + length] - here.prices.plain[1] + WORTH
                     for length in lengths
                 )
-                here.patience = self.SOON if pays else min(2 * here.patience, self.PROBE)
+                if lengths:  # else the text ends, and few drafts are left
+                    here.patience = self.SOON if pays else min(2 * here.patience, self.PROBE)
+                if found.num_drafts == 1:  # a draft is known better once it was verified
+                    found = found._replace(num_drafts=2)
         if found.branches:
             here.without, here.patience = 0, self.SOON
             self._drafted += 1
@@ -210,8 +216,13 @@ class Planner:
             tokens: The tokens of the forward, all sequences together.
             seconds: The duration of the step; None unless the planner chose for all sequences and none read a prompt.
         """
-        if seconds is not None:
-            self._timed.append(TimedStep(self._has_masks, self._batch, self._context, tokens, seconds))
+        here = self._here
+        if seconds is None or here is None:
+            return
+        self._timed.append(TimedStep(self._has_masks, self._batch, self._context, tokens, seconds))
+        expected = (here.drafting if self._has_masks else here.plain)[-(-tokens // self._batch)] * self._batch
+        if seconds > self.SLOW * expected:
+            here.steps += self.SELDOM // 8
 
     @property
     def usual(self) -> str:
@@ -266,7 +277,10 @@ class Planned(Policy):
         """Return the drafts that the planner chooses from the model's own and copied ones, and the layout."""
         copied = self._copier.copy(min(self.draft_length, most) - 1)
         certain, *own = drafts.tokens
-        of_own, of_copied = agreement(own, copied.tokens)
+        # What is verified must not depend on what was drawn: a draft that is dropped for its value comes too seldom.
+        known = own if drafts.q is None else []
+        of_own, of_copied = agreement(known, copied.tokens)
+        of_own += [0] * (len(own) - len(known))
         acceptance = self.planner.acceptance
         self._own, self._copied = drafts, copied
         self._classes = (
@@ -287,12 +301,14 @@ class Planned(Policy):
         self.planner.observe(self._contents, len(tokens))
         own, copied = self._classes
         acceptance = self.planner.acceptance
-        # a draft that was drawn is accepted by chance, so only a verified one tells
-        is_drawn = self._own.q is not None
-        known = verified - 1 if is_drawn else len(tokens)
-        if not (is_drawn and self._contents.copies):
-            _compare(self._own.tokens[1:], tokens[:known], own, acceptance.own)
-        _compare(self._copied.tokens, tokens, copied, acceptance.copied)
+        if self._own.q is None:
+            _compare(self._own.tokens[1:], tokens, own, acceptance.own)
+            _compare(self._copied.tokens, tokens, copied, acceptance.copied)
+        elif verified > 1 and not self._contents.copies:
+            # drawn drafts are accepted by chance: only verified ones tell, and the tokens are not drawn from AR's alone
+            _compare(self._own.tokens[1:], tokens[: verified - 1], own, acceptance.own)
+        else:
+            _compare(self._copied.tokens, tokens, copied, acceptance.copied)
 
 
 def _compare(drafts: Sequence[int], tokens: Sequence[int], classes: Sequence[int], shares: Shares) -> None:

@@ -6,6 +6,7 @@ What was measured is in docs/decisions/bits.md.
 """
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -71,6 +72,11 @@ def packed(weight: Tensor, bias: Tensor | None) -> Product:
     )
 
 
+def least_rows(product: Product) -> int:
+    """Return the fewest rows of a product whose rows have the same bits however many there are."""
+    return ROWS if product.kernel is not None and product.kernel.name == "packed" else 1
+
+
 _linear = torch.ops.mkldnn._linear_pointwise.default
 _linear_with = torch.ops.mkldnn._linear_pointwise.binary
 
@@ -91,6 +97,28 @@ def plain(weight: Tensor, bias: Tensor | None) -> Product:
 def laid_out(weight: Tensor, bias: Tensor | None) -> Product:
     """Return :func:`packed` where it can be, else :func:`plain`."""
     return (packed if can_pack(weight) else plain)(weight, bias)
+
+
+LONGEST = 4096  # inputs of a product of lean.cpp: the part of a weight that it multiplies at once stays in a cache
+
+
+def of_library(library: ModuleType) -> ProductOf:
+    """Return the products of a CPU where ``lean.cpp`` is compiled: its own in bfloat16, if the processor has them.
+
+    A row of these has the same bits however many rows there are, and no row of padding is needed. Other weights are
+    :func:`laid_out`.
+    """
+
+    def product_of(weight: Tensor, bias: Tensor | None) -> Product:
+        outputs, inputs = weight.shape
+        fits = outputs % 16 == 0 and inputs % 2 == 0 and inputs <= LONGEST
+        if weight.dtype != torch.bfloat16 or not fits or not library.has_bf16_products():
+            return laid_out(weight, bias)
+        kernel = Kernel("own", [library.laid_out(weight)], bias)
+        product = library.Product(*kernel)
+        return Product(product.of, product.added, kernel)
+
+    return product_of
 
 
 def side_by_side(modules: Sequence[nn.Linear]) -> Product:

@@ -193,15 +193,17 @@ class Sequence:
             best: Their likeliest tokens, if they are on the host already.
             offered: What the model's selector offers for these rows, if it has one.
         """
+        confidences: list[float] = []
         if offered is not None and self.options.sampling.greedy:
             best = offered.likeliest()
             tokens, q = best.tokens, None
         elif offered is not None:
             tokens, q = self._sampler.walk(offered.ids, offered.scores, logits.shape[-1])
+            # what is verified must not depend on what was drawn, and the later distributions do
+            confidences = [float(q[0].max())] * len(tokens)
         else:
             tokens, q = self._sampler.propose(logits, best)
-        confidences: list[float] = []
-        if self._policy.wants_confidences:
+        if self._policy.wants_confidences and not confidences:
             if q is None and best is not None and best.probabilities is not None:
                 confidences = best.probabilities
             else:
