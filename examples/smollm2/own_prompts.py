@@ -112,8 +112,9 @@ def prose_prompts(draw: random.Random) -> Iterator[str]:
 
 def free_prompts(tokenizer: Any, beginnings: Path) -> Iterator[str]:
     """Yield the beginnings that the model drew, from the record that ``tools/generate_data.py`` writes."""
-    for line in beginnings.read_text(encoding="utf-8").splitlines()[1:]:
-        text = tokenizer.decode(json.loads(line)["output"], skip_special_tokens=True).strip()
+    texts = [json.loads(line) for line in beginnings.read_text(encoding="utf-8").splitlines()[1:]]
+    for one in sorted(texts, key=lambda one: one["number"]):  # the record has them as they ended
+        text = tokenizer.decode(one["output"], skip_special_tokens=True).strip()
         if len(text) >= SHORTEST:
             yield text
 
@@ -137,7 +138,10 @@ def main(path: str, count: int, model: str, beginnings: str) -> None:
     with partial.open("w", encoding="utf-8") as file:
         for number in range(count):
             kind = TURNS[number % len(TURNS)]
-            file.write(json.dumps({"prompt": next(sources[kind]), "kind": kind}, ensure_ascii=False) + "\n")
+            prompt = next(sources[kind], None)
+            if prompt is None:
+                sys.exit(f"{path}: there are not enough prompts of kind {kind} for {count:,}; ask for fewer")
+            file.write(json.dumps({"prompt": prompt, "kind": kind}, ensure_ascii=False) + "\n")
     partial.replace(path)
     print(f"{path}: {count:,} prompts of {len(sources)} kinds")
 

@@ -1,5 +1,6 @@
 """The planner: costs, what it learns of drafts, what it chooses; and the text never depends on it."""
 
+import itertools
 import json
 import random
 from dataclasses import asdict, replace
@@ -14,11 +15,14 @@ from tidar_megatron.inference import costs as timing
 from tidar_megatron.inference.acceptance import AGREE, DIFFER, Acceptance, Shares, agreement
 from tidar_megatron.inference.choosing import Contents, Prices, choose
 from tidar_megatron.inference.costs import Clock, Costs, TimedStep, load_costs
+from tidar_megatron.inference.draft_weights import Drafted
 from tidar_megatron.inference.drafting import NOTHING, Branches, Copied, Copier, Drafts, Linear, Policy
 from tidar_megatron.inference.engine import generate, generate_batch
+from tidar_megatron.inference.forward import ForwardLayout, Part
 from tidar_megatron.inference.planner import Planned, Planner, forget_planner, longest_draft, planner_of
 from tidar_megatron.inference.request import DecodeOptions
-from tidar_megatron.inference.sampling import SamplingOptions
+from tidar_megatron.inference.sampling import Sampler, SamplingOptions
+from tidar_megatron.inference.sequence import Sequence
 
 FREE = Costs([1, 272], [64], [[0.01], [0.01]])  # a machine with free slots
 DEAR = Costs([1, 272], [64], [[0.001], [0.272]])  # one where every token of a forward costs as much as the first
@@ -289,6 +293,39 @@ def test_drafts_that_were_drawn_tell_only_where_they_were_verified():
         policy.plan(Drafts([0, 1, 2, 3], q, [0.5] * 3), 100)
         policy.observe([1, 2, 3], 2)
         assert len(seen) == learned
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_is_verified_does_not_depend_on_what_was_drawn(seed):
+    """Else a drawn token that is dropped for its value would be rarer in the text than in the distribution of AR."""
+    found = set()
+    for tokens in itertools.product((8, 9, 10), repeat=2):  # 9 and 10 is what was copied
+        draw = random.Random(seed)
+        planner = Planner(draw.choice((FREE, MIDDLING, DEAR)), 8)
+        for shares in (planner.acceptance.own, planner.acceptance.copied):
+            shares._prior = [draw.random() for _ in shares._prior]
+        planner.begin(1, 100)
+        policy = following(planner, [5, 6, 7, 8, 9, 10, 11, 12, 5, 6, 7, 8])
+        confidences = [draw.random(), draw.random()]
+        drafts, layout = policy.plan(Drafts([8, *tokens], torch.ones(2, 20) / 20, confidences), 100)
+        found.add((layout, drafts.q is None))
+    assert len(found) == 1
+
+
+def test_the_confidences_of_a_walk_do_not_depend_on_what_was_drawn():
+    """A selector's distribution of a draft depends on the one drawn before it."""
+    found = set()
+    for seed in range(30):
+        sequence = Sequence.__new__(Sequence)
+        sequence.options = DecodeOptions(sampling=SamplingOptions(temperature=1.0, seed=seed))
+        sequence._sampler = Sampler(sequence.options.sampling, [1], [], 6, torch.device("cpu"))
+        sequence._policy, sequence._accepted, sequence._drafts = Planned(8), 1, Drafts([0])
+        sequence._part = Part(0, 0, [0], ForwardLayout(1, (1,), 4))
+        ids = torch.tensor([[1, 2], [3, 4], [5, 0]])
+        scores = torch.tensor([[[0.0, 1], [0, 1]], [[5, 0], [0, 1]], [[9, 0], [0, 2]]])
+        sequence.draft(torch.zeros(3, 6), offered=Drafted(ids, scores))
+        found.add((tuple(sequence._drafts.confidences), tuple(sequence._drafts.tokens)))
+    assert len({tokens for _, tokens in found}) > 3 and len({confidences for confidences, _ in found}) == 1
 
 
 def test_a_match_counts_up_to_eight():

@@ -1,8 +1,8 @@
 """The layers of :mod:`~tidar_megatron.inference.lean` from C++, compiled once per machine by ``tidar compile``.
 
 A layer makes about thirty short calls between its products. From Python they take a third of a small model's forward.
-``lean.cpp`` makes the same calls, so no bit of an output changes, and a machine without a C++ compiler only decodes
-more slowly. Draft pairs have a product of their own there, whose sums are rounded otherwise: a draft may differ.
+``lean.cpp`` makes the same calls, so no bit of an output changes, but for products of bfloat16 on processors with
+AVX512-BF16: those are its own, and their sums are rounded otherwise.
 """
 
 import hashlib

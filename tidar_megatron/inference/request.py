@@ -29,8 +29,8 @@ class DecodeOptions:
     ``stop`` string, after ``max_new_tokens``, or when prompt and output fill the model's context.
 
     Attributes:
-        mode: ``auto`` lets the planner choose among ``ar``, ``linear`` and ``tidar`` during generation
-            (``planner.py``); without a ``tidar`` section it is plain autoregression. The other modes are fixed:
+        mode: ``auto`` lets the planner choose what each forward verifies and drafts (``planner.py``);
+            without a ``tidar`` section it is plain autoregression. The other modes are fixed:
             ``tidar`` (one forward drafts and verifies), ``linear`` (two alternating forwards), ``lookup`` (drafts
             copied from the text), ``ar``.
         draft_length: K, the certain token included; None for the model's block size.

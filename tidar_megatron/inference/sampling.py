@@ -33,7 +33,7 @@ class SamplingOptions:
 
     ``temperature`` 0 takes the likeliest token. ``top_k`` None, ``top_p`` 1, ``min_p`` 0 and ``repetition_penalty`` 1
     have no effect. No end-of-sequence token is emitted before ``min_new_tokens``. With a ``seed`` and a fixed plan,
-    every run draws the same tokens. Mode ``auto`` chooses plans by measured time, so its draws may differ between runs.
+    every run draws the same tokens. Mode ``auto`` plans by measured time, so its draws may differ between runs.
     """
 
     temperature: float = 0.0

@@ -82,7 +82,7 @@ class Sequence:
 
     @property
     def is_planned(self) -> bool:
-        """Return whether a planner chooses the plans (mode ``auto`` with a mask token)."""
+        """Return whether a planner plans its forwards (mode ``auto`` with a mask token)."""
         return isinstance(self._policy, Planned)
 
     def follow(self, planner: Planner) -> None:
