@@ -51,6 +51,7 @@ class Prices:
     lengths: Sequence[int]
     fresh: Sequence[float]
     late: Sequence[float]
+    alone: tuple[float, Contents] | None = None  # the best contents without drafts and their value, once computed
 
 
 MOST_BRANCHES = (1, 2, 3)  # the numbers of branches that are weighed, besides one for each outcome
@@ -65,7 +66,9 @@ def choose(own: Sequence[float], copied: Sequence[float], prices: Prices) -> Con
         copied: Those of the copied drafts.
         prices: The prices of this moment.
     """
-    without, chosen = _best(False, [], prices, 1)
+    if prices.alone is None:
+        prices.alone = _best(False, [], prices, 1)
+    without, chosen = prices.alone
     if copied:
         count, _ = _most_valuable(copied, prices)
         if count > 1:
@@ -107,9 +110,17 @@ def _best(copies: bool, chances: Sequence[float], prices: Prices, count: int) ->
         tokens += reached
     outcomes.append(reached)
     best, found = tokens - prices.plain[count], Contents(copies, count, (), 0)
+    most = [max(prices.fresh[length - 1], prices.late[length - 1]) for length in prices.lengths]
+    if all(
+        tokens - prices.drafting[count + length] - WORTH + gain <= best
+        for length, gain in zip(prices.lengths, most, strict=True)
+    ):
+        return best, found  # not even one branch that fits every outcome would do
     for branches in _branches(outcomes):
-        for length in prices.lengths:
+        for length, gain in zip(prices.lengths, most, strict=True):
             value = tokens - prices.drafting[count + len(branches) * length] - WORTH
+            if value + gain <= best:
+                continue
             value += _expected_gain(outcomes, branches, length, prices)
             if value > best:
                 best, found = value, Contents(copies, count, branches, length)

@@ -61,7 +61,9 @@ class _Place:
     tokens: float  # decayed sums, whose ratio is the rate
     seconds: float
     chosen: dict[tuple[tuple[int, ...], tuple[int, ...]], Contents] = field(default_factory=dict)
-    steps: int = 0  # steps since the prices were updated
+    rounded: list[int] = field(default_factory=list)  # some of these prices
+    updates: int = 0  # of the prices
+    steps: int = 0  # steps since then
     wait: int = 4  # steps until they are updated again
     without: int = 0  # choices in a row without masks
     patience: int = 4  # after as many for each sequence of a batch, the next one is a probe
@@ -83,6 +85,7 @@ class Planner:
     SOON, PROBE = 4, 256  # choices without masks before drafts are tried again: at first, and at most
     LONGER = 64  # each such choice with masks has the longest branches
     TIMED = 12  # steps before an update that latencies are corrected by
+    FINE, FRESH = 20, 8  # choices are made anew if prices change by about 1 / FINE tokens, and after as many updates
     KEPT = 4096  # choices that are kept for reuse
 
     def __init__(self, costs: Costs, block_size: int) -> None:
@@ -141,8 +144,14 @@ class Planner:
             list(self.fresh.means),
             list(self.late.means),
         )
-        place.chosen.clear()
-        place.steps = 0
+        # choices stay while prices are about the same: most take longer than looking them up
+        about = [rate * plain[1], *(rate * drafting[1 + length] for length in self.lengths)]
+        about += [means[length - 1] for means in (self.fresh.means, self.late.means) for length in self.lengths]
+        rounded = [round(self.FINE * one) for one in about]
+        place.updates += 1
+        if rounded != place.rounded or place.updates % self.FRESH == 0:
+            place.chosen.clear()
+        place.rounded, place.steps = rounded, 0
         for shares in (self.acceptance.own, self.acceptance.copied):
             shares.age(self.AGE)
         for used in self.used.values():
