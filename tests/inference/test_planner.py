@@ -42,7 +42,7 @@ def prices(costs, rate, fresh=0.0, late=0.0, lengths=(4, 8)):
 
 
 def value(contents, chances, prices):
-    """What a forward is worth, outcome by outcome."""
+    """Return the value of a forward, outcome by outcome."""
     whole = 0.0
     for accepted in range(1, contents.num_drafts + 1):
         chance = np.prod(chances[: accepted - 1])

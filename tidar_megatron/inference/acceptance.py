@@ -1,4 +1,4 @@
-"""How likely drafts are to be accepted: observed shares, by what is known of a draft before it is verified.
+"""The chance that a draft is accepted: observed shares, by what is known of a draft before it is verified.
 
 Statistics are learned during generation from all sequences of an engine; the planner (``planner.py``) uses them.
 """

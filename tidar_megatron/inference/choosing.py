@@ -1,4 +1,4 @@
-"""What a forward should hold: the drafts to verify and the branches of masks, for the most tokens per second.
+"""The choice of a forward's contents: the drafts to verify and the branches of masks, for the most tokens per second.
 
 A forward of one sequence gives the tokens it accepts now, and through its masks drafts for the next forward. It costs
 time, which is worth the tokens that an average forward would give in it. :func:`choose` weighs the three:
@@ -111,16 +111,11 @@ def _best(copies: bool, chances: Sequence[float], prices: Prices, count: int) ->
     outcomes.append(reached)
     best, found = tokens - prices.plain[count], Contents(copies, count, (), 0)
     most = [max(prices.fresh[length - 1], prices.late[length - 1]) for length in prices.lengths]
-    if all(
-        tokens - prices.drafting[count + length] - WORTH + gain <= best
-        for length, gain in zip(prices.lengths, most, strict=True)
-    ):
-        return best, found  # not even one branch that fits every outcome would do
     for branches in _branches(outcomes):
         for length, gain in zip(prices.lengths, most, strict=True):
             value = tokens - prices.drafting[count + len(branches) * length] - WORTH
             if value + gain <= best:
-                continue
+                continue  # not even if every outcome had its branch
             value += _expected_gain(outcomes, branches, length, prices)
             if value > best:
                 best, found = value, Contents(copies, count, branches, length)

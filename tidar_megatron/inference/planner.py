@@ -49,7 +49,7 @@ class Gains:
 
 @dataclass
 class _Place:
-    """What was learned for a batch size and a context length.
+    """The prices and choices of a batch size and a context length.
 
     ``prices`` are those that the choices in ``chosen`` were made with, by the classes of the drafts at hand.
     """
