@@ -114,6 +114,17 @@ def test_a_start_clears_up(shards, tmp_path):
     assert not list(run.glob(".iter_*"))
 
 
+def test_a_start_prunes_what_a_killed_run_did_not(shards, tmp_path):
+    run = {"save": str(tmp_path), "load": str(tmp_path), "save_interval": 1}
+    pretrain(small(shards, checkpoint=run, training={"train_iters": 3}))
+    Trainer.build(small(shards, checkpoint={**run, "keep_last": 2})).close()
+    assert saved_iterations(tmp_path) == [2, 3]
+    Trainer.build(
+        small(shards, checkpoint={"load": str(tmp_path), "save": str(tmp_path / "other"), "keep_last": 1})
+    ).close()
+    assert saved_iterations(tmp_path) == [2, 3]
+
+
 def test_tensors_are_staged_in_pageable_memory():
     """A process forked while this one holds page-locked memory may crash, and megatron-core's own copies are such."""
     asked = []

@@ -253,6 +253,9 @@ class Checkpoints:
     def load(self, run: Trained) -> Resumed:
         """Load the best intact checkpoint of ``--load`` into ``run``, and print which checkpoints were skipped.
 
+        If the run saves into the same folder, older checkpoints are pruned: a run that was killed after it published a
+        checkpoint may not have pruned them.
+
         Raises:
             UserError: No checkpoint is intact, or the checkpoint belongs to another run.
         """
@@ -265,6 +268,8 @@ class Checkpoints:
             contents.load(checkpoint, run, same_layout=state.layout == self._layout())
         except Damaged as damage:
             raise UserError(f"--load {source}: {damage}") from None
+        if self._ranks.is_main and settings.save and settings.keep_last and Path(settings.save) == Path(source):
+            folder.delete(folder.prune(Path(source), state.iteration, settings.keep_last))
         return Resumed(state.iteration, state.consumed_sequences, state.states)
 
 
