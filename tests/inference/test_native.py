@@ -96,7 +96,7 @@ def test_bits_are_those_of_python(library, family, dtype, form, monkeypatch):
 @pytest.mark.parametrize(("outputs", "inputs"), [(16, 2), (48, 64), (96, 576), (640, 1536), (64, 4096)], ids=str)
 def test_own_products_of_bfloat16(library, outputs, inputs, bias):
     """Against float64, rounded once; a row has the same bits however many rows there are, adjacent or not."""
-    if not library.has_bf16_products():
+    if not library.has_own_kernels():
         pytest.skip("this processor has no AVX512-BF16")
     draw = torch.Generator().manual_seed(outputs)
     weight, rows, more, residual = (
@@ -128,13 +128,78 @@ def test_forwards_with_own_products_are_those_of_others(library, family, monkeyp
     causal_lm = make_causal_lm(family, torch.bfloat16, **SIZES)
     ours, theirs = (model_of(causal_lm, "own", calls, monkeypatch) for calls in (library, None))
     names = {product.kernel.name for layer in ours.lean._layers for product in layer.products}
-    assert names == ({"own"} if library.has_bf16_products() else {"packed"})
+    assert names == ({"own"} if library.has_own_kernels() else {"packed"})
     for layout in LAYOUTS:
         found, wanted = hidden(ours, layout).float(), hidden(theirs, layout).float()
         assert (found - wanted).abs().max() < 0.05 * wanted.abs().max()
     for weight in (torch.zeros(17, 64), torch.zeros(64, 63), torch.zeros(16, 4098)):
         assert of_library(library)(weight.bfloat16(), None).kernel.name == "packed"
     assert of_library(library)(torch.zeros(64, 64), None).kernel.name == "packed"
+
+
+def states(model, parts):
+    """The hidden states of parts, whose sequences have the keys of other tokens before them."""
+    pool = KVPool(max(part.slot for part in parts) + 1, 400)
+    with torch.inference_mode():
+        for part in parts:
+            before = [token % 19 for token in range(part.length)] or [1]
+            model.forward(PackedForward(pool, [Part(part.slot, 0, before, ForwardLayout(len(before)))]))
+        out = model.forward(PackedForward(pool, parts))
+    return out.split([part.layout.num_tokens for part in parts])
+
+
+@compiles
+@pytest.mark.process
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 256])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_own_layers_are_exact_to_rounding(library, family, head_dim, monkeypatch):
+    """Against the modules in float64: no further from them than the calls of Python, which round more often."""
+    if not library.has_own_kernels():
+        pytest.skip("this processor has no AVX512-BF16")
+    causal_lm = make_causal_lm(family, torch.bfloat16, **SIZES, head_dim=head_dim)
+    with torch.no_grad():
+        for name, weight in causal_lm.named_parameters():
+            if name.endswith(("norm.weight", "bias")):
+                weight.normal_(1, 0.3)
+    ours, theirs = (model_of(causal_lm, "own", calls, monkeypatch) for calls in (library, None))
+    exact = wrap_model(copy.deepcopy(causal_lm).double())
+    assert ours.lean._is_own and not theirs.lean._is_own
+    errors = []
+    for length, layout in ((0, ForwardLayout(1)), (70, ForwardLayout(5, (1, 3), 4)), (201, ForwardLayout(40))):
+        part = [Part(0, length, [token % 17 for token in range(layout.num_drafts)], layout)]
+        found, wanted, other = (states(model, part)[0].double() for model in (ours, exact, theirs))
+        assert (found - wanted).abs().max() < 0.05 * wanted.abs().max()
+        errors.append(torch.stack([(found - wanted).abs().flatten(), (other - wanted).abs().flatten()]))
+    mean, mean_of_python = torch.cat(errors, 1).mean(1)
+    assert mean < 1.05 * mean_of_python
+
+
+@compiles
+@pytest.mark.process
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_rows_of_own_layers_do_not_depend_on_others(library, family, monkeypatch):
+    """A clean token has the same bits in each layout, beside other sequences, and whatever the chunks of a prompt."""
+    if not library.has_own_kernels():
+        pytest.skip("this processor has no AVX512-BF16")
+    model = model_of(make_causal_lm(family, torch.bfloat16, **SIZES, head_dim=32), "own", library, monkeypatch)
+    model.drafts = draft_weights(model, 16)
+    model.lean.use_drafts(model.drafts)
+    tokens = [token % 17 for token in range(30)]
+    for length in (0, 63, 130):
+        alone = states(model, [Part(0, length, tokens, ForwardLayout(30))])[0]
+        for branches, size in (((), 0), ((1,), 1), ((1, 7, 30), 9)):
+            layout = ForwardLayout(30, branches, size)
+            others = [Part(1, 5, range(2), ForwardLayout(2, (1, 2), 8)), Part(2, 99, [3] * 50, ForwardLayout(50))]
+            for parts in ([Part(0, length, tokens, layout)], [Part(3, length, tokens, layout), *others]):
+                assert torch.equal(states(model, parts)[0][:30], alone)
+        pool = KVPool(1, 400)
+        chunks = [token % 19 for token in range(length)] + [*tokens]
+        with torch.inference_mode():
+            parts = [
+                Part(0, n, chunks[n : n + 7], ForwardLayout(len(chunks[n : n + 7]))) for n in range(0, len(chunks), 7)
+            ]
+            each = torch.cat([model.forward(PackedForward(pool, [part])) for part in parts])
+        assert torch.equal(each[length:], alone)
 
 
 def draft_weights(model, rank=3):

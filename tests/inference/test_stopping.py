@@ -17,7 +17,7 @@ from tidar_megatron.inference.request import DecodeOptions
 def test_the_last_forwards_hold_nothing_useless(trained, prompts, monkeypatch):
     plans, forward = [], DecodeModel.forward
     monkeypatch.setattr(
-        DecodeModel, "forward", lambda self, packed: plans.append(packed._parts[0].layout) or forward(self, packed)
+        DecodeModel, "forward", lambda self, packed: plans.append(packed.parts[0].layout) or forward(self, packed)
     )
     generate(trained, prompts[4], tidar(8, "all", 2))
     assert plans == [ForwardLayout(16), ForwardLayout(1)]

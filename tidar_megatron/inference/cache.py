@@ -53,6 +53,16 @@ class KVPool:
         values.narrow(2, length, tokens).copy_(value)
         return keys, values
 
+    def rooms(self, layers: int, like: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the K and the V of each layer, ``[slots, N, capacity, D]``, for a caller that writes them itself.
+
+        Args:
+            layers: The number of layers.
+            like: A tensor ``[1, N, T, D]`` that tells shape, dtype and device.
+        """
+        pairs = [self._of(layer, like, like) for layer in range(layers)]
+        return [keys for keys, _ in pairs], [values for _, values in pairs]
+
     def write_side_by_side(
         self, layer: int, slots: slice, places: tuple[Tensor, Tensor], read: int, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor]:

@@ -180,7 +180,7 @@ class PackedForward:
     """
 
     def __init__(self, pool: KVPool, parts: Sequence[Part]) -> None:
-        self._pool, self._parts = pool, parts
+        self.pool, self.parts = pool, parts
         edges, place = [], 0
         for part in parts:
             assert len(part.tokens) == part.layout.num_drafts
@@ -197,11 +197,11 @@ class PackedForward:
         """The rows that are masks; see :class:`Forward`."""
         if not self.num_masks:
             return None
-        if len(self._parts) == 1:
+        if len(self.parts) == 1:
             return slice(self.num_tokens - self.num_masks, self.num_tokens)
         ranges = [
             torch.arange(start + part.layout.num_drafts, start + part.layout.num_tokens)
-            for start, part in zip(self.starts, self._parts, strict=True)
+            for start, part in zip(self.starts, self.parts, strict=True)
         ]
         return torch.cat(ranges)
 
@@ -209,7 +209,7 @@ class PackedForward:
         """Return token ids and position ids; see :meth:`Forward.inputs`."""
         ids: list[int | None] = []
         positions: list[int] = []
-        for part in self._parts:
+        for part in self.parts:
             ids += [*part.tokens, *[mask_token_id] * part.layout.num_masks]
             positions += [part.length + offset for offset in position_offsets(part.layout)]
         return torch.tensor(ids + positions).to(device).view(2, 1, -1)
@@ -219,17 +219,17 @@ class PackedForward:
         if not self._calls:
             self._calls = self._arranged(query, key.shape[1])
         if len(self._calls) == 1:
-            return self._calls[0][1].attend(self._pool, layer, query, key, value, scale)
+            return self._calls[0][1].attend(self.pool, layer, query, key, value, scale)
         outputs = []
         for rows, call in self._calls:
             q, k, v = (tensor[:, :, rows] for tensor in (query, key, value))
-            outputs.append(call.attend(self._pool, layer, q, k, v, scale))
+            outputs.append(call.attend(self.pool, layer, q, k, v, scale))
         return torch.cat(outputs, dim=1)
 
     def _arranged(self, query: Tensor, kv_heads: int) -> list[tuple[slice, "SingleCall | SharedCall"]]:
         calls: list[tuple[slice, SingleCall | SharedCall]] = []
         start = 0
-        for parts in in_calls(self._parts, query.shape[1] * query.shape[3]):
+        for parts in in_calls(self.parts, query.shape[1] * query.shape[3]):
             rows = slice(start, start := start + sum(part.layout.num_tokens for part in parts))
             if len(parts) == 1:
                 calls.append((rows, SingleCall.of(parts[0], query[:, :, rows], kv_heads)))
@@ -351,6 +351,12 @@ class SharedCall:
         out = self.rows.unpad(out).reshape(count, heads, tokens, -1)
         out = out.transpose(1, 2).reshape(1, count * tokens, heads, -1)
         return out if self.unpadding is None else out.index_select(1, self.unpadding)
+
+
+def own_mask(layout: ForwardLayout) -> Tensor:
+    """Return :func:`local_mask` on the CPU; that of few tokens is made once."""
+    small = layout.num_tokens <= MOST_KEPT
+    return padded_mask(layout, layout.num_tokens, torch.device("cpu")) if small else local_mask(layout)
 
 
 @lru_cache(maxsize=512)

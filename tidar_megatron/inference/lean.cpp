@@ -3,8 +3,9 @@
 
 #include <ATen/TensorIterator.h>
 #include <torch/extension.h>
-#if defined(__x86_64__)
-#include <immintrin.h>
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 11)
+#define TIDAR_AVX512
+#include "lean_avx512.h"
 #endif
 
 #include <algorithm>
@@ -25,115 +26,92 @@ auto find(const char* name, const char* overload) {
 
 using Scalars = c10::List<std::optional<at::Scalar>>;
 
-#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 11)
-#define BF16_PRODUCTS __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+#ifdef TIDAR_AVX512
+bool has_own_kernels() { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw"); }
+#else
+bool has_own_kernels() { return false; }
+#endif
 
-bool has_bf16_products() { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw"); }
-
-// Multiplies kRows rows of bfloat16, `pairs` times two inputs, with 16 * kWide columns of a weight; the sums are float32.
-// `weight` has two inputs of a column beside each other: [pairs, 16 * kWide, 2].
-template <int kRows, int kWide>
-BF16_PRODUCTS inline void multiply(
-    const uint16_t* const* rows, int64_t pairs, const uint16_t* weight, __m512 (&sums)[kRows][kWide]) {
-#pragma GCC unroll 4
-  for (int row = 0; row < kRows; ++row)
-#pragma GCC unroll 4
-    for (int i = 0; i < kWide; ++i) sums[row][i] = _mm512_setzero_ps();
-  for (int64_t pair = 0; pair < pairs; ++pair) {  // unrolled within, so that the sums stay in registers
-    __m512i wide[kWide];
-#pragma GCC unroll 4
-    for (int i = 0; i < kWide; ++i) wide[i] = _mm512_loadu_si512(weight + 32 * (pair * kWide + i));
-#pragma GCC unroll 4
-    for (int row = 0; row < kRows; ++row) {
-      __m512bh both = (__m512bh)_mm512_set1_epi32(reinterpret_cast<const int32_t*>(rows[row])[pair]);
-#pragma GCC unroll 4
-      for (int i = 0; i < kWide; ++i) sums[row][i] = _mm512_dpbf16_ps(sums[row][i], both, (__m512bh)wide[i]);
-    }
-  }
-}
-
-// Computes 16 * kWide columns of the product of kRows rows; adds them to what `out` holds, or replaces it.
-template <int kRows, int kWide>
-BF16_PRODUCTS void columns_of(
-    const uint16_t* const* rows, int64_t pairs, const uint16_t* weight, uint16_t* const* out, int64_t first, bool adds) {
-  __m512 sums[kRows][kWide];
-  multiply<kRows, kWide>(rows, pairs, weight, sums);
-#pragma GCC unroll 4
-  for (int row = 0; row < kRows; ++row) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kWide; ++i) {
-      auto* place = reinterpret_cast<__m256i*>(out[row] + first + 16 * i);
-      if (adds) {
-        __m512i held = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(place)), 16);
-        sums[row][i] = _mm512_add_ps(sums[row][i], _mm512_castsi512_ps(held));
-      }
-      _mm256_storeu_si256(place, (__m256i)_mm512_cvtneps_pbh(sums[row][i]));
-    }
-  }
-}
-
-template <int kWide>
-void columns_of(
-    const std::vector<const uint16_t*>& rows, int64_t pairs, const uint16_t* weight, const std::vector<uint16_t*>& out,
-    int64_t first, bool adds) {
-  size_t row = 0;
-  for (; row + 4 <= rows.size(); row += 4)
-    columns_of<4, kWide>(&rows[row], pairs, weight, &out[row], first, adds);
-  for (; row < rows.size(); ++row)
-    columns_of<1, kWide>(&rows[row], pairs, weight, &out[row], first, adds);
-}
+uint16_t* bits_of(const Tensor& tensor) { return static_cast<uint16_t*>(tensor.data_ptr()); }
 
 // Calls `work` with 0, 1, ..., count - 1 from torch's threads. at::parallel_for would need an OpenMP runtime of this
 // library's own; a loop over a tensor runs in torch's.
 template <class Work>
 void in_parallel(int64_t count, const Work& work) {
   static const Tensor numbers = at::arange(1 << 16);
-  Tensor some = numbers.narrow(0, 0, count);
-  at::TensorIterator all = at::TensorIterator::nullary_op(some);
-  all.for_each(
-      [&](char** data, const int64_t* strides, int64_t n) {
-        for (int64_t i = 0; i < n; ++i) work(*reinterpret_cast<int64_t*>(data[0] + i * strides[0]));
-      },
-      1);
-}
-
-// The product of bfloat16 rows with a weight that two_by_two has laid out. Its sums are float32, rounded once.
-void product_of(
-    const std::vector<const uint16_t*>& rows, const Tensor& weight, const std::vector<uint16_t*>& out, bool adds) {
-  auto* data = static_cast<const uint16_t*>(weight.const_data_ptr());
-  int64_t pairs = weight.size(1), chunk = weight.size(2);
-  in_parallel(weight.size(0), [&](int64_t number) {
-    const uint16_t* part = data + number * pairs * chunk * 2;
-    if (chunk == 64) columns_of<4>(rows, pairs, part, out, number * chunk, adds);
-    if (chunk == 32) columns_of<2>(rows, pairs, part, out, number * chunk, adds);
-    if (chunk == 16) columns_of<1>(rows, pairs, part, out, number * chunk, adds);
-  });
-}
-#else
-bool has_bf16_products() { return false; }
-void product_of(const std::vector<const uint16_t*>&, const Tensor&, const std::vector<uint16_t*>&, bool) {}
-#endif
-
-// Lays out a weight [outputs, inputs] for product_of: inputs two by two, [outputs / chunk, inputs / 2, chunk, 2].
-Tensor two_by_two(const Tensor& weight, int64_t chunk) {
-  return weight.view({-1, chunk, weight.size(1) / 2, 2}).transpose(1, 2).contiguous();
-}
-
-// The same for the weight of a linear layer.
-Tensor laid_out(const Tensor& weight) {
-  int64_t outputs = weight.size(0);
-  return two_by_two(weight.contiguous(), outputs % 64 == 0 ? 64 : outputs % 32 == 0 ? 32 : 16);
-}
-
-// Adds the product of `rows` with a weight that was laid out to `out` [rows, outputs], or replaces it.
-void multiply_rows(const Tensor& rows, const Tensor& weight, Tensor& out, bool adds) {
-  std::vector<const uint16_t*> from;
-  std::vector<uint16_t*> to;
-  for (int64_t n = 0; n < rows.size(0); ++n) {
-    from.push_back(static_cast<const uint16_t*>(rows.const_data_ptr()) + n * rows.stride(0));
-    to.push_back(static_cast<uint16_t*>(out.data_ptr()) + n * out.stride(0));
+  for (int64_t first = 0; first < count; first += numbers.size(0)) {
+    Tensor some = numbers.narrow(0, 0, std::min(count - first, numbers.size(0)));
+    at::TensorIterator all = at::TensorIterator::nullary_op(some);
+    all.for_each(
+        [&](char** data, const int64_t* strides, int64_t n) {
+          for (int64_t i = 0; i < n; ++i) work(first + *reinterpret_cast<int64_t*>(data[0] + i * strides[0]));
+        },
+        1);
   }
-  product_of(from, weight, to, adds);
+}
+
+// Calls `work` with each row, in several threads if the rows have many numbers.
+template <class Work>
+void for_rows(int64_t rows, int64_t numbers, const Work& work) {
+  if (rows * numbers >= 1 << 14) return in_parallel(rows, work);
+  for (int64_t row = 0; row < rows; ++row) work(row);
+}
+
+// Lays out a bfloat16 weight [outputs, inputs] for product_of: [outputs / 16, inputs / 2, 16, 2].
+Tensor laid_out(const Tensor& weight) {
+  return weight.reshape({-1, 16, weight.size(1) / 2, 2}).transpose(1, 2).contiguous();
+}
+
+std::vector<const uint16_t*> rows_of(const Tensor& tensor) {
+  std::vector<const uint16_t*> rows;
+  for (int64_t n = 0; n < tensor.size(0); ++n) rows.push_back(bits_of(tensor) + n * tensor.stride(0));
+  return rows;
+}
+
+std::vector<uint16_t*> places_of(Tensor& tensor) {
+  std::vector<uint16_t*> rows;
+  for (int64_t n = 0; n < tensor.size(0); ++n) rows.push_back(bits_of(tensor) + n * tensor.stride(0));
+  return rows;
+}
+
+// The product of bfloat16 rows with a weight that was laid out, in parts. Its sums are float32, rounded once, and replace
+// what `out` holds or are added to it.
+class OwnProduct {
+ public:
+#ifdef TIDAR_AVX512
+  OwnProduct(
+      const std::vector<const uint16_t*>& rows, const Tensor& weight, std::vector<uint16_t*> out, bool adds)
+      : room_(at::empty({static_cast<int64_t>(rows.size()) * weight.size(1)}, at::kInt)),
+        product_(
+            rows, weight.size(1), bits_of(weight), weight.size(0) * 16, std::move(out), adds,
+            room_.mutable_data_ptr<int32_t>()) {}
+
+  int64_t parts() const { return product_.parts(); }
+  void compute(int64_t part) const { product_.compute(part); }
+
+ private:
+  Tensor room_;
+  avx512::Product product_;
+#else
+  template <class... Arguments>
+  explicit OwnProduct(const Arguments&...) {}
+
+  int64_t parts() const { return 0; }
+  void compute(int64_t) const {}
+#endif
+};
+
+// Computes products that do not depend on each other, in one pass of the threads.
+void compute(std::initializer_list<const OwnProduct*> products) {
+  int64_t parts = 0;
+  for (auto* product : products) parts += product ? product->parts() : 0;
+  in_parallel(parts, [&](int64_t part) {
+    for (auto* product : products) {
+      if (!product) continue;
+      if (part < product->parts()) return product->compute(part);
+      part -= product->parts();
+    }
+  });
 }
 
 // A product with fixed weights, as Product.kernel describes it (products.py, quantized.py).
@@ -162,9 +140,9 @@ struct Product {
         return product.call(rows, weights[0], bias, "none", Scalars(), "");
       }
       case kOwn: {
-        Tensor out = at::empty({rows.size(0), weights[0].size(0) * weights[0].size(2)}, rows.options());
+        Tensor out = empty(rows);
         if (bias) out.copy_(*bias);
-        multiply_rows(rows.contiguous(), weights[0], out, bias.has_value());
+        multiply(rows, out, bias.has_value());
         return out;
       }
       case kInt8:
@@ -177,7 +155,7 @@ struct Product {
   Tensor added(const Tensor& residual, const Tensor& rows) const {
     if (kind == kOwn && !bias) {
       Tensor out = residual.clone(at::MemoryFormat::Contiguous);
-      multiply_rows(rows.contiguous(), weights[0], out, true);
+      multiply(rows, out, true);
       return out;
     }
     if (kind != kPacked) return residual + of(rows);
@@ -187,7 +165,22 @@ struct Product {
     return product.call(rows, residual, weights[0], bias, "add");
   }
 
+  // Of an own product: room for its output, and its parts, which add to `out` or replace it.
+  Tensor empty(const Tensor& rows) const {
+    return at::empty({rows.size(0), weights[0].size(0) * 16}, rows.options());
+  }
+
+  OwnProduct own(const Tensor& rows, Tensor& out, bool adds) const {
+    return OwnProduct(rows_of(rows), weights[0], places_of(out), adds);
+  }
+
  private:
+  void multiply(const Tensor& rows, Tensor& out, bool adds) const {
+    Tensor whole = rows.contiguous();
+    OwnProduct product = own(whole, out, adds);
+    compute({&product});
+  }
+
   Tensor with_bias(Tensor product) const { return bias ? product + *bias : product; }
 
   static Tensor int8(
@@ -220,12 +213,33 @@ struct Norm {
     Tensor both = at::cat({x, x.neg()}, -1);
     return at::layer_norm(both, weight.sizes(), weight, {}, eps).narrow(-1, 0, x.size(-1));
   }
+
+  Tensor own(const Tensor& x) const {
+    Tensor out = at::empty_like(x);
+#ifdef TIDAR_AVX512
+    int64_t size = x.size(1);
+    for_rows(x.size(0), size, [&](int64_t row) {
+      avx512::rms_norm(bits_of(x) + row * size, bits_of(weight), bits_of(out) + row * size, size, eps);
+    });
+#endif
+    return out;
+  }
 };
 
 // The rows of masks in a forward: adjacent ones, or their numbers.
 struct Masks {
   int64_t first, count;
   Optional numbers;
+
+  int64_t size() const { return numbers ? numbers->size(0) : count; }
+
+  template <class Row>
+  std::vector<Row> of(const std::vector<Row>& rows) const {
+    if (!numbers) return {rows.begin() + first, rows.begin() + first + count};
+    std::vector<Row> some;
+    for (int64_t n = 0; n < size(); ++n) some.push_back(rows[numbers->const_data_ptr<int64_t>()[n]]);
+    return some;
+  }
 };
 
 // The two weights beside a linear layer, as Pair in draft_weights.py describes them. A library's product of so few rows
@@ -233,16 +247,21 @@ struct Masks {
 struct Pair {
   static constexpr int64_t kMost = 96;  // rows; of more, a library's product is faster
   Tensor a, b;
-  Optional a_pairs, b_pairs;  // their inputs two by two, [chunks of outputs, inputs / 2, outputs in a chunk, 2]
+  Optional a_pairs, b_pairs;  // laid out
 
   Pair(Tensor a, Tensor b) : a(a), b(b) {
     bool fits = a.size(0) % 16 == 0 && b.size(0) % 16 == 0 && a.size(1) % 2 == 0 && a.scalar_type() == at::kBFloat16;
-    if (fits && has_bf16_products()) a_pairs = in_chunks(a), b_pairs = in_chunks(b);
+    if (fits && has_own_kernels()) a_pairs = laid_out(a), b_pairs = laid_out(b);
   }
 
   void add(Tensor& out, const Tensor& x, const Masks& masks) const {
-    int64_t count = masks.numbers ? masks.numbers->size(0) : masks.count;
-    if (a_pairs && count <= kMost && out.stride(1) == 1 && x.stride(1) == 1) return add_few(out, x, masks, count);
+    if (is_own(masks) && out.stride(1) == 1 && x.stride(1) == 1) {
+      Tensor inner = empty(x, masks);
+      OwnProduct first = into(inner, x, masks);
+      compute({&first});
+      OwnProduct second = out_of(inner, out, masks);
+      return compute({&second});
+    }
     if (masks.numbers) {
       Tensor inner = at::linear(x.index({*masks.numbers}), a);
       out.index_add_(0, *masks.numbers, at::linear(inner, b));
@@ -252,25 +271,59 @@ struct Pair {
     at::addmm_out(rows, rows, at::linear(x.narrow(0, masks.first, masks.count), a), b.t());
   }
 
- private:
-  static Tensor in_chunks(const Tensor& weight) {
-    return two_by_two(weight, weight.size(0) % 64 || weight.size(0) < 256 ? 16 : 64);
+  bool is_own(const Masks& masks) const { return a_pairs && masks.size() <= kMost; }
+
+  // What is between the two weights, and the products before and after it.
+  Tensor empty(const Tensor& x, const Masks& masks) const {
+    return at::empty({masks.size(), a.size(0)}, x.options());
   }
 
-  void add_few(Tensor& out, const Tensor& x, const Masks& masks, int64_t count) const {
-    Tensor inner = at::empty({count, a.size(0)}, x.options());
-    std::vector<const uint16_t*> from, through;
-    std::vector<uint16_t*> within, to;
-    for (int64_t n = 0; n < count; ++n) {
-      int64_t row = masks.numbers ? masks.numbers->const_data_ptr<int64_t>()[n] : masks.first + n;
-      from.push_back(static_cast<const uint16_t*>(x.const_data_ptr()) + row * x.stride(0));
-      to.push_back(static_cast<uint16_t*>(out.data_ptr()) + row * out.stride(0));
-      within.push_back(static_cast<uint16_t*>(inner.data_ptr()) + n * a.size(0));
-      through.push_back(within.back());
-    }
-    product_of(from, *a_pairs, within, false);
-    product_of(through, *b_pairs, to, true);
+  OwnProduct into(Tensor& inner, const Tensor& x, const Masks& masks) const {
+    return OwnProduct(masks.of(rows_of(x)), *a_pairs, places_of(inner), false);
   }
+
+  OwnProduct out_of(const Tensor& inner, Tensor& out, const Masks& masks) const {
+    return OwnProduct(rows_of(inner), *b_pairs, masks.of(places_of(out)), true);
+  }
+};
+
+// The sequences of a forward, for all its layers: where each has its rows and its keys, and which tokens of the forward
+// may attend to which.
+struct Sequences {
+  struct Row {
+    int64_t slot, position;  // where its key is in the pool
+  };
+  struct Tile {  // up to 16 queries of a sequence, of one head of keys
+    int64_t slot, first_row, first_query, count, prefix, keys;
+    std::vector<uint16_t> visible;
+  };
+  std::vector<Row> rows;
+  std::vector<Tile> tiles;
+
+  // `visible` has a bool [T, T] for each sequence; `groups` are the heads of queries per head of keys.
+  Sequences(
+      const std::vector<int64_t>& slots, const std::vector<int64_t>& lengths, const std::vector<Tensor>& visible,
+      int64_t groups) {
+    for (size_t n = 0; n < slots.size(); ++n) {
+      int64_t tokens = visible[n].size(0), first_row = rows.size();
+      Tensor mask = visible[n].contiguous();
+      for (int64_t token = 0; token < tokens; ++token) rows.push_back({slots[n], lengths[n] + token});
+      for (int64_t query = 0; query < tokens * groups; query += kQueries) {
+        Tile tile{slots[n], first_row, query, std::min(kQueries, tokens * groups - query), lengths[n], lengths[n], {}};
+        tile.visible.resize(tokens);
+        for (int64_t lane = 0; lane < tile.count; ++lane) {
+          const bool* sees = mask.const_data_ptr<bool>() + (query + lane) / groups * tokens;
+          for (int64_t key = 0; key < tokens; ++key) {
+            tile.visible[key] |= sees[key] << lane;
+            if (sees[key]) tile.keys = std::max(tile.keys, lengths[n] + key + 1);
+          }
+        }
+        tiles.push_back(tile);
+      }
+    }
+  }
+
+  static constexpr int64_t kQueries = 16;
 };
 
 // The calls of a layer before and after its attention, as Calls in lean.py describes them.
@@ -300,6 +353,20 @@ struct Layer {
     return {qk.narrow(1, 0, heads), qk.narrow(1, heads, kv_heads), all.narrow(1, heads + kv_heads, kv_heads)};
   }
 
+  // The whole layer with own kernels. `keys` and `values` are the pool's, [slots, N, capacity, D].
+  Tensor whole(
+      const Tensor& hidden, const Tensor& cos, const Tensor& sin, const std::optional<Masks>& masks,
+      const Sequences& sequences, const Tensor& keys, const Tensor& values, double scale) const {
+    Tensor x = before_attention.own(hidden);
+    Tensor all = own(qkv, x, of_qkv, masks);
+    write(all, cos, sin, sequences, keys, values);
+    Tensor out = attended(all, sequences, keys, values, scale);
+    Tensor after = own(output, out, of_output, masks, hidden);
+    x = before_mlp.own(after);
+    Tensor inner = gated(own(gate_up, x, of_gate_up, masks));
+    return own(down, inner, of_down, masks, after);
+  }
+
   Tensor after(const Tensor& hidden, const Tensor& out, const std::optional<Masks>& masks) const {
     int64_t fill = hidden.size(0) - out.size(0);
     Tensor heads = fill ? at::constant_pad_nd(out, {0, 0, 0, fill}) : out;
@@ -317,6 +384,77 @@ struct Layer {
     return out;
   }
 
+  // A linear layer, added to `residual` if there is one. The first weight of a pair is multiplied beside its own.
+  static Tensor own(
+      const Product& product, const Tensor& x, const std::optional<Pair>& pair, const std::optional<Masks>& masks,
+      const Optional& residual = {}) {
+    if (!pair || !masks || !pair->is_own(*masks) || product.bias)
+      return with_pair(residual ? product.added(*residual, x) : product.of(x), x, pair, masks);
+    Tensor out = residual ? residual->clone() : product.empty(x), inner = pair->empty(x, *masks);
+    OwnProduct whole = product.own(x, out, residual.has_value()), first = pair->into(inner, x, *masks);
+    compute({&whole, &first});
+    OwnProduct second = pair->out_of(inner, out, *masks);
+    compute({&second});
+    return out;
+  }
+
+  // Rotates queries and keys, and writes keys and values to the pool.
+  void write(
+      const Tensor& all, const Tensor& cos, const Tensor& sin, const Sequences& sequences, const Tensor& keys,
+      const Tensor& values) const {
+#ifdef TIDAR_AVX512
+    for_rows(all.size(0), all.size(1), [&](int64_t row) {
+      auto [slot, position] = sequences.rows[row];
+      for (int64_t head = 0; head < heads + 2 * kv_heads; ++head) {
+        uint16_t* from = bits_of(all) + row * all.stride(0) + head * head_dim;
+        int64_t of_keys = head < heads ? 0 : (head - heads) % kv_heads;
+        int64_t place = slot * keys.stride(0) + of_keys * keys.stride(1) + position * head_dim;
+        if (head >= heads + kv_heads) {
+          std::copy_n(from, head_dim, bits_of(values) + place);
+          continue;
+        }
+        if (qk_norm) avx512::rms_norm(from, bits_of(*qk_norm) + head * head_dim, from, head_dim, qk_eps);
+        uint16_t* to = head < heads ? from : bits_of(keys) + place;
+        avx512::rotate(from, bits_of(cos) + row * head_dim, bits_of(sin) + row * head_dim, to, head_dim);
+      }
+    });
+#endif
+  }
+
+  Tensor attended(
+      const Tensor& all, const Sequences& sequences, const Tensor& keys, const Tensor& values, double scale) const {
+    Tensor out = at::empty({all.size(0), heads * head_dim}, all.options());
+#ifdef TIDAR_AVX512
+    int64_t groups = heads / kv_heads;
+    in_parallel(sequences.tiles.size() * kv_heads, [&](int64_t number) {
+      const auto& tile = sequences.tiles[number / kv_heads];
+      int64_t of_keys = number % kv_heads;
+      avx512::Queries queries{{}, {}, tile.count, tile.prefix, tile.keys, tile.visible.data()};
+      for (int64_t lane = 0; lane < tile.count; ++lane) {
+        int64_t row = tile.first_row + (tile.first_query + lane) / groups;
+        int64_t head = of_keys * groups + (tile.first_query + lane) % groups;
+        queries.from[lane] = bits_of(all) + row * all.stride(0) + head * head_dim;
+        queries.out[lane] = bits_of(out) + row * out.stride(0) + head * head_dim;
+      }
+      int64_t place = tile.slot * keys.stride(0) + of_keys * keys.stride(1);
+      avx512::attend(queries, bits_of(keys) + place, bits_of(values) + place, head_dim, scale);
+    });
+#endif
+    return out;
+  }
+
+  Tensor gated(const Tensor& both) const {
+    int64_t size = both.size(1) / 2;
+    Tensor out = at::empty({both.size(0), size}, both.options());
+#ifdef TIDAR_AVX512
+    for_rows(both.size(0), 4 * size, [&](int64_t row) {
+      const uint16_t* gate = bits_of(both) + 2 * row * size;
+      avx512::gated(gate, gate + size, bits_of(out) + row * size, size);
+    });
+#endif
+    return out;
+  }
+
   Tensor rotated(Tensor x, const Tensor& cos, const Tensor& sin) const {
     if (qk_norm) {
       Tensor wide = at::isReducedFloatingType(x.scalar_type()) ? x.to(at::kFloat) : x;
@@ -328,6 +466,16 @@ struct Layer {
   }
 };
 
+// All layers of a model with own kernels; `keys` and `values` are the pool's, of each layer.
+Tensor through(
+    const std::vector<std::shared_ptr<Layer>>& layers, Tensor hidden, const Tensor& cos, const Tensor& sin,
+    const std::optional<Masks>& masks, const Sequences& sequences, const std::vector<Tensor>& keys,
+    const std::vector<Tensor>& values, double scale) {
+  for (size_t n = 0; n < layers.size(); ++n)
+    hidden = layers[n]->whole(hidden, cos, sin, masks, sequences, keys[n], values[n], scale);
+  return hidden;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
@@ -337,12 +485,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       .def(py::init<std::string, std::vector<Tensor>, Optional, std::vector<int64_t>>())
       .def("of", &Product::of, release())
       .def("added", &Product::added, release());
-  module.def("has_bf16_products", &has_bf16_products);
+  module.def("has_own_kernels", &has_own_kernels);
   module.def("laid_out", &laid_out);
   py::class_<Norm>(module, "Norm", local).def(py::init<Tensor, double>());
   py::class_<Masks>(module, "Masks", local).def(py::init<int64_t, int64_t, Optional>());
   py::class_<Pair>(module, "Pair", local).def(py::init<Tensor, Tensor>());
-  py::class_<Layer>(module, "Layer", local)
+  py::class_<Sequences>(module, "Sequences", local)
+      .def(py::init<std::vector<int64_t>, std::vector<int64_t>, std::vector<Tensor>, int64_t>());
+  module.def("through", &through, release());
+  py::class_<Layer, std::shared_ptr<Layer>>(module, "Layer", local)
       .def(py::init([](Norm a, Product b, Optional c, double d, Product e, Norm f, Product g, Product h, int64_t i,
                        int64_t j, int64_t k) { return Layer{a, b, c, d, e, f, g, h, i, j, k, {}, {}, {}, {}}; }))
       .def("set_pairs", &Layer::set_pairs)

@@ -26,7 +26,7 @@ from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from tidar_megatron.attention_kernels import HALF
 from tidar_megatron.inference.cache import KVPool
 from tidar_megatron.inference.draft_weights import DraftWeights, LayerPairs, MaskRows
-from tidar_megatron.inference.forward import Forward, ForwardLayout, PackedForward, Part
+from tidar_megatron.inference.forward import Forward, ForwardLayout, PackedForward, Part, own_mask
 from tidar_megatron.inference.model import FUSED, DecodeModel
 from tidar_megatron.inference.products import (
     ROWS,
@@ -246,6 +246,12 @@ class _Layer:
         """The products of the layer, in the order in which it computes them."""
         return self.qkv, self.output, self.gate_up, self.down
 
+    @property
+    def fits_own_kernels(self) -> bool:
+        """Whether the kernels of ``lean_avx512.h`` fit the layer: all its products are of theirs."""
+        own = all(product.kernel is not None and product.kernel.name == "own" for product in self.products)
+        return own and self.head_dim % 32 == 0 and self.head_dim <= 256
+
     def in_cpp(self, library: ModuleType) -> Calls | None:
         """Return the same calls from C++, or None where C++ lacks one of them."""
         kernels = [product.kernel for product in self.products]
@@ -300,6 +306,8 @@ class LeanForward:
         self.is_compiled = None not in compiled  # whether C++ makes the calls of the layers
         self._calls: list[Calls] = [*(compiled if self.is_compiled else self._layers)]
         self._library = usable if self.is_compiled else None
+        # whether C++ computes a layer with kernels of its own, attention included
+        self._is_own = self.is_compiled and all(layer.fits_own_kernels for layer in self._layers)
         self._drafts: DraftWeights | None = None
 
     def __call__(self, ids: Tensor, positions: Tensor, packed: Forward) -> Tensor:
@@ -318,11 +326,27 @@ class LeanForward:
         masks: Any = None
         if self._drafts is not None and (found := packed.mask_rows) is not None:
             hidden, calls, masks = self._with_masks(hidden, found)
+        if self._is_own and isinstance(packed, PackedForward):
+            return self._norm(self._through(hidden, cos, sin, masks, packed))
         for number, (layer, of_layer) in enumerate(zip(self._layers, calls, strict=True)):
             query, key, value = of_layer.before(hidden, tokens, cos, sin, masks)
             out = packed.attend(number, query, key, value, layer.scale)
             hidden = of_layer.after(hidden, out.reshape(tokens, -1), masks)
         return self._norm(hidden)[:tokens]
+
+    def _through(self, hidden: Tensor, cos: Tensor, sin: Tensor, masks: Any, packed: PackedForward) -> Tensor:
+        """Return the hidden states after all layers, each of which C++ computes with kernels of its own."""
+        assert self._library is not None
+        first, parts = self._layers[0], packed.parts
+        like = hidden.new_empty(1, first.kv_heads, 0, first.head_dim)
+        sequences = self._library.Sequences(
+            *([part.slot for part in parts], [part.length for part in parts]),
+            *([own_mask(part.layout) for part in parts], first.heads // first.kv_heads),
+        )
+        rooms = packed.pool.rooms(len(self._layers), like)
+        through = self._library.through
+        out: Tensor = through(self._calls, hidden, cos.contiguous(), sin, masks, sequences, *rooms, first.scale)
+        return out
 
     def use_drafts(self, drafts: DraftWeights) -> None:
         """Let draft weights act on the rows of masks from now on."""

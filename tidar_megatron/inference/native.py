@@ -25,6 +25,7 @@ from tidar_megatron.errors import UserError
 from tidar_megatron.files import cache_folder, replace_text, sha256_of, sync
 
 SOURCE = Path(__file__).with_name("lean.cpp")
+HEADER = SOURCE.with_name("lean_avx512.h")
 NAME = "tidar_lean"
 # a process of its own: a second build in one process gets another name
 BUILD = """
@@ -36,7 +37,8 @@ load(sys.argv[1], [sys.argv[2]], build_directory=sys.argv[3], extra_cflags=["-O2
 
 def library_file() -> Path:
     """Return the path of the compiled library for this source, torch, Python and processor; it may not exist."""
-    what = [SOURCE.read_text(encoding="utf-8"), torch.__version__, sys.version, platform.machine()]
+    sources = [file.read_text(encoding="utf-8") for file in (SOURCE, HEADER)]
+    what = [*sources, torch.__version__, sys.version, platform.machine()]
     digest = hashlib.sha256("\n".join(what).encode()).hexdigest()[:16]
     return cache_folder() / "compiled" / f"{NAME}-{digest}{EXTENSION_SUFFIXES[0]}"
 
