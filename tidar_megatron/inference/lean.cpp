@@ -26,13 +26,28 @@ auto find(const char* name, const char* overload) {
 
 using Scalars = c10::List<std::optional<at::Scalar>>;
 
+// Whether lean_avx512.h has kernels of this dtype for this processor.
+bool has_own_kernels(at::ScalarType dtype) {
 #ifdef TIDAR_AVX512
-bool has_own_kernels() { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw"); }
+  bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  return has && (dtype == at::kFloat || (dtype == at::kBFloat16 && __builtin_cpu_supports("avx512bf16")));
 #else
-bool has_own_kernels() { return false; }
+  return false;
 #endif
+}
 
-uint16_t* bits_of(const Tensor& tensor) { return static_cast<uint16_t*>(tensor.data_ptr()); }
+bool is_half(const Tensor& tensor) { return tensor.scalar_type() == at::kBFloat16; }
+
+template <class Number>
+Number* numbers_of(const Tensor& tensor) {
+  return static_cast<Number*>(tensor.data_ptr());
+}
+
+// Calls `work` with a number of the tensor's dtype: a float, or a uint16_t for bfloat16.
+template <class Work>
+void with_numbers(const Tensor& tensor, const Work& work) {
+  is_half(tensor) ? work(uint16_t()) : work(float());
+}
 
 // Calls `work` with 0, 1, ..., count - 1 from torch's threads. at::parallel_for would need an OpenMP runtime of this
 // library's own; a loop over a tensor runs in torch's.
@@ -57,34 +72,29 @@ void for_rows(int64_t rows, int64_t numbers, const Work& work) {
   for (int64_t row = 0; row < rows; ++row) work(row);
 }
 
-// Lays out a bfloat16 weight [outputs, inputs] for product_of: [outputs / 16, inputs / 2, 16, 2].
+// Lays out a weight [outputs, inputs] for OwnProduct: [outputs / 16, units, 16, numbers of a unit].
 Tensor laid_out(const Tensor& weight) {
-  return weight.reshape({-1, 16, weight.size(1) / 2, 2}).transpose(1, 2).contiguous();
+  int64_t unit = is_half(weight) ? 2 : 1;
+  return weight.reshape({-1, 16, weight.size(1) / unit, unit}).transpose(1, 2).contiguous();
 }
 
-std::vector<const uint16_t*> rows_of(const Tensor& tensor) {
-  std::vector<const uint16_t*> rows;
-  for (int64_t n = 0; n < tensor.size(0); ++n) rows.push_back(bits_of(tensor) + n * tensor.stride(0));
+std::vector<void*> rows_of(const Tensor& tensor) {
+  std::vector<void*> rows;
+  int64_t bytes = tensor.stride(0) * tensor.element_size();
+  for (int64_t n = 0; n < tensor.size(0); ++n) rows.push_back(static_cast<char*>(tensor.data_ptr()) + n * bytes);
   return rows;
 }
 
-std::vector<uint16_t*> places_of(Tensor& tensor) {
-  std::vector<uint16_t*> rows;
-  for (int64_t n = 0; n < tensor.size(0); ++n) rows.push_back(bits_of(tensor) + n * tensor.stride(0));
-  return rows;
-}
-
-// The product of bfloat16 rows with a weight that was laid out, in parts. Its sums are float32, rounded once, and replace
+// The product of rows with a weight that was laid out, in parts. Its sums are float32, rounded once, and replace
 // what `out` holds or are added to it.
 class OwnProduct {
  public:
 #ifdef TIDAR_AVX512
-  OwnProduct(
-      const std::vector<const uint16_t*>& rows, const Tensor& weight, std::vector<uint16_t*> out, bool adds)
+  OwnProduct(const std::vector<void*>& rows, const Tensor& weight, const std::vector<void*>& out, bool adds)
       : room_(at::empty({static_cast<int64_t>(rows.size()) * weight.size(1)}, at::kInt)),
         product_(
-            rows, weight.size(1), bits_of(weight), weight.size(0) * 16, std::move(out), adds,
-            room_.mutable_data_ptr<int32_t>()) {}
+            rows, weight.size(1), static_cast<const int32_t*>(weight.const_data_ptr()), weight.size(0) * 16,
+            is_half(weight), out, adds, room_.mutable_data_ptr<int32_t>()) {}
 
   int64_t parts() const { return product_.parts(); }
   void compute(int64_t part) const { product_.compute(part); }
@@ -171,7 +181,7 @@ struct Product {
   }
 
   OwnProduct own(const Tensor& rows, Tensor& out, bool adds) const {
-    return OwnProduct(rows_of(rows), weights[0], places_of(out), adds);
+    return OwnProduct(rows_of(rows), weights[0], rows_of(out), adds);
   }
 
  private:
@@ -218,8 +228,12 @@ struct Norm {
     Tensor out = at::empty_like(x);
 #ifdef TIDAR_AVX512
     int64_t size = x.size(1);
-    for_rows(x.size(0), size, [&](int64_t row) {
-      avx512::rms_norm(bits_of(x) + row * size, bits_of(weight), bits_of(out) + row * size, size, eps);
+    with_numbers(x, [&](auto number) {
+      auto *from = numbers_of<decltype(number)>(x), *to = numbers_of<decltype(number)>(out);
+      auto* weights = numbers_of<decltype(number)>(weight);
+      for_rows(x.size(0), size, [=, eps = eps](int64_t row) {
+        avx512::rms_norm(from + row * size, weights, to + row * size, size, static_cast<float>(eps));
+      });
     });
 #endif
     return out;
@@ -250,8 +264,8 @@ struct Pair {
   Optional a_pairs, b_pairs;  // laid out
 
   Pair(Tensor a, Tensor b) : a(a), b(b) {
-    bool fits = a.size(0) % 16 == 0 && b.size(0) % 16 == 0 && a.size(1) % 2 == 0 && a.scalar_type() == at::kBFloat16;
-    if (fits && has_own_kernels()) a_pairs = laid_out(a), b_pairs = laid_out(b);
+    bool fits = a.size(0) % 16 == 0 && b.size(0) % 16 == 0 && a.size(1) % 2 == 0;
+    if (fits && has_own_kernels(a.scalar_type())) a_pairs = laid_out(a), b_pairs = laid_out(b);
   }
 
   void add(Tensor& out, const Tensor& x, const Masks& masks) const {
@@ -279,11 +293,11 @@ struct Pair {
   }
 
   OwnProduct into(Tensor& inner, const Tensor& x, const Masks& masks) const {
-    return OwnProduct(masks.of(rows_of(x)), *a_pairs, places_of(inner), false);
+    return OwnProduct(masks.of(rows_of(x)), *a_pairs, rows_of(inner), false);
   }
 
   OwnProduct out_of(const Tensor& inner, Tensor& out, const Masks& masks) const {
-    return OwnProduct(rows_of(inner), *b_pairs, masks.of(places_of(out)), true);
+    return OwnProduct(rows_of(inner), *b_pairs, masks.of(rows_of(out)), true);
   }
 };
 
@@ -354,16 +368,17 @@ struct Layer {
   }
 
   // The whole layer with own kernels. `keys` and `values` are the pool's, [slots, N, capacity, D].
+  template <class Number>
   Tensor whole(
       const Tensor& hidden, const Tensor& cos, const Tensor& sin, const std::optional<Masks>& masks,
       const Sequences& sequences, const Tensor& keys, const Tensor& values, double scale) const {
     Tensor x = before_attention.own(hidden);
     Tensor all = own(qkv, x, of_qkv, masks);
-    write(all, cos, sin, sequences, keys, values);
-    Tensor out = attended(all, sequences, keys, values, scale);
+    write<Number>(all, cos, sin, sequences, keys, values);
+    Tensor out = attended<Number>(all, sequences, keys, values, scale);
     Tensor after = own(output, out, of_output, masks, hidden);
     x = before_mlp.own(after);
-    Tensor inner = gated(own(gate_up, x, of_gate_up, masks));
+    Tensor inner = gated<Number>(own(gate_up, x, of_gate_up, masks));
     return own(down, inner, of_down, masks, after);
   }
 
@@ -399,6 +414,7 @@ struct Layer {
   }
 
   // Rotates queries and keys, and writes keys and values to the pool.
+  template <class Number>
   void write(
       const Tensor& all, const Tensor& cos, const Tensor& sin, const Sequences& sequences, const Tensor& keys,
       const Tensor& values) const {
@@ -406,21 +422,23 @@ struct Layer {
     for_rows(all.size(0), all.size(1), [&](int64_t row) {
       auto [slot, position] = sequences.rows[row];
       for (int64_t head = 0; head < heads + 2 * kv_heads; ++head) {
-        uint16_t* from = bits_of(all) + row * all.stride(0) + head * head_dim;
+        Number* from = numbers_of<Number>(all) + row * all.stride(0) + head * head_dim;
         int64_t of_keys = head < heads ? 0 : (head - heads) % kv_heads;
         int64_t place = slot * keys.stride(0) + of_keys * keys.stride(1) + position * head_dim;
         if (head >= heads + kv_heads) {
-          std::copy_n(from, head_dim, bits_of(values) + place);
+          std::copy_n(from, head_dim, numbers_of<Number>(values) + place);
           continue;
         }
-        if (qk_norm) avx512::rms_norm(from, bits_of(*qk_norm) + head * head_dim, from, head_dim, qk_eps);
-        uint16_t* to = head < heads ? from : bits_of(keys) + place;
-        avx512::rotate(from, bits_of(cos) + row * head_dim, bits_of(sin) + row * head_dim, to, head_dim);
+        if (qk_norm) avx512::rms_norm(from, numbers_of<Number>(*qk_norm) + head * head_dim, from, head_dim, qk_eps);
+        Number* to = head < heads ? from : numbers_of<Number>(keys) + place;
+        int64_t angles = row * head_dim;
+        avx512::rotate(from, numbers_of<Number>(cos) + angles, numbers_of<Number>(sin) + angles, to, head_dim);
       }
     });
 #endif
   }
 
+  template <class Number>
   Tensor attended(
       const Tensor& all, const Sequences& sequences, const Tensor& keys, const Tensor& values, double scale) const {
     Tensor out = at::empty({all.size(0), heads * head_dim}, all.options());
@@ -429,27 +447,28 @@ struct Layer {
     in_parallel(sequences.tiles.size() * kv_heads, [&](int64_t number) {
       const auto& tile = sequences.tiles[number / kv_heads];
       int64_t of_keys = number % kv_heads;
-      avx512::Queries queries{{}, {}, tile.count, tile.prefix, tile.keys, tile.visible.data()};
+      avx512::Queries<Number> queries{{}, {}, tile.count, tile.prefix, tile.keys, tile.visible.data()};
       for (int64_t lane = 0; lane < tile.count; ++lane) {
         int64_t row = tile.first_row + (tile.first_query + lane) / groups;
         int64_t head = of_keys * groups + (tile.first_query + lane) % groups;
-        queries.from[lane] = bits_of(all) + row * all.stride(0) + head * head_dim;
-        queries.out[lane] = bits_of(out) + row * out.stride(0) + head * head_dim;
+        queries.from[lane] = numbers_of<Number>(all) + row * all.stride(0) + head * head_dim;
+        queries.out[lane] = numbers_of<Number>(out) + row * out.stride(0) + head * head_dim;
       }
       int64_t place = tile.slot * keys.stride(0) + of_keys * keys.stride(1);
-      avx512::attend(queries, bits_of(keys) + place, bits_of(values) + place, head_dim, scale);
+      avx512::attend(queries, numbers_of<Number>(keys) + place, numbers_of<Number>(values) + place, head_dim, scale);
     });
 #endif
     return out;
   }
 
+  template <class Number>
   Tensor gated(const Tensor& both) const {
     int64_t size = both.size(1) / 2;
     Tensor out = at::empty({both.size(0), size}, both.options());
 #ifdef TIDAR_AVX512
     for_rows(both.size(0), 4 * size, [&](int64_t row) {
-      const uint16_t* gate = bits_of(both) + 2 * row * size;
-      avx512::gated(gate, gate + size, bits_of(out) + row * size, size);
+      const Number* gate = numbers_of<Number>(both) + 2 * row * size;
+      avx512::gated(gate, gate + size, numbers_of<Number>(out) + row * size, size);
     });
 #endif
     return out;
@@ -471,8 +490,10 @@ Tensor through(
     const std::vector<std::shared_ptr<Layer>>& layers, Tensor hidden, const Tensor& cos, const Tensor& sin,
     const std::optional<Masks>& masks, const Sequences& sequences, const std::vector<Tensor>& keys,
     const std::vector<Tensor>& values, double scale) {
-  for (size_t n = 0; n < layers.size(); ++n)
-    hidden = layers[n]->whole(hidden, cos, sin, masks, sequences, keys[n], values[n], scale);
+  with_numbers(hidden, [&](auto number) {
+    for (size_t n = 0; n < layers.size(); ++n)
+      hidden = layers[n]->whole<decltype(number)>(hidden, cos, sin, masks, sequences, keys[n], values[n], scale);
+  });
   return hidden;
 }
 

@@ -111,10 +111,10 @@ def use_lean_forward(
     if not take:
         model.lean = LeanForward(causal_lm)
         return
-    if product_of is laid_out and max(weight.nbytes for weight in causal_lm.base_model.parameters()) < SMALL:
-        product_of = plain
-    elif product_of is laid_out and library is not None:
+    if product_of is laid_out and library is not None and library.has_own_kernels(causal_lm.dtype):
         product_of = of_library(library)
+    elif product_of is laid_out and max(weight.nbytes for weight in causal_lm.base_model.parameters()) < SMALL:
+        product_of = plain
     lean = LeanForward(causal_lm, take, product_of, library)
     inputs, outputs = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
     if outputs.weight is not inputs.weight:

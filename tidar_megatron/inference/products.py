@@ -112,7 +112,7 @@ def of_library(library: ModuleType) -> ProductOf:
     def product_of(weight: Tensor, bias: Tensor | None) -> Product:
         outputs, inputs = weight.shape
         fits = outputs % 16 == 0 and inputs % 2 == 0 and inputs <= LONGEST
-        if weight.dtype != torch.bfloat16 or not fits or not library.has_own_kernels():
+        if not fits or not library.has_own_kernels(weight.dtype):
             return laid_out(weight, bias)
         kernel = Kernel("own", [library.laid_out(weight)], bias)
         product = library.Product(*kernel)
