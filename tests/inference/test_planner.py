@@ -100,8 +100,12 @@ def come(draw, probability, num_drafts):
     return tokens
 
 
-def play(planner, probability, steps, draw, costs=MIDDLING, batch=1):
-    """Take steps of sequences whose drafts are right with this probability; return tokens per second of each."""
+def play(planner, probability, steps, draw, costs=MIDDLING, batch=1, deciding=0.0):
+    """Take steps of sequences whose drafts are right with this probability; return tokens per second of each.
+
+    A decision takes ``deciding`` seconds, on any machine.
+    """
+    planner.spend = lambda seconds: setattr(planner, "deciding", deciding)
     policies, drafts = [following(planner) for _ in range(batch)], [Drafts([0]) for _ in range(batch)]
     for policy in policies:
         policy._copier.copy = lambda count: NOTHING
@@ -164,7 +168,7 @@ def test_a_batch_fills_the_machine_by_itself():
     sizes = []
     for batch in (1, 4, 32):
         planner, sizes_of = Planner(MIDDLING, 16), []
-        planner.end = lambda tokens, seconds, kept=sizes_of, batch=batch: kept.append(tokens / batch)
+        planner.end = lambda tokens, seconds, beside=0.0, kept=sizes_of, batch=batch: kept.append(tokens / batch)
         play(planner, 0.8, 200, random.Random(0), MIDDLING, batch)
         sizes.append(np.mean(sizes_of[50:]))
     assert sizes == sorted(sizes, reverse=True) and sizes[0] > 2 * sizes[-1]
@@ -209,6 +213,54 @@ def test_a_text_that_becomes_another_is_noticed(seed):
     assert play(planner, 0.9, 500, draw) > 0.9 * fast
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("probability", [0.0, 0.6, 0.9])
+def test_short_forwards_follow_a_routine(probability, batch):
+    """Where a decision takes longer than it saves; that of long ones is worth its time if drafts differ."""
+    quick = Costs(MIDDLING.sizes, MIDDLING.contexts, [[second / 100 for second in row] for row in MIDDLING.seconds])
+    found = {}
+    for costs in (quick, MIDDLING):
+        planner, draw, chosen = Planner(costs, 8), random.Random(0), []
+        play(planner, probability, 1000, draw, costs, batch, 4e-5)
+        choose_one = planner.choose
+        planner.choose = lambda *classes, choose_one=choose_one, chosen=chosen: chosen.append(1) or choose_one(*classes)
+        speed = play(planner, probability, 1000, draw, costs, batch, 4e-5)
+        found[costs is quick] = len(chosen) / (1000 * batch), speed
+    assert found[True][0] < 0.2
+    assert found[True][1] > 95 * found[False][1]
+
+
+def test_a_routine_notices_another_text():
+    """Short forwards: drafts that were right become worthless, and right again."""
+    quick = Costs(MIDDLING.sizes, MIDDLING.contexts, [[second / 100 for second in row] for row in MIDDLING.seconds])
+    planner, draw = Planner(quick, 8), random.Random(0)
+    fast = play(planner, 0.9, 2000, draw, quick, deciding=4e-5)
+    plain = fixed(Policy(), 0.0, 10, quick, draw)
+    play(planner, 0.0, 200, draw, quick, deciding=4e-5)
+    assert play(planner, 0.0, 500, draw, quick, deciding=4e-5) > 0.97 * plain
+    play(planner, 0.9, 4 * Planner.PROBE, draw, quick, deciding=4e-5)
+    assert play(planner, 0.9, 500, draw, quick, deciding=4e-5) > 0.9 * fast
+
+
+def test_decisions_are_made_where_they_pay():
+    """Half of the drafts are sure, and half hopeless: verifying only the sure ones is worth more than a decision takes."""
+    planner, draw = Planner(DEAR, 8), random.Random(0)
+    planner.spend = lambda seconds: setattr(planner, "deciding", 4e-5)
+    policy = following(planner)
+    policy._copier.copy = lambda count: NOTHING
+    sizes = {0.99: [], 0.01: []}
+    for step in range(1500):
+        sure = draw.choice(list(sizes))
+        planner.begin(1, 100)
+        _, layout = policy.plan(Drafts([0] * 8, None, [sure] * 7), 1000)
+        policy.observe(come(draw, sure, layout.num_drafts), layout.num_drafts)
+        planner.end(layout.num_tokens, float(DEAR.of(layout.num_tokens, 100)))
+        if step > 500:
+            sizes[sure].append(layout.num_drafts)
+    assert planner._here.decides
+    assert 2 * np.mean(sizes[0.01]) < np.mean(sizes[0.99])
+
+
 def test_a_size_that_is_slow_is_left():
     """Steps of more than 12 tokens take three times as long here as they were timed."""
     planner = Planner(MIDDLING, 8)
@@ -218,7 +270,7 @@ def test_a_size_that_is_slow_is_left():
     sizes = []
     play(planner, 0.9, 500, random.Random(0), cliff)
     end = planner.end
-    planner.end = lambda tokens, seconds: (sizes.append(tokens), end(tokens, seconds))
+    planner.end = lambda tokens, seconds, beside=0.0: (sizes.append(tokens), end(tokens, seconds))
     play(planner, 0.9, 500, random.Random(0), cliff)
     assert np.mean(np.array(sizes) <= 12) > 0.95
 
@@ -236,7 +288,7 @@ def test_drafts_are_tried_again_after_plain_steps(batch):
     """Seldom, once they are known to be worthless, and whatever the number of texts."""
     planner, drafted = Planner(DEAR, 8), []
     end = planner.end
-    planner.end = lambda tokens, seconds: (drafted.append(tokens >= batch + 4), end(tokens, seconds))
+    planner.end = lambda tokens, seconds, beside=0.0: (drafted.append(tokens >= batch + 4), end(tokens, seconds))
     play(planner, 0.0, 6 * Planner.PROBE, random.Random(0), DEAR, batch)
     rest = sum(drafted[2 * Planner.PROBE :])
     assert 2 <= rest <= 5
@@ -276,6 +328,7 @@ def test_copies_are_learned_of_without_being_taken():
     planner = Planner(MIDDLING, 8)
     classes = planner.acceptance.copied_classes(8, [0])
     policy = following(planner)
+    policy._decided = True
     planner.begin(1, 100)
     for _ in range(30):
         policy._copied, policy._classes = Copied([9], 8), ([], classes)

@@ -87,6 +87,25 @@ def choose(own: Sequence[float], copied: Sequence[float], prices: Prices) -> Con
     return (own_contents if value > without else chosen)._replace(gains=tuple(gains))
 
 
+def outcomes_of(chances: Sequence[float], count: int) -> tuple[list[float], float]:
+    """Return the probabilities that exactly 1, 2, ..., ``count`` drafts are accepted, and the mean number."""
+    reached, tokens, outcomes = 1.0, 1.0, []
+    for chance in chances[: count - 1]:
+        outcomes.append(reached * (1 - chance))
+        reached *= chance
+        tokens += reached
+    return [*outcomes, reached], tokens
+
+
+def value_of(contents: Contents, own: Sequence[float], copied: Sequence[float], prices: Prices) -> float:
+    """Return the value of given contents; arguments are as for :func:`choose`."""
+    outcomes, tokens = outcomes_of(copied if contents.copies else own, contents.num_drafts)
+    if not contents.branches:
+        return tokens - prices.plain[contents.num_tokens]
+    gain = _expected_gain(outcomes, contents.branches, contents.draft_length, prices)
+    return tokens + gain - WORTH - prices.drafting[contents.num_tokens]
+
+
 def _first(pair: tuple[float, Contents]) -> float:
     return pair[0]
 
@@ -103,12 +122,7 @@ def _most_valuable(chances: Sequence[float], prices: Prices) -> tuple[int, list[
 
 def _best(copies: bool, chances: Sequence[float], prices: Prices, count: int) -> tuple[float, Contents]:
     """Return the value of verifying ``count`` drafts, with the best choice of branches, and the contents."""
-    reached, tokens, outcomes = 1.0, 1.0, []  # outcomes[n - 1]: the probability that exactly n are accepted
-    for chance in chances[: count - 1]:
-        outcomes.append(reached * (1 - chance))
-        reached *= chance
-        tokens += reached
-    outcomes.append(reached)
+    outcomes, tokens = outcomes_of(chances, count)
     best, found = tokens - prices.plain[count], Contents(copies, count, (), 0)
     most = [max(prices.fresh[length - 1], prices.late[length - 1]) for length in prices.lengths]
     for branches in _branches(outcomes):

@@ -117,6 +117,7 @@ class TimedStep:
         context: Committed tokens per sequence, on average.
         tokens: The tokens of the forward, all sequences together.
         seconds: The duration of the step.
+        beside: The part of it that is not the forward: planning, choosing tokens.
     """
 
     has_masks: bool
@@ -124,6 +125,7 @@ class TimedStep:
     context: float
     tokens: int
     seconds: float
+    beside: float = 0.0
 
 
 @dataclass
@@ -141,6 +143,7 @@ class Clock:
     The ratio of observed to timed seconds is tracked by batch size, with and without masks, and by step size in bins of
     half an octave. The median of the latest steps is used, because single steps are disturbed. Sizes without recent
     steps take the ratios of nearby sizes, weighted by distance, and of steps of the other kind.
+    What a step takes beside its forward depends on the number of sequences and not on its size, so it is added.
     """
 
     KEPT = 31  # steps kept per size
@@ -151,6 +154,8 @@ class Clock:
         self.costs = costs
         self._bins: defaultdict[int, dict[tuple[bool, int], _Bin]] = defaultdict(dict)  # by batch; (has masks, size)
         self._count: defaultdict[int, int] = defaultdict(int)  # number of steps, by batch
+        # seconds of a sequence beside the forward, by batch and whether there are masks
+        self._beside: defaultdict[tuple[int, bool], deque[float]] = defaultdict(lambda: deque(maxlen=self.KEPT))
 
     def observe(self, step: TimedStep) -> None:
         """Record a step."""
@@ -160,7 +165,8 @@ class Clock:
         seen = self._bins[octave].setdefault((step.has_masks, octaves(step.tokens)), _Bin(deque(maxlen=self.KEPT)))
         if seen.last <= count - self.OLD:
             seen.ratios.clear()
-        seen.ratios.append(step.seconds / expected)
+        seen.ratios.append((step.seconds - step.beside) / expected)
+        self._beside[octave, step.has_masks].append(step.beside / step.batch)
         seen.last, seen.median = count, None
 
     def curve(self, has_masks: bool, batch: int, context: float, most: int) -> np.ndarray:
@@ -187,7 +193,9 @@ class Clock:
         near = np.maximum(8.0**-away, 1e-4)
         near *= np.minimum(counts / 8, 1.0) ** 2  # a size with few steps weighs less
         ratios = (near @ medians + 1e-5) / (near.sum(axis=1) + 1e-5)
-        return timed * ratios[np.rint(2 * np.log2(np.maximum(every * batch, 1))).astype(int)]
+        beside = self._beside[octave, has_masks] or self._beside[octave, not has_masks]
+        size = np.rint(2 * np.log2(np.maximum(every * batch, 1))).astype(int)
+        return np.asarray(timed * ratios[size] + batch * median(beside))
 
 
 @cache

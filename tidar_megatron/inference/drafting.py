@@ -127,37 +127,49 @@ class Linear(Policy):
 
 
 class Copier:
-    """The tokens that followed the latest earlier occurrence of the last (up to) 4 tokens of a text.
+    """The tokens that followed an earlier occurrence of the last (up to) 4 tokens of a text.
+
+    It is the one where most of these tokens are the same, and the latest of those; :data:`SEEN` occurrences of the last
+    token are looked at.
 
     Args:
         prompt: Token ids of the prompt.
     """
 
-    LONGEST_SUFFIX = 4
+    LONGEST_SUFFIX, SEEN = 4, 512
 
     def __init__(self, prompt: Sequence[int]) -> None:
         self._text: list[int] = []
-        self._followed_at: dict[tuple[int, ...], int] = {}  # n-gram -> position after its latest occurrence
+        self._latest: dict[int, int] = {}  # the position after the latest occurrence of a token
+        self._before: list[int] = []  # for each token, that of its occurrence before; 0 if there is none
         self.append(prompt)
 
     def append(self, tokens: Sequence[int]) -> None:
         """Add tokens to the text."""
+        text, latest, before = self._text, self._latest, self._before
         for token in tokens:
-            for length in range(1, min(self.LONGEST_SUFFIX, len(self._text)) + 1):
-                self._followed_at[tuple(self._text[-length:])] = len(self._text)
-            self._text.append(token)
+            before.append(latest.get(token, 0))
+            text.append(token)
+            latest[token] = len(text)
 
     def copy(self, count: int) -> Copied:
         """Return up to ``count`` tokens of the text, to go on with; a match counts up to :data:`LONGEST_MATCH`."""
-        text = self._text
-        for length in range(self.LONGEST_SUFFIX, 0, -1):
-            place = self._followed_at.get(tuple(text[-length:]))
-            if place is not None:
-                if length == self.LONGEST_SUFFIX:
-                    while length < min(place, LONGEST_MATCH) and text[place - length - 1] == text[-length - 1]:
-                        length += 1
-                return Copied(text[place : place + count], length)
-        return NOTHING
+        text, before = self._text, self._before
+        place = before[-1] if text else 0
+        found, length, seen = 0, 0, 0
+        while place and length < self.LONGEST_SUFFIX and seen < self.SEEN:
+            same = 1
+            while same < min(place, self.LONGEST_SUFFIX) and text[place - same - 1] == text[-same - 1]:
+                same += 1
+            if same > length:
+                found, length = place, same
+            place, seen = before[place - 1], seen + 1
+        if not found:
+            return NOTHING
+        if length == self.LONGEST_SUFFIX:
+            while length < min(found, LONGEST_MATCH) and text[found - length - 1] == text[-length - 1]:
+                length += 1
+        return Copied(text[found : found + count], length)
 
 
 class Lookup(Policy):

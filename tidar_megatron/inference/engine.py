@@ -141,12 +141,16 @@ class Engine:
             before.append((sequence, is_prompt, len(sequence.tokens)))
         if planner is not None:
             planner.begin(len(served), context / len(served))
-        hidden, packed = self._forwards.run([sequence.part(self._prompt_chunk) for sequence in served], reads_prompts)
+        contents = [sequence.part(self._prompt_chunk) for sequence in served]
+        forward = time.perf_counter()
+        hidden, packed = self._forwards.run(contents, reads_prompts)
         static = self._forwards.is_static
         greedy = any(sequence.options.sampling.greedy for sequence in served)
         confidences = any(sequence.wants_confidences for sequence in served)
         logits = _Logits(self.model, hidden, packed.starts, not reads_prompts, static, greedy, confidences)
-        for sequence, of_rows in zip(served, logits.of([s.rows for s in served]), strict=True):
+        verified = logits.of([s.rows for s in served])
+        forward = time.perf_counter() - forward  # a GPU has run it too if tokens are chosen greedily
+        for sequence, of_rows in zip(served, verified, strict=True):
             _guarded(sequence, sequence.accept, of_rows)
         rows = [sequence.draft_rows for sequence in served]
         if any(rows):
@@ -160,7 +164,7 @@ class Engine:
         seconds, size = time.perf_counter() - start, sum(parts.values())
         if planner is not None:
             is_its_own = not reads_prompts and all(s.is_planned for s in served)
-            planner.end(size, seconds if is_its_own else None)
+            planner.end(size, seconds if is_its_own else None, seconds - forward)
         done = []
         for sequence, is_prompt, n in before:
             if sequence.stop is not None:

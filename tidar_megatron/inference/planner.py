@@ -1,28 +1,32 @@
 """The planner: choose what each forward holds, for the highest throughput on this machine, with this model and text.
 
 Before each forward the :class:`Planner` decides for each sequence how many drafts to verify, the model's own or copied
-ones, and which branches of masks to add (``choosing.py``). It knows the latency of forwards on this machine
+ones, and which branches of masks to add (``choosing.py``). Where forwards are so short that a decision takes longer
+than it saves, most forwards hold what suits the average draft. It knows the latency of forwards on this machine
 (``costs.py``), and learns during generation how likely drafts are to be accepted (``acceptance.py``), what it gains
 from having drafts, and the rate at which tokens come. A choice affects the speed of generation, never the output.
 """
 
 import math
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedModel
 
 from tidar_megatron.inference.acceptance import Acceptance, Shares, agreement
-from tidar_megatron.inference.choosing import WORTH, Contents, Prices, choose
+from tidar_megatron.inference.choosing import WORTH, Contents, Prices, choose, outcomes_of, value_of
 from tidar_megatron.inference.costs import Clock, Costs, TimedStep, batches_for, load_costs
-from tidar_megatron.inference.drafting import NOTHING, Copier, Drafts, Policy
+from tidar_megatron.inference.drafting import NOTHING, Copier, Drafts, Policy, likeliest_outcomes
 from tidar_megatron.inference.forward import ForwardLayout
 from tidar_megatron.inference.model import DecodeModel
 
+PLAIN = ForwardLayout(1)
 LONGEST = 255  # the largest K that is tried: with a branch per outcome, a forward has almost 2**16 tokens
 
 
@@ -60,13 +64,28 @@ class _Place:
     drafting: list[float]  # the same of steps with masks
     tokens: float  # decayed sums, whose ratio is the rate
     seconds: float
-    chosen: dict[tuple[tuple[int, ...], tuple[int, ...]], Contents] = field(default_factory=dict)
+    chosen: dict[tuple[tuple[int, ...], tuple[int, ...]], "_Choice"] = field(default_factory=dict)
+    routine: dict[int, Contents] = field(default_factory=dict)  # by the number of the model's own drafts
+    expected: dict[int, float] = field(default_factory=dict)  # tokens of such a forward, by the drafts it verifies
+    advantage: float = 0.0  # decayed mean: the value of a decision above that of the routine, in tokens
+    decisions: int = 0
+    decides: bool = True  # whether each forward is decided
+    surprise: float = 0.0  # decayed mean: by which share a forward by routine accepted more than expected
+    asked: int = 0  # how often it was asked whether to decide
     rounded: list[int] = field(default_factory=list)  # some of these prices
     updates: int = 0  # of the prices
     steps: int = 0  # steps since then
     wait: int = 4  # steps until they are updated again
     without: int = 0  # choices in a row without masks
     patience: int = 4  # after as many for each sequence of a batch, the next one is a probe
+
+
+class _Choice(NamedTuple):
+    """A choice, its value above that of the routine in tokens, and the chances of the model's own drafts."""
+
+    contents: Contents
+    advantage: float
+    chances: list[float]
 
 
 class Planner:
@@ -87,6 +106,11 @@ class Planner:
     TIMED = 12  # steps before an update that latencies are corrected by
     FINE, FRESH = 20, 8  # choices are made anew if prices change by about 1 / FINE tokens, and after as many updates
     KEPT = 4096  # choices that are kept for reuse
+    SAMPLED = 32  # of so many forwards one is decided where the others follow the routine
+    LEARNED = 64  # decisions before it is judged whether they are worth their time
+    OPTIMISM = 2  # by which factor what decisions gain is overestimated, for they pick the best of estimates
+    TYPICAL, ADVANTAGE = 0.03, 0.005  # weights of the latest decision in means over all
+    SURPRISE, SURPRISED = 0.02, 0.5  # weight of the latest forward by routine; the share from which it is given up
 
     def __init__(self, costs: Costs, block_size: int) -> None:
         shortest = min(4, max(2, block_size // 2))  # a block of one mask drafts nothing
@@ -95,12 +119,18 @@ class Planner:
         self.clock = Clock(costs)
         self.fresh, self.late = Gains(block_size - 1), Gains(block_size - 1)
         self.used: dict[str, list[float]] = {}  # decayed choices and tokens, by what forwards held
+        self.deciding = 0.0  # decayed mean: the seconds of a decision, and of learning from it
+        self._typical = [0.5] * (block_size - 1)  # decayed mean: the chances of the model's own drafts, by offset
         self._most_tokens = block_size * (1 + block_size)
         self._places: dict[tuple[int, int], _Place] = {}  # by bins of the batch size and the context length
         self._here: _Place | None = None
         self._timed: deque[TimedStep] = deque(maxlen=self.TIMED)  # the latest steps, which the clock has not yet seen
         self._batch, self._context = 1, 0.0
         self._has_masks = False  # whether any sequence of the step has masks
+        self.rests = (
+            False  # whether sequences without drafts go on with the certain token alone, and nothing is weighed
+        )
+        self.rested = 0  # sequences of the step that do
         self._drafted = 0  # choices with masks
 
     def begin(self, batch: int, context: float) -> None:
@@ -118,6 +148,10 @@ class Planner:
             here = self._update(key)
         self._here = here
         here.steps += 1
+        is_due = here.without + batch >= here.patience * batch  # a probe
+        routine = not here.decides and here.steps % self.SAMPLED and not is_due
+        self.rests = bool(routine) and self._routine([])[1:4] == (1, (), 0)
+        self.rested = 0
 
     def _update(self, key: tuple[int, int]) -> _Place:
         """Return the place of this key with prices of this moment; make it if there is none."""
@@ -134,7 +168,7 @@ class Planner:
             empty = Prices([], [], self.lengths, [], [])
             place = self._places[key] = _Place(self._batch, empty, plain, drafting, 2 * tokens, 2 * plain[1])
         else:
-            place.wait = min(2 * place.wait, self.SELDOM)
+            place.wait = min(2 * place.wait, self.SELDOM if place.decides else 4 * self.SELDOM)
         place.batch, place.plain, place.drafting = self._batch, plain, drafting
         rate = place.tokens / place.seconds
         place.prices = Prices(
@@ -151,6 +185,9 @@ class Planner:
         place.updates += 1
         if rounded != place.rounded or place.updates % self.FRESH == 0:
             place.chosen.clear()
+        place.routine.clear()
+        place.expected.clear()
+        place.decides = place.decisions < self.LEARNED or place.advantage >= self.OPTIMISM * rate * self.deciding
         place.rounded, place.steps = rounded, 0
         for shares in (self.acceptance.own, self.acceptance.copied):
             shares.age(self.AGE)
@@ -164,6 +201,32 @@ class Planner:
         """Return whether the last forward of a prompt should have masks: always, to see what drafts are worth there."""
         return bool(self.lengths)
 
+    def decides(self, has_drafts: bool) -> bool:
+        """Return whether to :meth:`choose` for the next forward of a sequence, or to take the :meth:`routine`.
+
+        Args:
+            has_drafts: Whether the model's own drafts are at hand; those of a probe are always judged.
+        """
+        here = self._here
+        assert here is not None  # begin() was called
+        here.asked += 1
+        return here.decides or here.asked % self.SAMPLED == 0 or (has_drafts and here.patience > self.SOON)
+
+    def routine(self, confidences: Sequence[float]) -> Contents:
+        """Return contents that suit average chances; branches are for the likeliest outcomes by the confidences."""
+        return self._with_probe(self._routine(confidences))
+
+    def _routine(self, confidences: Sequence[float]) -> Contents:
+        here, drafts = self._here, len(confidences)
+        assert here is not None
+        if drafts not in here.routine:
+            here.routine[drafts] = choose(self._typical[:drafts], [], here.prices)
+        contents = here.routine[drafts]
+        if not 0 < len(contents.branches) < contents.num_drafts:
+            return contents
+        likeliest = likeliest_outcomes(confidences[: contents.num_drafts - 1], len(contents.branches))
+        return contents._replace(branches=likeliest)
+
     def choose(self, own: Sequence[int], copied: Sequence[int], lag: int = 0) -> Contents:
         """Return what the next forward of a sequence should hold.
 
@@ -173,14 +236,19 @@ class Planner:
             lag: How many tokens shorter than the outcome the branch of the own drafts was.
         """
         here = self._here
-        assert here is not None  # begin() was called
+        assert here is not None
         key = tuple(own), tuple(copied)
-        found = here.chosen.get(key)
-        if found is None:
+        choice = here.chosen.get(key)
+        if choice is None:
             of_own, of_copied = self.acceptance.own, self.acceptance.copied
-            found = choose([of_own[c] for c in own], [of_copied[c] for c in copied], here.prices)
+            choice = self._choice([of_own[c] for c in own], [of_copied[c] for c in copied])
             if len(here.chosen) < self.KEPT:
-                here.chosen[key] = found
+                here.chosen[key] = choice
+        found = choice.contents
+        here.decisions += 1
+        here.advantage += max(self.ADVANTAGE, 1 / here.decisions) * (choice.advantage - here.advantage)
+        for offset, chance in enumerate(choice.chances):
+            self._typical[offset] += self.TYPICAL * (chance - self._typical[offset])
         if own:
             is_probe = here.patience > self.SOON and not found.branches
             (self.late if lag else self.fresh).observe(found.gains, is_probe)
@@ -194,6 +262,19 @@ class Planner:
                     here.patience = self.SOON if pays else min(2 * here.patience, self.PROBE)
                 if found.num_drafts == 1:  # a draft is known better once it was verified
                     found = found._replace(num_drafts=2)
+        return self._with_probe(found)
+
+    def _choice(self, own: list[float], copied: list[float]) -> _Choice:
+        assert self._here is not None
+        prices = self._here.prices
+        contents, routine = choose(own, copied, prices), self._routine(own)
+        advantage = value_of(contents, own, copied, prices) - value_of(routine, own, copied, prices)
+        return _Choice(contents, advantage, own)
+
+    def _with_probe(self, found: Contents) -> Contents:
+        """Return contents with masks if none had any for long, and longer branches now and then."""
+        here = self._here
+        assert here is not None
         if found.branches:
             here.without, here.patience = 0, self.SOON
             self._drafted += 1
@@ -207,28 +288,50 @@ class Planner:
         self._has_masks |= bool(found.branches)
         return found
 
-    def observe(self, contents: Contents, accepted: int) -> None:
+    def spend(self, seconds: float) -> None:
+        """Record the duration of a decision."""
+        self.deciding += max(self.TYPICAL, 1 / self.LEARNED) * (seconds - self.deciding)
+
+    def observe(self, contents: Contents, accepted: int, decided: bool = True) -> None:
         """Record how many tokens a forward of a sequence accepted, the certain token included."""
         here = self._here
         assert here is not None
         seconds = (here.drafting if contents.branches else here.plain)[contents.num_tokens]
         here.tokens = here.tokens * self.RATE + accepted
         here.seconds = here.seconds * self.RATE + seconds
-        used = self.used.setdefault(name_of(contents), [0.0, 0.0])
+        drafts = min(contents.num_drafts, 2), len(contents.branches) == contents.num_drafts
+        name = name_of(contents.copies, *drafts, len(contents.branches), contents.draft_length)
+        used = self.used.setdefault(name, [0.0, 0.0])
         used[0] += 1
         used[1] += accepted
+        if not decided and contents.num_drafts > 1:
+            expected = here.expected.get(contents.num_drafts)
+            if expected is None:
+                _, expected = outcomes_of(self._typical, contents.num_drafts)
+                here.expected[contents.num_drafts] = expected
+            here.surprise += self.SURPRISE * (accepted / expected - 1 - here.surprise)
+            if abs(here.surprise) > self.SURPRISED:  # another text
+                here.surprise, here.decides, here.decisions = 0.0, True, 0
 
-    def end(self, tokens: int, seconds: float | None) -> None:
+    def end(self, tokens: int, seconds: float | None, beside: float = 0.0) -> None:
         """Record a step.
 
         Args:
             tokens: The tokens of the forward, all sequences together.
             seconds: The duration of the step; None unless the planner chose for all sequences and none read a prompt.
+            beside: The part of it that is not the forward.
         """
         here = self._here
+        if here is not None and self.rested:
+            here.without += self.rested
+            kept = self.RATE**self.rested
+            here.tokens = here.tokens * kept + (1 - kept) / (1 - self.RATE)
+            here.seconds = here.seconds * kept + (1 - kept) / (1 - self.RATE) * here.plain[1]
+            for place in (0, 1):
+                self.used.setdefault("ar", [0.0, 0.0])[place] += self.rested
         if seconds is None or here is None:
             return
-        self._timed.append(TimedStep(self._has_masks, self._batch, self._context, tokens, seconds))
+        self._timed.append(TimedStep(self._has_masks, self._batch, self._context, tokens, seconds, beside))
         expected = (here.drafting if self._has_masks else here.plain)[-(-tokens // self._batch)] * self._batch
         if seconds > self.SLOW * expected:
             here.steps += self.SELDOM // 8
@@ -248,13 +351,21 @@ class Planner:
         return "\n".join([*lines, f"gain from 1, 2, ... drafts, in tokens: {drafts}"])
 
 
-def name_of(contents: Contents) -> str:
-    """Return a name for what a forward holds, such as ``2:8 after own drafts``."""
-    drafts = "" if contents.num_drafts == 1 else " copies" if contents.copies else " own drafts"
-    if not contents.branches:
+@cache
+def name_of(copies: bool, num_drafts: int, every: bool, branches: int, draft_length: int) -> str:
+    """Return a name for what a forward holds, such as ``2:8 after own drafts``.
+
+    Args:
+        copies: Whether its drafts are copied.
+        num_drafts: 1 for the certain token alone, 2 for any drafts.
+        every: Whether each outcome has a branch.
+        branches: The number of branches.
+        draft_length: K.
+    """
+    drafts = "" if num_drafts == 1 else " copies" if copies else " own drafts"
+    if not branches:
         return f"verify{drafts}" if drafts else "ar"
-    every = len(contents.branches) == contents.num_drafts > 1
-    how = f"{'all' if every else len(contents.branches)}:{contents.draft_length}"
+    how = f"{'all' if every and drafts else branches}:{draft_length}"
     return f"{how} after{drafts}" if drafts else how
 
 
@@ -276,6 +387,8 @@ class Planned(Policy):
         self._own, self._copied = Drafts(), NOTHING  # what the latest choice was made from, and its classes
         self._classes: tuple[list[int], list[int]] = [], []
         self._contents = Contents(False, 1, (), 0)
+        self._rested = False  # whether nothing was weighed
+        self._decided, self._seconds = False, 0.0  # whether it was decided, and how long that took
 
     @property
     def drafts_at_once(self) -> bool:  # type: ignore[override]
@@ -284,8 +397,26 @@ class Planned(Policy):
 
     def plan(self, drafts: Drafts, most: int) -> tuple[Drafts, ForwardLayout]:
         """Return the drafts that the planner chooses from the model's own and copied ones, and the layout."""
+        planner = self.planner
+        self._rested = planner.rests and len(drafts.tokens) == 1
+        if self._rested:
+            planner.rested += 1
+            return drafts, PLAIN
+        self._decided = planner.decides(len(drafts.tokens) > 1)
+        if self._decided:
+            start = time.perf_counter()
+            self._contents = contents = self._choose(drafts, most)
+            self._seconds = time.perf_counter() - start
+        else:
+            self._contents = contents = self.planner.routine(drafts.confidences)
+        layout = ForwardLayout(contents.num_drafts, contents.branches, contents.draft_length)
+        if contents.copies:
+            return Drafts([drafts.tokens[0], *self._copied.tokens[: contents.num_drafts - 1]]), layout
+        return drafts.first(contents.num_drafts), layout
+
+    def _choose(self, drafts: Drafts, most: int) -> Contents:
         copied = self._copier.copy(min(self.draft_length, most) - 1)
-        certain, *own = drafts.tokens
+        _, *own = drafts.tokens
         # What is verified must not depend on what was drawn: a draft that is dropped for its value comes too seldom.
         known = own if drafts.q is None else []
         of_own, of_copied = agreement(known, copied.tokens)
@@ -296,18 +427,20 @@ class Planned(Policy):
             acceptance.own_classes(drafts.confidences, drafts.lag, of_own),
             acceptance.copied_classes(copied.match, of_copied),
         )
-        self._contents = contents = self.planner.choose(*self._classes, drafts.lag)
-        layout = ForwardLayout(contents.num_drafts, contents.branches, contents.draft_length)
-        if contents.copies:
-            return Drafts([certain, *copied.tokens[: contents.num_drafts - 1]]), layout
-        return drafts.first(contents.num_drafts), layout
+        return self.planner.choose(*self._classes, drafts.lag)
 
     def observe(self, tokens: Sequence[int], verified: int) -> None:
-        """Learn from the tokens which drafts were right, also of those that were not verified."""
+        """Learn from the tokens, and after a decision which drafts were right, also of those that were not verified."""
         self._copier.append(tokens)
-        if not verified:
+        if not verified or self._rested:
             return
-        self.planner.observe(self._contents, len(tokens))
+        self.planner.observe(self._contents, len(tokens), self._decided)
+        if self._decided:
+            start = time.perf_counter()
+            self._learn(tokens, verified)
+            self.planner.spend(self._seconds + time.perf_counter() - start)
+
+    def _learn(self, tokens: Sequence[int], verified: int) -> None:
         own, copied = self._classes
         acceptance = self.planner.acceptance
         if self._own.q is None:
