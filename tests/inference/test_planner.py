@@ -243,7 +243,7 @@ def test_a_routine_notices_another_text():
 
 
 def test_decisions_are_made_where_they_pay():
-    """Half of the drafts are sure, and half hopeless: verifying only the sure ones is worth more than a decision takes."""
+    """Half of the drafts are sure, and half hopeless: verifying the sure ones alone is worth more than a decision takes."""
     planner, draw = Planner(DEAR, 8), random.Random(0)
     planner.spend = lambda seconds: setattr(planner, "deciding", 4e-5)
     policy = following(planner)
@@ -511,3 +511,16 @@ def test_sizes_that_were_not_seen_of_late_are_not_believed():
     assert clock.curve(False, 1, 64, 8)[8] == pytest.approx(0.002, rel=0.01)
     clock.observe(TimedStep(False, 1, 64, 8, 0.003))
     assert clock.curve(False, 1, 64, 8)[8] == pytest.approx(0.003, rel=0.1)
+
+
+def test_draft_weights_make_forwards_with_masks_dearer():
+    """They are timed apart, so that plain steps are not taken for as slow as those with masks."""
+    costs = replace(MIDDLING, masks=[0.001, 0.002])
+    assert list(costs.of_masks([0, 2, 9, 16])) == [0.001, 0.001, 0.002, 0.003]
+    assert list(MIDDLING.of_masks([2, 9])) == [0, 0]
+    clock = Clock(costs)
+    for _ in range(50):
+        seconds = float(costs.of(9, 100)) + 0.002
+        clock.observe(TimedStep(True, 1, 100, 9, 1.5 * seconds + 0.0001, 0.0001))
+    assert_allclose(clock.curve(True, 1, 100, 9)[9], 1.5 * seconds + 0.0001, rtol=1e-3)
+    assert_allclose(clock.curve(False, 1, 100, 9)[9], 1.5 * float(costs.of(9, 100)) + 0.0001, rtol=0.02)

@@ -75,7 +75,7 @@ def test_shapes_are_few(trained, prompts, monkeypatch):
     """
     planner = Planner(MIDDLING, longest_draft(trained))
     end = planner.end
-    monkeypatch.setattr(planner, "end", lambda size, seconds: end(size, None))
+    monkeypatch.setattr(planner, "end", lambda size, seconds, beside: end(size, None))
     monkeypatch.setattr("tidar_megatron.inference.engine.planner_of", lambda model, batch_size: planner)
     steps = 0
     for plan in PLANS:

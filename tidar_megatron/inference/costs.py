@@ -26,6 +26,12 @@ from tidar_megatron.inference.static import WARM_UP, Forwards
 
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 72, 104, 136, 208, 272)  # tokens of a forward
 CONTEXTS = (64, 1024)
+MASKED = (
+    2,
+    9,
+    24,
+    72,
+)  # tokens of a forward, all but one of them masks, that is timed if masks have weights of their own
 BATCHES = (8, 32)  # batch sizes that are timed besides 1, in forwards of up to SIZES[-1] tokens, if they can occur
 ROUNDS, SECONDS = 5, 4.0  # timing rounds, and seconds after which no further round starts (at least two run)
 CHECKED, OFF = (1, 8, 16, 32), 1.3  # sizes that are checked, and the ratio from which cached timings are stale
@@ -37,13 +43,21 @@ class Costs:
 
     ``seconds[i][j]`` is the latency of ``sizes[i]`` new tokens of one sequence after ``contexts[j]`` cached ones.
     ``batches`` holds rows ``[batch, sizes, seconds]``: the latency of ``batch`` sequences with ``sizes[i]`` new tokens
-    each, after ``contexts[0]`` cached ones. Other points are interpolated, and extrapolated above, linearly.
+    each, after ``contexts[0]`` cached ones. ``masks`` holds what draft weights add to forwards of :data:`MASKED` tokens,
+    in all sequences together; it is empty if masks have none. Other points are interpolated, and extrapolated above, linearly.
     """
 
     sizes: list[int]
     contexts: list[int]
     seconds: list[list[float]]
     batches: list[tuple[int, list[int], list[float]]] = field(default_factory=list)
+    masks: list[float] = field(default_factory=list)
+
+    def of_masks(self, tokens: ArrayLike) -> np.ndarray:
+        """Return the seconds that draft weights add to a forward, in the shape of ``tokens``, its number of tokens."""
+        if not self.masks:
+            return np.zeros_like(np.asarray(tokens, float))
+        return _Line(MASKED[: len(self.masks)], np.array(self.masks)).at(tokens)
 
     def of(self, tokens: ArrayLike, context: float, batch: int = 1) -> np.ndarray:
         """Return the seconds of a forward over ``batch`` sequences, float64 in the shape of ``tokens``.
@@ -160,6 +174,8 @@ class Clock:
     def observe(self, step: TimedStep) -> None:
         """Record a step."""
         expected = float(self.costs.of(step.tokens / step.batch, step.context, step.batch))
+        if step.has_masks:
+            expected += float(self.costs.of_masks(step.tokens))
         octave = octaves(step.batch)
         count = self._count[octave] = self._count[octave] + 1
         seen = self._bins[octave].setdefault((step.has_masks, octaves(step.tokens)), _Bin(deque(maxlen=self.KEPT)))
@@ -180,6 +196,8 @@ class Clock:
         """
         every = np.arange(most + 1)
         timed = self.costs.of(every, context, batch)
+        if has_masks:
+            timed = timed + self.costs.of_masks(every * batch)
         octave = octaves(batch)
         seen = {key: b for key, b in self._bins[octave].items() if b.last > self._count[octave] - self.OLD}
         if not seen:
@@ -250,6 +268,7 @@ def _costs_file(model: DecodeModel) -> Path:
         SIZES,
         CONTEXTS,
         BATCHES,
+        MASKED,
     ]
     return cache_folder() / f"costs-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}.json"
 
@@ -270,7 +289,13 @@ def measure_costs(model: DecodeModel) -> Costs:
     sizes = [size for size in SIZES if size < limit] or [1]
     contexts = [context for context in CONTEXTS if context + sizes[-1] <= limit] or [max(0, limit - sizes[-1])]
     seconds = _best_seconds(model, [(size, context) for size in sizes for context in contexts], ROUNDS)
-    return Costs(sizes, contexts, [[seconds[size, context] for context in contexts] for size in sizes])
+    costs = Costs(sizes, contexts, [[seconds[size, context] for context in contexts] for size in sizes])
+    if model.drafts is None:
+        return costs
+    masked = [size for size in MASKED if size in range(sizes[-1])]
+    forwards = [(size, contexts[0]) for size in masked]
+    without, seconds = (_best_seconds(model, forwards, ROUNDS, has_masks=has) for has in (False, True))
+    return replace(costs, masks=[max(seconds[one] - without[one], 0.0) for one in forwards])
 
 
 def batches_for(batch_size: int) -> tuple[int, ...]:
@@ -300,15 +325,19 @@ def _still_holds(costs: Costs, model: DecodeModel) -> bool:
 
 @torch.inference_mode()
 def _best_seconds(
-    model: DecodeModel, forwards: Sequence[tuple[int, int]], rounds: int, batch: int = 1
+    model: DecodeModel, forwards: Sequence[tuple[int, int]], rounds: int, batch: int = 1, has_masks: bool = False
 ) -> dict[tuple[int, int], float]:
-    """Return the minimum seconds of forwards, each given as (new tokens, cached tokens) of each sequence."""
+    """Return the minimum seconds of forwards, each given as (new tokens, cached tokens) of each sequence.
+
+    With ``has_masks`` all new tokens but the first are masks.
+    """
     most, longest = (max(numbers) for numbers in zip(*forwards, strict=True))
     runner = Forwards(model, batch, most + longest)
     token = 0 if model.mask_token_id != 0 else 1
 
     def parts(size: int, context: int) -> list[Part]:
-        return [Part(slot, context, [token] * size, ForwardLayout(size)) for slot in range(batch)]
+        layout = ForwardLayout(1, (1,), size - 1) if has_masks else ForwardLayout(size)
+        return [Part(slot, context, [token] * layout.num_drafts, layout) for slot in range(batch)]
 
     for size, context in forwards:  # warm up until CUDA graphs are captured, if they are used
         for _ in range((WARM_UP + 1) * runner.is_static):

@@ -248,7 +248,7 @@ class _Layer:
 
     @property
     def fits_own_kernels(self) -> bool:
-        """Whether the kernels of ``lean_avx512.h`` fit the layer: all its products are of theirs."""
+        """Return whether the kernels of ``lean_avx512.h`` fit the layer, which all its products are of."""
         own = all(product.kernel is not None and product.kernel.name == "own" for product in self.products)
         return own and self.head_dim % 32 == 0 and self.head_dim <= 256
 

@@ -106,7 +106,7 @@ class Planner:
     TIMED = 12  # steps before an update that latencies are corrected by
     FINE, FRESH = 20, 8  # choices are made anew if prices change by about 1 / FINE tokens, and after as many updates
     KEPT = 4096  # choices that are kept for reuse
-    SAMPLED = 32  # of so many forwards one is decided where the others follow the routine
+    SAMPLED = 32  # where forwards follow the routine, each 32nd is decided
     LEARNED = 64  # decisions before it is judged whether they are worth their time
     OPTIMISM = 2  # by which factor what decisions gain is overestimated, for they pick the best of estimates
     TYPICAL, ADVANTAGE = 0.03, 0.005  # weights of the latest decision in means over all
