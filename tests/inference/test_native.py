@@ -179,6 +179,20 @@ def test_own_layers_are_exact_to_rounding(library, family, head_dim, dtype, monk
 
 @compiles
 @pytest.mark.process
+@pytest.mark.parametrize(
+    "change", [{"head_dim": 16}, {"head_dim": 272}, {"intermediate_size": 88, "head_dim": 32}], ids=str
+)
+def test_sizes_that_own_kernels_do_not_fit(library, change, monkeypatch):
+    """Such layers run by calls, with the same result up to rounding."""
+    causal_lm = make_causal_lm("llama", torch.float32, **{**SIZES, **change})
+    ours, theirs = (model_of(causal_lm, "own", calls, monkeypatch) for calls in (library, None))
+    assert ours.lean.is_compiled and not ours.lean._is_own
+    for layout in LAYOUTS:
+        assert torch.allclose(hidden(ours, layout), hidden(theirs, layout), atol=1e-5)
+
+
+@compiles
+@pytest.mark.process
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_rows_of_own_layers_do_not_depend_on_others(library, family, dtype, monkeypatch):

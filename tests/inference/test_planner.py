@@ -19,7 +19,8 @@ from tidar_megatron.inference.draft_weights import Drafted
 from tidar_megatron.inference.drafting import NOTHING, Branches, Copied, Copier, Drafts, Linear, Policy
 from tidar_megatron.inference.engine import generate, generate_batch
 from tidar_megatron.inference.forward import ForwardLayout, Part
-from tidar_megatron.inference.planner import Planned, Planner, forget_planner, longest_draft, planner_of
+from tidar_megatron.inference.planned import Planned
+from tidar_megatron.inference.planner import Planner, forget_planner, longest_draft, planner_of
 from tidar_megatron.inference.request import DecodeOptions
 from tidar_megatron.inference.sampling import Sampler, SamplingOptions
 from tidar_megatron.inference.sequence import Sequence
@@ -243,7 +244,7 @@ def test_a_routine_notices_another_text():
 
 
 def test_decisions_are_made_where_they_pay():
-    """Half of the drafts are sure, and half hopeless: verifying the sure ones alone is worth more than a decision takes."""
+    """Half of the drafts are sure, half are hopeless: verifying the sure ones is worth more than a decision takes."""
     planner, draw = Planner(DEAR, 8), random.Random(0)
     planner.spend = lambda seconds: setattr(planner, "deciding", 4e-5)
     policy = following(planner)

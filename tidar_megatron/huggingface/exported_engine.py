@@ -8,8 +8,9 @@ from tidar_megatron import __version__
 
 MODULES = {  # file in the folder -> module of this package; transformers calls the first
     "generate": "inference/custom_generate",
-    **{name: f"inference/{name}" for name in ("engine", "sequence", "drafting", "plans", "planner", "choosing")},
-    **{name: f"inference/{name}" for name in ("acceptance", "costs", "static", "forward", "attention", "cache")},
+    **{name: f"inference/{name}" for name in ("engine", "sequence", "drafting", "plans", "planner", "planned")},
+    **{name: f"inference/{name}" for name in ("choosing", "acceptance", "costs", "static", "forward", "cache")},
+    "attention": "inference/attention",
     **{name: f"inference/{name}" for name in ("model", "request", "sampling", "logits", "text", "prepared")},
     **{name: f"inference/{name}" for name in ("wrapping", "compatibility", "upcast", "lean", "products")},
     "draft_weights": "inference/draft_weights",

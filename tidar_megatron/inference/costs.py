@@ -43,8 +43,9 @@ class Costs:
 
     ``seconds[i][j]`` is the latency of ``sizes[i]`` new tokens of one sequence after ``contexts[j]`` cached ones.
     ``batches`` holds rows ``[batch, sizes, seconds]``: the latency of ``batch`` sequences with ``sizes[i]`` new tokens
-    each, after ``contexts[0]`` cached ones. ``masks`` holds what draft weights add to forwards of :data:`MASKED` tokens,
-    in all sequences together; it is empty if masks have none. Other points are interpolated, and extrapolated above, linearly.
+    each, after ``contexts[0]`` cached ones. ``masks`` holds what draft weights add to forwards of :data:`MASKED`
+    tokens, in all sequences together; it is empty if masks have none. Other points are interpolated, and
+    extrapolated above, linearly.
     """
 
     sizes: list[int]

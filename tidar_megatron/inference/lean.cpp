@@ -1,5 +1,6 @@
-// The layers of lean.py from C++: the same calls on the same tensors, so the same bits, without Python between them. Only
-// products of bfloat16 on processors with AVX512-BF16 are its own. native.py compiles this file. Shapes are lean.py's.
+// The layers of lean.py in C++. Where all products of the layers are of lean_avx512.h, it computes whole layers with the
+// kernels there; else it makes lean.py's calls around attention, on the same tensors, so with the same bits. native.py
+// compiles this file. Shapes are lean.py's.
 
 #include <ATen/TensorIterator.h>
 #include <torch/extension.h>
@@ -12,6 +13,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <unordered_map>
 #include <vector>
 
 namespace {
@@ -50,19 +52,21 @@ void with_numbers(const Tensor& tensor, const Work& work) {
 }
 
 // Calls `work` with 0, 1, ..., count - 1 from torch's threads. at::parallel_for would need an OpenMP runtime of this
-// library's own; a loop over a tensor runs in torch's.
+// library's own; a loop over a tensor runs in torch's. To prepare one takes as long as a small product, so it is kept.
 template <class Work>
 void in_parallel(int64_t count, const Work& work) {
-  static const Tensor numbers = at::arange(1 << 16);
-  for (int64_t first = 0; first < count; first += numbers.size(0)) {
-    Tensor some = numbers.narrow(0, 0, std::min(count - first, numbers.size(0)));
-    at::TensorIterator all = at::TensorIterator::nullary_op(some);
-    all.for_each(
-        [&](char** data, const int64_t* strides, int64_t n) {
-          for (int64_t i = 0; i < n; ++i) work(first + *reinterpret_cast<int64_t*>(data[0] + i * strides[0]));
-        },
-        1);
+  thread_local std::unordered_map<int64_t, at::TensorIterator> kept;
+  auto found = kept.find(count);
+  if (found == kept.end()) {
+    if (kept.size() > 1000) kept.clear();
+    Tensor numbers = at::arange(count);
+    found = kept.emplace(count, at::TensorIterator::nullary_op(numbers)).first;
   }
+  found->second.for_each(
+      [&](char** data, const int64_t* strides, int64_t n) {
+        for (int64_t i = 0; i < n; ++i) work(*reinterpret_cast<int64_t*>(data[0] + i * strides[0]));
+      },
+      1);
 }
 
 // Calls `work` with each row, in several threads if the rows have many numbers.
@@ -114,10 +118,9 @@ class OwnProduct {
 // Computes products that do not depend on each other, in one pass of the threads.
 void compute(std::initializer_list<const OwnProduct*> products) {
   int64_t parts = 0;
-  for (auto* product : products) parts += product ? product->parts() : 0;
+  for (auto* product : products) parts += product->parts();
   in_parallel(parts, [&](int64_t part) {
     for (auto* product : products) {
-      if (!product) continue;
       if (part < product->parts()) return product->compute(part);
       part -= product->parts();
     }
@@ -490,6 +493,7 @@ Tensor through(
     const std::vector<std::shared_ptr<Layer>>& layers, Tensor hidden, const Tensor& cos, const Tensor& sin,
     const std::optional<Masks>& masks, const Sequences& sequences, const std::vector<Tensor>& keys,
     const std::vector<Tensor>& values, double scale) {
+  hidden = hidden.contiguous();
   with_numbers(hidden, [&](auto number) {
     for (size_t n = 0; n < layers.size(); ++n)
       hidden = layers[n]->whole<decltype(number)>(hidden, cos, sin, masks, sequences, keys[n], values[n], scale);

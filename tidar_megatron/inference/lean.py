@@ -250,7 +250,10 @@ class _Layer:
     def fits_own_kernels(self) -> bool:
         """Return whether the kernels of ``lean_avx512.h`` fit the layer, which all its products are of."""
         own = all(product.kernel is not None and product.kernel.name == "own" for product in self.products)
-        return own and self.head_dim % 32 == 0 and self.head_dim <= 256
+        if not own or self.head_dim % 32 or self.head_dim > 256:
+            return False
+        assert self.gate_up.kernel is not None
+        return len(self.gate_up.kernel.tensors[0]) % 2 == 0  # of outputs by 16: gate and up have whole ones
 
     def in_cpp(self, library: ModuleType) -> Calls | None:
         """Return the same calls from C++, or None where C++ lacks one of them."""

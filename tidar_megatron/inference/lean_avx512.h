@@ -111,12 +111,24 @@ constexpr std::array<Multiply, sizeof...(kNumbers)> for_each_number_of_rows(std:
 template <class Number>  // of 1, 2, ... rows
 constexpr auto kMultiply = for_each_number_of_rows<Number>(std::make_index_sequence<kMostRows>());
 
-// Lays out `count` rows as a tile.
+// Lays out `count` rows as a tile: four units of four rows at a time, and what is left one by one.
 inline void lay_out(void* const* rows, int64_t count, int64_t units, int32_t* out) {
-  for (int64_t row = 0; row < count; ++row) {
-    auto* from = static_cast<const int32_t*>(rows[row]);
-    for (int64_t unit = 0; unit < units; ++unit) out[unit * count + row] = from[unit];
+  const int64_t fours = count / 4 * 4, whole = units / 4 * 4;
+  for (int64_t row = 0; row < fours; row += 4) {
+    const float* from[4];
+    for (int64_t n = 0; n < 4; ++n) from[n] = static_cast<const float*>(rows[row + n]);
+    for (int64_t unit = 0; unit < whole; unit += 4) {
+      __m128 a = _mm_loadu_ps(from[0] + unit), b = _mm_loadu_ps(from[1] + unit);
+      __m128 c = _mm_loadu_ps(from[2] + unit), d = _mm_loadu_ps(from[3] + unit);
+      _MM_TRANSPOSE4_PS(a, b, c, d);
+      float* to = reinterpret_cast<float*>(out + unit * count + row);
+      _mm_storeu_ps(to, a), _mm_storeu_ps(to + count, b);
+      _mm_storeu_ps(to + 2 * count, c), _mm_storeu_ps(to + 3 * count, d);
+    }
   }
+  for (int64_t row = 0; row < count; ++row)
+    for (int64_t unit = row < fours ? whole : 0; unit < units; ++unit)
+      out[unit * count + row] = static_cast<const int32_t*>(rows[row])[unit];
 }
 
 // The product of rows with a weight that was laid out.

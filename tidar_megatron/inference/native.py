@@ -1,8 +1,8 @@
 """The layers of :mod:`~tidar_megatron.inference.lean` from C++, compiled once per machine by ``tidar compile``.
 
-A layer makes about thirty short calls between its products. From Python they take a third of a small model's forward.
-``lean.cpp`` makes the same calls, so no bit of an output changes, but for products of bfloat16 on processors with
-AVX512-BF16: those are its own, and their sums are rounded otherwise.
+On processors with AVX-512 ``lean.cpp`` computes whole layers with kernels of its own (``lean_avx512.h``), which round
+their sums otherwise than torch's. Elsewhere, and for quantized weights, it makes the calls that Python would make, so
+no bit of an output changes.
 """
 
 import hashlib

@@ -18,7 +18,8 @@ from tidar_megatron.inference.drafting import Branches, Drafts, Linear, Lookup, 
 from tidar_megatron.inference.forward import ForwardLayout, Part
 from tidar_megatron.inference.logits import Best
 from tidar_megatron.inference.model import DecodeModel
-from tidar_megatron.inference.planner import Planned, Planner, longest_draft
+from tidar_megatron.inference.planned import Planned
+from tidar_megatron.inference.planner import Planner, longest_draft
 from tidar_megatron.inference.request import MOST_TOKENS, DecodeOptions, StopReason, check_prompt
 from tidar_megatron.inference.sampling import Sampler
 from tidar_megatron.inference.text import StopStrings
