@@ -179,6 +179,22 @@ def test_own_layers_are_exact_to_rounding(library, family, head_dim, dtype, monk
 
 @compiles
 @pytest.mark.process
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_own_attention_does_not_hide_nan(library, dtype, monkeypatch):
+    if not library.has_own_kernels(dtype):
+        pytest.skip("this processor has no such instructions")
+    model = model_of(make_causal_lm("llama", dtype, **SIZES, head_dim=32), "own", library, monkeypatch)
+    pool = KVPool(1, 100)
+    with torch.inference_mode():
+        model.forward(PackedForward(pool, [Part(0, 0, range(10), ForwardLayout(10))]))
+        pool._layers[0][0][0, :, 3, 0] = torch.nan  # a key
+        assert model.forward(PackedForward(pool, [Part(0, 10, range(3), ForwardLayout(3))])).isnan().all()
+    with pytest.raises(AssertionError):  # more tokens than there is room for
+        model.forward(PackedForward(pool, [Part(0, pool.capacity - 2, range(3), ForwardLayout(3))]))
+
+
+@compiles
+@pytest.mark.process
 @pytest.mark.parametrize(
     "change", [{"head_dim": 16}, {"head_dim": 272}, {"intermediate_size": 88, "head_dim": 32}], ids=str
 )

@@ -243,6 +243,29 @@ def test_a_routine_notices_another_text():
     assert play(planner, 0.9, 500, draw, quick, deciding=4e-5) > 0.9 * fast
 
 
+def test_a_resting_planner_finds_copies():
+    """Short forwards of a batch: what nobody decides is looked at now and then, in each sequence."""
+    quick = Costs(MIDDLING.sizes, MIDDLING.contexts, [[second / 100 for second in row] for row in MIDDLING.seconds])
+    planner, draw, batch = Planner(quick, 8), random.Random(0), 4
+    planner.spend = lambda seconds: setattr(planner, "deciding", 4e-5)
+    policies, seen, tokens = [following(planner) for _ in range(batch)], [0] * batch, []
+    for step in range(6000):
+        planner.begin(batch, 100)
+        total = 0
+        for n, policy in enumerate(policies):
+            chance = 0.0 if step < 1000 else 0.95
+            policy._copier.copy = lambda count, n=n: (seen.__setitem__(n, seen[n] + 1), Copied([0] * count, 8))[1]
+            _, layout = policy.plan(Drafts([0]), 1000)
+            final = come(draw, chance, layout.num_drafts)
+            policy.observe(final, layout.num_drafts)
+            total += layout.num_tokens
+            tokens.append(len(final))
+        planner.end(total, float(quick.of(total / batch, 100, batch)))
+        if step == 999:
+            assert not planner._here.decides and min(seen) > 0.8 * max(seen)
+    assert np.mean(tokens[: 1000 * batch]) < 1.1 and np.mean(tokens[-1000 * batch :]) > 3
+
+
 def test_decisions_are_made_where_they_pay():
     """Half of the drafts are sure, half are hopeless: verifying the sure ones is worth more than a decision takes."""
     planner, draw = Planner(DEAR, 8), random.Random(0)

@@ -268,8 +268,11 @@ class Checkpoints:
             contents.load(checkpoint, run, same_layout=state.layout == self._layout())
         except Damaged as damage:
             raise UserError(f"--load {source}: {damage}") from None
-        if self._ranks.is_main and settings.save and settings.keep_last and Path(settings.save) == Path(source):
-            folder.delete(folder.prune(Path(source), state.iteration, settings.keep_last))
+        into, keep = settings.save, settings.keep_last
+        if into and keep and Path(into).resolve() == Path(source).resolve():
+            problem = self._on_main(lambda: folder.delete(folder.prune(Path(into), state.iteration, keep)))
+            if problem:
+                raise UserError(f"--save {into}: older checkpoints cannot be removed: {problem}")
         return Resumed(state.iteration, state.consumed_sequences, state.states)
 
 

@@ -14,6 +14,7 @@ from functools import cache, cached_property
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -223,6 +224,16 @@ def octaves(number: int) -> int:
     return round(2 * math.log2(max(1, number)))
 
 
+class Timed(NamedTuple):
+    """A forward to time: the new tokens and the cached tokens of each sequence, and whether all new ones but the
+    first are masks.
+    """
+
+    size: int
+    context: int
+    has_masks: bool = False
+
+
 def load_costs(model: DecodeModel, batch_size: int = 1) -> Costs:
     """Load the costs of a model from the cache, or measure them (:func:`measure_costs`) and cache them.
 
@@ -289,14 +300,20 @@ def measure_costs(model: DecodeModel) -> Costs:
     limit = model.context_limit
     sizes = [size for size in SIZES if size < limit] or [1]
     contexts = [context for context in CONTEXTS if context + sizes[-1] <= limit] or [max(0, limit - sizes[-1])]
-    seconds = _best_seconds(model, [(size, context) for size in sizes for context in contexts], ROUNDS)
-    costs = Costs(sizes, contexts, [[seconds[size, context] for context in contexts] for size in sizes])
-    if model.drafts is None:
-        return costs
-    masked = [size for size in MASKED if size in range(sizes[-1])]
-    forwards = [(size, contexts[0]) for size in masked]
-    without, seconds = (_best_seconds(model, forwards, ROUNDS, has_masks=has) for has in (False, True))
-    return replace(costs, masks=[max(seconds[one] - without[one], 0.0) for one in forwards])
+    plain = [Timed(size, context) for size in sizes for context in contexts]
+    masked = [size for size in MASKED if size < sizes[-1]] if model.drafts is not None else []
+    kinds = [Timed(size, contexts[0], has_masks) for size in masked for has_masks in (False, True)]
+    seconds = _best_seconds(model, plain, ROUNDS)
+    extra = _best_seconds(model, kinds, ROUNDS) if kinds else {}
+    return Costs(
+        sizes,
+        contexts,
+        [[seconds[Timed(size, context)] for context in contexts] for size in sizes],
+        masks=[
+            max(extra[with_masks] - extra[without], 0.0)
+            for without, with_masks in zip(kinds[::2], kinds[1::2], strict=True)
+        ],
+    )
 
 
 def batches_for(batch_size: int) -> tuple[int, ...]:
@@ -311,7 +328,7 @@ def measure_batches(
     context, rows = costs.contexts[0], []
     for batch in batches:
         sizes = [size for size in costs.sizes if batch * size <= SIZES[-1]]
-        seconds = _best_seconds(model, [(size, context) for size in sizes], ROUNDS, batch)
+        seconds = _best_seconds(model, [Timed(size, context) for size in sizes], ROUNDS, batch)
         rows.append((batch, sizes, list(seconds.values())))
     return rows
 
@@ -320,40 +337,42 @@ def _still_holds(costs: Costs, model: DecodeModel) -> bool:
     """Return whether a few forwards still take about as long as recorded."""
     context, *_ = costs.contexts
     few = [size for size in CHECKED if size in costs.sizes]
-    now = _best_seconds(model, [(size, context) for size in few], ROUNDS)
-    return all(1 / OFF < now[size, context] / costs.of(size, context) < OFF for size in few)
+    kinds = [Timed(size, context) for size in few]
+    if len(costs.masks) > 1:
+        kinds.append(Timed(MASKED[1], context, True))
+    now = _best_seconds(model, kinds, ROUNDS)
+
+    def recorded(kind: Timed) -> float:
+        return float(costs.of(kind.size, context) + costs.of_masks(kind.size) * kind.has_masks)
+
+    return all(1 / OFF < now[kind] / recorded(kind) < OFF for kind in kinds)
 
 
 @torch.inference_mode()
-def _best_seconds(
-    model: DecodeModel, forwards: Sequence[tuple[int, int]], rounds: int, batch: int = 1, has_masks: bool = False
-) -> dict[tuple[int, int], float]:
-    """Return the minimum seconds of forwards, each given as (new tokens, cached tokens) of each sequence.
-
-    With ``has_masks`` all new tokens but the first are masks.
-    """
-    most, longest = (max(numbers) for numbers in zip(*forwards, strict=True))
+def _best_seconds(model: DecodeModel, forwards: Sequence[Timed], rounds: int, batch: int = 1) -> dict[Timed, float]:
+    """Return the minimum seconds of forwards."""
+    most, longest = max(one.size for one in forwards), max(one.context for one in forwards)
     runner = Forwards(model, batch, most + longest)
     token = 0 if model.mask_token_id != 0 else 1
 
-    def parts(size: int, context: int) -> list[Part]:
+    def parts(size: int, context: int, has_masks: bool) -> list[Part]:
         layout = ForwardLayout(1, (1,), size - 1) if has_masks else ForwardLayout(size)
         return [Part(slot, context, [token] * layout.num_drafts, layout) for slot in range(batch)]
 
-    for size, context in forwards:  # warm up until CUDA graphs are captured, if they are used
+    for one in forwards:  # warm up until CUDA graphs are captured, if they are used
         for _ in range((WARM_UP + 1) * runner.is_static):
-            runner.run(parts(size, context))
+            runner.run(parts(*one))
     seconds = dict.fromkeys(forwards, math.inf)
     begin = time.perf_counter()
     for number in range(rounds):
         if number >= 2 and time.perf_counter() - begin > SECONDS:
             break
-        for size, context in forwards:
-            made = parts(size, context)
+        for one in forwards:
+            made = parts(*one)
             for _ in range(2):  # the second run has warm caches, as decoding has
                 start = time.perf_counter()
                 hidden, _ = runner.run(made)
-                rows = batch * min(size, 16 if batch > 1 else 32)
+                rows = batch * min(one.size, 16 if batch > 1 else 32)
                 model.logits(hidden[:rows]).max(-1).indices.tolist()  # argmax is 4 x slower
-                seconds[size, context] = min(seconds[size, context], time.perf_counter() - start)
+                seconds[one] = min(seconds[one], time.perf_counter() - start)
     return seconds

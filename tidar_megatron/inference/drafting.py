@@ -136,7 +136,7 @@ class Copier:
         prompt: Token ids of the prompt.
     """
 
-    LONGEST_SUFFIX, SEEN = 4, 512
+    LONGEST_SUFFIX, SEEN = 4, 64
 
     def __init__(self, prompt: Sequence[int]) -> None:
         self._text: list[int] = []

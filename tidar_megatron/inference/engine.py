@@ -149,12 +149,14 @@ class Engine:
         confidences = any(sequence.wants_confidences for sequence in served)
         logits = _Logits(self.model, hidden, packed.starts, not reads_prompts, static, greedy, confidences)
         verified = logits.of([s.rows for s in served])
-        forward = time.perf_counter() - forward  # a GPU has run it too if tokens are chosen greedily
+        forward = time.perf_counter() - forward
         for sequence, of_rows in zip(served, verified, strict=True):
             _guarded(sequence, sequence.accept, of_rows)
         rows = [sequence.draft_rows for sequence in served]
         if any(rows):
+            start_drafts = time.perf_counter()
             found = logits.of(rows, confidences)
+            forward += time.perf_counter() - start_drafts
             offered = logits.offered(rows, found, served)
             for sequence, own, of_rows, drafts in zip(served, rows, found, offered, strict=True):
                 if own:
@@ -164,7 +166,8 @@ class Engine:
         seconds, size = time.perf_counter() - start, sum(parts.values())
         if planner is not None:
             is_its_own = not reads_prompts and all(s.is_planned for s in served)
-            planner.end(size, seconds if is_its_own else None, seconds - forward)
+            timed = greedy or self.model.device.type == "cpu"  # else a GPU may not have run the forward by then
+            planner.end(size, seconds if is_its_own else None, seconds - forward if timed else 0.0)
         done = []
         for sequence, is_prompt, n in before:
             if sequence.stop is not None:

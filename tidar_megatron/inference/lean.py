@@ -341,6 +341,9 @@ class LeanForward:
         """Return the hidden states after all layers, each of which C++ computes with kernels of its own."""
         assert self._library is not None
         first, parts = self._layers[0], packed.parts
+        for part in parts:  # C++ writes where it is told to
+            assert 0 <= part.slot < packed.pool.slots
+            assert part.length + part.layout.num_tokens <= packed.pool.capacity
         like = hidden.new_empty(1, first.kv_heads, 0, first.head_dim)
         sequences = self._library.Sequences(
             *([part.slot for part in parts], [part.length for part in parts]),

@@ -168,10 +168,10 @@ class Product {
 
 // ---- what a layer does between its products
 
-// 2 to the power of x, to the last bits of float32; 0 for x below -126.
+// 2 to the power of x, to the last bits of float32; 0 for x below -126, NaN for NaN.
 AVX512 inline __m512 exp2_of(__m512 x) {
-  __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.f), _CMP_GT_OQ);
-  x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-126.f)), _mm512_set1_ps(127.f));
+  __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.f), _CMP_NLE_UQ);
+  x = _mm512_min_ps(_mm512_set1_ps(127.f), _mm512_max_ps(_mm512_set1_ps(-126.f), x));  // in this order NaN stays
   __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), rest = _mm512_sub_ps(x, whole);
   const float series[] = {1.f, 6.9314718e-1f, 2.4022651e-1f, 5.5504109e-2f, 9.6181291e-3f, 1.3333558e-3f, 1.5403530e-4f};
   __m512 sum = _mm512_set1_ps(series[6]);  // Taylor's, of 2^rest, |rest| <= 1/2
@@ -300,7 +300,7 @@ AVX512 void attend(
     for (int64_t n = 0; n < count; ++n) {
       __mmask16 sees = first + n < queries.prefix ? 0xffff : queries.visible[first + n - queries.prefix];
       __m512 score = _mm512_mask_mul_ps(hidden, sees, _mm512_load_ps(scores[n]), to_log2);
-      largest = _mm512_max_ps(largest, score);
+      largest = _mm512_max_ps(score, largest);  // of NaN the largest before
       _mm512_store_ps(scores[n], score);
     }
     if (first && _mm512_cmp_ps_mask(largest, before, _CMP_NEQ_UQ)) {

@@ -31,7 +31,7 @@ NAME = "tidar_lean"
 BUILD = """
 import sys
 from torch.utils.cpp_extension import load
-load(sys.argv[1], [sys.argv[2]], build_directory=sys.argv[3], extra_cflags=["-O2"])
+load(sys.argv[1], [sys.argv[2]], build_directory=sys.argv[3], extra_cflags=["-O2", "-fno-strict-aliasing"])
 """
 
 

@@ -48,6 +48,9 @@ class Gains:
             means[count] = max(means[count], means[count - 1])
 
 
+FIRST_WAIT = 4  # steps until prices are updated for the first time
+
+
 @dataclass
 class _Place:
     """The prices and choices of a batch size and a context length.
@@ -63,16 +66,16 @@ class _Place:
     seconds: float
     chosen: dict[tuple[tuple[int, ...], tuple[int, ...]], "_Choice"] = field(default_factory=dict)
     routine: dict[int, Contents] = field(default_factory=dict)  # by the number of the model's own drafts
-    expected: dict[int, float] = field(default_factory=dict)  # tokens of such a forward, by the drafts it verifies
+    expected: dict[int, float] = field(default_factory=dict)  # decayed mean: its tokens, by the drafts it verifies
     advantage: float = 0.0  # decayed mean: the value of a decision above that of the routine, in tokens
     decisions: int = 0
     decides: bool = True  # whether each forward is decided
-    surprise: float = 0.0  # decayed mean: by which share a forward by routine accepted more than expected
-    asked: int = 0  # how often it was asked whether to decide
+    surprise: float = 0.0  # decayed mean: by how much more drafts a forward by routine accepted, over what it could
+    taken: int = 0  # steps
     rounded: list[int] = field(default_factory=list)  # some of these prices
     updates: int = 0  # of the prices
     steps: int = 0  # steps since then
-    wait: int = 4  # steps until they are updated again
+    wait: int = FIRST_WAIT  # steps until they are updated again
     without: int = 0  # choices in a row without masks
     patience: int = 4  # after as many for each sequence of a batch, the next one is a probe
 
@@ -103,11 +106,12 @@ class Planner:
     TIMED = 12  # steps before an update that latencies are corrected by
     FINE, FRESH = 20, 8  # choices are made anew if prices change by about 1 / FINE tokens, and after as many updates
     KEPT = 4096  # choices that are kept for reuse
-    SAMPLED = 32  # where forwards follow the routine, each 32nd is decided
+    SAMPLED = 31  # where forwards follow the routine, each 31st step is decided
     LEARNED = 64  # decisions before it is judged whether they are worth their time
     OPTIMISM = 2  # by which factor what decisions gain is overestimated, for they pick the best of estimates
     TYPICAL, ADVANTAGE = 0.03, 0.005  # weights of the latest decision in means over all
-    SURPRISE, SURPRISED = 0.02, 0.5  # weight of the latest forward by routine; the share from which it is given up
+    SURPRISE, SLOW_MEAN = 0.02, 0.005  # weights of the latest forward by routine
+    SURPRISED = 0.5  # the mean surprise from which a routine is given up
 
     def __init__(self, costs: Costs, block_size: int) -> None:
         shortest = min(4, max(2, block_size // 2))  # a block of one mask drafts nothing
@@ -124,6 +128,7 @@ class Planner:
         self._timed: deque[TimedStep] = deque(maxlen=self.TIMED)  # the latest steps, which the clock has not yet seen
         self._batch, self._context = 1, 0.0
         self._has_masks = False  # whether any sequence of the step has masks
+        self._decides = True  # whether the step is decided
         self.rests = (
             False  # whether sequences without drafts go on with the certain token alone, and nothing is weighed
         )
@@ -145,9 +150,10 @@ class Planner:
             here = self._update(key)
         self._here = here
         here.steps += 1
-        is_due = here.without + batch >= here.patience * batch  # a probe
-        routine = not here.decides and here.steps % self.SAMPLED and not is_due
-        self.rests = bool(routine) and self._routine([])[1:4] == (1, (), 0)
+        here.taken += 1
+        self._decides = here.decides or here.taken % self.SAMPLED == 0
+        is_due = bool(self.lengths) and here.without + batch >= here.patience * batch  # a probe
+        self.rests = not self._decides and not is_due and self._routine([])[1:4] == (1, (), 0)
         self.rested = 0
 
     def _update(self, key: tuple[int, int]) -> _Place:
@@ -183,7 +189,6 @@ class Planner:
         if rounded != place.rounded or place.updates % self.FRESH == 0:
             place.chosen.clear()
         place.routine.clear()
-        place.expected.clear()
         place.decides = place.decisions < self.LEARNED or place.advantage >= self.OPTIMISM * rate * self.deciding
         place.rounded, place.steps = rounded, 0
         for shares in (self.acceptance.own, self.acceptance.copied):
@@ -206,8 +211,7 @@ class Planner:
         """
         here = self._here
         assert here is not None  # begin() was called
-        here.asked += 1
-        return here.decides or here.asked % self.SAMPLED == 0 or (has_drafts and here.patience > self.SOON)
+        return self._decides or (has_drafts and here.patience > self.SOON)
 
     def routine(self, confidences: Sequence[float]) -> Contents:
         """Return contents that suit average chances; branches are for the likeliest outcomes by the confidences."""
@@ -286,7 +290,9 @@ class Planner:
         return found
 
     def spend(self, seconds: float) -> None:
-        """Record the duration of a decision."""
+        """Record the duration of a decision; one that was interrupted counts as four."""
+        if self.deciding:
+            seconds = min(seconds, 4 * self.deciding)
         self.deciding += max(self.TYPICAL, 1 / self.LEARNED) * (seconds - self.deciding)
 
     def observe(self, contents: Contents, accepted: int, decided: bool = True) -> None:
@@ -305,10 +311,13 @@ class Planner:
             expected = here.expected.get(contents.num_drafts)
             if expected is None:
                 _, expected = outcomes_of(self._typical, contents.num_drafts)
-                here.expected[contents.num_drafts] = expected
-            here.surprise += self.SURPRISE * (accepted / expected - 1 - here.surprise)
-            if abs(here.surprise) > self.SURPRISED:  # another text
+            here.expected[contents.num_drafts] = expected + self.SLOW_MEAN * (accepted - expected)
+            surplus = (accepted - expected) / max(expected - 1, 0.5)
+            here.surprise += self.SURPRISE * (surplus - here.surprise)
+            if abs(here.surprise) > self.SURPRISED:  # another text: what was learned of it is old
                 here.surprise, here.decides, here.decisions = 0.0, True, 0
+                here.steps, here.wait = here.wait, FIRST_WAIT
+                here.expected.clear()
 
     def end(self, tokens: int, seconds: float | None, beside: float = 0.0) -> None:
         """Record a step.
