@@ -247,7 +247,7 @@ def test_a_resting_planner_finds_copies():
     """Short forwards of a batch: what nobody decides is looked at now and then, in each sequence."""
     quick = Costs(MIDDLING.sizes, MIDDLING.contexts, [[second / 100 for second in row] for row in MIDDLING.seconds])
     planner, draw, batch = Planner(quick, 8), random.Random(0), 4
-    planner.spend = lambda seconds: setattr(planner, "deciding", 4e-5)
+    planner.spend = lambda seconds: setattr(planner, "deciding", 5e-6)
     policies, seen, tokens = [following(planner) for _ in range(batch)], [0] * batch, []
     for step in range(6000):
         planner.begin(batch, 100)
