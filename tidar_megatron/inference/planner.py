@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -121,7 +122,8 @@ class Planner:
         self.fresh, self.late = Gains(block_size - 1), Gains(block_size - 1)
         self.used: dict[str, list[float]] = {}  # decayed choices and tokens, by what forwards held
         self.deciding = 0.0  # decayed mean: the seconds of a decision, and of learning from it
-        self._typical = [0.5] * (block_size - 1)  # decayed mean: the chances of the model's own drafts, by offset
+        # decayed mean: the chance that each of the model's own drafts is reached and right, by offset
+        self._reached = [0.5**offset for offset in range(1, block_size)]
         self._most_tokens = block_size * (1 + block_size)
         self._places: dict[tuple[int, int], _Place] = {}  # by bins of the batch size and the context length
         self._here: _Place | None = None
@@ -221,12 +223,20 @@ class Planner:
         here, drafts = self._here, len(confidences)
         assert here is not None
         if drafts not in here.routine:
-            here.routine[drafts] = choose(self._typical[:drafts], [], here.prices)
+            here.routine[drafts] = choose(self._typical(drafts), [], here.prices)
         contents = here.routine[drafts]
         if not 0 < len(contents.branches) < contents.num_drafts:
             return contents
         likeliest = likeliest_outcomes(confidences[: contents.num_drafts - 1], len(contents.branches))
         return contents._replace(branches=likeliest)
+
+    def _typical(self, drafts: int) -> list[float]:
+        """Return the chance of each of the model's own drafts, given those before it, over all texts.
+
+        It is not the mean chance: texts where drafts are good have most of those that are reached.
+        """
+        reached = [1.0, *self._reached[:drafts]]
+        return [min(one / max(before, 1e-9), 1.0) for before, one in pairwise(reached)]
 
     def choose(self, own: Sequence[int], copied: Sequence[int], lag: int = 0) -> Contents:
         """Return what the next forward of a sequence should hold.
@@ -248,8 +258,10 @@ class Planner:
         found = choice.contents
         here.decisions += 1
         here.advantage += max(self.ADVANTAGE, 1 / here.decisions) * (choice.advantage - here.advantage)
+        reached = 1.0
         for offset, chance in enumerate(choice.chances):
-            self._typical[offset] += self.TYPICAL * (chance - self._typical[offset])
+            reached *= chance
+            self._reached[offset] += self.TYPICAL * (reached - self._reached[offset])
         if own:
             is_probe = here.patience > self.SOON and not found.branches
             (self.late if lag else self.fresh).observe(found.gains, is_probe)
@@ -310,7 +322,7 @@ class Planner:
         if not decided and contents.num_drafts > 1:
             expected = here.expected.get(contents.num_drafts)
             if expected is None:
-                _, expected = outcomes_of(self._typical, contents.num_drafts)
+                _, expected = outcomes_of(self._typical(contents.num_drafts - 1), contents.num_drafts)
             here.expected[contents.num_drafts] = expected + self.SLOW_MEAN * (accepted - expected)
             surplus = (accepted - expected) / max(expected - 1, 0.5)
             here.surprise += self.SURPRISE * (surplus - here.surprise)
