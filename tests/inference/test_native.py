@@ -23,6 +23,12 @@ from tidar_megatron.inference.quantized import int8_product, to_int8
 from tidar_megatron.inference.quantizing import quantize_model
 from tidar_megatron.inference.wrapping import wrap_model
 
+
+def needs_own_kernels(library, dtype):
+    if not library.has_own_kernels(dtype):
+        pytest.skip(f"this processor cannot run the kernels of {dtype}: it lacks AVX-512, or AVX512-BF16")
+
+
 LAYOUTS = [ForwardLayout(1), ForwardLayout(5, (1, 3), 4)]
 FAMILIES, DTYPES = ("llama", "mistral", "qwen2", "qwen3"), (torch.float32, torch.bfloat16)
 FORMS = ("plain", "laid out", "int8", "int4")
@@ -97,8 +103,7 @@ def test_bits_are_those_of_python(library, family, dtype, form, monkeypatch):
 @pytest.mark.parametrize(("outputs", "inputs"), [(16, 2), (48, 64), (96, 576), (640, 1536), (64, 4096)], ids=str)
 def test_own_products(library, outputs, inputs, bias, dtype):
     """Against float64, rounded once; a row has the same bits however many rows there are, adjacent or not."""
-    if not library.has_own_kernels(dtype):
-        pytest.skip("this processor has no such instructions")
+    needs_own_kernels(library, dtype)
     draw = torch.Generator().manual_seed(outputs)
     weight, rows, more, residual = (
         torch.randn(size, generator=draw).to(dtype)
@@ -155,8 +160,7 @@ def states(model, parts):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_own_layers_are_exact_to_rounding(library, family, head_dim, dtype, monkeypatch):
     """Against the modules in float64: no further from them than the calls of Python, which round more often."""
-    if not library.has_own_kernels(dtype):
-        pytest.skip("this processor has no such instructions")
+    needs_own_kernels(library, dtype)
     causal_lm = make_causal_lm(family, dtype, **SIZES, head_dim=head_dim)
     with torch.no_grad():
         for name, weight in causal_lm.named_parameters():
@@ -181,8 +185,7 @@ def test_own_layers_are_exact_to_rounding(library, family, head_dim, dtype, monk
 @pytest.mark.process
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_own_attention_does_not_hide_nan(library, dtype, monkeypatch):
-    if not library.has_own_kernels(dtype):
-        pytest.skip("this processor has no such instructions")
+    needs_own_kernels(library, dtype)
     model = model_of(make_causal_lm("llama", dtype, **SIZES, head_dim=32), "own", library, monkeypatch)
     pool = KVPool(1, 100)
     with torch.inference_mode():
@@ -213,8 +216,7 @@ def test_sizes_that_own_kernels_do_not_fit(library, change, monkeypatch):
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_rows_of_own_layers_do_not_depend_on_others(library, family, dtype, monkeypatch):
     """A clean token has the same bits in each layout, beside other sequences, and whatever the chunks of a prompt."""
-    if not library.has_own_kernels(dtype):
-        pytest.skip("this processor has no such instructions")
+    needs_own_kernels(library, dtype)
     model = model_of(make_causal_lm(family, dtype, **SIZES, head_dim=32), "own", library, monkeypatch)
     model.drafts = draft_weights(model, 16)
     model.lean.use_drafts(model.drafts)

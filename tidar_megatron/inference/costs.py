@@ -27,12 +27,8 @@ from tidar_megatron.inference.static import WARM_UP, Forwards
 
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 72, 104, 136, 208, 272)  # tokens of a forward
 CONTEXTS = (64, 1024)
-MASKED = (
-    2,
-    9,
-    24,
-    72,
-)  # tokens of a forward, all but one of them masks, that is timed if masks have weights of their own
+# tokens of forwards that are timed where masks have weights of their own: all but one of them are masks
+MASKED = (2, 9, 24, 72)
 BATCHES = (8, 32)  # batch sizes that are timed besides 1, in forwards of up to SIZES[-1] tokens, if they can occur
 ROUNDS, SECONDS = 5, 4.0  # timing rounds, and seconds after which no further round starts (at least two run)
 CHECKED, OFF = (1, 8, 16, 32), 1.3  # sizes that are checked, and the ratio from which cached timings are stale
@@ -225,9 +221,7 @@ def octaves(number: int) -> int:
 
 
 class Timed(NamedTuple):
-    """A forward to time: the new tokens and the cached tokens of each sequence, and whether all new ones but the
-    first are masks.
-    """
+    """A forward to time: new and cached tokens of each sequence, and whether all new ones but the first are masks."""
 
     size: int
     context: int

@@ -142,21 +142,21 @@ class Engine:
         if planner is not None:
             planner.begin(len(served), context / len(served))
         contents = [sequence.part(self._prompt_chunk) for sequence in served]
-        forward = time.perf_counter()
+        begin = time.perf_counter()
         hidden, packed = self._forwards.run(contents, reads_prompts)
         static = self._forwards.is_static
         greedy = any(sequence.options.sampling.greedy for sequence in served)
         confidences = any(sequence.wants_confidences for sequence in served)
         logits = _Logits(self.model, hidden, packed.starts, not reads_prompts, static, greedy, confidences)
         verified = logits.of([s.rows for s in served])
-        forward = time.perf_counter() - forward
+        in_forward = time.perf_counter() - begin
         for sequence, of_rows in zip(served, verified, strict=True):
             _guarded(sequence, sequence.accept, of_rows)
         rows = [sequence.draft_rows for sequence in served]
         if any(rows):
-            start_drafts = time.perf_counter()
+            begin = time.perf_counter()
             found = logits.of(rows, confidences)
-            forward += time.perf_counter() - start_drafts
+            in_forward += time.perf_counter() - begin
             offered = logits.offered(rows, found, served)
             for sequence, own, of_rows, drafts in zip(served, rows, found, offered, strict=True):
                 if own:
@@ -167,7 +167,7 @@ class Engine:
         if planner is not None:
             is_its_own = not reads_prompts and all(s.is_planned for s in served)
             timed = greedy or self.model.device.type == "cpu"  # else a GPU may not have run the forward by then
-            planner.end(size, seconds if is_its_own else None, seconds - forward if timed else 0.0)
+            planner.end(size, seconds if is_its_own else None, seconds - in_forward if timed else 0.0)
         done = []
         for sequence, is_prompt, n in before:
             if sequence.stop is not None:

@@ -260,7 +260,7 @@ struct Masks {
 };
 
 // The two weights beside a linear layer, as Pair in draft_weights.py describes them. A library's product of so few rows
-// and columns mostly waits for its own call, eight times in a layer; so there is one for bfloat16 here.
+// and columns mostly waits for its own call, eight times in a layer; so these are own products where they fit.
 struct Pair {
   static constexpr int64_t kMost = 96;  // rows; of more, a library's product is faster
   Tensor a, b;

@@ -2,7 +2,7 @@
 
 Half of a small model's forward is not its matrix products. Here q, k, v share one product, and gate and up another; the
 rotary table is made once; norms are fused; and there is one call per operation. Where ``tidar compile`` has been run,
-C++ makes the calls of a layer (:mod:`~tidar_megatron.inference.native`). Other classes, and modules that somebody has
+C++ computes the layers (:mod:`~tidar_megatron.inference.native`). Other classes, and modules that somebody has
 changed or hooked, run as transformers' modules.
 """
 

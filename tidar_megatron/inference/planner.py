@@ -71,7 +71,8 @@ class _Place:
     advantage: float = 0.0  # decayed mean: the value of a decision above that of the routine, in tokens
     decisions: int = 0
     decides: bool = True  # whether each forward is decided
-    surprise: float = 0.0  # decayed mean: by how much more drafts a forward by routine accepted, over what it could
+    # decayed mean: the drafts that a forward by routine accepted beyond those expected, over those expected
+    surprise: float = 0.0
     taken: int = 0  # steps
     rounded: list[int] = field(default_factory=list)  # some of these prices
     updates: int = 0  # of the prices
@@ -131,9 +132,8 @@ class Planner:
         self._batch, self._context = 1, 0.0
         self._has_masks = False  # whether any sequence of the step has masks
         self._decides = True  # whether the step is decided
-        self.rests = (
-            False  # whether sequences without drafts go on with the certain token alone, and nothing is weighed
-        )
+        # whether nothing is weighed for sequences without drafts: their forwards have the certain token alone
+        self.rests = False
         self.rested = 0  # sequences of the step that do
         self._drafted = 0  # choices with masks
 
@@ -303,9 +303,9 @@ class Planner:
 
     def spend(self, seconds: float) -> None:
         """Record the duration of a decision; one that was interrupted counts as four."""
-        if self.deciding:
-            seconds = min(seconds, 4 * self.deciding)
-        self.deciding += max(self.TYPICAL, 1 / self.LEARNED) * (seconds - self.deciding)
+        if not self.deciding:
+            self.deciding = seconds
+        self.deciding += self.TYPICAL * (min(seconds, 4 * self.deciding) - self.deciding)
 
     def observe(self, contents: Contents, accepted: int, decided: bool = True) -> None:
         """Record how many tokens a forward of a sequence accepted, the certain token included."""

@@ -103,7 +103,7 @@ LONGEST = 4096  # inputs of a product of lean.cpp: the part of a weight that it 
 
 
 def of_library(library: ModuleType) -> ProductOf:
-    """Return the products of a CPU where ``lean.cpp`` is compiled: its own in bfloat16, if the processor has them.
+    """Return the products of a CPU where ``lean.cpp`` is compiled: its own, if the processor has AVX-512.
 
     A row of these has the same bits however many rows there are, and no row of padding is needed. Other weights are
     :func:`laid_out`.
